@@ -1,0 +1,44 @@
+"""Qwen3-VL-Embedding: text, images, clips and mixtures of them in, one vector each out.
+
+    from embedder import Embedder
+
+    with Embedder("Qwen/Qwen3-VL-Embedding-2B") as embedder:
+        red, swatch = embedder.embed(["red", {"image": open("red.png", "rb").read()}])
+
+The path of an item, one file a step, in order; a step imports only what stands above it:
+
+    settings, errors    what an operator may choose; what can go wrong
+    request             JSON or Python values -> EmbeddingItems
+    media               an item's pictures and clips -> RGB values, resized, within limits
+    prompt              instruction and parts -> the chat text the model was trained on
+    preprocess          text and pixels -> ModelInput: token ids, positions, patches, cost
+    scheduler           waiting ModelInputs -> which go next, under the token budget
+    packing             those -> PackedBatch on the device, one row without padding
+    model/              PackedBatch -> the last token's hidden state of each item
+    pooling             hidden states -> float32 rows on the host
+    postprocess         row -> cut to `dimensions`, unit length
+    response            vectors -> JSON
+
+Around it: `checkpoint` finds the model's folder; `engine` owns the queue and the threads; `library` puts a real
+checkpoint behind the engine (`Embedder`); `openapi` describes the HTTP contract and `edge` guards it;
+`random_checkpoint` writes checkpoints for tests and benchmarks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from embedder.library import Embedder as Embedder
+
+__version__ = "0.1.0"
+__all__ = ["Embedder", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """`Embedder` is imported when it is first asked for: torch and transformers cost seconds."""
+    if name == "Embedder":
+        from embedder.library import Embedder
+
+        return Embedder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,65 @@
+"""Settings -> Checkpoint: the folder of the model they name, fetched from the hub where needed. No torch."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedder.errors import ModelUnavailable
+from embedder.settings import Settings
+
+_FILES = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine. `name` is what the operator called it; `is_embedded`: the package's own."""
+
+    folder: Path
+    name: str
+    revision: str
+    is_embedded: bool
+
+
+def find_checkpoint(settings: Settings) -> Checkpoint:
+    """The folder the settings name, downloaded from the hub where it is a hub id.
+
+    Raises `ModelUnavailable` saying what was looked for and what to do.
+    """
+    if not settings.model:
+        folder = Path(str(importlib.resources.files("embedder") / "default_model"))
+        return _checked(Checkpoint(folder, "embedded", "", is_embedded=True))
+    if Path(settings.model).is_dir():
+        return _checked(Checkpoint(Path(settings.model), settings.model, "", is_embedded=False))
+    if settings.model.count("/") != 1 or settings.model.startswith((".", "/", "~")):
+        raise ModelUnavailable(f"EMBEDDER_MODEL={settings.model!r} is neither a folder nor a hub id (owner/name)")
+    return _checked(_download(settings.model, settings.revision))
+
+
+def _download(name: str, revision: str) -> Checkpoint:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        wanted = f"{name} at revision {revision}" if revision else name
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ModelUnavailable(
+            f"model {wanted} is not in the local cache and could not be downloaded{offline}: {type(error).__name__}. "
+            "Make the hub reachable, or mount a checkpoint and set EMBEDDER_MODEL to its folder"
+        ) from error
+    return Checkpoint(folder, name, folder.name, is_embedded=False)
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    config = checkpoint.folder / "config.json"
+    if not config.is_file():
+        raise ModelUnavailable(f"{checkpoint.folder} has no config.json: not a checkpoint")
+    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if model_type != "qwen3_vl":
+        raise ModelUnavailable(f"{checkpoint.name} is a {model_type!r} model; only qwen3_vl can be served")
+    return checkpoint

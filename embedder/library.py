@@ -1,0 +1,158 @@
+"""Plain Python values -> vectors: the engine with a real model behind it, for programs and for the service."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from typing import Any, Literal, Self
+
+import numpy as np
+import PIL.Image
+import torch
+from numpy.typing import NDArray
+
+from embedder.checkpoint import find_checkpoint
+from embedder.engine import Embedding, Engine
+from embedder.errors import InvalidRequest, of_item
+from embedder.model.forward import Forward
+from embedder.model.weights import choose_device, load_model
+from embedder.packing import pack
+from embedder.pooling import pool
+from embedder.preprocess import ModelInput, Preprocessor, load_tokenizer, read_vision_config
+from embedder.request import EmbeddingItem, Image, Text, item_from_fields
+from embedder.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+LIMITS = (
+    "max_input_tokens",
+    "max_items_per_request",
+    "max_body_bytes",
+    "max_text_chars",
+    "max_image_bytes",
+    "max_image_pixels",
+    "max_video_frames",
+    "max_queued_tokens",
+    "request_timeout_s",
+)
+
+Item = str | PIL.Image.Image | Mapping[str, Any] | EmbeddingItem
+
+
+class Embedder:
+    """A loaded checkpoint that embeds text, images, clips and mixtures of them.
+
+    `model` is a checkpoint folder or hub id; without one the small model shipped in the package is used. Threads run
+    until `close` or the end of a `with` block. `worker` chooses the GPU where there are several. Other settings are
+    those of `Settings`, by name. Raises `ModelUnavailable`.
+    """
+
+    def __init__(
+        self,
+        model: str = "",
+        *,
+        device: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        settings: Settings | None = None,
+        worker: int = 0,
+        **options: Any,
+    ) -> None:
+        start = time.monotonic()
+        self.settings = settings or Settings(model=str(model or ""), device=device, dtype=dtype, **options)
+        self.checkpoint = find_checkpoint(self.settings)
+        self.device = choose_device(self.settings, worker)
+        weights = load_model(self.checkpoint.folder, _choose_dtype(self.settings, self.device), self.device)
+        vision = read_vision_config(self.checkpoint.folder, self.settings)
+        self.preprocessor = Preprocessor(load_tokenizer(self.checkpoint.folder), vision, self.settings)
+        self.forward = Forward(weights, vision, self.settings.attention)
+        self.engine = Engine(self.preprocessor, self._run_batch, self.forward.hidden_size, self.settings)
+        self._announce(time.monotonic() - start)
+
+    def embed(
+        self, items: Iterable[Item], *, instruction: str | None = None, dimensions: int | None = None
+    ) -> list[NDArray[np.float32]]:
+        """One unit vector for each item, in order, each (dimensions,) float32.
+
+        An item is a text, a PIL image, an `EmbeddingItem`, or a mapping with `text`, `image` (encoded bytes, base64 or
+        PIL), `video` (a list of frames) or `content` (parts in your order), and optionally its own `instruction` and
+        `dimensions`; those given here serve the others. Raises the first faulty item's `EmbedderError`, with its index.
+        """
+        futures: list[Future[Embedding]] = []
+        try:
+            for index, item in enumerate(items):
+                with of_item(index):
+                    futures.append(self.engine.submit(_to_item(item, instruction, dimensions), wait=True))
+            vectors = []
+            for index, future in enumerate(futures):
+                with of_item(index):
+                    vectors.append(future.result().vector)
+        finally:
+            for future in futures:
+                future.cancel()  # those still waiting, after an error
+        return vectors
+
+    def info(self) -> dict[str, Any]:
+        """What is served, for `/info`: model, sizes, limits, device."""
+        vision = self.preprocessor.vision
+        return {
+            "model": self.checkpoint.name,
+            "revision": self.checkpoint.revision,
+            "is_embedded_model": self.checkpoint.is_embedded,
+            "hidden_size": self.forward.hidden_size,
+            "default_instruction": self.settings.default_instruction,
+            "pixels": {"min": vision.min_pixels, "max": vision.max_pixels, "multiple_of": vision.factor},
+            "device": str(self.device),
+            "dtype": str(self.forward.dtype).removeprefix("torch."),
+            "attention": self.forward.attention_name,
+            "limits": {name: getattr(self.settings, name) for name in LIMITS},
+        }
+
+    def close(self) -> None:
+        """Finish what was submitted and end the threads."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run_batch(self, inputs: list[ModelInput]) -> NDArray[np.float32]:
+        batch = pack(inputs, self.preprocessor.vision.merge_size, self.device)
+        return pool(self.forward(batch))
+
+    def _announce(self, seconds: float) -> None:
+        if self.checkpoint.is_embedded:
+            logger.warning(
+                "serving the small model shipped in the package: it knows colours, shapes and emoji drawings, "
+                "and is for trying out. Set EMBEDDER_MODEL=Qwen/Qwen3-VL-Embedding-2B for the real one"
+            )
+        logger.info(
+            "%s loaded in %.1f s: %s, %s, attention %s",
+            self.checkpoint.name,
+            seconds,
+            self.device,
+            self.forward.dtype,
+            self.forward.attention_name,
+        )
+
+
+def _to_item(item: Item, instruction: str | None, dimensions: int | None) -> EmbeddingItem:
+    match item:
+        case EmbeddingItem():
+            return item
+        case str():
+            return EmbeddingItem((Text(item),), instruction, dimensions)
+        case PIL.Image.Image():
+            return EmbeddingItem((Image(item),), instruction, dimensions)
+        case Mapping():
+            return item_from_fields({"instruction": instruction, "dimensions": dimensions, **item})
+    raise InvalidRequest(f"got {type(item).__name__}; allowed: a text, a PIL image, a mapping or an EmbeddingItem")
+
+
+def _choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    if settings.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32

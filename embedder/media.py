@@ -1,0 +1,183 @@
+"""An item's image and video references -> decoded RGB frames, resized, within limits.
+
+Untrusted bytes enter the package here and nowhere else. Everything that the header tells is checked before pixels are
+decoded. No string is opened as a path.
+"""
+
+from __future__ import annotations
+
+import binascii
+import io
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL.Image
+import pybase64
+from numpy.typing import NDArray
+
+from embedder.errors import InvalidMedia, MediaTooLarge
+from embedder.request import Video
+from embedder.settings import Settings
+from embedder.torchvision_shim import declare_torchvision_operators
+
+declare_torchvision_operators()
+
+from qwen_vl_utils.vision_process import MAX_RATIO, smart_resize  # noqa: E402 - after the declaration
+
+if TYPE_CHECKING:
+    from embedder.request import Media
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MIN_SIDE_PIXELS = 2  # a 1-pixel side holds no picture; the model would see one colour enlarged 64 times
+FRAME_MAX_PIXELS = 768 * 32 * 32  # of one video frame; the reference's FRAME_MAX_PIXELS
+VIDEO_MAX_PIXELS = 10 * FRAME_MAX_PIXELS  # of all frames together; the reference's MAX_TOTAL_PIXELS
+
+_SIGNATURES = {
+    b"%PDF": "a PDF document",
+    b"<svg": "an SVG drawing",
+    b"<?xml": "an XML or SVG document",
+    b"<!DO": "an HTML page",
+    b"<htm": "an HTML page",
+    b"PK\x03\x04": "a ZIP archive or office document",
+    b"II*\x00": "a TIFF image",
+    b"MM\x00*": "a TIFF image",
+    b"\x1aE\xdf\xa3": "a Matroska or WebM video",
+}
+
+
+@dataclass(frozen=True)
+class ImageGeometry:
+    """How large pictures become: sides are multiples of `factor`, area between `min_pixels` and `max_pixels`."""
+
+    factor: int
+    min_pixels: int
+    max_pixels: int
+
+
+def resized_size(height: int, width: int, geometry: ImageGeometry) -> tuple[int, int]:
+    """Height and width in pixels that the model sees, keeping the aspect ratio as nearly as the grid allows.
+
+    The reference's `smart_resize`, except that no side falls to zero where `max_pixels` is small and the picture long.
+    Raises `InvalidMedia` for an aspect ratio above 200.
+    """
+    ratio = max(height, width) / min(height, width)
+    if ratio > MAX_RATIO:
+        raise InvalidMedia(
+            f"image of {width}x{height} pixels has an aspect ratio of {ratio:.0f}:1; allowed: up to {MAX_RATIO}:1"
+        )
+    sides = smart_resize(height, width, geometry.factor, geometry.min_pixels, geometry.max_pixels)
+    return max(sides[0], geometry.factor), max(sides[1], geometry.factor)
+
+
+def load_image(source: Media, geometry: ImageGeometry, settings: Settings) -> NDArray[np.uint8]:
+    """One picture -> RGB values, (height, width, 3) uint8, resized for the model.
+
+    EXIF orientation is not applied and of an animation the first frame is taken, both as in the reference.
+    Transparency is laid on white. Raises `InvalidMedia` and `MediaTooLarge`.
+    """
+    image = _open(source, settings)
+    height, width = resized_size(image.height, image.width, geometry)
+    return np.asarray(_decode(image).resize((width, height), PIL.Image.Resampling.BICUBIC))
+
+
+def load_video(video: Video, geometry: ImageGeometry, settings: Settings) -> NDArray[np.uint8]:
+    """A clip -> RGB frames, (num_frames, height, width, 3) uint8: one size for all, an even number of them.
+
+    The last frame is repeated where the number is odd. The frames' area is bounded one by one and together, as in
+    the reference, and from below by the model's own minimum (qwen-vl-utils would enlarge small frames). Raises
+    `InvalidMedia` and `MediaTooLarge`.
+    """
+    if not 1 <= len(video.frames) <= settings.max_video_frames:
+        raise InvalidMedia(f"video of {len(video.frames)} frames; allowed: 1 to {settings.max_video_frames}")
+    images = [_open(frame, settings) for frame in video.frames]
+    images += images[-1:] * (len(images) % 2)
+    max_pixels = min(FRAME_MAX_PIXELS, VIDEO_MAX_PIXELS // len(images) * 2)
+    bounds = ImageGeometry(geometry.factor, geometry.min_pixels, min(max_pixels, geometry.max_pixels))
+    height, width = resized_size(images[0].height, images[0].width, bounds)
+    frames = [_decode(image).resize((width, height), PIL.Image.Resampling.BICUBIC) for image in images]
+    return np.stack([np.asarray(frame) for frame in frames])
+
+
+def _open(source: Media, settings: Settings) -> PIL.Image.Image:
+    """A picture whose header was read and found within limits; its pixels are not decoded yet."""
+    if not isinstance(source, PIL.Image.Image):
+        source = _read_header(_encoded_bytes(source, settings), settings)
+    image = source
+    if min(image.size) < MIN_SIDE_PIXELS:
+        raise InvalidMedia(
+            f"image of {image.width}x{image.height} pixels; allowed: at least {MIN_SIDE_PIXELS} on each side"
+        )
+    if image.width * image.height > settings.max_image_pixels:
+        raise MediaTooLarge(
+            f"image of {image.width}x{image.height} = {image.width * image.height} pixels; "
+            f"allowed: up to {settings.max_image_pixels}"
+        )
+    return image
+
+
+def _encoded_bytes(source: object, settings: Settings) -> bytes:
+    if isinstance(source, bytes):
+        data = source
+    elif isinstance(source, str):
+        data = _from_base64(source, settings)
+    else:
+        raise InvalidMedia(f"image is given as {type(source).__name__}; allowed: base64, bytes or a PIL image")
+    if not data:
+        raise InvalidMedia("image is empty (0 bytes)")
+    if len(data) > settings.max_image_bytes:
+        raise MediaTooLarge(f"image of {len(data)} bytes; allowed: up to {settings.max_image_bytes}")
+    return data
+
+
+def _from_base64(text: str, settings: Settings) -> bytes:
+    """Base64, bare or as a data URI -> bytes. Line breaks are allowed, anything else outside the alphabet is not."""
+    if text.startswith(("http://", "https://")):
+        raise InvalidMedia("image is a URL; fetching URLs is not supported, send base64 or a data URI")
+    if text.startswith("data:"):
+        header, comma, text = text.partition(",")
+        if not comma or not header.endswith(";base64"):
+            raise InvalidMedia(f"image is a data URI that is not base64: {header[:60]!r}")
+    if len(text) // 4 * 3 > settings.max_image_bytes + 2:
+        raise MediaTooLarge(f"image of about {len(text) // 4 * 3} bytes; allowed: up to {settings.max_image_bytes}")
+    try:
+        return pybase64.b64decode("".join(text.split()) if "\n" in text else text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidMedia(f"image is not valid base64 ({error}); starts with {text[:20]!r}") from error
+
+
+def _read_header(data: bytes, settings: Settings) -> PIL.Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # max_image_pixels rules instead
+            return PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+    except PIL.Image.DecompressionBombError as error:
+        raise MediaTooLarge(f"{error}; allowed: up to {settings.max_image_pixels} pixels") from error
+    except PIL.UnidentifiedImageError as error:
+        raise InvalidMedia(f"{_describe(data)}; allowed: {', '.join(FORMATS)}") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise InvalidMedia(f"image header cannot be read: {error}") from error
+
+
+def _describe(data: bytes) -> str:
+    if data[4:8] == b"ftyp":
+        return "the bytes are an MP4 video or HEIF/AVIF image"
+    start = data.lstrip()
+    kind = next((kind for signature, kind in _SIGNATURES.items() if start.startswith(signature)), "not a known image")
+    return f"the bytes are {kind} (they start with {data[:8].hex(' ')})"
+
+
+def _decode(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Decoded RGB. The reference lays RGBA on white; other ways to be transparent get the same here."""
+    try:
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            transparent = image.convert("RGBA")
+            opaque = PIL.Image.new("RGB", image.size, (255, 255, 255))
+            opaque.paste(transparent, mask=transparent.getchannel("A"))
+            return opaque
+        if image.mode.startswith(("I", "F")):  # 16 and 32 bit gray: PIL would clip to 255 instead of scaling
+            image = PIL.Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+        raise InvalidMedia(f"image cannot be decoded: {error}") from error

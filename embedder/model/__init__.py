@@ -1,0 +1,12 @@
+"""PackedBatch -> hidden states: the forward pass of Qwen3-VL over transformers' weights.
+
+weights       checkpoint folder -> transformers' Qwen3VLModel on the device
+positions     coordinates -> rotary angles and the resampled position grid
+attention     one function over packed sequences, three back ends
+vision        patches -> visual tokens and deepstack features
+language      tokens -> the state of each item's last token
+forward       the two in order
+
+The loop over the layers is ours: packed, without padding, KV cache or lm_head, and with the last layer computed only
+where it is read. The oracle of every step is transformers' own forward (tests/test_parity.py).
+"""

@@ -1,0 +1,97 @@
+"""Packed queries, keys, values -> attended values: one function, three back ends.
+
+Every back end takes query (query_tokens, num_heads, head_dim), key and value (tokens, num_kv_heads, head_dim), and
+gives (query_tokens, num_heads, head_dim). `queries` and `keys` say where sequences stand; sequence i of one attends
+sequence i of the other. `causal` is meant for queries and keys of equal lengths.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedder.errors import ModelUnavailable
+from embedder.packing import Sequences
+
+
+class Attention(Protocol):
+    """Signature of a back end."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, *, causal: bool
+    ) -> Tensor: ...
+
+
+def choose_attention(name: str, device: torch.device) -> tuple[str, Attention]:
+    """The back end called `name` for `device`, and its name; `auto` takes the fastest there is."""
+    if name == "auto":
+        has_flash = importlib.util.find_spec("flash_attn") is not None
+        name = ("flash_attn" if has_flash else "varlen") if device.type == "cuda" else "sdpa"
+    if name != "sdpa" and device.type != "cuda":
+        raise ModelUnavailable(f"attention back end {name} needs CUDA; on {device.type} use sdpa")
+    if name == "sdpa" and device.type != "cpu":
+        raise ModelUnavailable("attention back end sdpa serves the CPU; on CUDA use varlen or flash_attn")
+    return name, {"flash_attn": flash_attention, "varlen": varlen_attention, "sdpa": sdpa_attention}[name]
+
+
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, *, causal: bool
+) -> Tensor:
+    """scaled_dot_product_attention, sequences of equal length in one call."""
+    attended = torch.empty_like(query)
+    repeats = query.shape[1] // key.shape[1]
+    for query_index, key_index in zip(queries.groups, keys.groups, strict=True):
+        values = F.scaled_dot_product_attention(
+            query[query_index].transpose(1, 2),  # (num_sequences, num_heads, length, head_dim)
+            key[key_index].transpose(1, 2),
+            value[key_index].transpose(1, 2),
+            is_causal=causal,
+            enable_gqa=repeats > 1,
+        )
+        attended[query_index] = values.transpose(1, 2)
+    return attended
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, *, causal: bool
+) -> Tensor:
+    """The packed kernel of torch itself (CUDA). One split, so that a vector does not depend on its neighbours."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    attended = varlen_attn(
+        query,
+        key,
+        value,
+        queries.cu_seqlens,
+        keys.cu_seqlens,
+        queries.max_seqlen,
+        keys.max_seqlen,
+        window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=query.shape[1] > key.shape[1],
+        num_splits=1,
+    )
+    assert isinstance(attended, Tensor)  # a tuple only where more than the values is asked for
+    return attended
+
+
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, *, causal: bool
+) -> Tensor:
+    """The flash-attn package (CUDA)."""
+    from flash_attn import flash_attn_varlen_func
+
+    attended: Tensor = flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        queries.cu_seqlens,
+        keys.cu_seqlens,
+        queries.max_seqlen,
+        keys.max_seqlen,
+        causal=causal,
+    )
+    return attended

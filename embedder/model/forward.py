@@ -1,0 +1,34 @@
+"""PackedBatch -> the last token's hidden state of each item: vision, then language."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedder.model.attention import choose_attention
+from embedder.model.language import Language
+from embedder.model.vision import Vision
+from embedder.packing import PackedBatch
+from embedder.preprocess import VisionConfig
+
+
+class Forward:
+    """The forward pass of one loaded checkpoint (transformers' Qwen3VLModel) on its device."""
+
+    def __init__(self, model: Any, vision: VisionConfig, attention: str) -> None:
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.hidden_size: int = model.config.text_config.hidden_size
+        self.attention_name, back_end = choose_attention(attention, self.device)
+        self.vision = Vision(model.visual, vision, back_end)
+        self.language = Language(model.language_model, back_end)
+
+    @torch.inference_mode()
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        """(num_items, hidden_size) in the weights' dtype."""
+        if batch.vision is None:
+            return self.language(batch, None, [])
+        visual_tokens, deepstack = self.vision(batch.vision)
+        return self.language(batch, visual_tokens, deepstack)

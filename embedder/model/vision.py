@@ -1,0 +1,76 @@
+"""PackedVision -> visual tokens and their deepstack features: the vision tower, packed over all pictures and clips."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedder.model.attention import Attention
+from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
+from embedder.packing import PackedVision, Sequences
+from embedder.preprocess import VisionConfig
+
+Module = Any  # transformers' modules, whose attributes torch leaves untyped
+
+ROPE_THETA = 10_000.0  # of Qwen3VLVisionRotaryEmbedding in transformers
+
+
+class Vision:
+    """The tower of one checkpoint."""
+
+    def __init__(self, tower: Module, config: VisionConfig, attention: Attention) -> None:
+        self.tower = tower
+        self.attention = attention
+        self.num_heads: int = tower.config.num_heads
+        self.deepstack_layers = list(tower.config.deepstack_visual_indexes)
+        projection = tower.patch_embed.proj
+        weight: Tensor = projection.weight  # (hidden_size, channels, frames, patch, patch)
+        self.bias: Tensor = projection.bias
+        self.video_weight = weight.flatten(1)
+        # a picture is the same frame twice, so its two weights add up: half of the product, and of the pixels to copy
+        self.still_weight = weight.float().sum(2).to(weight.dtype).flatten(1)
+        mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+        self.scale = (1 / (255 * std)).to(weight.device)  # (channels,)
+        self.shift = (-mean / std).to(weight.device)
+
+    def __call__(self, batch: PackedVision) -> tuple[Tensor, list[Tensor]]:
+        """Visual tokens (num_visual_tokens, language hidden_size), and as many again for each deepstack layer."""
+        hidden_states = self._embed_patches(batch)
+        head_dim = hidden_states.shape[1] // self.num_heads
+        cos, sin = vision_rotary(batch.coordinates, head_dim, ROPE_THETA)
+        deepstack = []
+        for index, block in enumerate(self.tower.blocks):
+            hidden_states = hidden_states + self._attend(block, hidden_states, cos, sin, batch.sequences)
+            hidden_states = hidden_states + block.mlp(block.norm2(hidden_states))
+            if index in self.deepstack_layers:
+                merger = self.tower.deepstack_merger_list[self.deepstack_layers.index(index)]
+                deepstack.append(merger(hidden_states))
+        return self.tower.merger(hidden_states), deepstack
+
+    def _embed_patches(self, batch: PackedVision) -> Tensor:
+        """Pixels -> (num_patches, hidden_size), positions added. A matrix product, not the Conv3d of the module."""
+        products = [
+            F.linear(self._normalize(pixels), weight, self.bias)
+            for pixels, weight in ((batch.still_pixels, self.still_weight), (batch.video_pixels, self.video_weight))
+            if len(pixels)
+        ]
+        patches = products[0] if len(products) == 1 else torch.cat(products)
+        positions = interpolate_position_grid(self.tower.pos_embed.weight, batch.coordinates, batch.grid_sizes)
+        return patches + positions.to(patches.dtype)
+
+    def _normalize(self, pixels: Tensor) -> Tensor:
+        """uint8 rows (channel first) -> the weights' dtype, (value / 255 - mean) / std, computed in float32."""
+        values = pixels.view(len(pixels), len(self.scale), -1)
+        return torch.addcmul(self.shift[:, None], values.float(), self.scale[:, None]).flatten(1).to(self.bias.dtype)
+
+    def _attend(self, block: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, sequences: Sequences) -> Tensor:
+        qkv = block.attn.qkv(block.norm1(hidden_states)).view(len(hidden_states), 3, self.num_heads, -1)
+        query, key, value = qkv.unbind(1)
+        query = apply_rotary(query.float(), cos, sin).to(value.dtype)  # in float32, as transformers does
+        key = apply_rotary(key.float(), cos, sin).to(value.dtype)
+        attended = self.attention(query, key, value, sequences, sequences, causal=False)
+        projected: Tensor = block.attn.proj(attended.flatten(1))
+        return projected

@@ -1,0 +1,129 @@
+"""The chosen ModelInputs -> PackedBatch on the device: all sequences in one row, no padding. No policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedder.preprocess import ModelInput, Patches
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Where each sequence stands in a packed row.
+
+    `cu_seqlens`: (num_sequences + 1,) int32, on the device. `groups`: sequences of equal length together, each
+    (num_sequences, length) int64 indices into the row; empty where the device has a kernel for `cu_seqlens`.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    groups: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class PackedVision:
+    """All pictures and clips of a batch, pictures first.
+
+    `still_pixels`: (num_still_patches, channels * patch**2) uint8; `video_pixels`: (num_video_patches, channels *
+    temporal_patch * patch**2) uint8. `coordinates` and `grid_sizes`: (num_patches, 2) row and column of each patch,
+    rows and columns of its grid. `sequences`: one for each picture and for each temporal patch of a clip.
+    `token_index`: (num_visual_tokens,) places in the packed tokens, in patch order.
+    """
+
+    still_pixels: Tensor
+    video_pixels: Tensor
+    coordinates: Tensor
+    grid_sizes: Tensor
+    sequences: Sequences
+    token_index: Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """`input_ids`: (total_tokens,). `position_ids`: (3, total_tokens). `pooled_index`: (num_items,), each item's last
+    token. `pooled`: those tokens as sequences of length one, for the last layer.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    sequences: Sequences
+    pooled_index: Tensor
+    pooled: Sequences
+    vision: PackedVision | None
+
+
+def pack(inputs: Sequence[ModelInput], merge_size: int, device: torch.device) -> PackedBatch:
+    """Lay the items one behind the other and copy them to the device."""
+    lengths = np.array([one.num_tokens for one in inputs])
+    starts = np.cumsum(lengths) - lengths
+    return PackedBatch(
+        input_ids=_to_device(np.concatenate([one.input_ids for one in inputs]), device),
+        position_ids=_to_device(np.concatenate([one.position_ids for one in inputs], axis=1), device),
+        sequences=_sequences(lengths, device),
+        pooled_index=_to_device(starts + lengths - 1, device),
+        pooled=_sequences(np.ones_like(lengths), device, group_by=lengths),
+        vision=_pack_vision(inputs, starts, merge_size, device),
+    )
+
+
+def _pack_vision(
+    inputs: Sequence[ModelInput], starts: NDArray[np.int64], merge_size: int, device: torch.device
+) -> PackedVision | None:
+    pairs: list[tuple[Patches, NDArray[np.int64]]] = []  # patches, and where their tokens stand
+    for model_input, start in zip(inputs, starts, strict=True):
+        sizes = [len(one.pixels) // merge_size**2 for one in model_input.patches]
+        places = np.split(model_input.visual_index + start, np.cumsum(sizes)[:-1])
+        pairs += zip(model_input.patches, places, strict=False)
+    if not pairs:
+        return None
+    pairs.sort(key=lambda pair: pair[0].num_frames)  # stable: pictures first
+    patches = [patches for patches, _ in pairs]
+    lengths = np.concatenate([np.full(t, h * w) for t, h, w in (one.grid_thw for one in patches)])
+    sizes_hw = np.concatenate([np.full((len(one.pixels), 2), one.grid_thw[1:]) for one in patches])
+    return PackedVision(
+        still_pixels=_to_device(_rows([one.pixels for one in patches if one.num_frames == 1]), device),
+        video_pixels=_to_device(_rows([one.pixels for one in patches if one.num_frames > 1]), device),
+        coordinates=_to_device(np.concatenate([_coordinates(one.grid_thw, merge_size) for one in patches]), device),
+        grid_sizes=_to_device(sizes_hw, device),
+        sequences=_sequences(lengths, device),
+        token_index=_to_device(np.concatenate([places for _, places in pairs]), device),
+    )
+
+
+def _rows(pixels: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    return np.concatenate(pixels) if pixels else np.empty((0, 0), np.uint8)
+
+
+@lru_cache(maxsize=1024)
+def _coordinates(grid_thw: tuple[int, int, int], merge_size: int) -> NDArray[np.int64]:
+    """Row and column of each patch of a grid, in the order of `preprocess.patchify`: (t * h * w, 2)."""
+    grid_t, grid_h, grid_w = grid_thw
+    grid = np.indices((grid_h, grid_w)).reshape(2, grid_h // merge_size, merge_size, grid_w // merge_size, merge_size)
+    return np.tile(grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2), (grid_t, 1))
+
+
+def _sequences(
+    lengths: NDArray[np.int64], device: torch.device, group_by: NDArray[np.int64] | None = None
+) -> Sequences:
+    ends = np.cumsum(lengths)
+    cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
+    groups: tuple[Tensor, ...] = ()
+    if device.type == "cpu":
+        starts, keys = ends - lengths, lengths if group_by is None else group_by
+        of_each_length = (np.flatnonzero(keys == key) for key in np.unique(keys))
+        groups = tuple(torch.from_numpy(starts[group, None] + np.arange(lengths[group[0]])) for group in of_each_length)
+    return Sequences(_to_device(cu_seqlens, device), int(lengths.max()), groups)
+
+
+def _to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor

@@ -1,0 +1,275 @@
+"""An item -> ModelInput: token ids, positions, patches, and its cost in tokens. numpy only, safe in many threads.
+
+The tokenizer of the checkpoint decides what follows the prompt (Qwen's appends `<|endoftext|>`), and the vector will
+be the state at the last token, whatever that is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from embedder import media, prompt
+from embedder.errors import InputTooLong, InvalidRequest, ModelUnavailable
+from embedder.media import ImageGeometry
+from embedder.prompt import Pads, Piece, Special, Words
+from embedder.request import EmbeddingItem, Image, Text, Video
+from embedder.settings import Settings
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """What preprocessing must know of the vision tower. `mean` and `std` are of values in 0..1, one per channel."""
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def factor(self) -> int:
+        """Side in pixels of one visual token."""
+        return self.patch_size * self.merge_size
+
+
+@dataclass(frozen=True)
+class Patches:
+    """One picture or clip as patch rows, ordered block by block as the merger wants them.
+
+    `pixels`: (grid_t * grid_h * grid_w, channels * frames * patch_size**2) uint8, `frames` being 1 for a picture
+    (the model sees it twice; that is folded into the weights) and temporal_patch_size for a clip.
+    `grid_thw`: (grid_t, grid_h, grid_w) in patches.
+    """
+
+    pixels: NDArray[np.uint8]
+    grid_thw: tuple[int, int, int]
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One item, ready for the device.
+
+    `input_ids`: (num_tokens,) int64. `position_ids`: (3, num_tokens) int64: time, height, width (M-RoPE).
+    `visual_index`: (num_visual_tokens,) int64, where the visual tokens stand, in the order of `patches`.
+    `num_cut_tokens`: tokens of the caller's text that did not fit. `cost`: what the scheduler counts, in tokens.
+    """
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    visual_index: NDArray[np.int64]
+    patches: tuple[Patches, ...]
+    num_cut_tokens: int
+    cost: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sequence."""
+        return len(self.input_ids)
+
+
+class Preprocessor:
+    """Holds the tokenizer and the geometry of one checkpoint; its calls may run in many threads at once."""
+
+    def __init__(self, tokenizer: Tokenizer, vision: VisionConfig, settings: Settings) -> None:
+        self.vision = vision
+        self.settings = settings
+        self.geometry = ImageGeometry(vision.factor, vision.min_pixels, vision.max_pixels)
+        self._tokenizer = tokenizer
+        self._tail_ids = self._appended_ids()
+        tokenizer.encode_special_tokens = True  # from here on a special token's name in a text is only text
+        self._prefix_ids = lru_cache(maxsize=256)(self._encode_prefix)
+
+    def __call__(self, item: EmbeddingItem) -> ModelInput:
+        """Decode, resize, tokenize. Raises `InvalidRequest` and its kinds."""
+        self._check(item)
+        patches = tuple(self._patches(part) for part in item.parts if not isinstance(part, Text))
+        merge = self.vision.merge_size
+        grids = [(t, h // merge, w // merge) for t, h, w in (one.grid_thw for one in patches)]
+        instruction = prompt.complete_instruction(item.instruction, self.settings.default_instruction)
+        prefix_ids = self._prefix_ids(instruction)
+        pieces = prompt.user_turn(item, grids)
+        encoded, num_cut = self._encode(pieces, self.settings.max_input_tokens - len(prefix_ids) - len(self._tail_ids))
+        runs: list[list[int] | Pads] = [list(prefix_ids), *encoded, list(self._tail_ids)]
+        num_patches = sum(len(one.pixels) for one in patches)
+        model_input = self._model_input(runs)
+        cost = model_input.num_tokens + num_patches // merge**2  # a visual token costs the language and vision towers
+        return replace(model_input, patches=patches, num_cut_tokens=num_cut, cost=cost)
+
+    def _check(self, item: EmbeddingItem) -> None:
+        texts = [part.text for part in item.parts if isinstance(part, Text)]
+        if item.instruction is not None and not isinstance(item.instruction, str):
+            raise InvalidRequest(f"instruction: got {type(item.instruction).__name__}; allowed: a string")
+        for text in (*texts, item.instruction or ""):
+            if len(text) > self.settings.max_text_chars:
+                raise InputTooLong(f"text of {len(text)} characters; allowed: up to {self.settings.max_text_chars}")
+            if not _is_unicode(text):
+                raise InvalidRequest("text holds a lone surrogate, which is not Unicode text")
+        if len(texts) == len(item.parts) and not any(texts):
+            raise InvalidRequest("text is empty; allowed: at least one character")
+
+    def _patches(self, part: Image | Video) -> Patches:
+        if isinstance(part, Image):
+            frames = media.load_image(part.source, self.geometry, self.settings)[None, None]
+        else:
+            video = media.load_video(part, self.geometry, self.settings)
+            frames = video.reshape(-1, self.vision.temporal_patch_size, *video.shape[1:])
+        return patchify(frames, self.vision.patch_size, self.vision.merge_size)
+
+    def _encode_prefix(self, instruction: str) -> tuple[int, ...]:
+        encoded, _ = self._encode(prompt.prefix(instruction), max_tokens=self.settings.max_input_tokens)
+        return tuple(token for run in encoded if isinstance(run, list) for token in run)
+
+    def _encode(self, pieces: Iterable[Piece], max_tokens: int) -> tuple[list[list[int] | Pads], int]:
+        """Pieces -> runs of ids and placeholders, at most `max_tokens`, and how many tokens were cut to get there."""
+        encodings = [self._encode_piece(piece) for piece in pieces]
+        excess = sum(_num_tokens(one) for one in encodings) - max_tokens
+        num_cut = 0
+        runs: list[list[int] | Pads] = []
+        for piece, encoding in reversed(list(zip(pieces, encodings, strict=True))):
+            if not isinstance(encoding, Encoding):
+                runs.append(encoding)
+                continue
+            ids = encoding.ids
+            if excess > num_cut and isinstance(piece, Words):
+                cuttable = [i for i, (s, e) in enumerate(encoding.offsets) if s >= piece.start and e <= piece.end]
+                drop = set(cuttable[max(0, len(cuttable) - (excess - num_cut)) :])
+                ids = [token for i, token in enumerate(ids) if i not in drop]
+                num_cut += len(drop)
+            runs.append(ids)
+        if excess > num_cut:
+            raise InputTooLong(
+                f"{max_tokens + excess} tokens, of which {max_tokens + excess - num_cut} are instruction, template, "
+                f"image or video and may not be cut; allowed: {max_tokens} (max_input_tokens less the instruction)"
+            )
+        return runs[::-1], num_cut
+
+    def _encode_piece(self, piece: Piece) -> Encoding | list[int] | Pads:
+        match piece:
+            case Words():
+                return self._tokenizer.encode(piece.text, add_special_tokens=False)
+            case Special():
+                return [self._token_id(piece.token)]
+            case Pads():
+                return piece
+
+    def _model_input(self, runs: list[list[int] | Pads]) -> ModelInput:
+        """Ids and M-RoPE positions: text counts on all three axes; a picture spans its rows and columns from the
+        position where it starts, and text goes on behind the longer side (transformers' `get_rope_index`).
+        """
+        num_tokens = sum(_num_tokens(run) for run in runs)
+        input_ids = np.empty(num_tokens, np.int64)
+        position_ids = np.empty((3, num_tokens), np.int64)
+        visual_index = []
+        start = position = 0
+        for run in runs:
+            stop = start + _num_tokens(run)
+            if isinstance(run, Pads):
+                input_ids[start:stop] = self._token_id(run.token)
+                grid = np.indices((1, run.rows, run.columns)).reshape(3, -1)
+                position_ids[:, start:stop] = grid + position
+                visual_index.append(np.arange(start, stop))
+                position += max(run.rows, run.columns)
+            else:
+                input_ids[start:stop] = run
+                position_ids[:, start:stop] = np.arange(position, position + len(run))
+                position += len(run)
+            start = stop
+        index = np.concatenate(visual_index) if visual_index else np.empty(0, np.int64)
+        return ModelInput(input_ids, position_ids, index, (), 0, num_tokens)
+
+    def _token_id(self, token: str) -> int:
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise ModelUnavailable(f"the checkpoint's tokenizer does not know {token}: not a Qwen3-VL tokenizer")
+        return token_id
+
+    def _appended_ids(self) -> tuple[int, ...]:
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        if whole[: len(plain)] != plain:
+            raise ModelUnavailable("the checkpoint's tokenizer puts tokens before the text: not a Qwen3-VL tokenizer")
+        return tuple(whole[len(plain) :])
+
+
+def patchify(frames: NDArray[np.uint8], patch_size: int, merge_size: int) -> Patches:
+    """(grid_t, frames, height, width, channels) -> patch rows, in the order of transformers' image processor.
+
+    Rows run over blocks of merge_size**2 neighbours, so that the merger joins consecutive rows; within a row the
+    order is channel, frame, y, x.
+    """
+    grid_t, num_frames, height, width, channels = frames.shape
+    grid_h, grid_w = height // patch_size, width // patch_size
+    blocks = frames.reshape(
+        grid_t,
+        num_frames,
+        grid_h // merge_size,
+        merge_size,
+        patch_size,
+        grid_w // merge_size,
+        merge_size,
+        patch_size,
+        channels,
+    )
+    rows = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    pixels = np.ascontiguousarray(rows).reshape(grid_t * grid_h * grid_w, -1)
+    return Patches(pixels, (grid_t, grid_h, grid_w), num_frames)
+
+
+def read_vision_config(folder: Path, settings: Settings) -> VisionConfig:
+    """Preprocessing as the checkpoint's files say, published values where they are silent.
+
+    `preprocessor_config.json`, or the `image_processor` part of `processor_config.json` that transformers 5 writes;
+    with neither, the values of the published Qwen3-VL-Embedding checkpoints.
+    """
+    model = _read_json(folder / "config.json")["vision_config"]
+    merged = _read_json(folder / "processor_config.json").get("image_processor", {})
+    processor = {**merged, **_read_json(folder / "preprocessor_config.json")}
+    size = {"shortest_edge": 4096, "longest_edge": 1280 * 32 * 32, **(processor.get("size") or {})}
+    return VisionConfig(
+        patch_size=model.get("patch_size", 16),
+        temporal_patch_size=model.get("temporal_patch_size", 2),
+        merge_size=model.get("spatial_merge_size", 2),
+        min_pixels=processor.get("min_pixels") or size["shortest_edge"],
+        max_pixels=settings.max_pixels or processor.get("max_pixels") or size["longest_edge"],
+        mean=tuple(processor.get("image_mean") or (0.5, 0.5, 0.5)),
+        std=tuple(processor.get("image_std") or (0.5, 0.5, 0.5)),
+    )
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The checkpoint's own tokenizer, from `tokenizer.json`."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelUnavailable(f"{folder} has no tokenizer.json")
+    return Tokenizer.from_file(str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _num_tokens(run: Encoding | list[int] | Pads) -> int:
+    return run.rows * run.columns if isinstance(run, Pads) else len(run)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,83 @@
+"""Environment -> Settings: everything an operator may choose, read once and checked at start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "EMBEDDER_"
+
+
+class Settings(BaseSettings):
+    """What an operator may choose. Each field is the environment variable `EMBEDDER_<NAME>`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    model: str = Field("", description="Checkpoint folder or hub id; empty: the small model shipped in the package.")
+    revision: str = Field("", description="Hub revision (branch, tag or commit); empty: the newest.")
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Dtype of the weights; `auto`: bfloat16 on CUDA, float32 on CPU."
+    )
+    attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
+        "auto", description="Attention back end; `auto`: flash_attn if installed, else varlen on CUDA, sdpa on CPU."
+    )
+    default_instruction: str = Field(
+        "Represent the user's input.", min_length=1, description="Instruction of an item that brings none."
+    )
+    max_pixels: int | None = Field(
+        None, ge=4096, description="Pixels an image keeps after resizing; empty: as the checkpoint says."
+    )
+    max_input_tokens: int = Field(8192, ge=64, description="Tokens of one item; longer text is cut.")
+    max_batch_tokens: int = Field(16384, ge=64, description="Tokens (text + visual) that run together.")
+    max_queued_tokens: int = Field(524_288, ge=64, description="Estimated tokens that may wait; more is refused (429).")
+    max_items_per_request: int = Field(512, ge=1, description="Items in one request.")
+    max_body_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes of one request body.")
+    max_text_chars: int = Field(200_000, ge=1, description="Characters of one text, before it is cut to tokens.")
+    max_image_bytes: int = Field(20 * 2**20, ge=64, description="Bytes of one encoded image.")
+    max_image_pixels: int = Field(50_000_000, ge=4096, description="Pixels of one image, checked before decoding.")
+    max_video_frames: int = Field(64, ge=2, description="Frames of one video.")
+    request_timeout_s: float = Field(60.0, gt=0, description="Seconds a request may take in all (504 after that).")
+    preprocess_threads: int = Field(
+        min(16, os.cpu_count() or 1), ge=1, description="Threads that decode, resize and tokenize."
+    )
+    workers: int = Field(
+        1, ge=1, description="Worker processes, each with its own copy of the model; they take the GPUs in turn."
+    )
+    access_log: bool = Field(False, description="One log line per request (BentoML's access log).")
+
+    @model_validator(mode="after")
+    def _one_item_fits_a_batch(self) -> Self:
+        if self.max_input_tokens > self.max_batch_tokens:
+            raise ValueError(
+                f"max_input_tokens ({self.max_input_tokens}) exceeds max_batch_tokens ({self.max_batch_tokens}): "
+                f"an item could wait for ever. Raise {PREFIX}MAX_BATCH_TOKENS or lower {PREFIX}MAX_INPUT_TOKENS."
+            )
+        return self
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Self:
+        """Settings of this process.
+
+        Raises `ValueError` with one line per fault: an unknown `EMBEDDER_` variable, or a value out of range.
+        """
+        names = {f"{PREFIX}{name.upper()}" for name in cls.model_fields}
+        unknown = sorted(name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in names)
+        if unknown:
+            raise ValueError(f"unknown settings: {', '.join(unknown)}; known are: {', '.join(sorted(names))}")
+        try:
+            return cls()  # type: ignore[call-arg]  # from the environment
+        except ValidationError as error:
+            faults = [_fault(dict(fault)) for fault in error.errors()]
+            raise ValueError("; ".join(faults)) from error
+
+
+def _fault(fault: dict[str, object]) -> str:
+    location = fault["loc"]
+    if not isinstance(location, tuple) or not location:
+        return str(fault["msg"])
+    return f"{PREFIX}{str(location[0]).upper()}={fault['input']!r}: {fault['msg']}"
