@@ -1,0 +1,124 @@
+"""The HTTP boundary, around BentoML's app: bodies within a limit in, one shape of error out.
+
+BentoML bounds no body, and answers errors of its own in three shapes, none of them ours (BentoML 1.4.39).
+"""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from embedder.errors import EmbedderError, RequestTooLarge
+from embedder.response import error_body, to_json
+
+_CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_content_type", 503: "not_ready"}
+
+
+class Edge:
+    """ASGI middleware. Reads a request's body whole, counting as it comes, and gives error answers our shape."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        answer = _Answer(send)
+        if scope["method"] in ("POST", "PUT", "PATCH"):
+            try:
+                body = await _read(receive, self.max_body_bytes)
+            except RequestTooLarge as error:
+                await answer.error(413, error)
+                return
+            if body is None:  # the client went away while sending
+                return
+            receive = _replay(body, receive)
+        await self.app(scope, receive, answer.send)
+
+
+class _Answer:
+    """Passes an answer on; one that is an error is held until it is whole, and mended where it is not ours."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message = {}
+        self._body = b""
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if message["status"] < 400:
+                await self._send(message)
+            else:
+                self._start = message
+        elif not self._start:
+            await self._send(message)
+        else:
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self._send_error()
+
+    async def error(self, status: int, error: EmbedderError) -> None:
+        self._start = {"type": "http.response.start", "status": status, "headers": [(b"connection", b"close")]}
+        self._body = error_body(error)
+        await self._send_error()
+
+    async def _send_error(self) -> None:
+        status, body = self._start["status"], self._body
+        if not body.startswith(b'{"error":{'):
+            body = _reshape(status, body)
+        replaced = (b"content-length", b"content-type")
+        headers = [(name, value) for name, value in self._start.get("headers", ()) if name.lower() not in replaced]
+        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def _reshape(status: int, body: bytes) -> bytes:
+    code = _CODES.get(status, "invalid_request" if status < 500 else "internal_error")
+    kind = "invalid_request" if status < 500 else "server_error"
+    return to_json({"error": {"code": code, "message": _message(status, body), "item": None, "type": kind}})
+
+
+def _message(status: int, body: bytes) -> str:
+    """What BentoML's body says: `{"error": .., "detail": [pydantic's errors]}`, `[{"error": ..}]`, or plain text."""
+    try:
+        fields: Any = json.loads(body)
+    except ValueError:
+        return body.decode("utf-8", "replace").strip() or HTTPStatus(status).phrase
+    fields = fields[0] if isinstance(fields, list) and fields else fields
+    if not isinstance(fields, dict):
+        return HTTPStatus(status).phrase
+    faults = [": ".join((*map(str, fault["loc"]), fault["msg"])) for fault in fields.get("detail", ())]
+    return "; ".join(faults) or str(fields.get("error", HTTPStatus(status).phrase))
+
+
+async def _read(receive: Receive, max_bytes: int) -> bytes | None:
+    """The whole body, or None if the client went away. Raises `RequestTooLarge`."""
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > max_bytes:
+            raise RequestTooLarge(f"the body is larger than {max_bytes} bytes; allowed: up to that")
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body once, then what the real one gives (the disconnect)."""
+    pending = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replay

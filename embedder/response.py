@@ -1,0 +1,99 @@
+"""Vectors and usage -> JSON bytes; errors -> the one error body.
+
+Vectors are written by orjson straight from numpy: 0.06 ms for 2048 values against 1.5..2.4 ms through BentoML's own
+serialization (2-core CPU, BentoML 1.4.39, 2026-11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+import pybase64
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+from embedder.engine import Embedding
+from embedder.errors import EmbedderError, EngineFailed, InvalidRequest, ModelUnavailable
+from embedder.request import EmbeddingRequest
+
+Vector = list[float] | str
+
+
+class Usage(BaseModel):
+    """Tokens that were embedded, instruction and template included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(BaseModel):
+    """Answer of `/txt/embed` and `/img/embed`. `embedding` has the shape of `input`."""
+
+    embedding: Vector | list[Vector] = Field(description="Floats, or base64 of little-endian float32; a list of them.")
+    model: str
+    dimensions: int
+    usage: Usage
+    warnings: list[str] | None = Field(None, description="What was cut, item by item; absent if nothing was.")
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, and where."""
+
+    code: str
+    message: str = Field(description="What was got, what is allowed, and which item.")
+    item: int | None = Field(description="Index of the item in the request, if one is at fault.")
+    type: str
+
+
+class ErrorResponse(BaseModel):
+    """Body of every answer that is not 200."""
+
+    error: ErrorBody
+
+
+def embedding_body(request: EmbeddingRequest, embeddings: Sequence[Embedding], model: str, limit: int) -> bytes:
+    """The answer to a request. `limit` is the number of tokens that texts were cut to."""
+    vectors: list[Any] = [one.vector for one in embeddings]
+    if request.encoding_format == "base64":
+        vectors = [to_base64(vector) for vector in vectors]
+    num_tokens = sum(one.num_tokens for one in embeddings)
+    fields: dict[str, Any] = {
+        "embedding": vectors if request.is_list else vectors[0],
+        "model": model,
+        "dimensions": len(embeddings[0].vector),
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+    }
+    cut = [(index, one) for index, one in enumerate(embeddings) if one.num_cut_tokens]
+    if cut:
+        fields["warnings"] = [
+            f"item {index}: got {one.num_tokens + one.num_cut_tokens} tokens; allowed: {limit}; "
+            f"the last {one.num_cut_tokens} of the text were cut"
+            for index, one in cut
+        ]
+    return to_json(fields)
+
+
+def error_body(error: EmbedderError) -> bytes:
+    """The body of an answer that is not 200."""
+    return to_json(
+        {"error": {"code": error.code, "message": str(error), "item": error.item, "type": _error_type(error)}}
+    )
+
+
+def to_base64(vector: NDArray[np.float32]) -> str:
+    """Little-endian float32 in base64."""
+    return pybase64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode("ascii")
+
+
+def to_json(fields: Any) -> bytes:
+    """JSON bytes; numpy arrays become lists."""
+    return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _error_type(error: EmbedderError) -> str:
+    if isinstance(error, InvalidRequest):
+        return "invalid_request"
+    return "server_error" if isinstance(error, EngineFailed | ModelUnavailable) else "unavailable"

@@ -1,0 +1,250 @@
+"""The BentoML service: settings, one engine in each worker, the routes, and which error has which status.
+
+Public routes are a Starlette app mounted on the service: each awaits its items' futures and answers bytes. BentoML's
+own serialization would block the event loop for 2 ms a vector. The adaptive-batching APIs for BentoML clients feed
+the same engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, SupportsIndex
+
+import bentoml
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+import embedder
+from embedder import errors
+from embedder.checkpoint import find_checkpoint
+from embedder.edge import Edge
+from embedder.engine import Embedding, Engine
+from embedder.errors import EmbedderError, of_item
+from embedder.openapi import openapi_document
+from embedder.request import (
+    EXAMPLE_IMAGE,
+    EmbeddingItem,
+    EmbeddingRequest,
+    Image,
+    Text,
+    item_from_fields,
+    parse_image_request,
+    parse_text_request,
+)
+from embedder.response import embedding_body, error_body, to_json
+from embedder.settings import Settings
+
+logger = logging.getLogger("embedder.service")
+
+STATUS: dict[type[EmbedderError], int] = {
+    errors.InvalidRequest: 400,
+    errors.RequestTooLarge: 413,
+    errors.MediaTooLarge: 413,
+    errors.UnsupportedContentType: 415,
+    errors.MediaUnavailable: 424,
+    errors.Overloaded: 429,
+    errors.EngineFailed: 500,
+    errors.ShuttingDown: 503,
+    errors.DeadlineExceeded: 504,
+}
+
+try:
+    SETTINGS = Settings.from_environment()
+except ValueError as error:
+    raise SystemExit(f"the service does not start: {error}") from None
+
+app = Starlette()
+
+
+@bentoml.service(
+    name="qwen3-vl-embedding",
+    workers=SETTINGS.workers,
+    traffic={"timeout": SETTINGS.request_timeout_s + 30},  # ours answers first, in our shape
+    logging={"access": {"enabled": SETTINGS.access_log}},
+    tracing={"excluded_urls": ".*"},  # BentoML's tracing costs 0.2 ms a request, with or without an exporter
+)
+@bentoml.asgi_app(app)
+class Qwen3VLEmbedding:
+    """Text and images in, one vector per item out."""
+
+    @bentoml.on_deployment
+    @staticmethod
+    def find_model() -> None:
+        """Once, before the workers start: the model is there, or the service says why not and does not start."""
+        try:
+            find_checkpoint(SETTINGS)
+        except errors.ModelUnavailable as error:
+            raise SystemExit(f"the service does not start: {error}") from None
+
+    def __init__(self) -> None:
+        worker = (bentoml.server_context.worker_index or 1) - 1
+        self.embedder = embedder.Embedder(settings=SETTINGS, worker=worker)
+        self.is_ready = False
+        app.state.service = self
+
+    @bentoml.on_startup
+    async def warm_up(self) -> None:
+        """Embed something of each kind for real; only then is the service ready."""
+        await _embed([EmbeddingItem((Text("ready?"),)), EmbeddingItem((Image(EXAMPLE_IMAGE),))])
+        self.is_ready = True
+
+    @bentoml.on_shutdown
+    def close(self) -> None:
+        """Finish what was admitted."""
+        self.is_ready = False
+        self.embedder.close()
+
+    def __is_ready__(self) -> bool:
+        return self.is_ready
+
+    # The engine below decides what runs together. BentoML only gathers: a batch is never split (a request's rows stay
+    # in one slice, see `Rows`) and never shed.
+    @bentoml.api(batchable=True, max_batch_size=1_000_000, max_latency_ms=3_600_000)
+    async def embed_texts(self, texts: list[Any]) -> list[list[float]]:
+        """One vector per text. A text is a string, or an object with `text`, `instruction`, `dimensions`."""
+        return await _embed_rows([{"text": row} if isinstance(row, str) else row for row in texts])
+
+    @bentoml.api(batchable=True, max_batch_size=1_000_000, max_latency_ms=3_600_000)
+    async def embed_images(self, images: list[Any]) -> list[list[float]]:
+        """One vector per image. An image is base64, or an object with `image`, `instruction`, `dimensions`."""
+        return await _embed_rows([{"image": row} if isinstance(row, str) else row for row in images])
+
+
+class Rows(list[Any]):
+    """Rows of a batch, each an Embedding or an EmbedderError.
+
+    BentoML cuts it in slices, one a request; a slice is that request's whole answer.
+    """
+
+    def __getitem__(self, key: SupportsIndex | slice) -> Any:
+        rows = super().__getitem__(key)
+        if not isinstance(key, slice):
+            return rows
+        for index, row in enumerate(rows):
+            if isinstance(row, EmbedderError):
+                row.item = index
+                return _error_response(row)
+        return _json_response(to_json([row.vector for row in rows]))
+
+
+async def _embed_rows(rows: Sequence[Any]) -> list[Any]:
+    """Every row its own fate: an Embedding or its error."""
+    return Rows(await asyncio.gather(*map(_embed_row, rows)))
+
+
+async def _embed_row(row: Any) -> Embedding | EmbedderError:
+    try:
+        return await asyncio.wrap_future(_engine().submit(item_from_fields(row)))
+    except EmbedderError as error:
+        return error
+
+
+async def _embed(items: Sequence[EmbeddingItem]) -> list[Embedding]:
+    """Every item's Embedding, in order. Raises the first error in order, with its index, and gives up the others."""
+    futures: list[Future[Embedding]] = []
+    embeddings: list[Embedding] = []
+    try:
+        async with asyncio.timeout(SETTINGS.request_timeout_s):
+            for index, item in enumerate(items):
+                with of_item(index):
+                    futures.append(_engine().submit(item))
+            for index, future in enumerate(futures):
+                with of_item(index):
+                    embeddings.append(await asyncio.wrap_future(future))
+    except TimeoutError as error:
+        raise errors.DeadlineExceeded(f"not done after {SETTINGS.request_timeout_s:g} s, the limit") from error
+    finally:
+        for future in futures:
+            future.cancel()  # those still waiting, after an error or when the caller went away
+    return embeddings
+
+
+def _engine() -> Engine:
+    engine: Engine = app.state.service.embedder.engine
+    return engine
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def _route(path: str, method: str) -> Callable[[Handler], Handler]:
+    """Serve a handler at `path`. What it raises becomes an answer; nothing escapes into BentoML's middlewares."""
+
+    def register(handler: Handler) -> Handler:
+        async def guarded(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except EmbedderError as error:
+                return _error_response(error)
+            except Exception:
+                error_id = uuid.uuid4().hex
+                logger.exception("error %s at %s", error_id, path)
+                return _error_response(EmbedderError(f"internal error {error_id}; the service's log has the reason"))
+
+        app.router.routes.append(Route(path, guarded, methods=[method]))
+        return handler
+
+    return register
+
+
+@_route("/txt/embed", "POST")
+async def embed_text(request: Request) -> Response:
+    return await _answer(parse_text_request(await _json_body(request), SETTINGS))
+
+
+@_route("/img/embed", "POST")
+async def embed_image(request: Request) -> Response:
+    return await _answer(parse_image_request(await _json_body(request), SETTINGS))
+
+
+@_route("/health", "GET")
+async def health(_: Request) -> Response:
+    if not app.state.service.is_ready:
+        raise errors.ShuttingDown("the service is not ready")
+    return _json_response(b'{"status":"ready"}')
+
+
+@_route("/info", "GET")
+async def info(_: Request) -> Response:
+    return _json_response(to_json({**app.state.service.embedder.info(), "version": embedder.__version__}))
+
+
+@_route("/openapi.json", "GET")
+@_route("/docs.json", "GET")
+async def openapi(_: Request) -> Response:
+    return _json_response(to_json(openapi_document(SETTINGS, embedder.__version__)))
+
+
+async def _json_body(request: Request) -> bytes:
+    content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise errors.UnsupportedContentType(f"content type: got {content_type}; allowed: application/json")
+    return await request.body()
+
+
+async def _answer(request: EmbeddingRequest) -> Response:
+    embeddings = await _embed(request.items)
+    name = app.state.service.embedder.checkpoint.name
+    return _json_response(embedding_body(request, embeddings, name, SETTINGS.max_input_tokens))
+
+
+def _json_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(body, status, headers, media_type="application/json")
+
+
+def _error_response(error: EmbedderError) -> Response:
+    status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
+    headers = {"retry-after": str(math.ceil(error.retry_after_s))} if isinstance(error, errors.Overloaded) else None
+    return _json_response(error_body(error), status, headers)
+
+
+Qwen3VLEmbedding.add_asgi_middleware(  # type: ignore[attr-defined]  # the decorator made a BentoML Service of it
+    Edge, max_body_bytes=SETTINGS.max_body_bytes
+)
