@@ -21,7 +21,8 @@ The path of an item, one file a step, in order; a step imports only what stands 
 
 Around it: `checkpoint` finds the model's folder; `engine` owns the queue and the threads; `library` puts a real
 checkpoint behind the engine (`Embedder`); `openapi` describes the HTTP contract and `edge` guards it;
-`random_checkpoint` writes checkpoints for tests and benchmarks.
+`random_checkpoint` writes checkpoints for tests and benchmarks; `torchvision_shim` lets torchvision load beside a CPU
+build of torch.
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ from pathlib import Path
 from embedder.errors import ModelUnavailable
 from embedder.settings import Settings
 
+EMBEDDED = Path(str(importlib.resources.files("embedder") / "default_model"))
+PUBLISHED = "Qwen/Qwen3-VL-Embedding-2B"
+PUBLISHED_REVISION = "9f2f7e710d6d81056aa5c0a4f04764fec6bb7bda"
+
 _FILES = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
 
 
@@ -27,11 +31,15 @@ class Checkpoint:
 def find_checkpoint(settings: Settings) -> Checkpoint:
     """The folder the settings name, downloaded from the hub where it is a hub id.
 
+    Where they name none: the small model shipped in the package, or, in a Bento, which is built without it, the
+    published 2B. A model that was named is never replaced by another one.
+
     Raises `ModelUnavailable` saying what was looked for and what to do.
     """
+    if not settings.model and EMBEDDED.is_dir():
+        return _checked(Checkpoint(EMBEDDED, "embedded", "", is_embedded=True))
     if not settings.model:
-        folder = Path(str(importlib.resources.files("embedder") / "default_model"))
-        return _checked(Checkpoint(folder, "embedded", "", is_embedded=True))
+        return _checked(_download(PUBLISHED, settings.revision or PUBLISHED_REVISION))
     if Path(settings.model).is_dir():
         return _checked(Checkpoint(Path(settings.model), settings.model, "", is_embedded=False))
     if settings.model.count("/") != 1 or settings.model.startswith((".", "/", "~")):
@@ -59,7 +67,11 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
     config = checkpoint.folder / "config.json"
     if not config.is_file():
         raise ModelUnavailable(f"{checkpoint.folder} has no config.json: not a checkpoint")
-    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelUnavailable(f"{config} is not valid JSON: {error}") from error
+    model_type = fields.get("model_type") if isinstance(fields, dict) else None
     if model_type != "qwen3_vl":
         raise ModelUnavailable(f"{checkpoint.name} is a {model_type!r} model; only qwen3_vl can be served")
     return checkpoint

@@ -94,7 +94,8 @@ def load_video(video: Video, geometry: ImageGeometry, settings: Settings) -> NDA
     images = [_open(frame, settings) for frame in video.frames]
     images += images[-1:] * (len(images) % 2)
     max_pixels = min(FRAME_MAX_PIXELS, VIDEO_MAX_PIXELS // len(images) * 2)
-    bounds = ImageGeometry(geometry.factor, geometry.min_pixels, min(max_pixels, geometry.max_pixels))
+    max_pixels = max(min(max_pixels, geometry.max_pixels), geometry.min_pixels)  # thousands of frames
+    bounds = ImageGeometry(geometry.factor, geometry.min_pixels, max_pixels)
     height, width = resized_size(images[0].height, images[0].width, bounds)
     frames = [_decode(image).resize((width, height), PIL.Image.Resampling.BICUBIC) for image in images]
     return np.stack([np.asarray(frame) for frame in frames])
@@ -171,13 +172,21 @@ def _describe(data: bytes) -> str:
 def _decode(image: PIL.Image.Image) -> PIL.Image.Image:
     """Decoded RGB. The reference lays RGBA on white; other ways to be transparent get the same here."""
     try:
+        if image.mode.startswith(("I", "F")):
+            image = _eight_bits(image)
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             transparent = image.convert("RGBA")
             opaque = PIL.Image.new("RGB", image.size, (255, 255, 255))
             opaque.paste(transparent, mask=transparent.getchannel("A"))
             return opaque
-        if image.mode.startswith(("I", "F")):  # 16 and 32 bit gray: PIL would clip to 255 instead of scaling
-            image = PIL.Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         raise InvalidMedia(f"image cannot be decoded: {error}") from error
+
+
+def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """16 and 32 bit gray -> 8 bit. PIL would clip to 255 instead of scaling, and so would its transparency."""
+    values = np.asarray(image, np.float32)
+    if (transparent := image.info.get("transparency")) is not None:
+        values = np.where(values == transparent, 65535, values)
+    return PIL.Image.fromarray((values / 257).clip(0, 255).astype(np.uint8))

@@ -237,12 +237,18 @@ def read_vision_config(folder: Path, settings: Settings) -> VisionConfig:
     merged = _read_json(folder / "processor_config.json").get("image_processor", {})
     processor = {**merged, **_read_json(folder / "preprocessor_config.json")}
     size = {"shortest_edge": 4096, "longest_edge": 1280 * 32 * 32, **(processor.get("size") or {})}
+    min_pixels = processor.get("min_pixels") or size["shortest_edge"]
+    max_pixels = settings.max_pixels or processor.get("max_pixels") or size["longest_edge"]
+    if max_pixels < min_pixels:
+        raise ModelUnavailable(
+            f"max_pixels ({max_pixels}) is below the checkpoint's min_pixels ({min_pixels}); raise EMBEDDER_MAX_PIXELS"
+        )
     return VisionConfig(
         patch_size=model.get("patch_size", 16),
         temporal_patch_size=model.get("temporal_patch_size", 2),
         merge_size=model.get("spatial_merge_size", 2),
-        min_pixels=processor.get("min_pixels") or size["shortest_edge"],
-        max_pixels=settings.max_pixels or processor.get("max_pixels") or size["longest_edge"],
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
         mean=tuple(processor.get("image_mean") or (0.5, 0.5, 0.5)),
         std=tuple(processor.get("image_std") or (0.5, 0.5, 0.5)),
     )

@@ -175,7 +175,8 @@ def _shown(value: object) -> str:
 
 def _kind(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+    names |= {int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
 
 
 def item_from_fields(fields: Mapping[str, Any]) -> EmbeddingItem:
@@ -188,8 +189,7 @@ def item_from_fields(fields: Mapping[str, Any]) -> EmbeddingItem:
     if not isinstance(fields, Mapping):
         raise InvalidRequest(f"got {_shown(fields)}; allowed: a text, or an object with text, image or content")
     known = {"text", "image", "video", "content", "instruction", "dimensions", "normalize"}
-    if unknown := sorted(set(fields) - known):
-        raise InvalidRequest(f"extra fields not permitted: {', '.join(unknown)}")
+    _refuse_unknown(fields, known)
     if "content" in fields:
         if {"text", "image", "video"} & set(fields):
             raise InvalidRequest("give either `content` or `text`/`image`/`video`, not both")
@@ -206,15 +206,22 @@ def item_from_fields(fields: Mapping[str, Any]) -> EmbeddingItem:
     return EmbeddingItem(parts, fields.get("instruction"), fields.get("dimensions"), fields.get("normalize", True))
 
 
+def _refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := sorted(str(name) for name in set(fields) - known):
+        raise InvalidRequest(f"extra fields not permitted: {', '.join(unknown)}")
+
+
 def _part(part: object) -> Part:
-    if isinstance(part, Mapping):
-        match part.get("type"):
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(part, Mapping) and kind in ("text", "image", "video"):
+        _refuse_unknown(part, {"type", kind})
+        match kind:
             case "text":
                 return _text(part.get("text"))
             case "image":
-                return Image(part["image"])
+                return Image(part.get("image"))  # type: ignore[arg-type]  # media says what it may be
             case "video":
-                return _video(part["video"])
+                return _video(part.get("video"))
     raise InvalidRequest(f"a part of `content` has type text, image or video; got {_shown(part)}")
 
 

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from embedder.engine import Embedding
-from embedder.errors import EmbedderError, EngineFailed, InvalidRequest, ModelUnavailable
+from embedder.errors import (
+    DeadlineExceeded,
+    EmbedderError,
+    InvalidRequest,
+    MediaUnavailable,
+    Overloaded,
+    ShuttingDown,
+)
 from embedder.request import EmbeddingRequest
 
 Vector = list[float] | str
@@ -96,4 +103,5 @@ def to_json(fields: Any) -> bytes:
 def _error_type(error: EmbedderError) -> str:
     if isinstance(error, InvalidRequest):
         return "invalid_request"
-    return "server_error" if isinstance(error, EngineFailed | ModelUnavailable) else "unavailable"
+    is_unavailable = isinstance(error, MediaUnavailable | Overloaded | DeadlineExceeded | ShuttingDown)
+    return "unavailable" if is_unavailable else "server_error"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -15,9 +14,12 @@ PREFIX = "EMBEDDER_"
 class Settings(BaseSettings):
     """What an operator may choose. Each field is the environment variable `EMBEDDER_<NAME>`."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
-    model: str = Field("", description="Checkpoint folder or hub id; empty: the small model shipped in the package.")
+    model: str = Field(
+        "",
+        description="Checkpoint folder or hub id; empty: the small model shipped here, in a Bento the published 2B.",
+    )
     revision: str = Field("", description="Hub revision (branch, tag or commit); empty: the newest.")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -60,13 +62,13 @@ class Settings(BaseSettings):
         return self
 
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Self:
+    def from_environment(cls) -> Self:
         """Settings of this process.
 
         Raises `ValueError` with one line per fault: an unknown `EMBEDDER_` variable, or a value out of range.
         """
         names = {f"{PREFIX}{name.upper()}" for name in cls.model_fields}
-        unknown = sorted(name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in names)
+        unknown = sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in names)
         if unknown:
             raise ValueError(f"unknown settings: {', '.join(unknown)}; known are: {', '.join(sorted(names))}")
         try:
@@ -81,3 +83,17 @@ def _fault(fault: dict[str, object]) -> str:
     if not isinstance(location, tuple) or not location:
         return str(fault["msg"])
     return f"{PREFIX}{str(location[0]).upper()}={fault['input']!r}: {fault['msg']}"
+
+
+def settings_table() -> str:
+    """The settings as a Markdown table, for the README: `python -m embedder.settings`."""
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = "cores, at most 16" if name == "preprocess_threads" else field.default
+        shown = f"`{default}`" if default not in ("", None) else "empty"
+        rows.append(f"| `{PREFIX}{name.upper()}` | {shown} | {field.description} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(settings_table())

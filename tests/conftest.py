@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import random
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import httpx
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from embedder import Embedder
 from embedder.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
 
+ROOT = Path(__file__).parents[1]
 TEXTS = list(topics.values())  # the text of Python's own help: English that every installation has
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +86,56 @@ def words(count: int, seed: int = 0) -> str:
     """`count` English words."""
     vocabulary = sorted(set(" ".join(TEXTS[:40]).split()))
     return " ".join(random.Random(seed).choices(vocabulary, k=count))
+
+
+@dataclass
+class Server:
+    """A running service. `log` is the file with all it has printed."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def stop(self) -> int:
+        """SIGTERM; its exit status."""
+        self.process.terminate()
+        return self.process.wait(60)
+
+
+def start_server(folder: Path, *, target: str = ".", cwd: Path = ROOT, **settings: str) -> Server:
+    """`bentoml serve` on a free port, ready, with `EMBEDDER_<NAME>` settings."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
+    environment |= {f"EMBEDDER_{name.upper()}": value for name, value in settings.items()}
+    environment |= {"BENTOML_DO_NOT_TRACK": "True", "PYTHONUNBUFFERED": "1"}
+    log = folder / f"server-{port}.log"
+    bentoml = Path(sys.executable).parent / "bentoml"
+    command = [str(bentoml), "serve", target, "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{server.url}/readyz", timeout=2).status_code == 200:
+                return server
+        time.sleep(0.2)
+    process.kill()
+    raise AssertionError(f"the service did not become ready:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def server(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The service with the same random weights as `embedder`."""
+    server = start_server(tmp_path_factory.mktemp("server"), model=str(random_checkpoint), device="cpu")
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[httpx.Client]:
+    """An HTTP client of the service."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client

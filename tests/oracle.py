@@ -26,9 +26,16 @@ DEFAULT_INSTRUCTION = "Represent the user's input."
 class Oracle:
     """transformers' padded forward over one checkpoint."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, max_pixels: int = 1_310_720) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        max_pixels: int = 1_310_720,
+        processor: Path | None = None,
+    ) -> None:
+        """`processor` is a folder to take the processor from, where `folder` has none."""
         self.model = Qwen3VLModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
-        self.processor = Qwen3VLProcessor.from_pretrained(folder, padding_side="right")
+        self.processor = Qwen3VLProcessor.from_pretrained(processor or folder, padding_side="right")
         self.max_pixels = max_pixels
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from embedder.errors import ModelUnavailable
 from embedder.settings import Settings
@@ -25,6 +26,8 @@ def choose_device(settings: Settings, worker: int = 0) -> torch.device:
         device = torch.device(settings.device)
     except RuntimeError as error:
         raise ModelUnavailable(f"EMBEDDER_DEVICE={settings.device!r}: allowed are auto, cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelUnavailable(f"EMBEDDER_DEVICE={settings.device!r}: allowed are auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise ModelUnavailable(f"EMBEDDER_DEVICE={settings.device!r}, but this machine has {found} GPUs")
@@ -34,14 +37,14 @@ def choose_device(settings: Settings, worker: int = 0) -> torch.device:
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Weights in `dtype` on `device`, for inference (`from_pretrained` leaves the model in eval mode).
 
-    Keys may or may not carry the prefix of the conditional-generation class. Raises `ModelUnavailable` if files are missing or the checkpoint lacks a weight (transformers
-    would go on with random numbers in its place).
+    Keys may or may not carry the prefix of the conditional-generation class. Raises `ModelUnavailable` if files are
+    missing or the checkpoint lacks a weight (transformers would go on with random numbers in its place).
     """
     try:
         loaded: Any = Qwen3VLModel.from_pretrained(
             folder, dtype=dtype, device_map={"": device}, output_loading_info=True, local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last: a file cut short
         raise ModelUnavailable(f"cannot load {folder}: {error}") from error
     model: PreTrainedModel = loaded[0]
     report: dict[str, Any] = loaded[1]

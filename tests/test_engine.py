@@ -1,0 +1,198 @@
+"""The engine with a hand-written model: a row is what its text says, and some texts break things."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from embedder.engine import Engine
+from embedder.errors import EngineFailed, InvalidRequest, Overloaded, ShuttingDown, UnsupportedDimensions
+from embedder.preprocess import ModelInput
+from embedder.request import EmbeddingItem, Text
+from embedder.settings import Settings
+
+HIDDEN_SIZE = 8
+
+
+@dataclass
+class FakeModel:
+    """Counts batches; can be told to wait, to fail on a poisoned item, or to give something that is not a number."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    batches: list[int] = field(default_factory=list)
+
+    def preprocess(self, item: EmbeddingItem) -> ModelInput:
+        (part,) = item.parts
+        assert isinstance(part, Text)
+        if part.text == "malformed":
+            raise InvalidRequest("malformed")
+        if part.text == "bug":
+            raise ZeroDivisionError("a bug in preprocessing")
+        ids = np.frombuffer(part.text.encode(), np.uint8).astype(np.int64)
+        return ModelInput(ids, np.zeros((3, len(ids)), np.int64), np.empty(0, np.int64), (), 0, len(ids))
+
+    def run_batch(self, inputs: list[ModelInput]) -> NDArray[np.float32]:
+        self.gate.wait(timeout=30)
+        self.batches.append(len(inputs))
+        texts = [bytes(one.input_ids.astype(np.uint8)).decode() for one in inputs]
+        if "poison" in texts:
+            raise RuntimeError("secret internals")
+        return np.stack([row(text) for text in texts])
+
+
+def row(text: str) -> NDArray[np.float32]:
+    if text == "infinite":
+        return np.full(HIDDEN_SIZE, np.inf, np.float32)
+    return np.random.default_rng(sum(text.encode())).normal(size=HIDDEN_SIZE).astype(np.float32)
+
+
+def unit(text: str) -> NDArray[np.float32]:
+    return row(text) / np.linalg.norm(row(text))
+
+
+def item(text: str, **options: int) -> EmbeddingItem:
+    return EmbeddingItem((Text(text),), **options)
+
+
+@pytest.fixture
+def model() -> FakeModel:
+    model = FakeModel()
+    model.gate.set()
+    return model
+
+
+@pytest.fixture
+def engine(model: FakeModel) -> Iterator[Engine]:
+    settings = Settings(max_batch_tokens=1024, max_input_tokens=1024, max_queued_tokens=4096)
+    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, settings)
+    yield engine
+    model.gate.set()
+    engine.close()
+
+
+def test_answers_belong_to_their_items(engine: Engine) -> None:
+    texts = [f"text {index}" for index in range(50)]
+    futures = [engine.submit(item(text)) for text in texts]
+    for text, future in zip(texts, futures, strict=True):
+        np.testing.assert_allclose(future.result(10).vector, unit(text), atol=1e-7)
+
+
+def test_items_that_wait_while_the_device_is_busy_run_together(engine: Engine, model: FakeModel) -> None:
+    model.gate.clear()
+    first = engine.submit(item("first"))
+    time.sleep(0.1)  # it is on the device now
+    others = [engine.submit(item(f"text {index}")) for index in range(20)]
+    time.sleep(0.2)
+    model.gate.set()
+    wait([first, *others], timeout=10)
+    assert model.batches == [1, 20]
+
+
+def test_malformed_item_fails_alone(engine: Engine) -> None:
+    good, bad = engine.submit(item("good")), engine.submit(item("malformed"))
+    with pytest.raises(InvalidRequest, match="malformed"):
+        bad.result(10)
+    np.testing.assert_allclose(good.result(10).vector, unit("good"), atol=1e-7)
+
+
+def test_item_that_breaks_the_forward_pass_fails_alone(
+    engine: Engine, model: FakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.gate.clear()
+    held = engine.submit(item("held"))
+    time.sleep(0.1)
+    texts = [f"text {index}" for index in range(20)]
+    futures = {text: engine.submit(item(text)) for text in (*texts[:7], "poison", *texts[7:])}
+    time.sleep(0.2)
+    model.gate.set()
+    with caplog.at_level(logging.ERROR), pytest.raises(EngineFailed) as failure:
+        futures["poison"].result(10)
+    assert "secret" not in str(failure.value)
+    assert "secret internals" in caplog.text
+    for text in texts:
+        np.testing.assert_allclose(futures[text].result(10).vector, unit(text), atol=1e-7)
+    np.testing.assert_allclose(held.result(10).vector, unit("held"), atol=1e-7)
+    np.testing.assert_allclose(engine.submit(item("next")).result(10).vector, unit("next"), atol=1e-7)
+
+
+def test_bug_in_preprocessing_fails_its_item_alone(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR), pytest.raises(EngineFailed, match="log has the reason"):
+        engine.submit(item("bug")).result(10)
+    assert "a bug in preprocessing" in caplog.text
+    assert engine.submit(item("next")).result(10).num_tokens == 4
+
+
+def test_value_that_is_not_finite_is_an_error_never_an_answer(engine: Engine) -> None:
+    with pytest.raises(EngineFailed, match="not finite"):
+        engine.submit(item("infinite")).result(10)
+
+
+def test_cancelled_item_does_not_shift_results(engine: Engine, model: FakeModel) -> None:
+    model.gate.clear()
+    held = engine.submit(item("held"))
+    time.sleep(0.1)
+    futures = [engine.submit(item(f"text {index}")) for index in range(5)]
+    time.sleep(0.2)
+    assert futures[2].cancel()
+    model.gate.set()
+    for index in (0, 1, 3, 4):
+        np.testing.assert_allclose(futures[index].result(10).vector, unit(f"text {index}"), atol=1e-7)
+    held.result(10)
+    assert model.batches == [1, 4]
+
+
+def test_unsupported_dimensions_are_refused_before_any_work(engine: Engine, model: FakeModel) -> None:
+    with pytest.raises(UnsupportedDimensions, match=r"got 9; allowed: a whole number from 8 to 8"):
+        engine.submit(item("text", dimensions=9))
+    assert model.batches == []
+
+
+def test_full_queue_refuses_with_a_time_to_come_back(engine: Engine, model: FakeModel) -> None:
+    model.gate.clear()
+    long = "x" * 1000  # 280 estimated tokens of the 4096
+    futures = [engine.submit(item(long)) for _ in range(14)]
+    with pytest.raises(Overloaded, match=r"3920 tokens wait; allowed: up to 4096") as refusal:
+        engine.submit(item(long))
+    assert refusal.value.retry_after_s >= 1
+    model.gate.set()
+    wait(futures, timeout=10)
+    assert engine.pending_tokens == 0
+    assert engine.submit(item("next")).result(10).num_tokens == 4
+
+
+def test_waiting_submit_goes_on_when_there_is_room(engine: Engine, model: FakeModel) -> None:
+    model.gate.clear()
+    futures = [engine.submit(item("x" * 1000)) for _ in range(14)]
+    threading.Timer(0.2, model.gate.set).start()
+    futures.append(engine.submit(item("x" * 1000), wait=True))
+    assert all(future.result(10).num_tokens == 1000 for future in futures)
+
+
+def test_failed_and_cancelled_items_free_their_place(engine: Engine, model: FakeModel) -> None:
+    model.gate.clear()
+    futures = [engine.submit(item(text)) for text in ("malformed", "bug", "infinite", "poison", "good", "cancelled")]
+    futures[-1].cancel()
+    model.gate.set()
+    wait(futures, timeout=10)
+    engine.submit(item("last")).result(10)
+    assert engine.pending_tokens == 0
+
+
+def test_close_finishes_what_was_admitted_and_refuses_the_rest(model: FakeModel) -> None:
+    model.gate.clear()
+    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, Settings())
+    futures = [engine.submit(item(f"text {index}")) for index in range(10)]
+    threading.Timer(0.2, model.gate.set).start()
+    engine.close()
+    assert all(future.done() for future in futures)
+    assert [future.result().num_tokens for future in futures] == [6] * 10
+    with pytest.raises(ShuttingDown):
+        engine.submit(item("late"))
