@@ -1,0 +1,64 @@
+"""`bentoml build` gives a versioned Bento that serves from anywhere, and the published model unless told otherwise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from embedder.checkpoint import PUBLISHED
+from tests.conftest import ROOT, start_server
+
+BENTOML = str(Path(sys.executable).parent / "bentoml")
+
+
+@pytest.fixture(scope="module")
+def bento_tag(tmp_path_factory: pytest.TempPathFactory) -> str:
+    home = tmp_path_factory.mktemp("bentoml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BENTOML_HOME", str(home))
+        subprocess.run([BENTOML, "build", "--output", "tag"], cwd=ROOT, check=True, capture_output=True)
+        folders = [folder for folder in (home / "bentos" / "qwen3-vl-embedding").iterdir() if folder.is_dir()]
+    assert len(folders) == 1
+    return f"{home}|qwen3-vl-embedding:{folders[0].name}"
+
+
+def test_bento_serves_from_another_folder(bento_tag: str, random_checkpoint: Path, tmp_path: Path) -> None:
+    home, tag = bento_tag.split("|")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BENTOML_HOME", home)
+        server = start_server(tmp_path, target=tag, cwd=tmp_path, model=str(random_checkpoint))
+    answer = httpx.post(f"{server.url}/txt/embed", json={"input": "red"})
+    assert answer.json()["dimensions"] == 192
+    assert server.stop() == 0
+
+
+def test_bento_without_its_model_does_not_start_and_says_why(bento_tag: str, tmp_path: Path) -> None:
+    home, tag = bento_tag.split("|")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
+    environment |= {"BENTOML_HOME": home, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [BENTOML, "serve", tag, "--port", "0"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode != 0
+    output = run.stdout + run.stderr
+    assert f"the service does not start: model {PUBLISHED} at revision" in output
+    assert "set EMBEDDER_MODEL to its folder" in output
+    assert "Traceback" not in output
+
+
+def test_bento_leaves_the_small_model_out(bento_tag: str) -> None:
+    home, tag = bento_tag.split("|")
+    sources = Path(home) / "bentos" / tag.replace(":", "/") / "src"
+    assert (sources / "embedder" / "engine.py").is_file()
+    assert not (sources / "embedder" / "default_model").exists()
+    assert sum(path.stat().st_size for path in sources.rglob("*")) < 1_000_000

@@ -1,0 +1,313 @@
+"""The running service, over HTTP, with random weights: the contract, the errors, and crowds with broken items in them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import bentoml
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from embedder import Embedder
+from tests.conftest import Server, encoded, picture, start_server, words
+
+SAME = 1e-6  # float32, one content on two routes or in two batches
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+PNG = b64(encoded(picture(70, 50)))
+
+
+def vector(response: httpx.Response) -> NDArray[np.float32]:
+    assert response.status_code == 200, response.text
+    return np.array(response.json()["embedding"], np.float32)
+
+
+def error(response: httpx.Response) -> dict[str, Any]:
+    body = response.json()
+    assert list(body) == ["error"]
+    assert sorted(body["error"]) == ["code", "item", "message", "type"]
+    fields: dict[str, Any] = body["error"]
+    return fields
+
+
+def test_text_answers_a_unit_vector_and_what_it_is(client: httpx.Client, embedder: Embedder) -> None:
+    body = client.post("/txt/embed", json={"input": "red"}).json()
+    assert np.linalg.norm(body["embedding"]) == pytest.approx(1, abs=1e-6)
+    assert body["dimensions"] == len(body["embedding"]) == 192
+    assert body["model"] == embedder.checkpoint.name
+    tokens = embedder.preprocessor(item_of("red")).num_tokens
+    assert body["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+def item_of(text: str) -> Any:
+    from embedder.request import EmbeddingItem, Text
+
+    return EmbeddingItem((Text(text),))
+
+
+def test_text_is_the_same_on_every_way_in(client: httpx.Client, server: Server, embedder: Embedder) -> None:
+    expected = embedder.embed(["red"])[0]
+    with bentoml.SyncHTTPClient(server.url) as bento:
+        ways = [
+            vector(client.post("/txt/embed", json={"input": "red"})),
+            vector(client.post("/txt/embed", json={"input": ["green", "red"]}))[1],
+            vector(client.post("/txt/embed", json={"inputs": ["red"]}))[0],
+            vector(client.post("/txt/embed", json={"content": "red"})),
+            np.array(bento.embed_texts(texts=["green", "red"])[1], np.float32),
+            np.array(bento.embed_texts(texts=[{"text": "red"}])[0], np.float32),
+        ]
+    assert max(np.abs(way - expected).max() for way in ways) <= SAME
+
+
+def test_image_is_the_same_on_every_way_in(client: httpx.Client, server: Server, embedder: Embedder) -> None:
+    expected = embedder.embed([{"image": PNG}])[0]
+    other = b64(encoded(picture(40, 40, 1)))
+    with bentoml.SyncHTTPClient(server.url) as bento:
+        ways = [
+            vector(client.post("/img/embed", json={"input": PNG})),
+            vector(client.post("/img/embed", json={"input": f"data:image/png;base64,{PNG}"})),
+            vector(client.post("/img/embed", json={"inputs": [other, PNG]}))[1],
+            np.array(bento.embed_images(images=[other, PNG])[1], np.float32),
+        ]
+    assert max(np.abs(way - expected).max() for way in ways) <= SAME
+
+
+def test_async_bentoml_client_batches_across_calls(server: Server, embedder: Embedder) -> None:
+    texts = [words(1 + index % 9, index) for index in range(32)]
+
+    async def embed_all() -> list[Any]:
+        async with bentoml.AsyncHTTPClient(server.url) as bento:
+            return await asyncio.gather(*(bento.embed_texts(texts=[text]) for text in texts))
+
+    answers = [np.array(rows[0], np.float32) for rows in asyncio.run(embed_all())]
+    for answer, expected in zip(answers, embedder.embed(texts), strict=True):
+        assert np.abs(answer - expected).max() <= SAME
+
+
+def test_options_are_honoured_on_both_routes(client: httpx.Client, embedder: Embedder) -> None:
+    options = {"instruction": "Find it", "dim": 64}
+    text = vector(client.post("/txt/embed", json={"input": "red", **options}))
+    image = vector(client.post("/img/embed", json={"input": PNG, **options}))
+    expected = embedder.embed(["red", {"image": PNG}], instruction="Find it", dimensions=64)
+    assert np.abs(text - expected[0]).max() <= SAME
+    assert np.abs(image - expected[1]).max() <= SAME
+
+
+def test_without_normalize_the_length_is_the_models(client: httpx.Client) -> None:
+    whole = vector(client.post("/txt/embed", json={"input": "red"}))
+    raw = vector(client.post("/txt/embed", json={"input": "red", "normalize": False}))
+    assert np.linalg.norm(raw) != pytest.approx(1, abs=1e-2)
+    assert np.abs(raw / np.linalg.norm(raw) - whole).max() <= SAME
+
+
+def test_base64_holds_the_same_floats(client: httpx.Client) -> None:
+    whole = vector(client.post("/txt/embed", json={"input": ["red"]}))[0]
+    body = client.post("/txt/embed", json={"input": ["red"], "encoding_format": "base64"}).json()
+    assert np.abs(np.frombuffer(base64.b64decode(body["embedding"][0]), "<f4") - whole).max() <= SAME
+
+
+def test_long_text_is_cut_and_the_answer_says_so(client: httpx.Client) -> None:
+    body = client.post("/txt/embed", json={"input": "a sentence. " * 8500}).json()  # 102 kB
+    assert body["usage"]["prompt_tokens"] == 8192
+    assert body["warnings"][0].startswith("item 0: got ")
+    assert "allowed: 8192" in body["warnings"][0]
+
+
+BAD_REQUESTS: dict[str, tuple[str, Any, int, str, str]] = {
+    "dimensions 0": ("/txt/embed", {"input": "a", "dimensions": 0}, 400, "unsupported_dimensions", "got 0; allowed: a whole number from 64 to 192"),
+    "dimensions 5000": ("/txt/embed", {"input": "a", "dimensions": 5000}, 400, "unsupported_dimensions", "got 5000; allowed: a whole number from 64 to 192"),
+    "dimensions of letters": ("/txt/embed", {"input": "a", "dimensions": "many"}, 400, "unsupported_dimensions", "got 'many'; allowed: a whole number from 64 to 192"),
+    "dimensions NaN": ("/txt/embed", b'{"input": "a", "dimensions": NaN}', 400, "invalid_request", "not valid JSON"),
+    "empty list": ("/txt/embed", {"input": []}, 400, "invalid_request", "got an empty list; allowed: at least one"),
+    "too many items": ("/txt/embed", {"input": ["a"] * 513}, 413, "request_too_large", "got 513 items; allowed: 1 to 512"),
+    "empty text": ("/txt/embed", {"input": ""}, 400, "invalid_request", "text is empty; allowed: at least one character"),
+    "number for text": ("/txt/embed", {"input": 5}, 400, "invalid_request", "got 5 (a number); allowed: a string or a list of strings"),
+    "number in the list": ("/txt/embed", {"input": ["a", 5]}, 400, "invalid_request", "input[1]: got 5 (a number)"),
+    "misspelt field": ("/txt/embed", {"input": "a", "instrction": "x"}, 400, "invalid_request", "extra fields not permitted: instrction"),
+    "no input": ("/txt/embed", {}, 400, "invalid_request", "input: missing"),
+    "not JSON": ("/txt/embed", b"red", 400, "invalid_request", "not valid JSON"),
+    "JSON list": ("/txt/embed", b'["red"]', 400, "invalid_request", "must be a JSON object, got a list"),
+    "huge text": ("/txt/embed", {"input": "x" * 200_001}, 400, "input_too_long", "200001 characters; allowed: up to 200000"),
+    "1x1 image": ("/img/embed", {"input": b64(encoded(picture(1, 1)))}, 400, "invalid_media", "1x1 pixels; allowed: at least 2"),
+    "1:500 image": ("/img/embed", {"input": b64(encoded(picture(4, 2000)))}, 400, "invalid_media", "aspect ratio of 500:1; allowed: up to 200:1"),
+    "not base64": ("/img/embed", {"input": "it's red"}, 400, "invalid_media", "not valid base64"),
+    "a path": ("/img/embed", {"input": "/etc/hostname"}, 400, "invalid_media", "not valid base64"),
+    "a URL": ("/img/embed", {"input": "https://example.com/a.png"}, 400, "invalid_media", "URL"),
+    "truncated PNG": ("/img/embed", {"input": b64(encoded(picture(99, 99))[:-300])}, 400, "invalid_media", "truncated"),
+    "empty image": ("/img/embed", {"input": ""}, 400, "invalid_media", "image is empty"),
+    "a PDF": ("/img/embed", {"input": b64(b"%PDF-1.7 and so on")}, 400, "invalid_media", "PDF document"),
+    "batch row of a wrong type": ("/embed_texts", {"texts": ["a", 5]}, 400, "invalid_request", "item 1: got 5 (a number)"),
+    "batch row empty": ("/embed_texts", {"texts": ["a", ""]}, 400, "invalid_request", "item 1: text is empty"),
+    "batch not a list": ("/embed_texts", {"texts": "a"}, 400, "invalid_request", "texts: Input should be a valid array"),
+    "batch image broken": ("/embed_images", {"images": [PNG, "!"]}, 400, "invalid_media", "item 1: image is not valid base64"),
+    "unknown route": ("/text/embed", {"input": "a"}, 404, "not_found", "Not Found"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_wrong_request_is_told_what_was_got_and_what_is_allowed(name: str, client: httpx.Client) -> None:
+    path, body, status, code, message = BAD_REQUESTS[name]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = client.post(path, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    assert error(response)["code"] == code
+    assert message in error(response)["message"]
+
+
+def test_get_on_a_post_route_is_405_in_our_shape(client: httpx.Client) -> None:
+    response = client.get("/txt/embed")
+    assert response.status_code == 405
+    assert error(response)["code"] == "method_not_allowed"
+
+
+def test_form_body_is_415_and_pickle_is_not_read(client: httpx.Client) -> None:
+    for path, content_type in (
+        ("/txt/embed", "application/x-www-form-urlencoded"),
+        ("/txt/embed", "application/vnd.bentoml+pickle"),
+        ("/embed_texts", "application/vnd.bentoml+pickle"),
+    ):
+        response = client.post(path, content=b"input=red", headers={"content-type": content_type})
+        assert response.status_code == 415, (path, content_type)
+        assert error(response)["code"] == "unsupported_content_type"
+
+
+def test_body_over_the_limit_is_413_even_without_a_content_length(random_checkpoint: Path, tmp_path: Path) -> None:
+    server = start_server(tmp_path, model=str(random_checkpoint), max_body_bytes="20000")
+    try:
+        for path in ("/txt/embed", "/embed_texts"):
+            for content in (b"x" * 30_000, (b"x" * 1000 for _ in range(30))):  # the second is sent in chunks
+                response = httpx.post(f"{server.url}{path}", content=content)
+                assert response.status_code == 413
+                assert "larger than 20000 bytes" in error(response)["message"]
+        assert httpx.post(f"{server.url}/txt/embed", json={"input": "red"}).status_code == 200
+    finally:
+        assert server.stop() == 0
+
+
+def test_full_queue_is_429_with_a_time_to_come_back(random_checkpoint: Path, tmp_path: Path) -> None:
+    server = start_server(tmp_path, model=str(random_checkpoint), max_queued_tokens="2000")
+    try:
+        response = httpx.post(f"{server.url}/txt/embed", json={"input": [words(300, seed) for seed in range(60)]})
+        assert response.status_code == 429
+        assert int(response.headers["retry-after"]) >= 1
+        assert error(response)["code"] == "overloaded"
+        time.sleep(1)
+        assert httpx.post(f"{server.url}/txt/embed", json={"input": "red"}).status_code == 200
+    finally:
+        assert server.stop() == 0
+
+
+def test_200_concurrent_requests_of_which_5_are_broken(server: Server, embedder: Embedder) -> None:
+    broken: dict[int, tuple[dict[str, Any], str]] = {
+        20: ({"input": "not base64!"}, "not valid base64"),
+        60: ({"input": b64(encoded(picture(120, 90))[:-200])}, "truncated"),
+        100: ({"input": ""}, "image is empty"),
+        140: ({"input": b64(b"%PDF-1.4 and so on")}, "PDF document"),
+        180: ({"input": {"image": PNG}}, "allowed: a string or a list of strings"),
+    }
+    texts = {index: words(1 + index % 40, index) for index in range(0, 200, 2) if index not in broken}
+    images = {index: b64(encoded(picture(32 + index, 64, index))) for index in range(1, 200, 2)}
+
+    async def send(client: httpx.AsyncClient, index: int) -> httpx.Response:
+        if index in broken:
+            return await client.post("/img/embed", json=broken[index][0])
+        if index in texts:
+            return await client.post("/txt/embed", json={"input": texts[index]})
+        return await client.post("/img/embed", json={"input": images[index]})
+
+    async def send_all() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+            return await asyncio.gather(*(send(client, index) for index in range(200)))
+
+    responses = asyncio.run(send_all())
+    expected = dict(zip(texts, embedder.embed(list(texts.values())), strict=True))
+    expected |= dict(zip(images, embedder.embed([{"image": image} for image in images.values()]), strict=True))
+    assert len(expected) == 195
+    for index, response in enumerate(responses):
+        if index in broken:
+            assert response.status_code == 400
+            assert broken[index][1] in error(response)["message"]
+        else:
+            assert np.abs(vector(response) - expected[index]).max() <= SAME
+    assert httpx.post(f"{server.url}/txt/embed", json={"input": "next"}).status_code == 200
+
+
+def test_bad_row_fails_its_own_batching_call_alone(server: Server, embedder: Embedder) -> None:
+    async def call_all() -> list[Any]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            bodies = [{"texts": [f"text {index}", "" if index in (2, 5) else "other"]} for index in range(8)]
+            return await asyncio.gather(*(client.post("/embed_texts", json=body) for body in bodies))
+
+    responses = asyncio.run(call_all())
+    for index, response in enumerate(responses):
+        if index in (2, 5):
+            assert response.status_code == 400
+            assert error(response)["item"] == 1
+        else:
+            expected = embedder.embed([f"text {index}", "other"])
+            assert np.abs(np.array(response.json(), np.float32) - np.stack(expected)).max() <= SAME
+
+
+def test_bentoml_client_is_told_what_was_wrong(server: Server) -> None:
+    with bentoml.SyncHTTPClient(server.url) as bento, pytest.raises(bentoml.exceptions.BentoMLException) as failure:
+        bento.embed_images(images=["!"])
+    assert "not valid base64" in str(failure.value)
+
+
+def test_probes_and_info(client: httpx.Client, random_checkpoint: Path) -> None:
+    assert client.get("/livez").status_code == 200
+    assert client.get("/readyz").status_code == 200
+    assert client.get("/health").json() == {"status": "ready"}
+    assert "bentoml_service_request_total" in client.get("/metrics").text
+    info = client.get("/info").json()
+    assert info["model"] == str(random_checkpoint)
+    assert info["is_embedded_model"] is False
+    assert info["pixels"] == {"min": 4096, "max": 1_310_720, "multiple_of": 32}
+    assert info["hidden_size"] == 192
+    assert info["device"] == "cpu"
+
+
+def test_openapi_tells_the_benchmarks_client_that_lists_are_accepted(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    for path in ("/txt/embed", "/img/embed"):
+        schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        name = schema["$ref"].rpartition("/")[2]
+        options = document["components"]["schemas"][name]["properties"]["input"]["anyOf"]
+        assert [option["maxItems"] for option in options if option["type"] == "array"] == [512]
+    assert client.get("/docs.json").json() == document
+
+
+def test_log_has_no_contents_of_requests_and_no_tracebacks(server: Server, client: httpx.Client) -> None:
+    client.post("/txt/embed", json={"input": ["a very secret text", 5]})
+    client.post("/embed_texts", json={"texts": "another secret text"})
+    client.post("/embed_texts", content=b"a third secret text")
+    log = server.log.read_text()
+    assert "secret" not in log
+    assert "Traceback" not in log
+
+
+def test_unknown_setting_stops_the_start_with_one_line(random_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as failure:
+        start_server(tmp_path, model=str(random_checkpoint), max_itmes="5")
+    assert "the service does not start: unknown settings: EMBEDDER_MAX_ITMES" in str(failure.value)
+    assert "Traceback" not in str(failure.value)
+
+
+def test_missing_model_stops_the_start_with_one_line(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as failure:
+        start_server(tmp_path, model="./no-such-folder")
+    assert "the service does not start: EMBEDDER_MODEL='./no-such-folder' is neither a folder" in str(failure.value)
+    assert "Traceback" not in str(failure.value)
