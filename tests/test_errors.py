@@ -1,0 +1,81 @@
+"""The tree of errors, what each carries, and who is told which item it was."""
+
+from __future__ import annotations
+
+import pytest
+
+from embedder import errors
+from embedder.errors import (
+    DeadlineExceeded,
+    EmbedderError,
+    EngineFailed,
+    InvalidMedia,
+    InvalidRequest,
+    MediaUnavailable,
+    ModelUnavailable,
+    Overloaded,
+    ShuttingDown,
+    of_item,
+)
+
+CLASSES = {
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, EmbedderError)
+}
+
+
+def test_docstring_draws_the_tree_as_it_is() -> None:
+    drawn: dict[str, str] = {}
+    ancestors: list[str] = []
+    for line in (errors.__doc__ or "").split("\n\n", 1)[1].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 4
+        name = line.split()[0]
+        ancestors[depth:] = [name]
+        drawn[name] = ancestors[depth - 1] if depth else "Exception"
+    assert drawn == {name: kind.__base__.__name__ for name, kind in CLASSES.items() if kind.__base__}
+
+
+def test_every_class_has_a_code_of_its_own() -> None:
+    codes = [kind.code for kind in CLASSES.values()]
+    assert len(set(codes)) == len(codes)
+
+
+def test_message_names_the_item_once_it_is_known() -> None:
+    error = InvalidMedia("image is empty")
+    assert str(error) == "image is empty"
+    error.item = 0  # the first, which is falsy
+    assert str(error) == "item 0: image is empty"
+    assert error.message == "image is empty"
+
+
+def test_item_may_be_given_at_once() -> None:
+    assert str(InvalidRequest("no", item=3)) == "item 3: no"
+
+
+def test_overloaded_carries_the_time_to_come_back() -> None:
+    error = Overloaded("full", retry_after_s=2.5, item=1)
+    assert (error.retry_after_s, error.item) == (2.5, 1)
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("x"), InvalidMedia("x"), MediaUnavailable("x"), EngineFailed("x")])
+def test_fault_of_an_item_gets_its_index(error: EmbedderError) -> None:
+    with pytest.raises(type(error)) as caught, of_item(7):
+        raise error
+    assert caught.value is error
+    assert error.item == 7
+
+
+@pytest.mark.parametrize(
+    "error", [Overloaded("x", retry_after_s=1), ShuttingDown("x"), DeadlineExceeded("x"), ModelUnavailable("x")]
+)
+def test_no_item_is_blamed_for_the_services_state(error: EmbedderError) -> None:
+    with pytest.raises(type(error)), of_item(7):
+        raise error
+    assert error.item is None
+
+
+def test_foreign_errors_and_results_pass_of_item_unchanged() -> None:
+    with of_item(0):
+        value = 1
+    assert value == 1
+    with pytest.raises(ZeroDivisionError), of_item(0):
+        value //= 0

@@ -1,0 +1,276 @@
+"""The parts of the forward pass against transformers' own, and a naive attention. The whole: test_parity.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.models.qwen3_vl import modeling_qwen3_vl as reference
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+from embedder.errors import ModelUnavailable
+from embedder.model.attention import choose_attention, sdpa_attention
+from embedder.model.forward import Forward
+from embedder.model.positions import apply_rotary, interpolate_position_grid, rotate_half, vision_rotary
+from embedder.model.vision import ROPE_THETA
+from embedder.model.weights import choose_device, load_model
+from embedder.packing import Sequences, pack
+from embedder.preprocess import Preprocessor, load_tokenizer, read_vision_config
+from embedder.request import EmbeddingItem, Image, Text, Video
+from embedder.settings import Settings
+from tests.conftest import picture, words
+
+CPU = torch.device("cpu")
+GRIDS = torch.tensor([[1, 2, 2], [1, 4, 62], [3, 6, 4], [1, 48, 48], [1, 80, 2]])  # time, height, width in patches
+
+
+@pytest.fixture(scope="module")
+def model(random_checkpoint: Path) -> Any:
+    return load_model(random_checkpoint, torch.float32, CPU)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Positions
+
+
+def test_vision_rotary_is_transformers(model: Any) -> None:
+    coordinates = get_vision_position_ids(GRIDS, 2)
+    tower = model.visual
+    head_dim = tower.config.hidden_size // tower.config.num_heads
+    cos, sin = vision_rotary(coordinates, head_dim, ROPE_THETA)
+    expected = tower.rotary_pos_emb(torch.empty(0), coordinates)
+    # rows reach 80, where one float32 rounding of the angle is 4e-6
+    assert torch.allclose(cos, expected[0], rtol=0, atol=1e-5)
+    assert torch.allclose(sin, expected[1], rtol=0, atol=1e-5)
+
+
+def test_rotation_is_transformers_in_both_towers() -> None:
+    states, cos, sin = randn(7, 3, 8), randn(7, 8, seed=1), randn(7, 8, seed=2)
+    ours = apply_rotary(states, cos, sin)
+    vision, _ = reference.apply_rotary_pos_emb_vision(states, states, cos, sin)
+    text, _ = reference.apply_rotary_pos_emb(states[None], states[None], cos[None], sin[None], unsqueeze_dim=2)
+    assert torch.equal(ours, vision)
+    assert torch.equal(ours, text[0])
+    assert rotate_half(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [-3, -4, 1, 2]
+
+
+@pytest.mark.parametrize("side", [8, 24, 48])
+def test_position_grid_is_resampled_as_in_transformers(side: int) -> None:
+    table = randn(side * side, 5)
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        GRIDS, side, mode="bilinear", align_corners=True, spatial_merge_size=2
+    )
+    expected = (table[indices] * weights[:, :, None]).sum(1)
+    sizes = torch.cat([grid[1:].expand(int(grid.prod()), 2) for grid in GRIDS])
+    resampled = interpolate_position_grid(table, get_vision_position_ids(GRIDS, 2), sizes)
+    assert torch.allclose(resampled, expected, rtol=0, atol=1e-4)  # a place up to 47 rounds by 4e-6, values reach 4
+
+
+def test_position_grid_of_its_own_size_is_itself() -> None:
+    table = randn(64, 5)
+    coordinates = torch.cartesian_prod(torch.arange(8), torch.arange(8))
+    resampled = interpolate_position_grid(table, coordinates, torch.full((64, 2), 8))
+    assert torch.allclose(resampled, table, rtol=0, atol=1e-5)
+
+
+# Attention
+
+
+def sequences(lengths: list[int], group_by: list[int] | None = None) -> Sequences:
+    """As `packing` makes them, written without it."""
+    ends = np.cumsum(lengths).tolist()
+    starts = [0, *ends[:-1]]
+    keys = group_by or lengths
+    groups = []
+    for key in sorted(set(keys)):
+        rows = [list(range(starts[i], ends[i])) for i, one in enumerate(keys) if one == key]
+        groups.append(torch.tensor(rows))
+    return Sequences(torch.tensor([0, *ends], dtype=torch.int32), max(lengths), tuple(groups))
+
+
+def naive_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_lengths: list[int], key_lengths: list[int], causal: bool
+) -> Tensor:
+    """One softmax for each sequence, head and query token, in float64."""
+    query, key, value = query.double(), key.double(), value.double()
+    num_heads, head_dim = query.shape[1:]
+    repeats = num_heads // key.shape[1]
+    attended = torch.empty_like(query)
+    query_start = key_start = 0
+    for query_length, key_length in zip(query_lengths, key_lengths, strict=True):
+        for head in range(num_heads):
+            for place in range(query_length):
+                stop = key_start + (place + 1 if causal else key_length)
+                keys, values = (one[key_start:stop, head // repeats] for one in (key, value))
+                weights = torch.softmax(keys @ query[query_start + place, head] / math.sqrt(head_dim), dim=0)
+                attended[query_start + place, head] = weights @ values
+        query_start += query_length
+        key_start += key_length
+    return attended
+
+
+LENGTHS = [5, 1, 9, 5, 2, 9, 5]
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_ragged_attention_is_a_softmax_per_sequence(num_heads: int, num_kv_heads: int, causal: bool) -> None:
+    total = sum(LENGTHS)
+    query, key, value = randn(total, num_heads, 8), randn(total, num_kv_heads, 8, seed=1), randn(total, num_kv_heads, 8)
+    where = sequences(LENGTHS)
+    attended = sdpa_attention(query, key, value, where, where, causal=causal)
+    expected = naive_attention(query, key, value, LENGTHS, LENGTHS, causal)
+    assert (attended - expected).abs().max() < 1e-5
+
+
+def test_pooled_token_attends_its_whole_sequence() -> None:
+    query, key, value = randn(len(LENGTHS), 6, 8), randn(sum(LENGTHS), 2, 8, seed=1), randn(sum(LENGTHS), 2, 8, seed=2)
+    ones = [1] * len(LENGTHS)
+    attended = sdpa_attention(query, key, value, sequences(ones, group_by=LENGTHS), sequences(LENGTHS), causal=False)
+    assert (attended - naive_attention(query, key, value, ones, LENGTHS, causal=False)).abs().max() < 1e-5
+
+
+def test_pooled_last_token_is_the_last_row_of_causal_attention() -> None:
+    query, key, value = randn(sum(LENGTHS), 4, 8), randn(sum(LENGTHS), 2, 8, seed=1), randn(sum(LENGTHS), 2, 8, seed=2)
+    where = sequences(LENGTHS)
+    last = (torch.tensor(LENGTHS).cumsum(0) - 1).tolist()
+    whole = sdpa_attention(query, key, value, where, where, causal=True)[last]
+    pooled = sequences([1] * len(LENGTHS), group_by=LENGTHS)
+    alone = sdpa_attention(query[last], key, value, pooled, where, causal=False)
+    assert (whole - alone).abs().max() < 1e-5
+
+
+def test_cpu_takes_sdpa() -> None:
+    assert choose_attention("auto", CPU) == choose_attention("sdpa", CPU) == ("sdpa", sdpa_attention)
+
+
+@pytest.mark.parametrize("name", ["varlen", "flash_attn"])
+def test_cuda_back_ends_are_refused_on_the_cpu(name: str) -> None:
+    with pytest.raises(ModelUnavailable, match=f"^attention back end {name} needs CUDA; on cpu use sdpa$"):
+        choose_attention(name, CPU)
+
+
+def test_sdpa_is_refused_on_cuda() -> None:
+    with pytest.raises(ModelUnavailable, match="sdpa serves the CPU; on CUDA use varlen or flash_attn"):
+        choose_attention("sdpa", torch.device("cuda"))
+
+
+def test_cuda_takes_a_packed_kernel_without_asking() -> None:
+    assert choose_attention("auto", torch.device("cuda"))[0] in ("varlen", "flash_attn")
+
+
+# The whole, step by step
+
+
+@pytest.fixture(scope="module")
+def preprocessor(random_checkpoint: Path) -> Preprocessor:
+    settings = Settings()
+    return Preprocessor(load_tokenizer(random_checkpoint), read_vision_config(random_checkpoint, settings), settings)
+
+
+def test_packed_vision_tower_is_transformers(model: Any, preprocessor: Preprocessor) -> None:
+    """Normalisation folded into the patch embedding, a picture's two frames into one, clips behind pictures."""
+    items = [
+        EmbeddingItem((Video((picture(64, 96, 1), picture(64, 96, 2), picture(64, 96, 3))), Text("clip"))),
+        EmbeddingItem((Image(picture(100, 70, 4)), Image(picture(64, 64, 5)))),
+    ]
+    inputs = [preprocessor(item) for item in items]
+    packed = pack(inputs, 2, CPU).vision
+    assert packed is not None
+    forward = Forward(model, preprocessor.vision, "sdpa")
+    with torch.inference_mode():
+        tokens, deepstack = forward.vision(packed)
+        ordered = [*inputs[1].patches, *inputs[0].patches]  # pictures first
+        pixels = [one.pixels.reshape(-1, 3, one.num_frames, 256).repeat(2 // one.num_frames, 2) for one in ordered]
+        normalised = (torch.from_numpy(np.concatenate(pixels)).flatten(1).float() / 255 - 0.5) / 0.5
+        expected = model.visual(normalised, grid_thw=torch.tensor([one.grid_thw for one in ordered]))
+    assert torch.allclose(tokens, expected.pooler_output, rtol=0, atol=1e-5 * float(tokens.abs().max()))
+    assert len(deepstack) == len(expected.deepstack_features) == 2
+    for one, other in zip(deepstack, expected.deepstack_features, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-5 * float(one.abs().max()))
+
+
+def test_state_of_the_last_token_is_transformers(model: Any, preprocessor: Preprocessor) -> None:
+    inputs = [preprocessor(EmbeddingItem((Text(words(count, count)),))) for count in (1, 30, 7, 30)]
+    with torch.inference_mode():
+        rows = Forward(model, preprocessor.vision, "sdpa")(pack(inputs, 2, CPU))
+        for row, one in zip(rows, inputs, strict=True):
+            states = model(input_ids=torch.from_numpy(one.input_ids)[None]).last_hidden_state
+            assert torch.allclose(row, states[0, -1], rtol=0, atol=1e-5 * float(row.abs().max()))
+
+
+# Weights
+
+
+@pytest.fixture
+def damaged(random_checkpoint: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Tensor]], Any]], Path]:
+    """A copy of the checkpoint with its weights changed."""
+
+    def damage(change: Callable[[dict[str, Tensor]], Any]) -> Path:
+        for path in random_checkpoint.iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        weights = load_file(tmp_path / "model.safetensors")
+        change(weights)
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        return tmp_path
+
+    return damage
+
+
+@pytest.mark.parametrize("name", ["visual.merger.norm.weight", "language_model.layers.0.self_attn.q_norm.weight"])
+def test_missing_weight_stops_the_start_by_name(name: str, damaged: Any) -> None:
+    folder = damaged(lambda weights: weights.pop(f"model.{name}"))
+    with pytest.raises(ModelUnavailable, match=f"lacks 1 weights, e.g. {name}$"):
+        load_model(folder, torch.float32, CPU)
+
+
+def test_weight_of_another_shape_stops_the_start(damaged: Any) -> None:
+    folder = damaged(lambda weights: weights.update({"model.visual.merger.norm.weight": torch.ones(3)}))
+    with pytest.raises(ModelUnavailable, match=r"^cannot load "):
+        load_model(folder, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("length", [None, 0, 5000])
+def test_weights_that_are_missing_or_cut_short_stop_the_start(length: int | None, damaged: Any) -> None:
+    folder = damaged(lambda weights: None)
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    if length is not None:
+        (folder / "model.safetensors").write_bytes(data[:length])
+    with pytest.raises(ModelUnavailable, match=r"^cannot load "):
+        load_model(folder, torch.float32, CPU)
+
+
+def test_weights_have_the_dtype_asked_for_and_learn_nothing(random_checkpoint: Path) -> None:
+    model = load_model(random_checkpoint, torch.bfloat16, CPU)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert not any(weight.requires_grad for weight in model.parameters())
+    assert not model.training
+
+
+@pytest.mark.parametrize("device", ["nonsense", "mps", "meta", "cuda:x"])
+def test_device_that_is_no_device_is_refused(device: str) -> None:
+    with pytest.raises(ModelUnavailable) as caught:
+        choose_device(Settings(device=device))
+    assert str(caught.value) == f"EMBEDDER_DEVICE={device!r}: allowed are auto, cpu, cuda, cuda:N"
+
+
+def test_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ModelUnavailable, match=rf"'cuda:99', but this machine has {torch.cuda.device_count()} GPUs$"):
+        choose_device(Settings(device="cuda:99"))
+
+
+def test_device_is_the_one_named_or_the_one_there_is() -> None:
+    assert choose_device(Settings(device="cpu")) == CPU
+    expected = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+    assert choose_device(Settings(device="auto"), worker=0) == expected

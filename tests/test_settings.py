@@ -1,0 +1,113 @@
+"""Settings: every default holds, every fault is told at the start, nothing changes afterwards."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from pydantic import ValidationError
+
+from embedder.settings import PREFIX, Settings
+
+FIELDS = Settings.model_fields
+MINIMA = {
+    name: field["minimum"]
+    for name, field in Settings.model_json_schema()["properties"].items()
+    if "minimum" in field and field["type"] == "integer"
+}
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.upper().startswith(PREFIX):
+            monkeypatch.delenv(name)
+
+
+def test_empty_environment_gives_the_defaults() -> None:
+    settings = Settings.from_environment()
+    assert settings.model_dump() == {name: field.default for name, field in FIELDS.items()}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_default_is_a_value_that_may_be_given(name: str) -> None:
+    default = FIELDS[name].default
+    assert getattr(Settings(**{name: default}), name) == default
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_field_says_what_it_is(name: str) -> None:
+    assert str(FIELDS[name].description).endswith(".")
+
+
+def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"device": "cpu", "dtype": "float32", "attention": "sdpa", "model": "m", "revision": "r"}
+    given |= {"default_instruction": "Find.", "access_log": "true", "request_timeout_s": "1.5"}
+    for name in FIELDS:
+        monkeypatch.setenv(f"{PREFIX}{name.upper()}", given.setdefault(name, "4096"))
+    settings = Settings.from_environment().model_dump()
+    typed = {"access_log": True, "request_timeout_s": 1.5}
+    assert settings == {name: typed.get(name, 4096 if value == "4096" else value) for name, value in given.items()}
+
+
+def test_unknown_variable_is_named_beside_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDER_MAX_PIXEL", "1")
+    monkeypatch.setenv("EMBEDDER_ZZZ", "1")
+    with pytest.raises(ValueError, match=r"^unknown settings: EMBEDDER_MAX_PIXEL, EMBEDDER_ZZZ; known are: ") as caught:
+        Settings.from_environment()
+    assert all(f"{PREFIX}{name.upper()}" in str(caught.value) for name in FIELDS)
+
+
+def test_unknown_option_is_refused() -> None:
+    with pytest.raises(ValidationError, match="max_pixel\n"):
+        Settings(max_pixel=4096)  # type: ignore[call-arg]  # the misspelling under test
+
+
+def test_item_larger_than_a_batch_is_refused_with_both_values_and_both_ways_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("EMBEDDER_MAX_INPUT_TOKENS", "2000")
+    monkeypatch.setenv("EMBEDDER_MAX_BATCH_TOKENS", "1999")
+    with pytest.raises(ValueError, match="exceeds") as caught:
+        Settings.from_environment()
+    for needed in ("2000", "1999", "Raise EMBEDDER_MAX_BATCH_TOKENS", "lower EMBEDDER_MAX_INPUT_TOKENS"):
+        assert needed in str(caught.value)
+
+
+def test_item_as_large_as_a_batch_is_allowed() -> None:
+    assert Settings(max_input_tokens=2000, max_batch_tokens=2000).max_batch_tokens == 2000
+
+
+@pytest.mark.parametrize(("name", "minimum"), MINIMA.items())
+def test_value_below_the_least_is_refused_by_name(name: str, minimum: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    variable = f"{PREFIX}{name.upper()}"
+    monkeypatch.setenv(variable, str(minimum - 1))
+    with pytest.raises(ValueError, match=f"^{variable}='{minimum - 1}': .* greater than or equal to {minimum}$"):
+        Settings.from_environment()
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
+def test_timeout_is_a_positive_number(seconds: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDER_REQUEST_TIMEOUT_S", seconds)
+    with pytest.raises(ValueError, match=f"^EMBEDDER_REQUEST_TIMEOUT_S='{seconds}': .* greater than 0"):
+        Settings.from_environment()
+
+
+def test_all_faults_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDER_DTYPE", "int8")
+    monkeypatch.setenv("EMBEDDER_WORKERS", "many")
+    with pytest.raises(ValueError, match=r"EMBEDDER_DTYPE='int8': .*; EMBEDDER_WORKERS='many': ") as caught:
+        Settings.from_environment()
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_variable_means_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in FIELDS:  # as `EMBEDDER_MAX_PIXELS=` in a compose file; the descriptions say what empty means
+        monkeypatch.setenv(f"{PREFIX}{name.upper()}", "")
+    assert Settings.from_environment() == Settings()
+
+
+def test_nothing_changes_after_the_start() -> None:
+    settings = Settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.workers = 2  # type: ignore[misc]  # the assignment under test
