@@ -28,9 +28,10 @@ import embedder
 from embedder import errors
 from embedder.checkpoint import find_checkpoint
 from embedder.edge import Edge
-from embedder.engine import Embedding, Engine
+from embedder.engine import Engine
 from embedder.errors import EmbedderError, of_item
 from embedder.openapi import openapi_document
+from embedder.postprocess import Embedding
 from embedder.request import (
     EXAMPLE_IMAGE,
     EmbeddingItem,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.errors import EmbedderError, EngineFailed, Overloaded, ShuttingDown
-from embedder.postprocess import check_dimensions, finish_vector
+from embedder.postprocess import Embedding, check_dimensions, finish_vector
 from embedder.preprocess import ModelInput
 from embedder.request import EmbeddingItem, Image, Text, Video
 from embedder.scheduler import Scheduler
@@ -28,15 +28,6 @@ logger = logging.getLogger(__name__)
 
 Preprocess = Callable[[EmbeddingItem], ModelInput]
 RunBatch = Callable[[list[ModelInput]], NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """One answer. `vector`: (dimensions,) float32. `num_tokens` were embedded, `num_cut_tokens` did not fit."""
-
-    vector: NDArray[np.float32]
-    num_tokens: int
-    num_cut_tokens: int
 
 
 @dataclass(frozen=True)
@@ -84,7 +75,11 @@ class Engine:
         self._admit(estimate, wait)
         future: Future[Embedding] = Future()
         future.add_done_callback(lambda _: self._release(estimate))
-        self._pool.submit(self._prepare, item, future, time.monotonic())
+        try:
+            self._pool.submit(self._prepare, item, future, time.monotonic())
+        except RuntimeError as error:  # `close` came between
+            future.cancel()
+            raise ShuttingDown("the service is shutting down") from error
         return future
 
     def close(self) -> None:
@@ -150,6 +145,7 @@ class Engine:
         start = time.monotonic()
         try:
             rows = self._run_batch([job.model_input for job in jobs])
+            assert rows.shape == (len(jobs), self.hidden_size)
         except Exception as error:
             if len(jobs) == 1:
                 logger.exception("the forward pass failed for one item of %d tokens", jobs[0].model_input.num_tokens)

@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from embedder.checkpoint import find_checkpoint
-from embedder.engine import Embedding, Engine
+from embedder.engine import Engine
 from embedder.errors import InvalidRequest, of_item
 from embedder.model.forward import Forward
 from embedder.model.weights import choose_device, load_model
 from embedder.packing import pack
 from embedder.pooling import pool
+from embedder.postprocess import Embedding
 from embedder.preprocess import ModelInput, Preprocessor, load_tokenizer, read_vision_config
 from embedder.request import EmbeddingItem, Image, Text, item_from_fields
 from embedder.settings import Settings
@@ -120,8 +121,10 @@ class Embedder:
         self.close()
 
     def _run_batch(self, inputs: list[ModelInput]) -> NDArray[np.float32]:
-        batch = pack(inputs, self.preprocessor.vision.merge_size, self.device)
-        return pool(self.forward(batch))
+        order = sorted(range(len(inputs)), key=lambda index: inputs[index].num_tokens)
+        batch = pack([inputs[index] for index in order], self.preprocessor.vision.merge_size, self.device)
+        rows = pool(self.forward(batch))
+        return rows[np.argsort(order)]
 
     def _announce(self, seconds: float) -> None:
         if self.checkpoint.is_embedded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -15,16 +16,30 @@ from embedder.preprocess import ModelInput, Patches
 
 
 @dataclass(frozen=True)
+class Run:
+    """`count` sequences of `length` tokens each, one behind the other from `start`."""
+
+    start: int
+    count: int
+    length: int
+
+    def of(self, row: Tensor) -> Tensor:
+        """Its part of a packed row, as a view: (total_tokens, ..) -> (count, length, ..)."""
+        part = row[self.start : self.start + self.count * self.length]
+        return part.view(self.count, self.length, *row.shape[1:])
+
+
+@dataclass(frozen=True)
 class Sequences:
     """Where each sequence stands in a packed row.
 
-    `cu_seqlens`: (num_sequences + 1,) int32, on the device. `groups`: sequences of equal length together, each
-    (num_sequences, length) int64 indices into the row; empty where the device has a kernel for `cu_seqlens`.
+    `cu_seqlens`: (num_sequences + 1,) int32, on the device. `runs`: the same as neighbours of equal length, for the
+    CPU, which has no kernel for `cu_seqlens`.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
-    groups: tuple[Tensor, ...]
+    runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True)
@@ -60,7 +75,10 @@ class PackedBatch:
 
 
 def pack(inputs: Sequence[ModelInput], merge_size: int, device: torch.device) -> PackedBatch:
-    """Lay the items one behind the other and copy them to the device."""
+    """Lay the items one behind the other and copy them to the device.
+
+    Sorted by length they make fewer and longer runs, which attention on the CPU likes.
+    """
     lengths = np.array([one.num_tokens for one in inputs])
     starts = np.cumsum(lengths) - lengths
     return PackedBatch(
@@ -68,7 +86,7 @@ def pack(inputs: Sequence[ModelInput], merge_size: int, device: torch.device) ->
         position_ids=_to_device(np.concatenate([one.position_ids for one in inputs], axis=1), device),
         sequences=_sequences(lengths, device),
         pooled_index=_to_device(starts + lengths - 1, device),
-        pooled=_sequences(np.ones_like(lengths), device, group_by=lengths),
+        pooled=_sequences(np.ones_like(lengths), device, counts=[run.count for run in _runs(lengths)]),
         vision=_pack_vision(inputs, starts, merge_size, device),
     )
 
@@ -83,7 +101,8 @@ def _pack_vision(
         pairs += zip(model_input.patches, places, strict=False)
     if not pairs:
         return None
-    pairs.sort(key=lambda pair: pair[0].num_frames)  # stable: pictures first
+    # pictures before clips; and grids of one size side by side
+    pairs.sort(key=lambda pair: (pair[0].num_frames, pair[0].grid_thw[1] * pair[0].grid_thw[2]))
     patches = [patches for patches, _ in pairs]
     lengths = np.concatenate([np.full(t, h * w) for t, h, w in (one.grid_thw for one in patches)])
     sizes_hw = np.concatenate([np.full((len(one.pixels), 2), one.grid_thw[1:]) for one in patches])
@@ -109,17 +128,21 @@ def _coordinates(grid_thw: tuple[int, int, int], merge_size: int) -> NDArray[np.
     return np.tile(grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2), (grid_t, 1))
 
 
-def _sequences(
-    lengths: NDArray[np.int64], device: torch.device, group_by: NDArray[np.int64] | None = None
-) -> Sequences:
-    ends = np.cumsum(lengths)
-    cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
-    groups: tuple[Tensor, ...] = ()
-    if device.type == "cpu":
-        starts, keys = ends - lengths, lengths if group_by is None else group_by
-        of_each_length = (np.flatnonzero(keys == key) for key in np.unique(keys))
-        groups = tuple(torch.from_numpy(starts[group, None] + np.arange(lengths[group[0]])) for group in of_each_length)
-    return Sequences(_to_device(cu_seqlens, device), int(lengths.max()), groups)
+def _sequences(lengths: NDArray[np.int64], device: torch.device, counts: Sequence[int] | None = None) -> Sequences:
+    """`counts` cuts the runs as those of other sequences were cut, which these are paired with."""
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return Sequences(_to_device(cu_seqlens, device), int(lengths.max()), _runs(lengths, counts))
+
+
+def _runs(lengths: NDArray[np.int64], counts: Sequence[int] | None = None) -> tuple[Run, ...]:
+    """Neighbours of equal length, together."""
+    runs: list[Run] = []
+    start = first = 0
+    for count in counts or [len(list(equal)) for _, equal in groupby(lengths.tolist())]:
+        runs.append(Run(start, count, int(lengths[first])))
+        start += count * runs[-1].length
+        first += count
+    return tuple(runs)
 
 
 def _to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:

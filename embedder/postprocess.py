@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from embedder.errors import EngineFailed, UnsupportedDimensions
 
 MIN_DIMENSIONS = 64  # the smallest Matryoshka size the checkpoints were trained for (model card)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """One answer. `vector`: (dimensions,) float32. `num_tokens` were embedded, `num_cut_tokens` did not fit."""
+
+    vector: NDArray[np.float32]
+    num_tokens: int
+    num_cut_tokens: int
 
 
 def check_dimensions(dimensions: int | None, hidden_size: int) -> None:

@@ -15,7 +15,6 @@ import pybase64
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from embedder.engine import Embedding
 from embedder.errors import (
     DeadlineExceeded,
     EmbedderError,
@@ -24,6 +23,7 @@ from embedder.errors import (
     Overloaded,
     ShuttingDown,
 )
+from embedder.postprocess import Embedding
 from embedder.request import EmbeddingRequest
 
 Vector = list[float] | str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from embedder.model.forward import Forward
 from embedder.model.positions import apply_rotary, interpolate_position_grid, rotate_half, vision_rotary
 from embedder.model.vision import ROPE_THETA
 from embedder.model.weights import choose_device, load_model
-from embedder.packing import Sequences, pack
+from embedder.packing import Run, Sequences, pack
 from embedder.preprocess import Preprocessor, load_tokenizer, read_vision_config
 from embedder.request import EmbeddingItem, Image, Text, Video
 from embedder.settings import Settings
@@ -86,16 +87,17 @@ def test_position_grid_of_its_own_size_is_itself() -> None:
 # Attention
 
 
-def sequences(lengths: list[int], group_by: list[int] | None = None) -> Sequences:
-    """As `packing` makes them, written without it."""
+def sequences(lengths: list[int], paired_with: list[int] | None = None) -> Sequences:
+    """As `packing` makes them, written without it: runs of equal length, cut as those of `paired_with`."""
     ends = np.cumsum(lengths).tolist()
-    starts = [0, *ends[:-1]]
-    keys = group_by or lengths
-    groups = []
-    for key in sorted(set(keys)):
-        rows = [list(range(starts[i], ends[i])) for i, one in enumerate(keys) if one == key]
-        groups.append(torch.tensor(rows))
-    return Sequences(torch.tensor([0, *ends], dtype=torch.int32), max(lengths), tuple(groups))
+    keys = paired_with or lengths
+    runs: list[Run] = []
+    for index, (start, length) in enumerate(zip([0, *ends[:-1]], lengths, strict=True)):
+        if index and keys[index] == keys[index - 1]:
+            runs[-1] = replace(runs[-1], count=runs[-1].count + 1)
+        else:
+            runs.append(Run(start, 1, length))
+    return Sequences(torch.tensor([0, *ends], dtype=torch.int32), max(lengths), tuple(runs))
 
 
 def naive_attention(
@@ -119,7 +121,7 @@ def naive_attention(
     return attended
 
 
-LENGTHS = [5, 1, 9, 5, 2, 9, 5]
+LENGTHS = [5, 5, 1, 9, 9, 9, 5, 2]
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (4, 1)])
@@ -136,7 +138,7 @@ def test_ragged_attention_is_a_softmax_per_sequence(num_heads: int, num_kv_heads
 def test_pooled_token_attends_its_whole_sequence() -> None:
     query, key, value = randn(len(LENGTHS), 6, 8), randn(sum(LENGTHS), 2, 8, seed=1), randn(sum(LENGTHS), 2, 8, seed=2)
     ones = [1] * len(LENGTHS)
-    attended = sdpa_attention(query, key, value, sequences(ones, group_by=LENGTHS), sequences(LENGTHS), causal=False)
+    attended = sdpa_attention(query, key, value, sequences(ones, paired_with=LENGTHS), sequences(LENGTHS), causal=False)
     assert (attended - naive_attention(query, key, value, ones, LENGTHS, causal=False)).abs().max() < 1e-5
 
 
@@ -145,7 +147,7 @@ def test_pooled_last_token_is_the_last_row_of_causal_attention() -> None:
     where = sequences(LENGTHS)
     last = (torch.tensor(LENGTHS).cumsum(0) - 1).tolist()
     whole = sdpa_attention(query, key, value, where, where, causal=True)[last]
-    pooled = sequences([1] * len(LENGTHS), group_by=LENGTHS)
+    pooled = sequences([1] * len(LENGTHS), paired_with=LENGTHS)
     alone = sdpa_attention(query[last], key, value, pooled, where, causal=False)
     assert (whole - alone).abs().max() < 1e-5
 
@@ -182,7 +184,7 @@ def test_packed_vision_tower_is_transformers(model: Any, preprocessor: Preproces
     """Normalisation folded into the patch embedding, a picture's two frames into one, clips behind pictures."""
     items = [
         EmbeddingItem((Video((picture(64, 96, 1), picture(64, 96, 2), picture(64, 96, 3))), Text("clip"))),
-        EmbeddingItem((Image(picture(100, 70, 4)), Image(picture(64, 64, 5)))),
+        EmbeddingItem((Image(picture(64, 64, 5)), Image(picture(100, 70, 4)))),
     ]
     inputs = [preprocessor(item) for item in items]
     packed = pack(inputs, 2, CPU).vision
@@ -190,7 +192,7 @@ def test_packed_vision_tower_is_transformers(model: Any, preprocessor: Preproces
     forward = Forward(model, preprocessor.vision, "sdpa")
     with torch.inference_mode():
         tokens, deepstack = forward.vision(packed)
-        ordered = [*inputs[1].patches, *inputs[0].patches]  # pictures first
+        ordered = [*inputs[1].patches, *inputs[0].patches]  # pictures first, the small one before the large
         pixels = [one.pixels.reshape(-1, 3, one.num_frames, 256).repeat(2 // one.num_frames, 2) for one in ordered]
         normalised = (torch.from_numpy(np.concatenate(pixels)).flatten(1).float() / 255 - 0.5) / 0.5
         expected = model.visual(normalised, grid_thw=torch.tensor([one.grid_thw for one in ordered]))

@@ -50,14 +50,14 @@ def vision() -> PackedVision:
 
 
 def check_cover(sequences: Sequences, lengths: list[int]) -> None:
-    """Offsets are the running sum, and the groups hold every sequence whole and once."""
+    """Offsets are the running sum, and the runs hold every sequence whole and once, neighbours of a length together."""
     assert sequences.cu_seqlens.tolist() == [0, *np.cumsum(lengths)]
     assert sequences.cu_seqlens.dtype == torch.int32  # what the kernels take
     assert sequences.max_seqlen == max(lengths)
-    rows = [row for group in sequences.groups for row in group.tolist()]
-    starts = sequences.cu_seqlens.tolist()
-    assert sorted(rows) == [list(range(start, stop)) for start, stop in pairwise(starts)]
-    assert len({group.shape[1] for group in sequences.groups}) == len(sequences.groups)
+    row = torch.arange(sum(lengths))
+    found = [one for run in sequences.runs for one in run.of(row).tolist()]
+    assert found == [list(range(start, stop)) for start, stop in pairwise(sequences.cu_seqlens.tolist())]
+    assert all(first.length != second.length for first, second in pairwise(sequences.runs))
 
 
 def test_items_stand_one_behind_the_other() -> None:
@@ -75,12 +75,14 @@ def test_last_token_of_each_item_is_pooled() -> None:
     assert batch.pooled.max_seqlen == 1
 
 
-def test_groups_of_pooled_tokens_meet_the_groups_of_their_items() -> None:
-    batch = pack(INPUTS, MERGE, CPU)
-    ends = batch.sequences.cu_seqlens.tolist()[1:]
-    for pooled, items in zip(batch.pooled.groups, batch.sequences.groups, strict=True):
-        assert pooled.shape == (len(items), 1)
-        assert [ends[row] - 1 for row in pooled[:, 0].tolist()] == items[:, -1].tolist()
+def test_runs_of_pooled_tokens_meet_the_runs_of_their_items() -> None:
+    batch = pack(sorted(INPUTS, key=lambda one: one.num_tokens), MERGE, CPU)
+    row = torch.arange(sum(LENGTHS))
+    pooled_row = row[batch.pooled_index]
+    assert max(run.count for run in batch.sequences.runs) > 1
+    for pooled, items in zip(batch.pooled.runs, batch.sequences.runs, strict=True):
+        assert pooled.length == 1
+        assert pooled.of(pooled_row)[:, 0].tolist() == items.of(row)[:, -1].tolist()
 
 
 def test_batch_of_one_is_the_item() -> None:
@@ -95,8 +97,9 @@ def test_batch_of_texts_has_no_vision() -> None:
 
 def test_pixels_of_pictures_and_of_clips_lie_apart_in_order() -> None:
     packed = vision()
-    stills = [one.pixels for item in INPUTS for one in item.patches if one.num_frames == 1]
-    clips = [one.pixels for item in INPUTS for one in item.patches if one.num_frames == 2]
+    patches = [one for item in INPUTS for one in item.patches]
+    stills = [one.pixels for size in (4, 12) for one in patches if one.num_frames == 1 and len(one.pixels) == size]
+    clips = [one.pixels for one in patches if one.num_frames == 2]
     assert np.array_equal(packed.still_pixels.numpy(), np.concatenate(stills))
     assert np.array_equal(packed.video_pixels.numpy(), np.concatenate(clips))
 
@@ -119,7 +122,8 @@ def test_every_visual_token_is_found_at_its_patches() -> None:
 
 def test_pictures_come_before_clips_with_transformers_coordinates() -> None:
     packed = vision()
-    ordered = sorted((one for item in INPUTS for one in item.patches), key=lambda one: one.num_frames)
+    patches = (one for item in INPUTS for one in item.patches)
+    ordered = sorted(patches, key=lambda one: (one.num_frames, one.grid_thw[1] * one.grid_thw[2]))
     grids = torch.tensor([one.grid_thw for one in ordered])
     assert torch.equal(packed.coordinates, get_vision_position_ids(grids, MERGE))
     sizes = [list(one.grid_thw[1:]) for one in ordered for _ in range(len(one.pixels))]
@@ -127,5 +131,5 @@ def test_pictures_come_before_clips_with_transformers_coordinates() -> None:
 
 
 def test_each_picture_and_each_two_frames_of_a_clip_attend_alone() -> None:
-    # pictures: 4 (of item 1), 12 (item 3), 4 and 12 (item 4) patches; clips: 3 temporal patches of 4x2 each, twice
-    check_cover(vision().sequences, [4, 12, 4, 12] + [8] * 6)
+    # pictures: two of 4 patches and two of 12; clips: 3 temporal patches of 4x2 each, twice
+    check_cover(vision().sequences, [4, 4, 12, 12] + [8] * 6)

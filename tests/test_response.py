@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedder.engine import Embedding
 from embedder.errors import (
     DeadlineExceeded,
     EmbedderError,
@@ -23,6 +22,7 @@ from embedder.errors import (
     Overloaded,
     ShuttingDown,
 )
+from embedder.postprocess import Embedding
 from embedder.request import EmbeddingItem, EmbeddingRequest, EncodingFormat, Text
 from embedder.response import EmbeddingResponse, ErrorResponse, embedding_body, error_body, to_base64, to_json
 

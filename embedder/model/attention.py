@@ -41,18 +41,18 @@ def choose_attention(name: str, device: torch.device) -> tuple[str, Attention]:
 def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, *, causal: bool
 ) -> Tensor:
-    """scaled_dot_product_attention, sequences of equal length in one call."""
+    """scaled_dot_product_attention, neighbours of equal length in one call."""
     attended = torch.empty_like(query)
-    repeats = query.shape[1] // key.shape[1]
-    for query_index, key_index in zip(queries.groups, keys.groups, strict=True):
+    is_grouped = query.shape[1] > key.shape[1]
+    for query_run, key_run in zip(queries.runs, keys.runs, strict=True):
         values = F.scaled_dot_product_attention(
-            query[query_index].transpose(1, 2),  # (num_sequences, num_heads, length, head_dim)
-            key[key_index].transpose(1, 2),
-            value[key_index].transpose(1, 2),
+            query_run.of(query).transpose(1, 2),  # (count, num_heads, length, head_dim)
+            key_run.of(key).transpose(1, 2),
+            key_run.of(value).transpose(1, 2),
             is_causal=causal,
-            enable_gqa=repeats > 1,
+            enable_gqa=is_grouped,
         )
-        attended[query_index] = values.transpose(1, 2)
+        query_run.of(attended).copy_(values.transpose(1, 2))
     return attended
 
 
