@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PREFIX = "EMBEDDER_"
 
 
-class Settings(BaseSettings):
-    """What an operator may choose. Each field is the environment variable `EMBEDDER_<NAME>`."""
+class Settings(BaseModel):
+    """What an operator may choose. Programs give fields; the service reads the variables `EMBEDDER_<FIELD>`."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(
         "",
@@ -68,11 +67,13 @@ class Settings(BaseSettings):
         Raises `ValueError` with one line per fault: an unknown `EMBEDDER_` variable, or a value out of range.
         """
         names = {f"{PREFIX}{name.upper()}" for name in cls.model_fields}
-        unknown = sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in names)
+        unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in names)
         if unknown:
             raise ValueError(f"unknown settings: {', '.join(unknown)}; known are: {', '.join(sorted(names))}")
+        variables = {name: os.environ.get(f"{PREFIX}{name.upper()}") for name in cls.model_fields}
+        values = {name: value for name, value in variables.items() if value}  # an empty one counts as not given
         try:
-            return cls()  # type: ignore[call-arg]  # from the environment
+            return cls.model_validate(values)
         except ValidationError as error:
             faults = [_fault(dict(fault)) for fault in error.errors()]
             raise ValueError("; ".join(faults)) from error
