@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -62,16 +62,32 @@ class PackedVision:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """`input_ids`: (total_tokens,). `position_ids`: (3, total_tokens). `pooled_index`: (num_items,), each item's last
-    token. `pooled`: those tokens as sequences of length one, for the last layer.
+    """The items of a batch, without the prefixes that they share.
+
+    `input_ids`: (total_tokens,). `position_ids`: (3, total_tokens). `sequences`: the items' own tokens; `keys`: what
+    they attend, prefix included. `prefixes`: the distinct prefixes, as token ids. `key_index`: (total_keys,) places in
+    the row of all prefixes followed by all own tokens; None where there is no prefix. `pooled_index`: (num_items,) each
+    item's last token. `pooled`: those as sequences of length one, for the last layer.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     sequences: Sequences
+    keys: Sequences
+    prefixes: tuple[tuple[int, ...], ...]
+    key_index: Tensor | None
     pooled_index: Tensor
     pooled: Sequences
     vision: PackedVision | None
+
+
+@dataclass(frozen=True)
+class PackedPrefixes:
+    """Prefixes as a batch of their own: `input_ids` (total_tokens,), `position_ids` (3, total_tokens)."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    sequences: Sequences
 
 
 def pack(inputs: Sequence[ModelInput], merge_size: int, device: torch.device) -> PackedBatch:
@@ -79,16 +95,53 @@ def pack(inputs: Sequence[ModelInput], merge_size: int, device: torch.device) ->
 
     Sorted by length they make fewer and longer runs, which attention on the CPU likes.
     """
-    lengths = np.array([one.num_tokens for one in inputs])
+    shared = np.array([one.num_prefix_tokens for one in inputs])
+    lengths = np.array([one.num_tokens for one in inputs]) - shared
     starts = np.cumsum(lengths) - lengths
+    prefixes, key_index = _share_prefixes(inputs, starts, lengths)
+    counts = _run_lengths(zip(lengths.tolist(), shared.tolist(), strict=True))
     return PackedBatch(
-        input_ids=_to_device(np.concatenate([one.input_ids for one in inputs]), device),
-        position_ids=_to_device(np.concatenate([one.position_ids for one in inputs], axis=1), device),
-        sequences=_sequences(lengths, device),
+        input_ids=_to_device(np.concatenate([one.input_ids[one.num_prefix_tokens :] for one in inputs]), device),
+        position_ids=_to_device(
+            np.concatenate([one.position_ids[:, one.num_prefix_tokens :] for one in inputs], axis=1), device
+        ),
+        sequences=_sequences(lengths, counts, device),
+        keys=_sequences(lengths + shared, counts, device),
+        prefixes=prefixes,
+        key_index=_to_device(key_index, device) if prefixes else None,
         pooled_index=_to_device(starts + lengths - 1, device),
-        pooled=_sequences(np.ones_like(lengths), device, counts=[run.count for run in _runs(lengths)]),
-        vision=_pack_vision(inputs, starts, merge_size, device),
+        pooled=_sequences(np.ones_like(lengths), counts, device),
+        vision=_pack_vision(inputs, starts - shared, merge_size, device),
     )
+
+
+def pack_prefixes(prefixes: Sequence[tuple[int, ...]], device: torch.device) -> PackedPrefixes:
+    """Lay prefixes one behind the other: each starts at position 0, and has text only."""
+    lengths = np.array([len(prefix) for prefix in prefixes])
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    return PackedPrefixes(
+        input_ids=_to_device(np.concatenate([np.array(prefix) for prefix in prefixes]), device),
+        position_ids=_to_device(np.tile(positions, (3, 1)), device),
+        sequences=_sequences(lengths, _run_lengths(lengths.tolist()), device),
+    )
+
+
+def _share_prefixes(
+    inputs: Sequence[ModelInput], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> tuple[tuple[tuple[int, ...], ...], NDArray[np.int64]]:
+    """The distinct prefixes, and for each item in turn the places of its prefix and of its own tokens."""
+    places: dict[tuple[int, ...], NDArray[np.int64]] = {}
+    prefix_rows = 0
+    of_item = []
+    for one in inputs:
+        prefix = tuple(one.input_ids[: one.num_prefix_tokens].tolist())
+        if prefix not in places:
+            places[prefix] = np.arange(prefix_rows, prefix_rows + len(prefix))
+            prefix_rows += len(prefix)
+        of_item.append(places[prefix])
+    own = (np.arange(start, start + length) for start, length in zip(prefix_rows + starts, lengths, strict=True))
+    key_index = np.concatenate([part for pair in zip(of_item, own, strict=True) for part in pair])
+    return tuple(prefix for prefix in places if prefix), key_index
 
 
 def _pack_vision(
@@ -111,7 +164,7 @@ def _pack_vision(
         video_pixels=_to_device(_rows([one.pixels for one in patches if one.num_frames > 1]), device),
         coordinates=_to_device(np.concatenate([_coordinates(one.grid_thw, merge_size) for one in patches]), device),
         grid_sizes=_to_device(sizes_hw, device),
-        sequences=_sequences(lengths, device),
+        sequences=_sequences(lengths, _run_lengths(lengths.tolist()), device),
         token_index=_to_device(np.concatenate([places for _, places in pairs]), device),
     )
 
@@ -128,21 +181,19 @@ def _coordinates(grid_thw: tuple[int, int, int], merge_size: int) -> NDArray[np.
     return np.tile(grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2), (grid_t, 1))
 
 
-def _sequences(lengths: NDArray[np.int64], device: torch.device, counts: Sequence[int] | None = None) -> Sequences:
-    """`counts` cuts the runs as those of other sequences were cut, which these are paired with."""
+def _sequences(lengths: NDArray[np.int64], counts: Sequence[int], device: torch.device) -> Sequences:
+    """`counts` says how many neighbours each run takes, which must be of equal length."""
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return Sequences(_to_device(cu_seqlens, device), int(lengths.max()), _runs(lengths, counts))
+    firsts = np.cumsum(counts) - counts
+    runs = (
+        Run(int(cu_seqlens[first]), count, int(lengths[first])) for first, count in zip(firsts, counts, strict=True)
+    )
+    return Sequences(_to_device(cu_seqlens, device), int(lengths.max()), tuple(runs))
 
 
-def _runs(lengths: NDArray[np.int64], counts: Sequence[int] | None = None) -> tuple[Run, ...]:
-    """Neighbours of equal length, together."""
-    runs: list[Run] = []
-    start = first = 0
-    for count in counts or [len(list(equal)) for _, equal in groupby(lengths.tolist())]:
-        runs.append(Run(start, count, int(lengths[first])))
-        start += count * runs[-1].length
-        first += count
-    return tuple(runs)
+def _run_lengths(values: Iterable[object]) -> list[int]:
+    """How many neighbours are equal, run by run."""
+    return [len(list(equal)) for _, equal in groupby(values)]
 
 
 def _to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:

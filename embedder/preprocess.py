@@ -24,6 +24,8 @@ from embedder.prompt import Pads, Piece, Special, Words
 from embedder.request import EmbeddingItem, Image, Text, Video
 from embedder.settings import Settings
 
+MAX_PREFIX_TOKENS = 256  # of an instruction whose keys and values are worth keeping
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -63,6 +65,7 @@ class ModelInput:
 
     `input_ids`: (num_tokens,) int64. `position_ids`: (3, num_tokens) int64: time, height, width (M-RoPE).
     `visual_index`: (num_visual_tokens,) int64, where the visual tokens stand, in the order of `patches`.
+    `num_prefix_tokens`: the first so many depend on the instruction alone, and may be shared with other items.
     `num_cut_tokens`: tokens of the caller's text that did not fit. `cost`: what the scheduler counts, in tokens.
     """
 
@@ -70,6 +73,7 @@ class ModelInput:
     position_ids: NDArray[np.int64]
     visual_index: NDArray[np.int64]
     patches: tuple[Patches, ...]
+    num_prefix_tokens: int
     num_cut_tokens: int
     cost: int
 
@@ -105,7 +109,13 @@ class Preprocessor:
         num_patches = sum(len(one.pixels) for one in patches)
         model_input = self._model_input(runs)
         cost = model_input.num_tokens + num_patches // merge**2  # a visual token costs the language and vision towers
-        return replace(model_input, patches=patches, num_cut_tokens=num_cut, cost=cost)
+        return replace(
+            model_input,
+            patches=patches,
+            num_prefix_tokens=len(prefix_ids) if len(prefix_ids) <= MAX_PREFIX_TOKENS else 0,
+            num_cut_tokens=num_cut,
+            cost=cost,
+        )
 
     def _check(self, item: EmbeddingItem) -> None:
         texts = [part.text for part in item.parts if isinstance(part, Text)]
@@ -187,7 +197,7 @@ class Preprocessor:
                 position += len(run)
             start = stop
         index = np.concatenate(visual_index) if visual_index else np.empty(0, np.int64)
-        return ModelInput(input_ids, position_ids, index, (), 0, num_tokens)
+        return ModelInput(input_ids, position_ids, index, (), 0, 0, num_tokens)
 
     def _token_id(self, token: str) -> int:
         token_id = self._tokenizer.token_to_id(token)

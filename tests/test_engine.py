@@ -37,7 +37,7 @@ class FakeModel:
         if part.text == "bug":
             raise ZeroDivisionError("a bug in preprocessing")
         ids = np.frombuffer(part.text.encode(), np.uint8).astype(np.int64)
-        return ModelInput(ids, np.zeros((3, len(ids)), np.int64), np.empty(0, np.int64), (), 0, len(ids))
+        return ModelInput(ids, np.zeros((3, len(ids)), np.int64), np.empty(0, np.int64), (), 0, 0, len(ids))
 
     def run_batch(self, inputs: list[ModelInput]) -> NDArray[np.float32]:
         self.gate.wait(timeout=30)

@@ -19,7 +19,8 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from embedder.errors import ModelUnavailable
 from embedder.model.attention import choose_attention, sdpa_attention
 from embedder.model.forward import Forward
-from embedder.model.positions import apply_rotary, interpolate_position_grid, rotate_half, vision_rotary
+from embedder.model.language import MAX_KEPT_TOKENS
+from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 from embedder.model.vision import ROPE_THETA
 from embedder.model.weights import choose_device, load_model
 from embedder.packing import Run, Sequences, pack
@@ -60,9 +61,8 @@ def test_rotation_is_transformers_in_both_towers() -> None:
     ours = apply_rotary(states, cos, sin)
     vision, _ = reference.apply_rotary_pos_emb_vision(states, states, cos, sin)
     text, _ = reference.apply_rotary_pos_emb(states[None], states[None], cos[None], sin[None], unsqueeze_dim=2)
-    assert torch.equal(ours, vision)
-    assert torch.equal(ours, text[0])
-    assert rotate_half(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [-3, -4, 1, 2]
+    assert torch.allclose(ours, vision, rtol=0, atol=1e-6)
+    assert torch.allclose(ours, text[0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("side", [8, 24, 48])
@@ -200,6 +200,60 @@ def test_packed_vision_tower_is_transformers(model: Any, preprocessor: Preproces
     assert len(deepstack) == len(expected.deepstack_features) == 2
     for one, other in zip(deepstack, expected.deepstack_features, strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-5 * float(one.abs().max()))
+
+
+def test_keys_of_a_prefix_come_before_those_of_the_queries() -> None:
+    own, prefix = [3, 3, 1, 6], [4, 4, 4, 0]
+    keys = [one + more for one, more in zip(own, prefix, strict=True)]
+    query = randn(sum(own), 6, 8)
+    key, value = randn(sum(keys), 2, 8, seed=1), randn(sum(keys), 2, 8, seed=2)
+    attended = sdpa_attention(query, key, value, sequences(own), sequences(keys, paired_with=own), causal=True)
+    query_start = key_start = 0
+    for num_queries, num_keys in zip(own, keys, strict=True):
+        for place in range(num_queries):  # the last query sees all keys, the one before all but the last
+            alone = query[query_start + place][None]
+            stop = key_start + num_keys - num_queries + place + 1
+            seen = slice(key_start, stop)
+            expected = naive_attention(alone, key[seen], value[seen], [1], [stop - key_start], causal=False)
+            assert (attended[query_start + place] - expected[0]).abs().max() < 1e-5
+        query_start, key_start = query_start + num_queries, key_start + num_keys
+
+
+def rows_of(forward: Forward, preprocessor: Preprocessor, items: list[EmbeddingItem]) -> Tensor:
+    return forward(pack([preprocessor(item) for item in items], 2, CPU))
+
+
+def test_kept_prefix_gives_the_same_states(model: Any, preprocessor: Preprocessor) -> None:
+    items = [EmbeddingItem((Text(words(5, seed)),), instruction=f"Task {seed % 3}") for seed in range(7)]
+    forward = Forward(model, preprocessor.vision, "sdpa")
+    cold, warm = rows_of(forward, preprocessor, items), rows_of(forward, preprocessor, items)
+    assert len(forward.language._kept) == 3
+    assert torch.equal(cold, warm)
+    for item, row in zip(items, warm, strict=True):
+        one = preprocessor(item)
+        with torch.inference_mode():
+            states = model(input_ids=torch.from_numpy(one.input_ids)[None]).last_hidden_state
+        assert torch.allclose(row, states[0, -1], rtol=0, atol=1e-5 * float(row.abs().max()))
+
+
+def test_kept_prefixes_are_bounded_and_the_oldest_goes_first(model: Any, preprocessor: Preprocessor) -> None:
+    forward = Forward(model, preprocessor.vision, "sdpa")
+    for seed in range(60):
+        rows_of(forward, preprocessor, [EmbeddingItem((Text("red"),), instruction=words(60, seed))])
+    kept = list(forward.language._kept)
+    assert MAX_KEPT_TOKENS / 2 < sum(map(len, kept)) <= MAX_KEPT_TOKENS
+    newest = preprocessor(EmbeddingItem((Text("red"),), instruction=words(60, 59)))
+    assert kept[-1] == tuple(newest.input_ids[: newest.num_prefix_tokens].tolist())
+
+
+def test_very_long_instruction_is_not_kept(model: Any, preprocessor: Preprocessor) -> None:
+    forward = Forward(model, preprocessor.vision, "sdpa")
+    items = [EmbeddingItem((Text("red"),), instruction=words(400)), EmbeddingItem((Text("green"),))]
+    together = rows_of(forward, preprocessor, items)
+    assert [len(prefix) < 30 for prefix in forward.language._kept] == [True]
+    for item, row in zip(items, together, strict=True):
+        alone = rows_of(forward, preprocessor, [item])[0]
+        assert torch.allclose(row, alone, rtol=0, atol=1e-5 * float(row.abs().max()))
 
 
 def test_state_of_the_last_token_is_transformers(model: Any, preprocessor: Preprocessor) -> None:

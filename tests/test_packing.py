@@ -29,7 +29,7 @@ def model_input(num_text_tokens: int, *grids: Grid) -> ModelInput:
         runs += [marks, [0] * num_text_tokens]
     input_ids = np.concatenate([np.array(run, np.int64) for run in runs])
     position_ids = np.stack([np.arange(len(input_ids)) * 10 + axis for axis in range(3)])
-    return ModelInput(input_ids, position_ids, np.flatnonzero(input_ids), tuple(patches), 0, len(input_ids))
+    return ModelInput(input_ids, position_ids, np.flatnonzero(input_ids), tuple(patches), 0, 0, len(input_ids))
 
 
 INPUTS = [

@@ -2,12 +2,14 @@
 
 Every back end takes query (query_tokens, num_heads, head_dim), key and value (tokens, num_kv_heads, head_dim), and
 gives (query_tokens, num_heads, head_dim). `queries` and `keys` say where sequences stand; sequence i of one attends
-sequence i of the other. `causal` is meant for queries and keys of equal lengths.
+sequence i of the other. With `causal`, the last query of a sequence attends all of its keys, the one before all but the
+last, and so on: keys may be more than queries.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -45,15 +47,23 @@ def sdpa_attention(
     attended = torch.empty_like(query)
     is_grouped = query.shape[1] > key.shape[1]
     for query_run, key_run in zip(queries.runs, keys.runs, strict=True):
+        is_square = query_run.length == key_run.length
         values = F.scaled_dot_product_attention(
             query_run.of(query).transpose(1, 2),  # (count, num_heads, length, head_dim)
             key_run.of(key).transpose(1, 2),
             key_run.of(value).transpose(1, 2),
-            is_causal=causal,
+            attn_mask=None if is_square or not causal else _lower_right(query_run.length, key_run.length),
+            is_causal=causal and is_square,
             enable_gqa=is_grouped,
         )
         query_run.of(attended).copy_(values.transpose(1, 2))
     return attended
+
+
+@lru_cache(maxsize=1024)
+def _lower_right(num_queries: int, num_keys: int) -> Tensor:
+    """Which key each query may attend, (num_queries, num_keys), where both end together."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
 
 
 def varlen_attention(
