@@ -123,11 +123,14 @@ class ModelUnavailable(EmbedderError):
     code = "model_unavailable"
 
 
+OF_AN_ITEM = (InvalidRequest, MediaUnavailable, EngineFailed)  # what one item can be to blame for
+
+
 @contextmanager
 def of_item(index: int) -> Iterator[None]:
     """What an item is to blame for and is raised inside says which item it was."""
     try:
         yield
-    except (InvalidRequest, MediaUnavailable, EngineFailed) as error:
+    except OF_AN_ITEM as error:
         error.item = index
         raise

@@ -34,6 +34,7 @@ LIMITS = (
     "max_text_chars",
     "max_image_bytes",
     "max_image_pixels",
+    "max_video_bytes",
     "max_video_frames",
     "max_queued_tokens",
     "request_timeout_s",
@@ -77,8 +78,9 @@ class Embedder:
         """One unit vector for each item, in order, each (dimensions,) float32.
 
         An item is a text, a PIL image, an `EmbeddingItem`, or a mapping with `text`, `image` (encoded bytes, base64 or
-        PIL), `video` (a list of frames) or `content` (parts in your order), and optionally its own `instruction` and
-        `dimensions`; those given here serve the others. Raises the first faulty item's `EmbedderError`, with its index.
+        PIL), `video` (encoded, or a list of frames) or `content` (parts in your order), and optionally its own
+        `instruction`, `dimensions` and `truncate`; those given here serve the others. Raises the first faulty item's
+        `EmbedderError`, with its index.
         """
         futures: list[Future[Embedding]] = []
         try:

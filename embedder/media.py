@@ -1,7 +1,7 @@
-"""An item's image and video references -> decoded RGB frames, resized, within limits.
+"""An item's pictures -> decoded RGB values, resized, within limits.
 
-Untrusted bytes enter the package here and nowhere else. Everything that the header tells is checked before pixels are
-decoded. No string is opened as a path.
+Untrusted bytes enter the package here and in `video`, nowhere else. Everything that the header tells is checked before
+pixels are decoded. No string is opened as a path.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import binascii
 import io
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import PIL.Image
@@ -18,7 +18,6 @@ import pybase64
 from numpy.typing import NDArray
 
 from embedder.errors import InvalidMedia, MediaTooLarge
-from embedder.request import Video
 from embedder.settings import Settings
 from embedder.torchvision_shim import declare_torchvision_operators
 
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MIN_SIDE_PIXELS = 2  # a 1-pixel side holds no picture; the model would see one colour enlarged 64 times
-FRAME_MAX_PIXELS = 768 * 32 * 32  # of one video frame; the reference's FRAME_MAX_PIXELS
-VIDEO_MAX_PIXELS = 10 * FRAME_MAX_PIXELS  # of all frames together; the reference's MAX_TOTAL_PIXELS
 
 _SIGNATURES = {
     b"%PDF": "a PDF document",
@@ -77,34 +74,20 @@ def load_image(source: Media, geometry: ImageGeometry, settings: Settings) -> ND
     EXIF orientation is not applied and of an animation the first frame is taken, both as in the reference.
     Transparency is laid on white. Raises `InvalidMedia` and `MediaTooLarge`.
     """
-    image = _open(source, settings)
+    image = open_image(source, settings)
     height, width = resized_size(image.height, image.width, geometry)
-    return np.asarray(_decode(image).resize((width, height), PIL.Image.Resampling.BICUBIC))
+    return resize(decode_image(image), height, width)
 
 
-def load_video(video: Video, geometry: ImageGeometry, settings: Settings) -> NDArray[np.uint8]:
-    """A clip -> RGB frames, (num_frames, height, width, 3) uint8: one size for all, an even number of them.
-
-    The last frame is repeated where the number is odd. The frames' area is bounded one by one and together, as in
-    the reference, and from below by the model's own minimum (qwen-vl-utils would enlarge small frames). Raises
-    `InvalidMedia` and `MediaTooLarge`.
-    """
-    if not 1 <= len(video.frames) <= settings.max_video_frames:
-        raise InvalidMedia(f"video of {len(video.frames)} frames; allowed: 1 to {settings.max_video_frames}")
-    images = [_open(frame, settings) for frame in video.frames]
-    images += images[-1:] * (len(images) % 2)
-    max_pixels = min(FRAME_MAX_PIXELS, VIDEO_MAX_PIXELS // len(images) * 2)
-    max_pixels = max(min(max_pixels, geometry.max_pixels), geometry.min_pixels)  # thousands of frames
-    bounds = ImageGeometry(geometry.factor, geometry.min_pixels, max_pixels)
-    height, width = resized_size(images[0].height, images[0].width, bounds)
-    frames = [_decode(image).resize((width, height), PIL.Image.Resampling.BICUBIC) for image in images]
-    return np.stack([np.asarray(frame) for frame in frames])
+def resize(image: PIL.Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+    """(height, width, 3) uint8, as the reference resizes: PIL's bicubic."""
+    return np.asarray(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
 
 
-def _open(source: Media, settings: Settings) -> PIL.Image.Image:
+def open_image(source: object, settings: Settings) -> PIL.Image.Image:
     """A picture whose header was read and found within limits; its pixels are not decoded yet."""
     if not isinstance(source, PIL.Image.Image):
-        source = _read_header(_encoded_bytes(source, settings), settings)
+        source = _read_header(encoded_bytes(source, "image", settings.max_image_bytes), settings)
     image = source
     if min(image.size) < MIN_SIDE_PIXELS:
         raise InvalidMedia(
@@ -118,34 +101,36 @@ def _open(source: Media, settings: Settings) -> PIL.Image.Image:
     return image
 
 
-def _encoded_bytes(source: object, settings: Settings) -> bytes:
+def encoded_bytes(source: object, what: Literal["image", "video"], max_bytes: int) -> bytes:
+    """Bytes, or their base64, bare or as a data URI -> bytes, not decoded. Raises `InvalidMedia`, `MediaTooLarge`."""
     if isinstance(source, bytes):
         data = source
     elif isinstance(source, str):
-        data = _from_base64(source, settings)
+        data = _from_base64(source, what, max_bytes)
     else:
-        raise InvalidMedia(f"image is given as {type(source).__name__}; allowed: base64, bytes or a PIL image")
+        other = "a PIL image" if what == "image" else "a list of frames"
+        raise InvalidMedia(f"{what} is given as {type(source).__name__}; allowed: base64, bytes or {other}")
     if not data:
-        raise InvalidMedia("image is empty (0 bytes)")
-    if len(data) > settings.max_image_bytes:
-        raise MediaTooLarge(f"image of {len(data)} bytes; allowed: up to {settings.max_image_bytes}")
+        raise InvalidMedia(f"{what} is empty (0 bytes)")
+    if len(data) > max_bytes:
+        raise MediaTooLarge(f"{what} of {len(data)} bytes; allowed: up to {max_bytes}")
     return data
 
 
-def _from_base64(text: str, settings: Settings) -> bytes:
-    """Base64, bare or as a data URI -> bytes. Line breaks are allowed, anything else outside the alphabet is not."""
+def _from_base64(text: str, what: str, max_bytes: int) -> bytes:
+    """Line breaks are allowed, anything else outside the alphabet is not."""
     if text.startswith(("http://", "https://")):
-        raise InvalidMedia("image is a URL; fetching URLs is not supported, send base64 or a data URI")
+        raise InvalidMedia(f"{what} is a URL; fetching URLs is not supported, send base64 or a data URI")
     if text.startswith("data:"):
         header, comma, text = text.partition(",")
         if not comma or not header.endswith(";base64"):
-            raise InvalidMedia(f"image is a data URI that is not base64: {header[:60]!r}")
-    if len(text) // 4 * 3 > settings.max_image_bytes + 2:
-        raise MediaTooLarge(f"image of about {len(text) // 4 * 3} bytes; allowed: up to {settings.max_image_bytes}")
+            raise InvalidMedia(f"{what} is a data URI that is not base64: {header[:60]!r}")
+    if len(text) // 4 * 3 > max_bytes + 2:
+        raise MediaTooLarge(f"{what} of about {len(text) // 4 * 3} bytes; allowed: up to {max_bytes}")
     try:
         return pybase64.b64decode("".join(text.split()) if "\n" in text else text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InvalidMedia(f"image is not valid base64 ({error}); starts with {text[:20]!r}") from error
+        raise InvalidMedia(f"{what} is not valid base64 ({error}); starts with {text[:20]!r}") from error
 
 
 def _read_header(data: bytes, settings: Settings) -> PIL.Image.Image:
@@ -156,12 +141,13 @@ def _read_header(data: bytes, settings: Settings) -> PIL.Image.Image:
     except PIL.Image.DecompressionBombError as error:
         raise MediaTooLarge(f"{error}; allowed: up to {settings.max_image_pixels} pixels") from error
     except PIL.UnidentifiedImageError as error:
-        raise InvalidMedia(f"{_describe(data)}; allowed: {', '.join(FORMATS)}") from error
+        raise InvalidMedia(f"{describe(data)}; allowed: {', '.join(FORMATS)}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise InvalidMedia(f"image header cannot be read: {error}") from error
 
 
-def _describe(data: bytes) -> str:
+def describe(data: bytes) -> str:
+    """What bytes are that are not what was asked for."""
     if data[4:8] == b"ftyp":
         return "the bytes are an MP4 video or HEIF/AVIF image"
     start = data.lstrip()
@@ -169,7 +155,7 @@ def _describe(data: bytes) -> str:
     return f"the bytes are {kind} (they start with {data[:8].hex(' ')})"
 
 
-def _decode(image: PIL.Image.Image) -> PIL.Image.Image:
+def decode_image(image: PIL.Image.Image) -> PIL.Image.Image:
     """Decoded RGB. The reference lays RGBA on white; other ways to be transparent get the same here."""
     try:
         if image.mode.startswith(("I", "F")):

@@ -1,15 +1,21 @@
-"""A pooled row -> the vector that was asked for: cut to `dimensions`, then brought to unit length, in float32."""
+"""A pooled row -> the vector that was asked for: cut to `dimensions`, brought to unit length, quantised if asked."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedder.errors import EngineFailed, UnsupportedDimensions
+from embedder.request import OutputDtype
 
 MIN_DIMENSIONS = 64  # the smallest Matryoshka size the checkpoints were trained for (model card)
+# int8 covers this many times 1/sqrt(dimensions), the root mean square of a unit vector's values. The largest of the
+# published 2B's first values for its demo image is 5 times that; 12 leaves room, and costs a cosine below 0.001.
+INT8_RANGE = 12.0
 
 
 @dataclass(frozen=True)
@@ -39,3 +45,46 @@ def finish_vector(row: NDArray[np.float32], dimensions: int | None, normalize: b
     if not normalize:
         return vector
     return vector / max(np.linalg.norm(vector), np.float32(1e-12))
+
+
+def quantize(vector: NDArray[np.float32], output_dtype: OutputDtype) -> NDArray[Any]:
+    """A unit vector in fewer bits, (..., dimensions) -> the same shape, or of the binaries (..., ceil(dimensions / 8)).
+
+    The result depends on nothing but the vector itself:
+
+    - int8: value / `int8_step(dimensions)`, rounded, saturating at -127 and 127; uint8: that plus 128.
+    - ubinary: one bit a value, set where it is above zero, eight in a byte, the first in the highest bit, zeros behind
+      the last; binary: that minus 128 as int8 (as Cohere and sentence-transformers).
+
+    `dequantize` is the way back.
+    """
+    match output_dtype:
+        case "float32":
+            return vector.astype(np.float32, copy=False)
+        case "float16":
+            limit = np.finfo(np.float16).max
+            return vector.clip(-limit, limit).astype(np.float16)
+        case "int8" | "uint8":
+            steps = np.rint(vector.astype(np.float64) / int8_step(vector.shape[-1])).clip(-127, 127)
+            return steps.astype(np.int8) if output_dtype == "int8" else (steps + 128).astype(np.uint8)
+        case "binary" | "ubinary":
+            packed = np.packbits(vector > 0, axis=-1)
+            return packed if output_dtype == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
+
+
+def dequantize(values: NDArray[Any], output_dtype: OutputDtype, dimensions: int) -> NDArray[np.float32]:
+    """What `quantize` gave -> float32, (..., dimensions). Of the binaries only the signs are left: -1 and 1."""
+    match output_dtype:
+        case "float32" | "float16":
+            return values.astype(np.float32)
+        case "int8" | "uint8":
+            steps = values.astype(np.float32) - (128 if output_dtype == "uint8" else 0)
+            return (steps * int8_step(dimensions)).astype(np.float32)
+        case "binary" | "ubinary":
+            packed = values if output_dtype == "ubinary" else (values.astype(np.int16) + 128).astype(np.uint8)
+            return np.unpackbits(packed, axis=-1, count=dimensions).astype(np.float32) * 2 - 1
+
+
+def int8_step(dimensions: int) -> float:
+    """The value of 1 in int8: min(1, 12 / sqrt(dimensions)) / 127."""
+    return min(1.0, INT8_RANGE / math.sqrt(dimensions)) / 127

@@ -7,7 +7,7 @@ be the state at the last token, whatever that is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from embedder import media, prompt
+from embedder import media, prompt, video
 from embedder.errors import InputTooLong, InvalidRequest, ModelUnavailable
 from embedder.media import ImageGeometry
 from embedder.prompt import Pads, Piece, Special, Words
-from embedder.request import EmbeddingItem, Image, Text, Video
+from embedder.request import EmbeddingItem, Image, Text, Truncate, Video
 from embedder.settings import Settings
 
 MAX_PREFIX_TOKENS = 256  # of an instruction whose keys and values are worth keeping
@@ -98,13 +98,14 @@ class Preprocessor:
     def __call__(self, item: EmbeddingItem) -> ModelInput:
         """Decode, resize, tokenize. Raises `InvalidRequest` and its kinds."""
         self._check(item)
-        patches = tuple(self._patches(part) for part in item.parts if not isinstance(part, Text))
+        patches, seconds = self._see(item)
         merge = self.vision.merge_size
         grids = [(t, h // merge, w // merge) for t, h, w in (one.grid_thw for one in patches)]
         instruction = prompt.complete_instruction(item.instruction, self.settings.default_instruction)
         prefix_ids = self._prefix_ids(instruction)
-        pieces = prompt.user_turn(item, grids)
-        encoded, num_cut = self._encode(pieces, self.settings.max_input_tokens - len(prefix_ids) - len(self._tail_ids))
+        pieces = prompt.user_turn(item, grids, seconds)
+        num_fixed = len(prefix_ids) + len(self._tail_ids)
+        encoded, num_cut = self._encode(pieces, self.settings.max_input_tokens, num_fixed, item.truncate)
         runs: list[list[int] | Pads] = [list(prefix_ids), *encoded, list(self._tail_ids)]
         num_patches = sum(len(one.pixels) for one in patches)
         model_input = self._model_input(runs)
@@ -129,41 +130,54 @@ class Preprocessor:
         if len(texts) == len(item.parts) and not any(texts):
             raise InvalidRequest("text is empty; allowed: at least one character")
 
-    def _patches(self, part: Image | Video) -> Patches:
-        if isinstance(part, Image):
-            frames = media.load_image(part.source, self.geometry, self.settings)[None, None]
-        else:
-            video = media.load_video(part, self.geometry, self.settings)
-            frames = video.reshape(-1, self.vision.temporal_patch_size, *video.shape[1:])
-        return patchify(frames, self.vision.patch_size, self.vision.merge_size)
+    def _see(self, item: EmbeddingItem) -> tuple[tuple[Patches, ...], list[tuple[float, ...]]]:
+        """Patches of each picture and clip, and the times of each clip's frames."""
+        patches, seconds = [], []
+        for part in item.parts:
+            match part:
+                case Image():
+                    frames = media.load_image(part.source, self.geometry, self.settings)[None, None]
+                    patches.append(patchify(frames, self.vision.patch_size, self.vision.merge_size))
+                case Video():
+                    clip = video.load_video(part, self.geometry, self.settings)
+                    frames = clip.frames.reshape(-1, self.vision.temporal_patch_size, *clip.frames.shape[1:])
+                    patches.append(patchify(frames, self.vision.patch_size, self.vision.merge_size))
+                    seconds.append(clip.seconds)
+        return tuple(patches), seconds
 
     def _encode_prefix(self, instruction: str) -> tuple[int, ...]:
-        encoded, _ = self._encode(prompt.prefix(instruction), max_tokens=self.settings.max_input_tokens)
+        encoded, _ = self._encode(prompt.prefix(instruction), self.settings.max_input_tokens)
         return tuple(token for run in encoded if isinstance(run, list) for token in run)
 
-    def _encode(self, pieces: Iterable[Piece], max_tokens: int) -> tuple[list[list[int] | Pads], int]:
-        """Pieces -> runs of ids and placeholders, at most `max_tokens`, and how many tokens were cut to get there."""
+    def _encode(
+        self, pieces: Sequence[Piece], max_tokens: int, num_fixed: int = 0, truncate: Truncate = "end"
+    ) -> tuple[list[list[int] | Pads], int]:
+        """Pieces -> runs of ids and placeholders, and how many tokens of the caller's text were cut.
+
+        The runs and `num_fixed` tokens around them are at most `max_tokens`; what is cut, is cut from one end.
+        """
         encodings = [self._encode_piece(piece) for piece in pieces]
-        excess = sum(_num_tokens(one) for one in encodings) - max_tokens
+        num_tokens = num_fixed + sum(_num_tokens(one) for one in encodings)
+        excess = num_tokens - max_tokens
+        if excess > 0 and truncate == "none":
+            raise InputTooLong(f"{num_tokens} tokens; allowed: up to {max_tokens}, and `truncate` is none")
+        runs: list[list[int] | Pads] = [one.ids if isinstance(one, Encoding) else one for one in encodings]
         num_cut = 0
-        runs: list[list[int] | Pads] = []
-        for piece, encoding in reversed(list(zip(pieces, encodings, strict=True))):
-            if not isinstance(encoding, Encoding):
-                runs.append(encoding)
-                continue
-            ids = encoding.ids
-            if excess > num_cut and isinstance(piece, Words):
+        places = range(len(runs)) if truncate == "start" else reversed(range(len(runs)))
+        for place in places:
+            piece, encoding = pieces[place], encodings[place]
+            if excess > num_cut and isinstance(piece, Words) and isinstance(encoding, Encoding):
                 cuttable = [i for i, (s, e) in enumerate(encoding.offsets) if s >= piece.start and e <= piece.end]
-                drop = set(cuttable[max(0, len(cuttable) - (excess - num_cut)) :])
-                ids = [token for i, token in enumerate(ids) if i not in drop]
+                wanted = min(excess - num_cut, len(cuttable))
+                drop = set(cuttable[:wanted] if truncate == "start" else cuttable[len(cuttable) - wanted :])
+                runs[place] = [token for i, token in enumerate(encoding.ids) if i not in drop]
                 num_cut += len(drop)
-            runs.append(ids)
         if excess > num_cut:
             raise InputTooLong(
-                f"{max_tokens + excess} tokens, of which {max_tokens + excess - num_cut} are instruction, template, "
-                f"image or video and may not be cut; allowed: {max_tokens} (max_input_tokens less the instruction)"
+                f"{num_tokens} tokens, of which {num_tokens - num_cut} are instruction, template, "
+                f"image or video and may not be cut; allowed: {max_tokens}"
             )
-        return runs[::-1], num_cut
+        return runs, num_cut
 
     def _encode_piece(self, piece: Piece) -> Encoding | list[int] | Pads:
         match piece:

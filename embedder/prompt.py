@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from embedder.request import EmbeddingItem, Image, Text, Video
+from embedder.request import EmbeddingItem, Image, Text
 
 
 @dataclass(frozen=True)
@@ -64,26 +64,30 @@ def prefix(instruction: str) -> tuple[Piece, ...]:
     return (_START, Words(f"system\n{instruction}"), _END, Words("\n"), _START)
 
 
-def user_turn(item: EmbeddingItem, grids: Sequence[tuple[int, int, int]]) -> tuple[Piece, ...]:
+def user_turn(
+    item: EmbeddingItem, grids: Sequence[tuple[int, int, int]], seconds: Sequence[Sequence[float]] = ()
+) -> tuple[Piece, ...]:
     r"""The pieces from `user\n` to the end of the prompt.
 
-    `grids` has (frames, rows, columns) in tokens for each picture and clip of the item, in order. A clip is, for each
-    two frames, `<{seconds} seconds>` and a picture of `<|video_pad|>`, without a frame around them all: the form the
-    checkpoints were published with (transformers 4.57; later versions keep an outer pair).
+    `grids` has (frames, rows, columns) in tokens for each picture and clip of the item, in order; `seconds`, for each
+    clip, has the time of each of its frames. A clip is, for each two frames, `<{seconds} seconds>` and a picture of
+    `<|video_pad|>`, without a frame around them all: the form the checkpoints were published with (transformers 4.57;
+    later versions keep an outer pair).
     """
     pieces: list[Piece] = []
     words, start = "user\n", len("user\n")
     end = start
-    remaining = iter(grids)
+    remaining, clips = iter(grids), iter(seconds)
     for part in item.parts:
         if isinstance(part, Text):
             words += part.text
             end = len(words)
             continue
         frames, rows, columns = next(remaining)
+        times = () if isinstance(part, Image) else next(clips)
         for frame in range(frames):
-            if isinstance(part, Video):
-                words += f"<{_seconds(part, frame):.1f} seconds>"
+            if not isinstance(part, Image):
+                words += f"<{_middle(times, frame):.1f} seconds>"
             if words:
                 pieces.append(Words(words, start, end))
             token = IMAGE_PAD if isinstance(part, Image) else VIDEO_PAD
@@ -94,9 +98,6 @@ def user_turn(item: EmbeddingItem, grids: Sequence[tuple[int, int, int]]) -> tup
     return (*pieces, *_TAIL)
 
 
-def _seconds(video: Video, pair: int) -> float:
-    """Time of the middle between two frames, which qwen-vl-utils numbers 0, 1, 2, .. (a repeated last one included).
-
-    As transformers' `_calculate_timestamps`.
-    """
-    return (2 * pair + 0.5) / video.fps
+def _middle(times: Sequence[float], pair: int) -> float:
+    """Time between two frames, as transformers' `_calculate_timestamps`."""
+    return (times[2 * pair] + times[2 * pair + 1]) / 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import orjson
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, ValidationError, WithJsonSchema
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Media = bytes | str | PIL.Image.Image
 
 EncodingFormat = Literal["float", "base64"]
+OutputDtype = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
+Truncate = Literal["end", "start", "none"]
 # Of any type on the wire: the engine's check names the range of this model, whatever was sent.
 AnyDimensions = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})]
 Wire = TypeVar("Wire", bound=BaseModel)
@@ -50,10 +52,13 @@ class Image:
 
 @dataclass(frozen=True)
 class Video:
-    """A clip as a list of frames, each given like an image, `fps` frames a second."""
+    """A clip: encoded bytes or their base64 (bare or as data URI), or a list of frames, each given like an image.
 
-    frames: tuple[Media, ...]
-    fps: float = 2.0  # the reference's rate for frame lists (qwen-vl-utils 0.0.14, `fetch_video`)
+    `fps`: frames a second that the list has, or that are looked at of an encoded clip. None: as the reference does.
+    """
+
+    source: bytes | str | tuple[Media, ...]
+    fps: float | None = None
 
 
 Part = Text | Image | Video
@@ -61,12 +66,16 @@ Part = Text | Image | Video
 
 @dataclass(frozen=True)
 class EmbeddingItem:
-    """One thing to embed. `instruction` and `dimensions` of None mean the engine's default and the full width."""
+    """One thing to embed. `instruction` and `dimensions` of None mean the engine's default and the full width.
+
+    `truncate`: what becomes of text that does not fit: its end or its start is cut, or (`none`) the item refused.
+    """
 
     parts: tuple[Part, ...]
     instruction: str | None = None
     dimensions: int | None = None
     normalize: bool = True
+    truncate: Truncate = "end"
 
 
 @dataclass(frozen=True)
@@ -76,10 +85,11 @@ class EmbeddingRequest:
     items: tuple[EmbeddingItem, ...]
     is_list: bool
     encoding_format: EncodingFormat
+    output_dtype: OutputDtype = "float32"
 
 
-class _Options(BaseModel):
-    """What both routes of the `local` schema take beside `input`."""
+class Options(BaseModel):
+    """What the routes that are ours take beside the items themselves."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -91,14 +101,22 @@ class _Options(BaseModel):
     )
     normalize: StrictBool = Field(True, description="Divide the vector by its length.")
     encoding_format: EncodingFormat = Field(
-        "float", description="`base64` answers little-endian float32 bytes in base64."
+        "float", description="`base64` answers the vector's bytes in base64, little-endian."
     )
+    output_dtype: OutputDtype = Field(
+        "float32", description="Type of the vector's values; the two binaries hold eight values in a byte."
+    )
+    truncate: Truncate = Field("end", description="Of text over the limit: which end is cut; `none`: an error.")
+
+    def of_each_item(self) -> dict[str, Any]:
+        """What each item takes of these, in the native form; what an item says itself goes before."""
+        return {name: getattr(self, name) for name in ("instruction", "dimensions", "normalize", "truncate")}
 
 
 _INPUT_NAMES = AliasChoices("input", "inputs", "content", "contents")
 
 
-class TextRequest(_Options):
+class TextRequest(Options):
     """Body of `POST /txt/embed`."""
 
     input: str | Annotated[list[str], Field(min_length=1)] = Field(
@@ -108,7 +126,7 @@ class TextRequest(_Options):
     )
 
 
-class ImageRequest(_Options):
+class ImageRequest(Options):
     """Body of `POST /img/embed`."""
 
     input: str | Annotated[list[str], Field(min_length=1)] = Field(
@@ -120,23 +138,36 @@ class ImageRequest(_Options):
 
 def parse_text_request(body: bytes, settings: Settings) -> EmbeddingRequest:
     """Body of `/txt/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
-    return _request(_validate(TextRequest, body), Text, settings)
+    return _request(validate_body(TextRequest, body), Text, settings)
 
 
 def parse_image_request(body: bytes, settings: Settings) -> EmbeddingRequest:
     """Body of `/img/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
-    return _request(_validate(ImageRequest, body), Image, settings)
+    return _request(validate_body(ImageRequest, body), Image, settings)
 
 
 def _request(wire: TextRequest | ImageRequest, part: type[Text] | type[Image], settings: Settings) -> EmbeddingRequest:
     inputs = wire.input if isinstance(wire.input, list) else [wire.input]
-    if len(inputs) > settings.max_items_per_request:
-        raise RequestTooLarge(f"got {len(inputs)} items; allowed: 1 to {settings.max_items_per_request}")
-    items = tuple(EmbeddingItem((part(value),), wire.instruction, wire.dimensions, wire.normalize) for value in inputs)
-    return EmbeddingRequest(items, isinstance(wire.input, list), wire.encoding_format)
+    check_item_count(len(inputs), settings)
+    check_output_dtype(wire.output_dtype, wire.normalize)
+    items = tuple(EmbeddingItem((part(value),), **wire.of_each_item()) for value in inputs)
+    return EmbeddingRequest(items, isinstance(wire.input, list), wire.encoding_format, wire.output_dtype)
 
 
-def _validate(model: type[Wire], body: bytes) -> Wire:
+def check_item_count(num_items: int, settings: Settings) -> None:
+    """Raises `RequestTooLarge` above the operator's limit."""
+    if num_items > settings.max_items_per_request:
+        raise RequestTooLarge(f"got {num_items} items; allowed: 1 to {settings.max_items_per_request}")
+
+
+def check_output_dtype(output_dtype: OutputDtype, normalize: bool) -> None:
+    """Raises `InvalidRequest` for int8 and uint8 of a vector that is not normalized: their scale is a unit vector's."""
+    if output_dtype in ("int8", "uint8") and not normalize:
+        raise InvalidRequest(f"output_dtype: got {output_dtype} with normalize false; allowed: with normalize true")
+
+
+def validate_body(model: type[Wire], body: bytes) -> Wire:
+    """JSON -> a wire model of any route. Raises `InvalidRequest` that says what was got and what is allowed."""
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -164,11 +195,12 @@ def _explain(error: ValidationError) -> str:
     if fault["type"] == "too_short":
         return f"{name}: got an empty list; allowed: at least one item"
     if name == "input":
-        return f"input: got {_shown(fault['input'])}; allowed: a string or a list of strings"
-    return f"{name}: got {_shown(fault['input'])}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
+        return f"input: got {shown(fault['input'])}; allowed: a string or a list of strings"
+    return f"{name}: got {shown(fault['input'])}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A caller's value for a message: its beginning, and what JSON calls its type."""
     text = repr(value)
     return f"{text[:60]}.. ({_kind(value)})" if len(text) > 60 else f"{text} ({_kind(value)})"
 
@@ -183,30 +215,38 @@ def item_from_fields(fields: Mapping[str, Any]) -> EmbeddingItem:
     """An item in the native form -> EmbeddingItem.
 
     Either `text`, `image`, `video` (each one or a list; the model's order is videos, images, texts), or `content`:
-    a list of parts `{"type": "text", "text": ..}` in the caller's order. Optional: `instruction`, `dimensions`,
-    `normalize`. Raises `InvalidRequest`.
+    a list of parts `{"type": "text", "text": ..}` in the caller's order. A video is encoded (bytes, base64, data URI)
+    or a list of frames, with its `fps` beside it if need be. Optional: `instruction`, `dimensions`, `normalize`,
+    `truncate`. Raises `InvalidRequest`.
     """
     if not isinstance(fields, Mapping):
-        raise InvalidRequest(f"got {_shown(fields)}; allowed: a text, or an object with text, image or content")
+        raise InvalidRequest(f"got {shown(fields)}; allowed: a text, or an object with text, image or content")
     known = {"text", "image", "video", "content", "instruction", "dimensions", "normalize"}
-    _refuse_unknown(fields, known)
+    known |= {"truncate", "fps"} if "video" in fields else {"truncate"}
+    refuse_unknown(fields, known)
     if "content" in fields:
         if {"text", "image", "video"} & set(fields):
             raise InvalidRequest("give either `content` or `text`/`image`/`video`, not both")
         parts = tuple(_part(part) for part in _sequence(fields["content"]))
     else:
-        videos = [_video(value) for value in _videos(fields.get("video"))]
+        videos = [_video(value, fields.get("fps")) for value in _videos(fields.get("video"))]
         images = [Image(value) for value in _sequence(fields.get("image"))]
         texts = [_text(value) for value in _sequence(fields.get("text"))]
         parts = (*videos, *images, *texts)
     if not isinstance(fields.get("normalize", True), bool):
-        raise InvalidRequest(f"normalize: got {_shown(fields['normalize'])}; allowed: true or false")
+        raise InvalidRequest(f"normalize: got {shown(fields['normalize'])}; allowed: true or false")
     if not parts:
         raise InvalidRequest("an item needs at least one of text, image or video; got none")
-    return EmbeddingItem(parts, fields.get("instruction"), fields.get("dimensions"), fields.get("normalize", True))
+    truncate = fields.get("truncate", "end")
+    if truncate not in get_args(Truncate):
+        raise InvalidRequest(f"truncate: got {shown(truncate)}; allowed: {', '.join(get_args(Truncate))}")
+    return EmbeddingItem(
+        parts, fields.get("instruction"), fields.get("dimensions"), fields.get("normalize", True), truncate
+    )
 
 
-def _refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
+def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
+    """Raises `InvalidRequest` that names the fields which are not among the known."""
     if unknown := sorted(str(name) for name in set(fields) - known):
         raise InvalidRequest(f"extra fields not permitted: {', '.join(unknown)}")
 
@@ -214,20 +254,20 @@ def _refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
 def _part(part: object) -> Part:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(part, Mapping) and kind in ("text", "image", "video"):
-        _refuse_unknown(part, {"type", kind})
+        refuse_unknown(part, {"type", kind, "fps"} if kind == "video" else {"type", kind})
         match kind:
             case "text":
                 return _text(part.get("text"))
             case "image":
                 return Image(part.get("image"))  # type: ignore[arg-type]  # media says what it may be
             case "video":
-                return _video(part.get("video"))
-    raise InvalidRequest(f"a part of `content` has type text, image or video; got {_shown(part)}")
+                return _video(part.get("video"), part.get("fps"))
+    raise InvalidRequest(f"a part of `content` has type text, image or video; got {shown(part)}")
 
 
 def _text(value: object) -> Text:
     if not isinstance(value, str):
-        raise InvalidRequest(f"text: got {_shown(value)}; allowed: a string")
+        raise InvalidRequest(f"text: got {shown(value)}; allowed: a string")
     return Text(value)
 
 
@@ -238,16 +278,24 @@ def _sequence(value: Any) -> Sequence[Any]:
 
 
 def _videos(value: Any) -> Sequence[Any]:
-    """One video is a list of frames, so a list of videos is a list of lists."""
+    """One video may be a list of frames, so a list of videos is a list of lists, or holds an encoded clip."""
     if value is None:
         return ()
-    is_list_of_videos = isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple | Video)
+    is_list_of_videos = isinstance(value, list | tuple) and value and _is_video(value[0])
     return value if is_list_of_videos else (value,)
 
 
-def _video(value: Any) -> Video:
+def _is_video(value: object) -> bool:
+    """Not a frame. Bare base64 counts as a frame: a clip among several says what it is in its data URI."""
+    return isinstance(value, list | tuple | Video) or (isinstance(value, str) and value.startswith("data:video/"))
+
+
+def _video(value: Any, fps: Any = None) -> Video:
     if isinstance(value, Video):
         return value
-    if not isinstance(value, list | tuple):
-        raise InvalidRequest(f"video: got {_shown(value)}; allowed: a list of frames")
-    return Video(tuple(value))
+    if not isinstance(value, bytes | str | list | tuple):
+        raise InvalidRequest(f"video: got {shown(value)}; allowed: base64, a data URI, or a list of frames")
+    is_number = isinstance(fps, int | float) and not isinstance(fps, bool)
+    if fps is not None and not (is_number and 0.01 <= fps <= 1000):
+        raise InvalidRequest(f"fps: got {shown(fps)}; allowed: a number from 0.01 to 1000")
+    return Video(tuple(value) if isinstance(value, list | tuple) else value, fps)

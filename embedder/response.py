@@ -6,10 +6,9 @@ serialization (2-core CPU, BentoML 1.4.39, 2026-11).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import orjson
 import pybase64
 from numpy.typing import NDArray
@@ -23,8 +22,8 @@ from embedder.errors import (
     Overloaded,
     ShuttingDown,
 )
-from embedder.postprocess import Embedding
-from embedder.request import EmbeddingRequest
+from embedder.postprocess import Embedding, quantize
+from embedder.request import EmbeddingRequest, EncodingFormat
 
 Vector = list[float] | str
 
@@ -63,36 +62,49 @@ class ErrorResponse(BaseModel):
 
 def embedding_body(request: EmbeddingRequest, embeddings: Sequence[Embedding], model: str, limit: int) -> bytes:
     """The answer to a request. `limit` is the number of tokens that texts were cut to."""
-    vectors: list[Any] = [one.vector for one in embeddings]
-    if request.encoding_format == "base64":
-        vectors = [to_base64(vector) for vector in vectors]
-    num_tokens = sum(one.num_tokens for one in embeddings)
-    fields: dict[str, Any] = {
-        "embedding": vectors if request.is_list else vectors[0],
-        "model": model,
-        "dimensions": len(embeddings[0].vector),
-        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
-    }
-    cut = [(index, one) for index, one in enumerate(embeddings) if one.num_cut_tokens]
+    vectors = [wire_vector(quantize(one.vector, request.output_dtype), request.encoding_format) for one in embeddings]
+    return to_json(
+        {
+            "embedding": vectors if request.is_list else vectors[0],
+            "model": model,
+            "dimensions": len(embeddings[0].vector),
+            **accounts(dict(enumerate(embeddings)), limit),
+        }
+    )
+
+
+def wire_vector(vector: NDArray[Any], encoding_format: EncodingFormat) -> Any:
+    """One vector as the request wants it written."""
+    return to_base64(vector) if encoding_format == "base64" else vector
+
+
+def accounts(embeddings: Mapping[int, Embedding], limit: int) -> dict[str, Any]:
+    """`usage`, and `warnings` where text was cut, of what was embedded, by its index in the request."""
+    num_tokens = sum(one.num_tokens for one in embeddings.values())
+    fields: dict[str, Any] = {"usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens}}
+    cut = {index: one for index, one in embeddings.items() if one.num_cut_tokens}
     if cut:
         fields["warnings"] = [
             f"item {index}: got {one.num_tokens + one.num_cut_tokens} tokens; allowed: {limit}; "
-            f"the last {one.num_cut_tokens} of the text were cut"
-            for index, one in cut
+            f"{one.num_cut_tokens} of the text were cut"
+            for index, one in cut.items()
         ]
-    return to_json(fields)
+    return fields
 
 
 def error_body(error: EmbedderError) -> bytes:
     """The body of an answer that is not 200."""
-    return to_json(
-        {"error": {"code": error.code, "message": str(error), "item": error.item, "type": _error_type(error)}}
-    )
+    return to_json(error_fields(error))
 
 
-def to_base64(vector: NDArray[np.float32]) -> str:
-    """Little-endian float32 in base64."""
-    return pybase64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode("ascii")
+def error_fields(error: EmbedderError) -> dict[str, Any]:
+    """The same, not yet JSON."""
+    return {"error": {"code": error.code, "message": str(error), "item": error.item, "type": _error_type(error)}}
+
+
+def to_base64(vector: NDArray[Any]) -> str:
+    """The values' bytes in base64, little-endian: float32 for a vector as embedded, else as it was quantised."""
+    return pybase64.b64encode(vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes()).decode("ascii")
 
 
 def to_json(fields: Any) -> bytes:

@@ -2,14 +2,21 @@
 
 Nothing here is shared with `embedder` but the torchvision declaration: prompt by the checkpoint's chat template,
 pictures by qwen-vl-utils, patches by Qwen3VLProcessor, forward by Qwen3VLModel, last token, cut, unit length.
+
+Encoded clips: qwen-vl-utils chooses the frames, their size and the prompt's times; reading them is replaced, because
+its readers need torchcodec, decord or a video-enabled torchvision, none of which a CPU build has. The replacement
+decodes every frame with PyAV and resizes the chosen ones with PIL, so that the same pixels reach both sides.
 """
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
+import PIL.Image
 import torch
 from numpy.typing import NDArray
 
@@ -17,10 +24,30 @@ from embedder.torchvision_shim import declare_torchvision_operators
 
 declare_torchvision_operators()
 
-from qwen_vl_utils.vision_process import process_vision_info  # noqa: E402 - after the declaration
+from qwen_vl_utils import vision_process  # noqa: E402 - after the declaration
+from qwen_vl_utils.vision_process import process_vision_info, smart_nframes, smart_resize  # noqa: E402
 from transformers import Qwen3VLModel, Qwen3VLProcessor  # noqa: E402 - after the declaration
 
 DEFAULT_INSTRUCTION = "Represent the user's input."
+CLIPS: dict[str, bytes] = {}  # encoded clips under the names that stand for their paths
+
+
+def read_clip(element: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any], float]:
+    """A reader as qwen-vl-utils has them: (frames, channels, height, width), metadata, sampled frames a second."""
+    with av.open(io.BytesIO(CLIPS[element["video"]])) as container:
+        fps = float(container.streams.video[0].average_rate)
+        images = [frame.to_image() for frame in container.decode(video=0)]
+    num_frames = smart_nframes(element, total_frames=len(images), video_fps=fps)
+    indices = torch.linspace(0, len(images) - 1, num_frames).round().long().tolist()
+    max_pixels = min(768 * 1024, element["total_pixels"] / num_frames * 2)
+    size = smart_resize(images[0].height, images[0].width, 32, element["min_pixels"], max_pixels)
+    chosen = [images[index].resize(size[::-1], PIL.Image.Resampling.BICUBIC) for index in indices]
+    frames = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in chosen])
+    metadata = {"fps": fps, "frames_indices": indices, "total_num_frames": len(images), "video_backend": "av"}
+    return frames, metadata, num_frames / len(images) * fps
+
+
+vision_process.VIDEO_READER_BACKENDS.update(dict.fromkeys(("torchvision", "decord", "torchcodec"), read_clip))
 
 
 class Oracle:
@@ -83,6 +110,11 @@ class Oracle:
             "text": {},
         }
         content = [{**part, **sizes[part["type"]]} for part in parts]
+        for part in content:
+            if isinstance(part.get("video"), bytes):
+                name = f"clip {len(CLIPS)}"
+                CLIPS[name] = part["video"]
+                part |= {"video": name, "fps": part.get("fps", 1), "max_frames": 64}
         instruction = item.get("instruction") or DEFAULT_INSTRUCTION
         return [
             {"role": "system", "content": [{"type": "text", "text": instruction}]},

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from qwen_vl_utils.vision_process import fetch_image, smart_resize
 
 from embedder.errors import InvalidMedia, MediaTooLarge
-from embedder.media import FRAME_MAX_PIXELS, VIDEO_MAX_PIXELS, ImageGeometry, load_image, load_video, resized_size
-from embedder.request import Video
+from embedder.media import ImageGeometry, load_image, resized_size
 from embedder.settings import Settings
 from tests.conftest import encoded, picture
 
@@ -366,69 +365,3 @@ def test_warnings_of_the_rest_of_the_program_are_left_alone() -> None:
     before = list(warnings.filters)
     load(encoded(picture(40, 40)))
     assert warnings.filters == before
-
-
-# Video
-
-
-def video(*frames: Any, **options: Any) -> NDArray[np.uint8]:
-    return load_video(Video(frames, **options), CHECKPOINT, SETTINGS)
-
-
-@pytest.mark.parametrize(("num_given", "num_loaded"), [(1, 2), (2, 2), (3, 4), (8, 8)])
-def test_number_of_frames_is_even_and_the_last_one_repeated(num_given: int, num_loaded: int) -> None:
-    frames = [picture(64, 64, seed) for seed in range(num_given)]
-    loaded = video(*frames)
-    assert len(loaded) == num_loaded
-    for index, values in enumerate(loaded):
-        assert np.array_equal(values, np.asarray(frames[min(index, num_given - 1)]))
-
-
-def test_frames_are_given_in_every_form_of_a_picture() -> None:
-    image = picture(64, 64)
-    data = encoded(image)
-    loaded = video(image, data, base64.b64encode(data).decode(), encoded(image.convert("RGBA")))
-    assert all(np.array_equal(values, np.asarray(image)) for values in loaded)
-
-
-def test_frames_are_resized_as_pictures_are() -> None:
-    frames = [picture(70, 50, seed) for seed in range(2)]
-    assert np.array_equal(video(*frames), np.stack([reference(frame) for frame in frames]))
-
-
-def test_small_frames_are_not_enlarged_beyond_the_models_minimum() -> None:
-    assert video(picture(128, 128)).shape == (2, 128, 128, 3)  # qwen-vl-utils alone would give 384x384
-    assert video(picture(20, 20)).shape == (2, 64, 64, 3)
-
-
-def test_area_of_a_frame_is_bounded_alone_and_together() -> None:
-    large = PIL.Image.new("RGB", (1000, 1000))
-    # alone: sqrt(768 * 1024) = 886.8, floored to 27 * 32
-    assert video(large).shape == (2, 864, 864, 3)
-    # together, as the reference: 7,864,320 * 2 / 40 frames = 393,216, whose root 627.07 floors to 19 * 32
-    settings = Settings(max_video_frames=5000)
-    assert load_video(Video((large,) * 40), CHECKPOINT, settings).shape == (40, 608, 608, 3)
-    assert FRAME_MAX_PIXELS == 768 * 1024
-    assert VIDEO_MAX_PIXELS == 7_864_320
-
-
-def test_thousands_of_frames_keep_the_models_minimum() -> None:
-    frames = (PIL.Image.new("RGB", (64, 64)),) * 4000  # 7,864,320 * 2 / 4000 = 3932 is below min_pixels
-    assert load_video(Video(frames), CHECKPOINT, Settings(max_video_frames=4000)).shape == (4000, 64, 64, 3)
-
-
-def test_pixel_regime_bounds_frames_too() -> None:
-    assert load_video(Video((picture(500, 500),)), SMALL, SETTINGS).shape == (2, 128, 128, 3)
-
-
-@pytest.mark.parametrize("num_frames", [0, 9])
-def test_number_of_frames_is_limited(num_frames: int) -> None:
-    with pytest.raises(InvalidMedia, match=f"^video of {num_frames} frames; allowed: 1 to 8$"):
-        video(*[picture(64, 64)] * num_frames)
-
-
-def test_bad_frame_refuses_the_video() -> None:
-    with pytest.raises(InvalidMedia, match="a PDF document"):
-        video(picture(64, 64), b"%PDF-1.7")
-    with pytest.raises(MediaTooLarge):
-        video(picture(64, 64), png_bytes(30_000, 30_000))

@@ -64,14 +64,15 @@ def test_clip_is_its_timestamped_frames_without_an_outer_frame(num_frames: int, 
     timestamps = processor._calculate_timestamps(list(range(num_frames)), fps)
     frames = "".join(f"<{time:.1f} seconds><|vision_start|><|video_pad|><|vision_end|>" for time in timestamps)
     item = EmbeddingItem((Text("a "), Video(("",) * num_frames, fps), Text(" b")))
-    pieces = user_turn(item, [(num_frames // 2, 2, 2)])
+    pieces = user_turn(item, [(num_frames // 2, 2, 2)], [[index / fps for index in range(num_frames)]])
     assert written(pieces) == f"user\na {frames} b<|im_end|>\n<|im_start|>assistant\n"
     assert caller_text(pieces) == "a  b"  # of the timestamps nothing may be cut
 
 
 def test_placeholders_have_the_size_of_their_grid() -> None:
     item = EmbeddingItem((Image(""), Video(("",) * 4), Image("")))
-    pads = [piece for piece in user_turn(item, [(1, 2, 3), (2, 4, 5), (1, 6, 7)]) if isinstance(piece, Pads)]
+    pieces = user_turn(item, [(1, 2, 3), (2, 4, 5), (1, 6, 7)], [(0.0, 0.5, 1.0, 1.5)])
+    pads = [piece for piece in pieces if isinstance(piece, Pads)]
     image, video = "<|image_pad|>", "<|video_pad|>"
     assert pads == [Pads(image, 2, 3), Pads(video, 4, 5), Pads(video, 4, 5), Pads(image, 6, 7)]
 

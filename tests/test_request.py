@@ -205,6 +205,17 @@ def test_list_of_frames_is_one_video_and_list_of_lists_several() -> None:
     assert item_from_fields({"video": ["a", "b"]}).parts == (Video(("a", "b")),)
     assert item_from_fields({"video": [["a"], ["b"]]}).parts == (Video(("a",)), Video(("b",)))
     assert item_from_fields({"video": Video(("a",), fps=1.0)}).parts == (Video(("a",), fps=1.0),)
+    assert item_from_fields({"video": ["a", "b"], "fps": 1}).parts == (Video(("a", "b"), fps=1),)
+
+
+def test_encoded_video_is_one_string_and_several_say_that_they_are_videos() -> None:
+    clip = "data:video/mp4;base64,AAAA"
+    assert item_from_fields({"video": "AAAA"}).parts == (Video("AAAA"),)
+    assert item_from_fields({"video": b"bytes", "fps": 0.5}).parts == (Video(b"bytes", 0.5),)
+    assert item_from_fields({"video": [clip, clip]}).parts == (Video(clip), Video(clip))
+    assert item_from_fields({"video": [clip, ["a"]]}).parts == (Video(clip), Video(("a",)))
+    content = [{"type": "video", "video": clip, "fps": 2}]
+    assert item_from_fields({"content": content}).parts == (Video(clip, 2),)
 
 
 def test_pil_images_and_bytes_pass_through() -> None:
@@ -233,8 +244,8 @@ def test_options_of_an_item_are_its_own() -> None:
         ({"text": 5}, "text: got 5 (a number); allowed: a string"),
         ({"text": b"a"}, "text: got b'a' (bytes); allowed: a string"),
         ({"text": ["a", None]}, "text: got None (null); allowed: a string"),
-        ({"video": "a"}, "video: got 'a' (a string); allowed: a list of frames"),
-        ({"video": [["a"], "b"]}, "video: got 'b' (a string); allowed: a list of frames"),
+        ({"video": 5}, "video: got 5 (a number); allowed: base64, a data URI, or a list of frames"),
+        ({"video": [["a"], 5]}, "video: got 5 (a number); allowed: base64, a data URI, or a list of frames"),
         ({"text": "a", "normalize": "no"}, "normalize: got 'no' (a string); allowed: true or false"),
         ({"content": ["a"]}, "a part of `content` has type text, image or video; got 'a' (a string)"),
         (
@@ -246,7 +257,15 @@ def test_options_of_an_item_are_its_own() -> None:
             "a part of `content` has type text, image or video; got {'type': ['text']} (an object)",
         ),
         ({"content": [{"type": "text"}]}, "text: got None (null); allowed: a string"),
-        ({"content": [{"type": "video"}]}, "video: got None (null); allowed: a list of frames"),
+        (
+            {"content": [{"type": "video"}]},
+            "video: got None (null); allowed: base64, a data URI, or a list of frames",
+        ),
+        ({"video": "a", "fps": 0}, "fps: got 0 (a number); allowed: a number from 0.01 to 1000"),
+        ({"video": ["a"], "fps": True}, "fps: got True (a boolean); allowed: a number from 0.01 to 1000"),
+        ({"text": "a", "fps": 1}, "extra fields not permitted: fps"),
+        ({"text": "a", "truncate": "END"}, "truncate: got 'END' (a string); allowed: end, start, none"),
+        ({"text": "a", "truncate": None}, "truncate: got None (null); allowed: end, start, none"),
         ({"content": [{"type": "text", "text": "a", "txt": "b"}]}, "extra fields not permitted: txt"),
         ({"content": [{"type": "image", "image": "a", "max_pixels": 1}]}, "extra fields not permitted: max_pixels"),
     ],

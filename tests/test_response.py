@@ -91,7 +91,7 @@ def test_tokens_of_all_items_are_counted() -> None:
 
 def test_what_was_cut_is_said_item_by_item() -> None:
     body = answer(embedding(), embedding(num_tokens=100, num_cut_tokens=23), embedding(), limit=100)
-    assert body["warnings"] == ["item 1: got 123 tokens; allowed: 100; the last 23 of the text were cut"]
+    assert body["warnings"] == ["item 1: got 123 tokens; allowed: 100; 23 of the text were cut"]
     assert "warnings" not in answer(embedding())
 
 

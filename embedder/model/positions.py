@@ -12,7 +12,7 @@ def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     sin_first, sin_second = sin[:, None].chunk(2, dim=-1)
     rotated = states * cos[:, None]
     rotated_first, rotated_second = rotated.chunk(2, dim=-1)
-    rotated_first.addcmul_(second, sin_first, value=-1)  # in place: 2.3x as fast as making the rotated half (CPU, 2026-11)
+    rotated_first.addcmul_(second, sin_first, value=-1)  # in place, 2.3x as fast as a rotated copy (CPU)
     rotated_second.addcmul_(first, sin_second)
     return rotated
 

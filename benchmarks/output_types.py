@@ -1,0 +1,136 @@
+"""What smaller vectors cost: recall of colour names -> swatches, for each output type and number of dimensions.
+
+`python -m benchmarks.output_types [MODEL]` embeds matplotlib's 949 xkcd names and a swatch of each with the embedded
+model (or MODEL), quantises both sides as the service does, writes benchmarks/results/output_types.json and prints the
+table as Markdown. Queries and gallery are of the same type: integers and bits are compared as they are stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from embedder import Embedder
+from embedder.postprocess import dequantize, finish_vector, quantize
+from embedder.request import OutputDtype
+from training.data import COLOUR_NAMES, COLOURS
+
+RESULTS = Path(__file__).parent / "results" / "output_types.json"
+DIMENSIONS = (64, 128, 192)
+SIDE = 64  # of a swatch, in pixels
+CHUNK = 64
+
+
+def embed(embedder: Embedder, items: list[Any], what: str) -> NDArray[np.float32]:
+    """(num_items, hidden_size) unit vectors."""
+    rows = []
+    with tqdm(total=len(items), desc=what, unit="item") as bar:
+        for start in range(0, len(items), CHUNK):
+            rows += embedder.embed(items[start : start + CHUNK])
+            bar.update(len(items[start : start + CHUNK]))
+    return np.stack(rows)
+
+
+def as_stored(vectors: NDArray[np.float32], dimensions: int, output_dtype: OutputDtype) -> NDArray[np.float32]:
+    """What a client compares: cut, unit length, quantised, and back."""
+    cut = np.stack([finish_vector(row, dimensions, normalize=True) for row in vectors])
+    back = dequantize(quantize(cut, output_dtype), output_dtype, dimensions)
+    return back / np.linalg.norm(back, axis=1, keepdims=True)
+
+
+def num_bytes(dimensions: int, output_dtype: OutputDtype) -> int:
+    """Of one vector."""
+    return quantize(np.zeros(dimensions, np.float32), output_dtype).nbytes
+
+
+def recalls(
+    queries: NDArray[np.float32], gallery: NDArray[np.float32], right: NDArray[np.bool_]
+) -> tuple[float, float]:
+    """Share of queries with a right answer first, and among the first five.
+
+    Where scores are equal (binary), half of a tie counts as before: no order is lucky.
+    """
+    scores = queries.astype(np.float64) @ gallery.T.astype(np.float64)
+    best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+    better = (scores > best + 1e-12).sum(1)
+    tied = (np.abs(scores - best) <= 1e-12).sum(1) - 1
+    at = better + tied / 2
+    return float((at < 1).mean()), float((at < 5).mean())
+
+
+def measure(names: NDArray[np.float32], swatches: NDArray[np.float32]) -> list[dict[str, Any]]:
+    """A row for each type and size. Two names of one colour are both right."""
+    right = (COLOURS[:, None] == COLOURS[None]).all(-1)
+    full = names.shape[1]
+    rows = []
+    for output_dtype in get_args(OutputDtype):
+        for dimensions in [*(size for size in DIMENSIONS if size < full), full]:
+            at_1, at_5 = recalls(*(as_stored(one, dimensions, output_dtype) for one in (names, swatches)), right)
+            rows.append(
+                {
+                    "output_dtype": output_dtype,
+                    "dimensions": dimensions,
+                    "bytes": num_bytes(dimensions, output_dtype),
+                    "recall_at_1": round(at_1, 4),
+                    "recall_at_5": round(at_5, 4),
+                }
+            )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each type, a column for each size; signed and unsigned share one where they are equal."""
+    sizes = sorted({row["dimensions"] for row in rows})
+    head = [f"{size} dimensions: R@1 / R@5 (bytes)" for size in sizes]
+    lines = ["| " + " | ".join(["output_dtype", *head]) + " |", "|---" * (len(sizes) + 1) + "|"]
+    cells: dict[str, list[str]] = {}
+    for output_dtype in get_args(OutputDtype):
+        own = {row["dimensions"]: row for row in rows if row["output_dtype"] == output_dtype}
+        cells[output_dtype] = [
+            f"{own[size]['recall_at_1']:.3f} / {own[size]['recall_at_5']:.3f} ({own[size]['bytes']})" for size in sizes
+        ]
+    for one, other in (("float32",) * 2, ("float16",) * 2, ("int8", "uint8"), ("binary", "ubinary")):
+        assert cells[one] == cells[other]
+        label = f"`{one}`" if one == other else f"`{one}`, `{other}`"
+        lines.append("| " + " | ".join([label, *cells[one]]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    with Embedder(arguments.model) as embedder:
+        names = embed(embedder, list(COLOUR_NAMES), "colour names")
+        pictures = [Image.new("RGB", (SIDE, SIDE), tuple(int(value) for value in colour)) for colour in COLOURS]
+        swatches = embed(embedder, pictures, "swatches")
+        info = embedder.info()
+    rows = measure(names, swatches)
+    result = {
+        "model": info["model"],
+        "revision": info["revision"],
+        "device": info["device"],
+        "dtype": info["dtype"],
+        "machine": platform.machine(),
+        "seconds": round(time.monotonic() - start, 1),
+        "rows": rows,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
