@@ -7,18 +7,16 @@ the same engine.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
+import time
 import tomllib
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import bentoml
-from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -26,10 +24,15 @@ from starlette.routing import Route
 
 import embedder
 from embedder import errors
+from embedder.awaiting import embed_all, embed_each
 from embedder.checkpoint import find_checkpoint
+from embedder.cohere import cohere_body, parse_cohere
 from embedder.edge import Edge
 from embedder.engine import Engine
-from embedder.errors import EmbedderError, of_item
+from embedder.errors import EmbedderError
+from embedder.log import share_log
+from embedder.native import embed_body, parse_embed, whole_failure
+from embedder.openai import embeddings_body, models_body, parse_embeddings
 from embedder.openapi import openapi_document
 from embedder.postprocess import Embedding
 from embedder.request import (
@@ -91,10 +94,11 @@ class Qwen3VLEmbedding:
             raise SystemExit(f"the service does not start: {error}") from None
 
     def __init__(self) -> None:
-        _share_log()
+        share_log()
         worker = (bentoml.server_context.worker_index or 1) - 1
         self.embedder = embedder.Embedder(settings=SETTINGS, worker=worker)
         self.is_ready = False
+        self.started_s = time.time()
         app.state.service = self
 
     @bentoml.on_startup
@@ -137,61 +141,33 @@ class Rows(list[Any]):
             return rows
         for index, row in enumerate(rows):
             if isinstance(row, EmbedderError):
-                row.item = index
+                row.item = index if isinstance(row, errors.OF_AN_ITEM) else None
                 return _error_response(row)
         return _json_response(to_json([row.vector for row in rows]))
 
 
 async def _embed_rows(rows: Sequence[Any]) -> list[Any]:
     """Every row its own fate: an Embedding or its error."""
-    return Rows(await asyncio.gather(*map(_embed_row, rows)))
-
-
-async def _embed_row(row: Any) -> Embedding | EmbedderError:
     try:
-        return await asyncio.wrap_future(_engine().submit(item_from_fields(row)))
+        return Rows(await embed_each(_engine(), [_row_item(row) for row in rows], SETTINGS.request_timeout_s))
+    except errors.DeadlineExceeded as error:
+        return Rows([error] * len(rows))
+
+
+def _row_item(row: Any) -> EmbeddingItem | EmbedderError:
+    try:
+        return item_from_fields(row)
     except EmbedderError as error:
         return error
 
 
 async def _embed(items: Sequence[EmbeddingItem]) -> list[Embedding]:
-    """Every item's Embedding, in order. Raises the first error in order, with its index, and gives up the others."""
-    futures: list[Future[Embedding]] = []
-    embeddings: list[Embedding] = []
-    try:
-        async with asyncio.timeout(SETTINGS.request_timeout_s):
-            for index, item in enumerate(items):
-                with of_item(index):
-                    futures.append(_engine().submit(item))
-            for index, future in enumerate(futures):
-                with of_item(index):
-                    embeddings.append(await asyncio.wrap_future(future))
-    except TimeoutError as error:
-        raise errors.DeadlineExceeded(f"not done after {SETTINGS.request_timeout_s:g} s, the limit") from error
-    finally:
-        for future in futures:
-            future.cancel()  # those still waiting, after an error or when the caller went away
-    return embeddings
+    return await embed_all(_engine(), items, SETTINGS.request_timeout_s)
 
 
 def _engine() -> Engine:
     engine: Engine = app.state.service.embedder.engine
     return engine
-
-
-def _share_log() -> None:
-    """BentoML's handlers also for our lines; and none of its tracebacks, bodies and all, for what a caller did."""
-    ours, theirs = logging.getLogger("embedder"), logging.getLogger("bentoml")
-    ours.handlers, ours.propagate = theirs.handlers, False
-    ours.setLevel(logging.INFO)
-    logging.getLogger("bentoml._internal.server.http_app").addFilter(lambda record: not _blames_caller(record))
-
-
-def _blames_caller(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, bentoml.exceptions.BentoMLException):
-        return error.error_code < 500
-    return isinstance(error, ValidationError)
 
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -227,6 +203,37 @@ async def embed_image(request: Request) -> Response:
     return await _answer(parse_image_request(await _json_body(request), SETTINGS))
 
 
+@_route("/embed", "POST")
+async def embed_items(request: Request) -> Response:
+    parsed = parse_embed(await _json_body(request), SETTINGS)
+    outcomes = await embed_each(_engine(), parsed.items, SETTINGS.request_timeout_s)
+    for outcome in outcomes:
+        if isinstance(outcome, EmbedderError) and not isinstance(outcome, errors.OF_AN_ITEM):
+            raise outcome  # overload and shutdown concern the request, not the item that met them
+    failure = whole_failure(outcomes)
+    body = embed_body(parsed, outcomes, _model_name(), SETTINGS.max_input_tokens)
+    return _json_response(body, _status(failure) if failure else 200)
+
+
+@_route("/v1/embeddings", "POST")
+async def embed_openai(request: Request) -> Response:
+    parsed = parse_embeddings(await _json_body(request), SETTINGS)
+    embeddings = await _embed(parsed.items)
+    return _json_response(embeddings_body(parsed, embeddings, _model_name(), SETTINGS.max_input_tokens))
+
+
+@_route("/v1/models", "GET")
+async def list_models(_: Request) -> Response:
+    return _json_response(models_body(_model_name(), app.state.service.started_s, SETTINGS.max_input_tokens))
+
+
+@_route("/v2/embed", "POST")
+async def embed_cohere(request: Request) -> Response:
+    parsed = parse_cohere(await _json_body(request), SETTINGS)
+    embeddings = await _embed(parsed.items)
+    return _json_response(cohere_body(parsed, embeddings, SETTINGS.max_input_tokens))
+
+
 @_route("/health", "GET")
 async def health(_: Request) -> Response:
     if not app.state.service.is_ready:
@@ -254,18 +261,25 @@ async def _json_body(request: Request) -> bytes:
 
 async def _answer(request: EmbeddingRequest) -> Response:
     embeddings = await _embed(request.items)
-    name = app.state.service.embedder.checkpoint.name
-    return _json_response(embedding_body(request, embeddings, name, SETTINGS.max_input_tokens))
+    return _json_response(embedding_body(request, embeddings, _model_name(), SETTINGS.max_input_tokens))
+
+
+def _model_name() -> str:
+    name: str = app.state.service.embedder.checkpoint.name
+    return name
 
 
 def _json_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(body, status, headers, media_type="application/json")
 
 
+def _status(error: EmbedderError) -> int:
+    return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
+
+
 def _error_response(error: EmbedderError) -> Response:
-    status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
     headers = {"retry-after": str(math.ceil(error.retry_after_s))} if isinstance(error, errors.Overloaded) else None
-    return _json_response(error_body(error), status, headers)
+    return _json_response(error_body(error), _status(error), headers)
 
 
 Qwen3VLEmbedding.add_asgi_middleware(  # type: ignore[attr-defined]  # the decorator made a BentoML Service of it

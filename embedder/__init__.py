@@ -9,7 +9,8 @@ The path of an item, one file a step, in order; a step imports only what stands 
 
     settings, errors    what an operator may choose; what can go wrong
     request             JSON or Python values -> EmbeddingItems
-    media               an item's pictures and clips -> RGB values, resized, within limits
+    media               an item's pictures -> RGB values, resized, within limits
+    video               an item's clips -> sampled frames and their times, likewise
     prompt              instruction and parts -> the chat text the model was trained on
     preprocess          text and pixels -> ModelInput: token ids, positions, patches, cost
     scheduler           waiting ModelInputs -> which go next, under the token budget
@@ -20,7 +21,9 @@ The path of an item, one file a step, in order; a step imports only what stands 
     response            vectors -> JSON
 
 Around it: `checkpoint` finds the model's folder; `engine` owns the queue and the threads; `library` puts a real
-checkpoint behind the engine (`Embedder`); `openapi` describes the HTTP contract and `edge` guards it;
+checkpoint behind the engine (`Embedder`); `awaiting` puts items through it from an event loop. `native` (`/embed`),
+`openai` (`/v1`) and `cohere` (`/v2`) translate what those clients send into the same items, with `chat` for the forms
+they share; `openapi` describes the HTTP contract, `edge` guards it, `log` keeps callers' bodies out of the log.
 `random_checkpoint` writes checkpoints for tests and benchmarks; `torchvision_shim` lets torchvision load beside a CPU
 build of torch.
 """

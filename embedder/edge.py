@@ -1,4 +1,4 @@
-"""The HTTP boundary, around BentoML's app: bodies within a limit in, one shape of error out.
+"""The HTTP boundary, around BentoML's app: bodies within a limit in, one shape of error out (under /v1 OpenAI's).
 
 BentoML bounds no body, and answers errors of its own in three shapes, none of them ours (BentoML 1.4.39).
 """
@@ -12,6 +12,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedder.errors import EmbedderError, RequestTooLarge
+from embedder.openai import openai_error_body
 from embedder.response import error_body, to_json
 
 _CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_content_type", 503: "not_ready"}
@@ -29,7 +30,7 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = _Answer(send)
+        answer = _Answer(send, is_openai=scope["path"].startswith("/v1/"))
         if scope["method"] in ("POST", "PUT", "PATCH"):
             try:
                 body = await _read(receive, self.max_body_bytes)
@@ -45,8 +46,9 @@ class Edge:
 class _Answer:
     """Passes an answer on; one that is an error is held until it is whole, and mended where it is not ours."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, *, is_openai: bool) -> None:
         self._send = send
+        self._is_openai = is_openai
         self._start: Message = {}
         self._body = b""
 
@@ -72,6 +74,8 @@ class _Answer:
         status, body = self._start["status"], self._body
         if not body.startswith(b'{"error":{'):
             body = _reshape(status, body)
+        if self._is_openai:
+            body = openai_error_body(json.loads(body)["error"])
         replaced = (b"content-length", b"content-type")
         headers = [(name, value) for name, value in self._start.get("headers", ()) if name.lower() not in replaced]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

@@ -1,7 +1,8 @@
 """The wire models -> the OpenAPI document of the HTTP contract.
 
 Written here because BentoML's generator shows only the first member of a union, and clients read from `input` whether
-lists are accepted, and how long (`anyOf` with `maxItems`).
+lists are accepted, and how long (`anyOf` with `maxItems`). What the wire models leave to later steps (items, parts,
+messages: one that is wrong may not spoil the others) is described here by hand, and held to the parsers by tests.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from embedder.request import ImageRequest, TextRequest
+from embedder.chat import KINDS
+from embedder.cohere import CohereEmbedRequest, CohereEmbedResponse
+from embedder.native import EmbedRequest, EmbedResponse
+from embedder.openai import EmbeddingsRequest, EmbeddingsResponse, ModelsResponse, OpenAIErrorResponse
+from embedder.request import EXAMPLE_IMAGE, ImageRequest, TextRequest
 from embedder.response import EmbeddingResponse, ErrorResponse
 from embedder.settings import Settings
 
@@ -25,6 +30,77 @@ ERRORS = {
     504: "The request took longer than the limit.",
 }
 
+REQUESTS: tuple[type[BaseModel], ...] = (
+    TextRequest,
+    ImageRequest,
+    EmbedRequest,
+    EmbeddingsRequest,
+    CohereEmbedRequest,
+)
+ANSWERS: tuple[type[BaseModel], ...] = (
+    EmbeddingResponse,
+    EmbedResponse,
+    EmbeddingsResponse,
+    ModelsResponse,
+    CohereEmbedResponse,
+    ErrorResponse,
+    OpenAIErrorResponse,
+)
+
+_DATA_URI = f"data:image/png;base64,{EXAMPLE_IMAGE}"
+_QUERY = "Retrieve images or text relevant to the user's query."
+EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {  # bodies by route and name, each answered with 200
+    "/txt/embed": {
+        "one text": {"input": "red"},
+        "several, smaller": {"input": ["red", "green"], "dimensions": 64, "encoding_format": "base64"},
+    },
+    "/img/embed": {"one image": {"input": EXAMPLE_IMAGE}, "several": {"input": [EXAMPLE_IMAGE, _DATA_URI]}},
+    "/embed": {
+        "text, image, mixture": {
+            "items": [
+                "red",
+                {"text": "a red square", "instruction": _QUERY, "id": "query"},
+                {"image": EXAMPLE_IMAGE, "dimensions": 64},
+                {"content": [{"type": "text", "text": "a swatch: "}, {"type": "image", "image": EXAMPLE_IMAGE}]},
+            ]
+        },
+        "one bad item": {"items": ["red", {"image": "not a picture"}]},
+    },
+    "/v1/embeddings": {
+        "texts": {"input": ["red", "green"], "model": "any", "encoding_format": "float"},
+        "image as data URI": {"input": _DATA_URI},
+        "objects": {
+            "input": [
+                {"text": "red"},
+                {"image": EXAMPLE_IMAGE},
+                {"content": [{"type": "text", "text": "red"}, {"type": "image_url", "image_url": {"url": _DATA_URI}}]},
+            ]
+        },
+        "messages": {
+            "messages": [
+                {"role": "system", "content": _QUERY},
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": _DATA_URI}}]},
+            ]
+        },
+    },
+    "/v2/embed": {
+        "texts": {"model": "any", "texts": ["red"], "input_type": "search_query"},
+        "types": {"images": [_DATA_URI], "input_type": "image", "embedding_types": ["int8", "ubinary", "base64"]},
+        "mixture": {
+            "inputs": [
+                {
+                    "content": [
+                        {"type": "text", "text": "a swatch"},
+                        {"type": "image_url", "image_url": {"url": _DATA_URI}},
+                    ]
+                }
+            ]
+        },
+    },
+    "/embed_texts": {"texts": {"texts": ["red", {"text": "green", "dimensions": 64}]}},
+    "/embed_images": {"images": {"images": [EXAMPLE_IMAGE, {"image": EXAMPLE_IMAGE, "instruction": "Find it."}]}},
+}
+
 
 def openapi_document(settings: Settings, version: str) -> dict[str, Any]:
     """The document, with the limits of these settings."""
@@ -33,78 +109,151 @@ def openapi_document(settings: Settings, version: str) -> dict[str, Any]:
         "info": {
             "title": "Qwen3-VL-Embedding",
             "version": version,
-            "description": "Text and images in, one vector per item out.",
+            "description": "Text, images, videos and mixtures of them in, one vector per item out.",
         },
         "paths": {
-            "/txt/embed": _post("embedText", "Embed texts", TextRequest),
-            "/img/embed": _post("embedImage", "Embed images", ImageRequest),
-            "/embed_texts": _post_rows("embed_texts", "texts", "Texts, for BentoML clients (adaptive batching)"),
-            "/embed_images": _post_rows("embed_images", "images", "Images, for BentoML clients (adaptive batching)"),
-            "/health": _get("health", "200 once something was embedded for real", 503),
-            "/info": _get("info", "Model, sizes, limits and device", None),
+            "/txt/embed": _post("/txt/embed", "Embed texts", TextRequest, EmbeddingResponse),
+            "/img/embed": _post("/img/embed", "Embed images", ImageRequest, EmbeddingResponse),
+            "/embed": _post("/embed", "Embed items of any kind, each failing alone", EmbedRequest, EmbedResponse),
+            "/v1/embeddings": _post("/v1/embeddings", "As OpenAI's clients ask", EmbeddingsRequest, EmbeddingsResponse),
+            "/v1/models": _get("/v1/models", "The model, as OpenAI's clients ask", _ref("ModelsResponse")),
+            "/v2/embed": _post("/v2/embed", "As Cohere's clients ask", CohereEmbedRequest, CohereEmbedResponse),
+            "/embed_texts": _post_rows("/embed_texts", "text", "Texts, for BentoML clients (adaptive batching)"),
+            "/embed_images": _post_rows("/embed_images", "image", "Images, for BentoML clients (adaptive batching)"),
+            "/health": _get("/health", "200 once something was embedded for real", {"type": "object"}),
+            "/info": _get("/info", "Model, sizes, limits and device", {"type": "object"}),
         },
         "components": {"schemas": _schemas(settings)},
     }
 
 
 def _schemas(settings: Settings) -> dict[str, Any]:
-    models: list[type[BaseModel]] = [TextRequest, ImageRequest]
-    answers: list[type[BaseModel]] = [EmbeddingResponse, ErrorResponse]
     _, document = models_json_schema(
-        [*((model, "validation") for model in models), *((model, "serialization") for model in answers)],
+        [*((model, "validation") for model in REQUESTS), *((model, "serialization") for model in ANSWERS)],
         by_alias=False,
         ref_template="#/components/schemas/{model}",
     )
-    schemas: dict[str, Any] = document["$defs"]
-    for model in models:
-        for option in schemas[model.__name__]["properties"]["input"]["anyOf"]:
-            if option["type"] == "array":
+    schemas: dict[str, Any] = {**document["$defs"], **_items()}
+    fields = {model.__name__: schemas[model.__name__]["properties"] for model in REQUESTS}
+    fields["EmbedRequest"]["items"]["items"] = {"anyOf": [{"type": "string"}, _ref("NamedItem")]}
+    fields["CohereEmbedRequest"]["inputs"]["anyOf"][0]["items"] = _ref("Content")
+    entry = [{"type": "string"}, _ref("Input"), _ref("ChatPart")]
+    conversation = _list_of(_ref("Message"))
+    fields["EmbeddingsRequest"]["input"]["anyOf"] = [*entry, _list_of({"anyOf": entry}), {"type": "null"}]
+    fields["EmbeddingsRequest"]["messages"]["anyOf"] = [conversation, _list_of(conversation), {"type": "null"}]
+    for model, name in [
+        ("TextRequest", "input"),
+        ("ImageRequest", "input"),
+        ("EmbedRequest", "items"),
+        ("EmbeddingsRequest", "input"),
+        ("CohereEmbedRequest", "texts"),
+        ("CohereEmbedRequest", "images"),
+        ("CohereEmbedRequest", "inputs"),
+    ]:
+        for option in [fields[model][name], *fields[model][name].get("anyOf", ())]:
+            if option.get("type") == "array":
                 option["maxItems"] = settings.max_items_per_request
     return schemas
 
 
-def _post(operation: str, summary: str, model: type[BaseModel]) -> dict[str, Any]:
+def _items() -> dict[str, Any]:
+    """Items, parts and messages, which the parsers read one by one."""
+    text, image = {"type": "string"}, {"type": "string", "description": "Base64, bare or as a data URI."}
+    frames = {"type": "array", "items": image, "description": "The frames, in order."}
+    clip = {"anyOf": [{"type": "string", "description": "An encoded clip, likewise."}, frames]}
+    fps = {"type": "number", "description": "Frames a second that the list has, or that are looked at of a clip."}
+    kinds: dict[str, dict[str, Any]] = {"text": text, "image": image, "video": clip}
+    options = {
+        "instruction": {"type": ["string", "null"], "description": "The task, as the system message."},
+        "dimensions": {"type": ["integer", "null"], "minimum": 1, "description": "Matryoshka size."},
+        "normalize": {"type": "boolean", "default": True},
+        "truncate": {"enum": ["end", "start", "none"], "default": "end"},
+    }
+    several = {name: {"anyOf": [kind, _list_of(kind)]} for name, kind in kinds.items()}
+    of_kinds = {**several, "fps": fps, **options}
+    parts = [
+        _object({"type": {"const": name}, name: kind, **({"fps": fps} if name == "video" else {})}, ["type", name])
+        for name, kind in kinds.items()
+    ]
+    address = {
+        "anyOf": [
+            {"type": "string"},
+            _object({"url": text, "detail": text}, ["url"]),
+            _object({"data": text, "format": text}, ["data"]),
+        ]
+    }
+    chat_kinds = {name: text if kind == "text" else {"anyOf": [address, clip]} for name, kind in KINDS.items()}
+    chat_parts = {"type": {"enum": list(KINDS)}, **chat_kinds, "fps": fps, "detail": text, "uuid": text}
+    chat_content = {"anyOf": [text, _list_of(_ref("ChatPart"))]}
+    something = [{"required": [name]} for name in (*kinds, "content")]
+    name = {"type": ["string", "integer", "null"], "description": "Your own name for the item; the answer repeats it."}
+    role = {"enum": ["system", "developer", "user", "assistant"]}
+    content = {"anyOf": [_ref("Part"), _list_of(_ref("Part"))], "description": "Parts, in your order."}
+    native = {**of_kinds, "content": content}
     return {
-        "post": {
-            "operationId": operation,
-            "summary": summary,
-            "requestBody": {"required": True, "content": _json(_ref(model.__name__))},
-            "responses": {"200": _answer("The vectors.", _ref("EmbeddingResponse")), **_errors()},
-        }
+        "Part": {"title": "Part", "oneOf": parts},
+        "Item": {"title": "Item", **_object(native, []), "anyOf": something},
+        "NamedItem": {"title": "NamedItem", **_object({**native, "id": name}, []), "anyOf": something},
+        "ChatPart": {"title": "ChatPart", **_object(chat_parts, ["type"])},
+        "Input": {"title": "Input", **_object({**of_kinds, "content": chat_content}, []), "anyOf": something},
+        "Content": {"title": "Content", **_object({"content": chat_content}, ["content"])},
+        "Message": {
+            "title": "Message",
+            **_object({"role": role, "content": {"anyOf": [chat_content, {"type": "null"}]}, "name": text}, ["role"]),
+        },
     }
 
 
-def _post_rows(operation: str, field: str, summary: str) -> dict[str, Any]:
-    row = {"anyOf": [{"type": "string"}, {"type": "object"}]}
-    body = {"type": "object", "properties": {field: {"type": "array", "items": row}}, "required": [field]}
+def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def _list_of(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "items": schema}
+
+
+def _post(path: str, summary: str, request: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
+    return _operation(path, summary, _ref(request.__name__), _answer("The vectors.", _ref(answer.__name__)))
+
+
+def _post_rows(path: str, kind: str, summary: str) -> dict[str, Any]:
+    row = {"anyOf": [{"type": "string"}, _ref("Item")]}
+    body = {"type": "object", "properties": {f"{kind}s": {"type": "array", "items": row}}, "required": [f"{kind}s"]}
     vectors = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
+    return _operation(path, summary, body, _answer("One vector per row.", vectors))
+
+
+def _operation(path: str, summary: str, body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    examples = {name: {"value": value} for name, value in EXAMPLES[path].items()}
     return {
         "post": {
-            "operationId": operation,
+            "operationId": _operation_id(path),
             "summary": summary,
-            "requestBody": {"required": True, "content": _json(body)},
-            "responses": {"200": _answer("One vector per row.", vectors), **_errors()},
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": body, "examples": examples}},
+            },
+            "responses": {"200": answer, **{str(status): _error(path, text) for status, text in ERRORS.items()}},
         }
     }
 
 
-def _get(operation: str, summary: str, unready: int | None) -> dict[str, Any]:
-    responses = {"200": _answer(summary, {"type": "object"})}
-    if unready:
-        responses[str(unready)] = _answer("Not ready.", _ref("ErrorResponse"))
-    return {"get": {"operationId": operation, "summary": summary, "responses": responses}}
+def _get(path: str, summary: str, schema: dict[str, Any]) -> dict[str, Any]:
+    responses = {"200": _answer(summary, schema), "503": _error(path, ERRORS[503])}
+    return {"get": {"operationId": _operation_id(path), "summary": summary, "responses": responses}}
 
 
-def _errors() -> dict[str, Any]:
-    return {str(status): _answer(text, _ref("ErrorResponse")) for status, text in ERRORS.items()}
+def _operation_id(path: str) -> str:
+    """`/v1/embeddings` -> v1_embeddings: what a generated client calls it."""
+    return path.strip("/").replace("/", "_")
+
+
+def _error(path: str, text: str) -> dict[str, Any]:
+    return _answer(text, _ref("OpenAIErrorResponse" if path.startswith("/v1/") else "ErrorResponse"))
 
 
 def _answer(description: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"description": description, "content": _json(schema)}
-
-
-def _json(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"application/json": {"schema": schema}}
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
 def _ref(name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import httpx
+import hypothesis
 import numpy as np
 import PIL.Image
 import pytest
@@ -24,6 +25,10 @@ import torch
 
 from embedder import Embedder
 from embedder.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
+
+# the same examples in every run, and no folder that remembers them
+hypothesis.settings.register_profile("house", database=None, derandomize=True, deadline=None)
+hypothesis.settings.load_profile("house")
 
 ROOT = Path(__file__).parents[1]
 TEXTS = list(topics.values())  # the text of Python's own help: English that every installation has
@@ -110,6 +115,7 @@ def start_server(folder: Path, *, target: str = ".", cwd: Path = ROOT, **setting
     environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
     environment |= {f"EMBEDDER_{name.upper()}": value for name, value in settings.items()}
     environment |= {"BENTOML_DO_NOT_TRACK": "True", "PYTHONUNBUFFERED": "1"}
+    environment.setdefault("BENTOML_HOME", str(folder / "bentoml"))  # servers that share one empty each other's metrics
     log = folder / f"server-{port}.log"
     bentoml = Path(sys.executable).parent / "bentoml"
     command = [str(bentoml), "serve", target, "--host", "127.0.0.1", "--port", str(port)]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
+import jsonschema
 import openapi_spec_validator
 import pytest
 
-from embedder.openapi import ERRORS, openapi_document
-from embedder.request import ImageRequest, TextRequest
+from embedder.cohere import parse_cohere
+from embedder.errors import InvalidRequest
+from embedder.native import parse_embed
+from embedder.openai import parse_embeddings
+from embedder.openapi import ERRORS, EXAMPLES, openapi_document
+from embedder.request import ImageRequest, TextRequest, parse_image_request, parse_text_request
 from embedder.settings import Settings
 
 DOCUMENT = openapi_document(Settings(max_items_per_request=7), "1.2.3")
@@ -76,16 +83,145 @@ def test_every_reference_leads_somewhere() -> None:
     assert {resolve({"$ref": reference})["title"] for reference in found} >= {"TextRequest", "EmbeddingResponse"}
 
 
-@pytest.mark.parametrize("path", [*ROUTES, "/embed_texts", "/embed_images"])
-def test_every_error_has_the_one_body(path: str) -> None:
+@pytest.mark.parametrize("path", EXAMPLES)
+def test_every_error_has_the_one_body_or_openais(path: str) -> None:
+    body = "OpenAIErrorResponse" if path.startswith("/v1") else "ErrorResponse"
     responses = DOCUMENT["paths"][path]["post"]["responses"]
     assert set(responses) == {"200", *map(str, ERRORS)}
     for status in ERRORS:
         schema = responses[str(status)]["content"]["application/json"]["schema"]
-        assert schema == {"$ref": "#/components/schemas/ErrorResponse"}
+        assert schema == {"$ref": f"#/components/schemas/{body}"}
 
 
 def test_embedding_may_be_floats_or_base64_once_or_in_a_list() -> None:
     schema = DOCUMENT["components"]["schemas"]["EmbeddingResponse"]["properties"]["embedding"]
     numbers, text = {"type": "array", "items": {"type": "number"}}, {"type": "string"}
     assert schema["anyOf"] == [numbers, text, {"type": "array", "items": {"anyOf": [numbers, text]}}]
+
+
+def is_valid(path: str, body: Any) -> bool:
+    schema = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    validator = jsonschema.Draft202012Validator({**schema, "components": DOCUMENT["components"]})
+    return bool(validator.is_valid(body))
+
+
+def parse(path: str, body: Any) -> Any:
+    parsers: dict[str, Callable[[bytes, Settings], Any]] = {
+        "/txt/embed": parse_text_request,
+        "/img/embed": parse_image_request,
+        "/embed": parse_embed,
+        "/v1/embeddings": parse_embeddings,
+        "/v2/embed": parse_cohere,
+    }
+    return parsers[path](json.dumps(body).encode(), Settings(max_items_per_request=7))
+
+
+def test_every_post_route_is_described_with_examples_that_its_own_schema_allows() -> None:
+    assert {path for path, methods in DOCUMENT["paths"].items() if "post" in methods} == set(EXAMPLES)
+    for path, examples in EXAMPLES.items():
+        for name, body in examples.items():
+            assert is_valid(path, body), (path, name)
+
+
+def test_operations_have_names_of_their_own() -> None:
+    names = [method["operationId"] for methods in DOCUMENT["paths"].values() for method in methods.values()]
+    assert len(set(names)) == len(names) == len(DOCUMENT["paths"])
+    assert all(name.isidentifier() for name in names)
+
+
+TEXT_PART = {"type": "text", "text": "a"}
+URL_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+USER = {"role": "user", "content": [TEXT_PART, URL_PART]}
+CHAT_INPUTS: list[Any] = [
+    "a",
+    ["a", "b"],
+    {"text": "a"},
+    [{"text": "a", "image": "AAAA"}, "b"],
+    {"text": "a", "instruction": "Find.", "dimensions": 64},
+    {"content": [TEXT_PART, URL_PART]},
+    [{"content": "a"}],
+    TEXT_PART,
+    [URL_PART, {"type": "input_image", "image_url": "data:image/png;base64,AAAA", "detail": "low"}],
+    {"type": "input_video", "input_video": {"data": "AAAA", "format": "mp4"}},
+    {"content": [{"type": "video", "video": ["AAAA", "BBBB"], "fps": 1}]},
+    {"video": ["AAAA", "BBBB"], "fps": 1},
+    # and wrong ones
+    5,
+    [],
+    [1, 2],
+    [[1, 2]],
+    [["a"]],
+    {},
+    {"txt": "a"},
+    {"content": [{"type": "audio", "audio": "AAAA"}]},
+    {"content": [{**URL_PART, "max_pixels": 5}]},
+    {"text": "a", "id": "b"},
+    ["a"] * 8,
+]
+BODIES: list[tuple[str, Any]] = [
+    *(("/v1/embeddings", {"input": value}) for value in CHAT_INPUTS),
+    *(
+        ("/v1/embeddings", {"messages": value})
+        for value in (
+            [USER],
+            [[USER], [USER]],
+            [{"role": "system", "content": "Find."}, USER, {"role": "assistant", "content": ""}],
+            [],
+            [{"role": "tool", "content": "a"}],
+            [{"role": "user", "content": 5}],
+            [{**USER, "cost": 1}],
+        )
+    ),
+    ("/v1/embeddings", {"input": "a", "instrction": "b"}),
+    ("/v1/embeddings", {"input": "a", "encoding_format": "bytes"}),
+    ("/v2/embed", {"texts": ["a"], "truncate": "NONE", "input_type": "clustering", "priority": 1}),
+    ("/v2/embed", {"images": ["AAAA"], "embedding_types": ["float"]}),
+    ("/v2/embed", {"inputs": [{"content": [TEXT_PART, URL_PART]}]}),
+    ("/v2/embed", {"texts": []}),
+    ("/v2/embed", {"texts": "a"}),
+    ("/v2/embed", {"inputs": [{"content": [TEXT_PART], "id": 1}]}),
+    ("/v2/embed", {"inputs": [{"text": "a"}]}),
+    ("/v2/embed", {"texts": ["a"], "embedding_types": ["float16"]}),
+    ("/v2/embed", {"texts": ["a"], "truncate": "end"}),
+    ("/embed", {"items": ["a"], "normalize": False}),
+    ("/embed", {"items": []}),
+    ("/embed", {"items": "a"}),
+    ("/embed", {"items": ["a"] * 8}),
+    ("/embed", {"input": ["a"]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES)
+def test_document_allows_what_the_parser_takes_and_nothing_else(path: str, body: Any) -> None:
+    try:
+        parse(path, body)
+    except InvalidRequest:
+        assert not is_valid(path, body)
+    else:
+        assert is_valid(path, body)
+
+
+@pytest.mark.parametrize(
+    ("entry", "is_good"),
+    [
+        ("a", True),
+        ({"text": "a", "id": 5}, True),
+        ({"text": ["a", "b"], "image": "AAAA", "truncate": "none"}, True),
+        ({"content": [TEXT_PART, {"type": "image", "image": "AAAA"}], "normalize": False}, True),
+        ({"content": TEXT_PART}, True),
+        ({"video": ["AAAA"], "fps": 2.0}, True),
+        (5, False),
+        ({}, False),
+        ({"id": "a"}, False),
+        ({"text": 5}, False),
+        ({"text": "a", "id": True}, False),
+        ({"text": "a", "txt": "b"}, False),
+        ({"content": [URL_PART]}, False),
+        ({"text": "a", "normalize": "no"}, False),
+        ({"text": "a", "truncate": "middle"}, False),
+    ],
+)
+def test_document_tells_good_items_from_bad(entry: Any, is_good: bool) -> None:
+    (item,) = parse("/embed", {"items": [entry]}).items
+    assert isinstance(item, InvalidRequest) is not is_good
+    assert is_valid("/embed", {"items": [entry]}) is is_good

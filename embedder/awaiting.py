@@ -1,0 +1,66 @@
+"""EmbeddingItems -> their Embeddings, awaited in an event loop within a time, by the engine's threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+
+from embedder.engine import Engine
+from embedder.errors import DeadlineExceeded, EmbedderError, of_item
+from embedder.postprocess import Embedding
+from embedder.request import EmbeddingItem
+
+Outcome = Embedding | EmbedderError
+
+
+async def embed_all(engine: Engine, items: Sequence[EmbeddingItem], timeout_s: float) -> list[Embedding]:
+    """Every item's Embedding, in order. Raises the first error in order, with its index, and gives up the others."""
+    embeddings = []
+    async with _submitted(engine, items, timeout_s) as futures:
+        for index, future in enumerate(futures):
+            with of_item(index):
+                embeddings.append(await asyncio.wrap_future(future))
+    return embeddings
+
+
+async def embed_each(engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float) -> list[Outcome]:
+    """Every item's Embedding or error, in order. An error among the items, of its parsing, is its outcome."""
+    async with _submitted(engine, items, timeout_s) as futures:
+        return [await _outcome(future) for future in futures]
+
+
+async def _outcome(future: Future[Embedding]) -> Outcome:
+    try:
+        return await asyncio.wrap_future(future)
+    except EmbedderError as error:
+        return error
+
+
+@asynccontextmanager
+async def _submitted(
+    engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float
+) -> AsyncIterator[list[Future[Embedding]]]:
+    """A future for each item. Raises `DeadlineExceeded`; those not done at the end are given up."""
+    futures = [_submit(engine, item) for item in items]
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield futures
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"not done after {timeout_s:g} s, the limit") from error
+    finally:
+        for future in futures:
+            future.cancel()  # those still waiting, after an error or when the caller went away
+
+
+def _submit(engine: Engine, item: EmbeddingItem | EmbedderError) -> Future[Embedding]:
+    """An item's future, which has failed already where the item is refused."""
+    try:
+        if isinstance(item, EmbedderError):
+            raise item
+        return engine.submit(item)
+    except EmbedderError as error:
+        refused: Future[Embedding] = Future()
+        refused.set_exception(error)
+        return refused
