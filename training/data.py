@@ -1,0 +1,175 @@
+"""The prepared data folder -> pictures and captions to train and to measure on.
+
+Everything random takes a numpy Generator, so that a seed decides the whole training. Pictures are uint8 RGB arrays of
+the model's input size (sides multiples of 32), so no resizing stands between them and the patches.
+"""
+
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import XKCD_COLORS, to_rgb
+from numpy.random import Generator
+from PIL import Image, ImageDraw
+
+from training.prepare import DRAWING_PIXELS
+
+Picture = np.ndarray  # (height, width, 3) uint8
+Size = tuple[int, int]  # height, width
+
+COLOUR_NAMES = tuple(name.removeprefix("xkcd:") for name in XKCD_COLORS)
+COLOURS = np.array([[round(255 * value) for value in to_rgb(name)] for name in XKCD_COLORS.values()], np.uint8)
+SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "star", "stripe")
+BACKGROUNDS = ((255, 255, 255), (0, 0, 0), (240, 240, 240), (32, 33, 36), (255, 250, 240), (230, 240, 255))
+
+
+def read_captions(data: Path) -> list[dict[str, Any]]:
+    captions: list[dict[str, Any]] = json.loads((data / "captions.json").read_text(encoding="utf-8"))
+    return captions
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """All drawings of one style as premultiplied RGBa."""
+
+    place: dict[int, int]  # caption row -> place in the arrays
+    large: np.ndarray  # (num_drawings, 224, 224, 4) uint8
+    small: np.ndarray  # (num_drawings, 112, 112, 4), for sizes where the large one would alias
+
+
+def read_drawings(data: Path, style: str) -> Drawings:
+    large = np.load(data / "drawings" / f"{style}.npy", mmap_mode="r")
+    rows = np.load(data / "drawings" / f"{style}.rows.npy")
+    small = np.stack([_halve(drawing) for drawing in large])
+    return Drawings({int(row): place for place, row in enumerate(rows)}, large, small)
+
+
+def _halve(large: np.ndarray) -> np.ndarray:
+    wide = large.astype(np.uint16)
+    total = wide[::2, ::2] + wide[1::2, ::2] + wide[::2, 1::2] + wide[1::2, 1::2]
+    return ((total + 2) // 4).astype(np.uint8)
+
+
+def plain_picture(drawings: Drawings, row: int, size: Size) -> Picture:
+    """The drawing centred on white, as large as fits: what is measured, never augmented."""
+    side = min(size)
+    drawing = Image.fromarray(np.asarray(drawings.large[drawings.place[row]]), "RGBa")
+    drawing = drawing.resize((side, side), Image.Resampling.BICUBIC) if side != DRAWING_PIXELS else drawing
+    layer = Image.new("RGBa", (size[1], size[0]))
+    layer.paste(drawing, ((size[1] - side) // 2, (size[0] - side) // 2))
+    return _on_background(layer, (255, 255, 255))
+
+
+def varied_frames(
+    drawings: Drawings, row: int, size: Size, random: Generator, strength: float, num_frames: int, is_mirrored: bool
+) -> list[Picture]:
+    """The drawing turned, scaled, shifted, recoloured a little, on some background, sometimes through JPEG.
+
+    Of a clip the frames share all that and move a little from one to the next.
+    """
+    height, width = size
+    source = drawings.large if min(size) > DRAWING_PIXELS // 2 else drawings.small
+    drawing = Image.fromarray(np.asarray(source[drawings.place[row]]), "RGBa")
+    scale = min(size) / drawing.width * random.uniform(1 - 0.28 * strength, 1 + 0.08 * strength)
+    stretch = math.exp(random.normal(0, 0.06 * strength))
+    angle = math.radians(random.normal(0, 7 * strength))
+    free = [abs(side - scale * drawing.width) / 2 * 0.8 for side in (width, height)]
+    shift = [random.uniform(-1, 1) * room for room in free]
+    pace = [random.normal(0, 0.03) * side for side in (width, height)] if num_frames > 1 else [0.0, 0.0]
+    background = _background(random) if random.random() < strength else (255, 255, 255)
+    table = _recolouring(random) if random.random() < 0.7 * strength else None
+    quality = int(random.integers(35, 95)) if random.random() < 0.1 * strength else None
+    frames = []
+    for frame in range(num_frames):
+        centre = [
+            side / 2 + moved + frame * step for side, moved, step in zip((width, height), shift, pace, strict=True)
+        ]
+        affine = _placement(drawing.width / 2, centre, scale, stretch, angle, is_mirrored)
+        layer = drawing.transform((width, height), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+        picture = _on_background(layer, background)
+        if table is not None:
+            picture = np.stack([table[picture[..., channel], channel] for channel in range(3)], axis=-1)
+        frames.append(picture if quality is None else _through_jpeg(picture, quality))
+    return frames
+
+
+def _placement(
+    half: float, centre: list[float], scale: float, stretch: float, angle: float, is_mirrored: bool
+) -> tuple[float, ...]:
+    """PIL's affine: from picture to drawing coordinates, so that the drawing's middle lies at `centre`."""
+    across, down = (-1 if is_mirrored else 1) / (scale * stretch), stretch / scale
+    turn = (math.cos(angle) * across, math.sin(angle) * across, -math.sin(angle) * down, math.cos(angle) * down)
+    offset_x = half - turn[0] * centre[0] - turn[1] * centre[1]
+    offset_y = half - turn[2] * centre[0] - turn[3] * centre[1]
+    return (turn[0], turn[1], offset_x, turn[2], turn[3], offset_y)
+
+
+def _on_background(layer: Image.Image, background: tuple[int, ...]) -> Picture:
+    pixels = np.asarray(layer).astype(np.uint16)
+    clear = 255 - pixels[..., 3:]
+    mixed = pixels[..., :3] + (clear * np.array(background, np.uint16) + 127) // 255
+    return np.minimum(mixed, 255).astype(np.uint8)
+
+
+def _background(random: Generator) -> tuple[int, ...]:
+    chance = random.random()
+    if chance < 0.55:
+        return (255, 255, 255)
+    if chance < 0.8:
+        return BACKGROUNDS[random.integers(len(BACKGROUNDS))]
+    return tuple(int(value) for value in random.integers(0, 256, 3))
+
+
+def _recolouring(random: Generator) -> np.ndarray:
+    """(256, 3) a gain and an offset per channel, mostly common to all: brightness, contrast and a slight cast."""
+    gain = random.normal(1, 0.12) + random.normal(0, 0.05, 3)
+    offset = random.normal(0, 12) + random.normal(0, 5, 3)
+    return np.clip(np.arange(256)[:, None] * gain + offset, 0, 255).astype(np.uint8)
+
+
+def _through_jpeg(picture: Picture, quality: int) -> Picture:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer))
+
+
+def swatch(colour: int, size: Size) -> Picture:
+    return np.broadcast_to(COLOURS[colour], (*size, 3))
+
+
+def shape_picture(colour: int, shape: str, size: Size, random: Generator) -> Picture:
+    """One of SHAPES in a colour on a plain background, somewhere in the picture."""
+    height, width = size
+    background = (255, 255, 255) if random.random() < 0.7 else BACKGROUNDS[random.integers(len(BACKGROUNDS))]
+    image = Image.new("RGB", (width, height), background)
+    draw, fill = ImageDraw.Draw(image), tuple(int(value) for value in COLOURS[colour])
+    radius = min(size) * random.uniform(0.25, 0.48)
+    x = width / 2 + random.uniform(-1, 1) * (width / 2 - radius)
+    y = height / 2 + random.uniform(-1, 1) * (height / 2 - radius)
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        draw.ellipse(box, fill)
+    elif shape == "square":
+        draw.rectangle(box, fill)
+    elif shape == "ring":
+        draw.ellipse(box, outline=fill, width=max(2, int(radius / 3)))
+    elif shape == "cross":
+        draw.rectangle((x - radius, y - radius / 3, x + radius, y + radius / 3), fill)
+        draw.rectangle((x - radius / 3, y - radius, x + radius / 3, y + radius), fill)
+    elif shape == "stripe":
+        draw.rectangle((0, y - radius / 3, width, y + radius / 3), fill)
+    elif shape == "star":
+        draw.polygon(_corners(x, y, [radius, radius * 0.4] * 5), fill)
+    else:
+        draw.polygon(_corners(x, y, [radius] * (3 if shape == "triangle" else 4)), fill)
+    return np.asarray(image)
+
+
+def _corners(x: float, y: float, radii: list[float]) -> list[tuple[float, float]]:
+    """Points around a centre, the first one on top."""
+    step = 2 * math.pi / len(radii)
+    return [(x + r * math.sin(i * step), y - r * math.cos(i * step)) for i, r in enumerate(radii)]

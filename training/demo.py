@@ -1,0 +1,60 @@
+"""The prepared data folder -> embedder/demo/: drawings to search in the playground and the README, as one sprite sheet.
+
+`python -m training.demo`. Only drawings of a trained style, Noto's (Apache-2.0); drawings.json names them in the
+sheet's order, row by row.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from training.data import plain_picture, read_captions, read_drawings
+from training.prepare import DEFAULT_DATA, TRAINED_STYLES
+
+OUT = Path(__file__).parents[1] / "embedder" / "demo"
+STYLE = "noto"
+TILE_PIXELS = 96
+COLUMNS = 20
+# Left out: what says little as a picture of its own.
+ABSTRACT = re.compile(
+    "left|right|arrow|button|mark|sign|symbol|no |prohibited|speech|banknote|mailbox|-thirty|o'clock|:"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the demo collection.")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
+    data: Path = parser.parse_args().data
+    captions = read_captions(data)
+    drawings = read_drawings(data, STYLE)
+    shown = [
+        row
+        for row, caption in enumerate(captions)
+        if caption["emoji"] >= "\U0001f300" and set(TRAINED_STYLES) <= set(caption["icons"])
+        if not ABSTRACT.search(caption["name"])
+    ]
+    num_rows = -(-len(shown) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * TILE_PIXELS, num_rows * TILE_PIXELS), "white")
+    for place, row in enumerate(shown):
+        tile = Image.fromarray(plain_picture(drawings, row, (TILE_PIXELS, TILE_PIXELS)))
+        sheet.paste(tile, (place % COLUMNS * TILE_PIXELS, place // COLUMNS * TILE_PIXELS))
+    OUT.mkdir(parents=True, exist_ok=True)
+    sheet.save(OUT / "drawings.png", optimize=True)
+    description = {
+        "sheet": "drawings.png",
+        "tile_pixels": TILE_PIXELS,
+        "columns": COLUMNS,
+        "style": "Noto Emoji",
+        "licence": "Apache-2.0, copyright Google Inc.",
+        "drawings": [{"name": captions[row]["name"], "emoji": captions[row]["emoji"]} for row in shown],
+    }
+    text = json.dumps(description, indent=1, ensure_ascii=False)
+    (OUT / "drawings.json").write_text(text + "\n", encoding="utf-8")
+    print(f"{len(shown)} drawings, {(OUT / 'drawings.png').stat().st_size / 1e6:.1f} MB, in {OUT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""A checkpoint folder -> the table of what it finds, printed and as JSON in training/results/.
+
+`python -m training.evaluate [FOLDER] [--only colours]`. Everything runs through the product's own path, `Embedder`. The
+colours need nothing but matplotlib; the other rows need the data of `python -m training.prepare`, of which the vendor
+twemoji and the held-out keywords were never trained on. Recall at k: the share of queries with a right answer among
+the first k of the whole gallery.
+"""
+
+import argparse
+import json
+import platform
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from embedder import Embedder
+from training import data as pictures
+from training.data import COLOUR_NAMES, COLOURS, Drawings, Size
+from training.prepare import DEFAULT_DATA, HELD_OUT_STYLE
+
+RESULTS = Path(__file__).parent / "results" / "default_model.json"
+FULL_STYLES = ("noto", "fluent-emoji-flat")  # the trained styles that draw (nearly) everything
+SIZES: dict[str, Size] = {"64": (64, 64), "128": (128, 128), "224": (224, 224), "2:1": (128, 256)}
+SMALL_DIMENSIONS = 64
+CLIP_FRAMES = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: `values` against `floors` and `aims` in the same order; `at_most` turns that round."""
+
+    what: str
+    values: tuple[float, ...]
+    floors: tuple[float, ...]
+    aims: tuple[float, ...]
+    at_most: bool = False
+
+    def is_met(self, bars: tuple[float, ...]) -> bool:
+        sign = -1 if self.at_most else 1
+        return all(sign * value >= sign * bar for value, bar in zip(self.values, bars, strict=True))
+
+
+class Meter:
+    """Embeds through the product and remembers galleries by name."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self.embedder = embedder
+
+    def embed(self, items: Sequence[Any], what: str) -> np.ndarray:
+        """(num_items, hidden_size) unit vectors."""
+        chunks = [items[start : start + 64] for start in range(0, len(items), 64)]
+        return np.concatenate([self.embedder.embed(chunk) for chunk in tqdm(chunks, desc=what, leave=False)])
+
+
+def recall(
+    queries: np.ndarray, gallery: np.ndarray, right: np.ndarray, at: int, dimensions: int | None = None
+) -> float:
+    """`right` (num_queries, num_gallery) bool. With `dimensions`, vectors are cut and made unit length again."""
+    cut = [vectors[:, :dimensions] for vectors in (queries, gallery)]
+    unit = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in cut]
+    first = np.argsort(-(unit[0] @ unit[1].T), axis=1, kind="stable")[:, :at]
+    return float(np.take_along_axis(right, first, axis=1).any(axis=1).mean())
+
+
+def recalls(
+    queries: np.ndarray, gallery: np.ndarray, right: np.ndarray, dimensions: int | None = None
+) -> tuple[float, float]:
+    return recall(queries, gallery, right, 1, dimensions), recall(queries, gallery, right, 5, dimensions)
+
+
+def loss_at_small(full: float, small: float) -> float:
+    return max(0.0, 1 - small / full)
+
+
+def colour_rows(meter: Meter) -> tuple[list[Row], float]:
+    """The row of the colours, and its loss of R@5 at 64 dimensions."""
+    names = meter.embed(list(COLOUR_NAMES), "colour names")
+    swatches = meter.embed([Image.fromarray(pictures.swatch(i, (64, 64))) for i in range(len(COLOURS))], "swatches")
+    right = (COLOURS[:, None] == COLOURS[None]).all(-1)
+    values = recalls(names, swatches, right)
+    small = recall(names, swatches, right, 5, SMALL_DIMENSIONS)
+    row = Row("colour name -> swatch, 949, R@1 / R@5", values, (0.65, 0.92), (0.90, 0.99))
+    return [row], loss_at_small(values[1], small)
+
+
+def drawing_rows(meter: Meter, data: Path) -> tuple[list[Row], list[float], dict[str, Any]]:
+    """All other rows, their losses at 64 dimensions, and the figures behind them."""
+    captions = pictures.read_captions(data)
+    names = meter.embed([caption["name"] for caption in captions], "names")
+    styles = {style: pictures.read_drawings(data, style) for style in (*FULL_STYLES, HELD_OUT_STYLE)}
+    galleries = {style: drawing_vectors(meter, style, drawings, SIZES["128"]) for style, drawings in styles.items()}
+    by_style, losses = {}, []
+    for style, drawings in styles.items():
+        rows = sorted(drawings.place)
+        by_style[style] = recalls(names[rows], galleries[style], np.eye(len(rows), dtype=bool))
+        small = recall(names[rows], galleries[style], np.eye(len(rows), dtype=bool), 5, SMALL_DIMENSIONS)
+        losses.append(loss_at_small(by_style[style][1], small))
+    trained = tuple(float(np.mean([by_style[style][place] for style in FULL_STYLES])) for place in (0, 1))
+    keywords = known_keywords(captions)
+    words = meter.embed(sorted(keywords), "held-out keywords")
+    by_keyword = {}
+    for style in ("noto", HELD_OUT_STYLE):
+        rows = sorted(styles[style].place)
+        right = np.array([[row in keywords[word] for row in rows] for word in sorted(keywords)])
+        by_keyword[style] = recall(words, galleries[style], right, 5)
+        small = recall(words, galleries[style], right, 5, SMALL_DIMENSIONS)
+        losses.append(loss_at_small(by_keyword[style], small))
+    by_size = {}
+    same = np.eye(len(captions), dtype=bool)
+    for label, size in SIZES.items():
+        vectors = galleries["noto"] if label == "128" else drawing_vectors(meter, f"noto {label}", styles["noto"], size)
+        by_size[label] = recall(names, vectors, same, 5)
+    clips = meter.embed([clip(styles["noto"], row) for row in range(len(captions))], "clips")
+    to_vendor = recall(galleries["noto"], galleries[HELD_OUT_STYLE], same, 1)
+    rows_of_table = [
+        Row("name -> drawing, trained styles, R@1 / R@5", trained, (0.85, 0.97), (0.95, 0.995)),
+        Row("name -> drawing, held-out vendor, R@1 / R@5", by_style[HELD_OUT_STYLE], (0.33, 0.58), (0.55, 0.80)),
+        Row(
+            "held-out keyword -> any right drawing, trained / held-out vendor, R@5",
+            (by_keyword["noto"], by_keyword[HELD_OUT_STYLE]),
+            (0.92, 0.65),
+            (0.97, 0.80),
+        ),
+        Row(
+            "name -> drawing at 64, 128, 224 px and 2:1, worst R@5 / best",
+            (min(by_size.values()) / max(by_size.values()),),
+            (0.85,),
+            (0.97,),
+        ),
+        Row("four-frame clip -> its name, R@5", (recall(clips, names, same, 5),), (0.60,), (0.95,)),
+        Row("drawing -> drawing of the held-out vendor, R@1", (to_vendor,), (0.55,), (0.85,)),
+    ]
+    figures = {"by_style": by_style, "by_size": by_size, "held_out_keywords": len(keywords), "drawings": len(captions)}
+    return rows_of_table, losses, figures
+
+
+def drawing_vectors(meter: Meter, what: str, drawings: Drawings, size: Size) -> np.ndarray:
+    rows = sorted(drawings.place)
+    return meter.embed([Image.fromarray(pictures.plain_picture(drawings, row, size)) for row in rows], what)
+
+
+def clip(drawings: Drawings, row: int) -> dict[str, list[Image.Image]]:
+    """Four frames of the drawing on white, moving to the right by two pixels a frame."""
+    frame = pictures.plain_picture(drawings, row, (96, 96))
+    shifted = [np.pad(frame, ((0, 0), (2 * n, 0), (0, 0)), constant_values=255)[:, :96] for n in range(CLIP_FRAMES)]
+    return {"video": [Image.fromarray(np.ascontiguousarray(picture)) for picture in shifted]}
+
+
+def known_keywords(captions: list[dict[str, Any]]) -> dict[str, set[int]]:
+    """Held-out keywords whose every word stands in some trained name or keyword -> the drawings that have them."""
+    trained = {
+        word for caption in captions for text in (caption["name"], *caption["keywords"]) for word in _words(text)
+    }
+    found: dict[str, set[int]] = {}
+    for row, caption in enumerate(captions):
+        for keyword in caption["held_out_keywords"]:
+            if set(_words(keyword)) <= trained:
+                found.setdefault(keyword, set()).add(row)
+    return found
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9']+", text.lower())
+
+
+def print_table(rows: list[Row]) -> None:
+    def percent(values: tuple[float, ...]) -> str:
+        return " / ".join(f"{100 * value:.1f}" for value in values)
+
+    print(f"{'all in %':72} {'reached':>12} {'floor':>12} {'aim':>12}")
+    for row in rows:
+        verdict = "aim met" if row.is_met(row.aims) else "floor met" if row.is_met(row.floors) else "FLOOR MISSED"
+        print(f"{row.what:72} {percent(row.values):>12} {percent(row.floors):>12} {percent(row.aims):>12}  {verdict}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure a checkpoint of the embedded default model.")
+    parser.add_argument("folder", nargs="?", default="", help="the package's own model if not given")
+    parser.add_argument("--only", choices=("colours",), help="what needs no downloads")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    chosen = parser.parse_args()
+    start = time.monotonic()
+    figures: dict[str, Any] = {}
+    with Embedder(chosen.folder) as embedder:
+        meter = Meter(embedder)
+        rows, loss = colour_rows(meter)
+        losses = [loss]
+        if chosen.only == "colours":
+            pass
+        elif not (chosen.data / "captions.json").exists():
+            print("drawings and clips: not measured, their data is not prepared (python -m training.prepare)")
+        else:
+            more_rows, more_losses, figures = drawing_rows(meter, chosen.data)
+            rows, losses = more_rows[:3] + rows + more_rows[3:], losses + more_losses
+    rows.insert(
+        4, Row("the rows above at 64 of 192 dimensions, worst loss of R@5", (max(losses),), (0.03,), (0.01,), True)
+    )
+    print_table(rows)
+    result = {
+        "rows": [{**asdict(row), "floor_met": row.is_met(row.floors), "aim_met": row.is_met(row.aims)} for row in rows],
+        **figures,
+        "machine": platform.processor() or platform.machine(),
+        "seconds": round(time.monotonic() - start),
+    }
+    if chosen.only is None:
+        chosen.json.parent.mkdir(parents=True, exist_ok=True)
+        chosen.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,525 @@
+"""The prepared data folder -> the embedded default model's checkpoint folder.
+
+`python -m training.train [--data FOLDER] [--run FOLDER] [--out FOLDER] [--stages NAME ...]`. One CPU thread; seeded;
+saved every SAVE_EVERY steps and resumed from there. Weights and gradients are bfloat16 (what is shipped) over float32
+master copies, which is three times as fast as float32 on a CPU with AMX.
+
+What is learned against what: every drawing and every colour has one learned vector, a proxy, dropped at the end.
+Pictures and texts are each pulled to their proxies (softmax over all of them; a keyword has many right ones) and to
+each other (InfoNCE over the batch), at the full size and at a smaller Matryoshka size drawn for each step.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.random import Generator
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import Qwen3VLModel
+
+from embedder.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
+from training import data as pictures
+from training import forward
+from training.data import COLOUR_NAMES, COLOURS, SHAPES
+from training.prepare import DEFAULT_DATA, HELD_OUT_STYLE, TRAINED_STYLES
+from training.prompt import DEFAULT_INSTRUCTION, INSTRUCTIONS, prefix_ids, text_tokens, visual_tokens
+
+OUT = Path(__file__).parents[1] / "embedder" / "default_model"
+VOCAB_SIZE = 6144
+MATRYOSHKA = (32, 64, 128, 192)
+MAX_AREA = 224 * 224  # the largest trained picture: the checkpoint's longest_edge
+SAVE_EVERY = 200
+MUON_FACTOR = 2.5  # Muon's learning rate over AdamW's
+MAX_LOG_SCALE = math.log(80)
+
+# Picture sizes and how often: cheap ones mostly, but every size and shape that the product will meet below MAX_AREA.
+SIZES = {
+    (64, 64): 0.14,
+    (96, 96): 0.24,
+    (128, 128): 0.24,
+    (160, 160): 0.08,
+    (192, 192): 0.06,
+    (224, 224): 0.08,
+    (64, 128): 0.04,
+    (128, 64): 0.04,
+    (96, 160): 0.02,
+    (160, 96): 0.02,
+    (128, 256): 0.02,
+    (256, 128): 0.02,
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`patches` is how many a step sees: the batch is as large as the picture size allows.
+
+    The shares say what the pictures are (the rest are drawings) and how many steps have clips, or pictures with text.
+    """
+
+    steps: int
+    learning_rate: float
+    patches: int
+    sizes: dict[tuple[int, int], float]
+    swatches: float
+    shapes: float
+    texts: int = 128  # read in a step: the pictures' own, then of any drawings and colours
+    strength: float = 1.0  # of the drawings' variation
+    last_rate: float = 0.02  # the learning rate falls to this share of itself, along a cosine
+    clips: float = 0.0
+    pairs: float = 0.0
+    with_language: bool = True  # False: the vision tower alone, from the mean of its outputs
+
+
+SMALL = {(64, 64): 0.3, (96, 96): 0.4, (128, 128): 0.2, (64, 128): 0.05, (128, 64): 0.05}
+STAGES = {
+    "towers": Stage(800, 6e-4, 5120, SMALL, swatches=0.1, shapes=0.0, strength=0.5, last_rate=0.6, with_language=False),
+    "joint": Stage(760, 6e-4, 3072, SIZES, texts=160, strength=0.5, swatches=0.12, shapes=0.04, clips=0.08, pairs=0.08),
+    "finish": Stage(
+        205, 4e-4, 3072, SIZES, texts=160, strength=0.4, swatches=0.25, shapes=0.04, clips=0.06, pairs=0.06
+    ),
+    "colours": Stage(100, 4e-4, 2048, SMALL, texts=160, strength=0.4, swatches=0.6, shapes=0.05),
+}
+# What people ask for most, so seen more often than the other 938.
+BASIC = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "grey")
+BASIC_COLOURS = [COLOUR_NAMES.index(name) for name in BASIC]
+# Names of drawings that mean something else in a mirror, or are writing.
+SIDED = re.compile("left|right|arrow|clock|button|mark|sign|symbol|input|keycap|letter|flag|play|button|moon|hand|fist")
+
+
+class Captions:
+    """Texts to train on and the proxies that each of them means."""
+
+    def __init__(self, folder: Path) -> None:
+        self.captions = pictures.read_captions(folder)
+        self.names = [caption["name"] for caption in self.captions]
+        self.keywords = [caption["keywords"] for caption in self.captions]
+        self.num_drawings = len(self.captions)
+        self.num_proxies = self.num_drawings + len(COLOURS)
+        held_out = {word for caption in self.captions for word in caption["held_out_keywords"]}
+        self.meanings: dict[str, set[int]] = defaultdict(set)
+        for row, name in enumerate(self.names):
+            words = {word for word in name.lower().replace(":", " ").replace(",", " ").split() if len(word) > 2}
+            for text in (name.lower(), *self.keywords[row], *words):
+                self.meanings[text].add(row)
+        for colour, name in enumerate(COLOUR_NAMES):
+            same = (COLOURS[colour] == COLOURS).all(1).nonzero()[0]
+            self.meanings[name].update(int(other) + self.num_drawings for other in same)
+        for word in held_out - {name.lower() for name in self.names} - set(COLOUR_NAMES):
+            self.meanings.pop(word, None)
+        self.may_be_mirrored = [not SIDED.search(name.lower()) for name in self.names]
+        self.words = [
+            [word for word in name.lower().replace(":", " ").replace(",", " ").split() if word in self.meanings]
+            for name in self.names
+        ]
+
+    def every_text(self) -> list[str]:
+        prompts = [DEFAULT_INSTRUCTION, *INSTRUCTIONS, "system user assistant", "<0.1 seconds>"]
+        return [
+            *prompts,
+            *self.names,
+            *self.meanings,
+            *(f"{name} {shape}" for name in COLOUR_NAMES for shape in SHAPES),
+        ]
+
+    def text_for(self, proxy: int, random: Generator) -> tuple[str, set[int]]:
+        """A way to call the drawing or colour, and all proxies that it means."""
+        if proxy >= self.num_drawings:
+            text = COLOUR_NAMES[proxy - self.num_drawings]
+            return _varied(text, random), self.meanings[text]
+        chance = random.random()
+        choices = self.keywords[proxy] if chance < 0.42 else self.words[proxy] if chance < 0.5 else []
+        text = choices[random.integers(len(choices))] if choices else self.names[proxy]
+        return _varied(text, random), self.meanings[text.lower()]
+
+    def another_text(self, example: "Example", random: Generator) -> str:
+        """To go with the example's picture in one item: not always the text that the item shall find."""
+        return self.text_for(example.target, random)[0] if example.target < self.num_proxies else example.text
+
+
+def _varied(text: str, random: Generator) -> str:
+    """As people type it: mostly as it is, sometimes capitalised or in a phrase."""
+    chance = random.random()
+    if chance < 0.8:
+        return text
+    if chance < 0.9:
+        return text.capitalize()
+    phrases = ("a {}", "{} emoji", "a picture of {}", "a drawing of a {}", "{}.", "show me {}")
+    return phrases[random.integers(len(phrases))].format(text)
+
+
+@dataclass(frozen=True)
+class Example:
+    frames: list[np.ndarray]  # one, or four of a clip
+    target: int  # its proxy
+    text: str
+    meaning: set[int]  # all proxies that the text means
+
+
+class Training:
+    """Weights, proxies and optimiser; one call of `step` is one update."""
+
+    def __init__(self, folder: Path, run: Path, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.random = np.random.default_rng(seed)
+        self.captions = Captions(folder)
+        self.styles = {style: pictures.read_drawings(folder, style) for style in TRAINED_STYLES}
+        self.watched = {"noto": self.styles["noto"], HELD_OUT_STYLE: pictures.read_drawings(folder, HELD_OUT_STYLE)}
+        self.drawings = [(style, row) for style, drawings in self.styles.items() for row in drawings.place]
+        self.queue: list[int] = []
+        self.tokenizer = build_tokenizer(self.captions.every_text(), VOCAB_SIZE)
+        self.config = shape_config("tiny", self.tokenizer)
+        start = run / "start"
+        write_checkpoint(start, self.config, self.tokenizer, seed=seed, dtype="bfloat16")
+        self.model = Qwen3VLModel.from_pretrained(start, dtype=torch.bfloat16)
+        gentle_start(self.model, np.concatenate([self.styles[style].small for style in TRAINED_STYLES]), self.random)
+        self.proxies = nn.Parameter(start_proxies(self.styles, self.captions.num_drawings))
+        self.log_scale = nn.Parameter(torch.full((len(MATRYOSHKA),), math.log(16.0)))
+        self.prefixes: dict[str, Tensor] = {}
+        self.weights = list(self.model.parameters())
+        self.masters = [weight.detach().float() for weight in self.weights]
+        named = list(zip((name for name, _ in self.model.named_parameters()), self.masters, strict=True))
+        matrices = [master for name, master in named if master.dim() == 2 and "embed" not in name]
+        tokens = [master for name, master in named if "embed_tokens" in name]
+        others = [
+            master for name, master in named if "embed_tokens" not in name and (master.dim() != 2 or "embed" in name)
+        ]
+        muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        adam_groups = [
+            {"params": others, "factor": 1.0},
+            {"params": tokens, "factor": 4.0},  # most tokens are rare
+            {"params": [self.proxies], "factor": 4.0},
+            {"params": [self.log_scale], "factor": 2.0},
+        ]
+        adam = torch.optim.AdamW(adam_groups, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
+        self.optimizers: list[torch.optim.Optimizer] = [muon, adam]
+
+    def step(self, stage: Stage, learning_rate: float) -> dict[str, float]:
+        """One update; returns the losses by name."""
+        losses = self.losses(stage)
+        sum(losses.values()).backward()
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * group.get("factor", MUON_FACTOR)
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            self.log_scale.clamp_(max=MAX_LOG_SCALE)
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                weight.copy_(master)
+        return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    def losses(self, stage: Stage) -> dict[str, Tensor]:
+        random = self.random
+        kind = random.choice(("picture", "clip", "pair"), p=(1 - stage.clips - stage.pairs, stage.clips, stage.pairs))
+        sizes = {size: share for size, share in stage.sizes.items() if kind != "clip" or size in SMALL}
+        shares = np.array(list(sizes.values()))
+        size = list(sizes)[random.choice(len(sizes), p=shares / shares.sum())]
+        patches = size[0] // 16 * (size[1] // 16) * (2 if kind == "clip" else 1)
+        examples = [self.example(stage, size, 4 if kind == "clip" else 1) for _ in range(stage.patches // patches)]
+        features = self.see([example.frames for example in examples])
+        self.directions = [(size, F.normalize(self.proxies[:, :size]), scale) for size, scale in self.matryoshka()]
+        targets = self.shares([{example.target} for example in examples])
+        paired = examples[: stage.texts]
+        more = random.integers(self.captions.num_proxies, size=stage.texts - len(paired))
+        texts = [(e.text, e.meaning) for e in paired] + [self.captions.text_for(int(proxy), random) for proxy in more]
+        prefix_ids, prefix = self.prefix()
+        tokens = text_tokens(self.tokenizer, [text for text, _ in texts], len(prefix_ids))
+        text_vectors = forward.read(self.model, prefix, tokens.input_ids, tokens.lengths, tokens.position_ids)
+        losses = {
+            "vision": self.proxy_loss(features.pooled().float(), targets) * (0.3 if stage.with_language else 1),
+            "text": self.proxy_loss(text_vectors, self.shares([meaning for _, meaning in texts])),
+        }
+        if stage.with_language:
+            prefix_ids, prefix = self.prefix()
+            tokens = visual_tokens(
+                self.tokenizer,
+                self.model,
+                prefix_ids,
+                len(examples),
+                size,
+                timestamps=self.timestamps() if kind == "clip" else None,
+                texts=[self.captions.another_text(e, random) for e in examples] if kind == "pair" else None,
+            )
+            vectors = forward.read(
+                self.model, prefix, tokens.input_ids, tokens.lengths, tokens.position_ids, tokens.visual_at, features
+            )
+            losses["picture"] = self.proxy_loss(vectors, targets)
+            positive = torch.tensor([[picture.target in text.meaning for text in paired] for picture in paired])
+            losses["pairs"] = self.pair_loss(vectors[: len(paired)], text_vectors[: len(paired)], positive)
+        return losses
+
+    def see(self, frames: list[list[np.ndarray]]) -> forward.VisualFeatures:
+        """(num_items, 1 or 4 frames) -> features; of a clip the tokens of its two frame pairs one after the other."""
+        if len(frames[0]) == 1:
+            return forward.see(self.model, to_pixels([item[0] for item in frames]))
+        moments = [to_pixels([item[place] for item in frames]) for place in range(4)]
+        early, late = (forward.see(self.model, moments[place], moments[place + 1]) for place in (0, 2))
+        deepstack = [torch.cat(both, dim=1) for both in zip(early.deepstack, late.deepstack, strict=True)]
+        return forward.VisualFeatures(torch.cat((early.tokens, late.tokens), dim=1), deepstack)
+
+    def timestamps(self) -> list[float]:
+        """Of two frame pairs at some frame rate: a pair's time is the mean of its frames' times."""
+        frames_per_second = float(self.random.choice((1, 2, 2, 4, 24)))
+        return [0.5 / frames_per_second, 2.5 / frames_per_second]
+
+    def example(self, stage: Stage, size: tuple[int, int], num_frames: int) -> Example:
+        """The next drawing, or a swatch or a shape. A shape has no proxy but a number of its own above all proxies."""
+        random, captions = self.random, self.captions
+        chance = random.random()
+        if chance < stage.swatches:
+            basic = random.random() < 0.2
+            colour = int(random.choice(BASIC_COLOURS)) if basic else int(random.integers(len(COLOURS)))
+            target = captions.num_drawings + colour
+            return Example([pictures.swatch(colour, size)] * num_frames, target, *captions.text_for(target, random))
+        if chance < stage.swatches + stage.shapes:
+            colour, shape = int(random.integers(len(COLOURS))), int(random.integers(len(SHAPES)))
+            target = captions.num_proxies + colour * len(SHAPES) + shape
+            frames = [pictures.shape_picture(colour, SHAPES[shape], size, random)] * num_frames
+            return Example(frames, target, f"{COLOUR_NAMES[colour]} {SHAPES[shape]}", {target})
+        if not self.queue:
+            self.queue = list(random.permutation(len(self.drawings)))
+        style, row = self.drawings[self.queue.pop()]
+        mirrored = captions.may_be_mirrored[row] and random.random() < 0.25 * stage.strength
+        frames = pictures.varied_frames(self.styles[style], row, size, random, stage.strength, num_frames, mirrored)
+        return Example(frames, row, *captions.text_for(row, random))
+
+    def prefix(self) -> tuple[Tensor, forward.Prefix]:
+        """The system prompt's ids and its keys and values: mostly with the default instruction."""
+        instruction = DEFAULT_INSTRUCTION
+        if self.random.random() < 0.3:
+            instruction = INSTRUCTIONS[self.random.integers(len(INSTRUCTIONS))]
+        if instruction not in self.prefixes:
+            self.prefixes[instruction] = prefix_ids(self.tokenizer, instruction)
+        ids = self.prefixes[instruction]
+        return ids, forward.read_prefix(self.model, ids)
+
+    def shares(self, meanings: list[set[int]]) -> Tensor:
+        """(num_items, num_proxies): equal shares for all that an item means; shapes, above the proxies, get none."""
+        targets = torch.zeros(len(meanings), self.captions.num_proxies)
+        for row, meaning in enumerate(meanings):
+            right = [proxy for proxy in meaning if proxy < self.captions.num_proxies]
+            targets[row, right] = 1 / max(1, len(right))
+        return targets
+
+    def proxy_loss(self, vectors: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy against `targets` (num_items, num_proxies), over the items that have a proxy."""
+        total = torch.zeros(())
+        for size, directions, scale in self.directions:
+            logits = F.normalize(vectors[:, :size], dim=-1) @ directions.T * scale
+            total = total - (targets * F.log_softmax(logits, dim=-1)).sum()
+        return total / 2 / targets.sum()
+
+    def pair_loss(self, vectors: Tensor, text_vectors: Tensor, positive: Tensor) -> Tensor:
+        """InfoNCE in both directions, with several right answers where texts mean several pictures."""
+        by_picture = positive / positive.sum(1, keepdim=True)
+        by_text = positive.T / positive.T.sum(1, keepdim=True)
+        total = torch.zeros(())
+        for size, _, scale in self.directions:
+            logits = similarities(vectors, text_vectors, size) * scale
+            total = total - (by_picture * F.log_softmax(logits, dim=1)).sum(1).mean() / 2
+            total = total - (by_text * F.log_softmax(logits.T, dim=1)).sum(1).mean() / 2
+        return total / 2
+
+    def matryoshka(self) -> list[tuple[int, Tensor]]:
+        """The full size and one smaller, each with its learned scale: all four every time would cost twice as much."""
+        smaller = int(self.random.integers(len(MATRYOSHKA) - 1))
+        return [(MATRYOSHKA[place], self.log_scale[place].exp()) for place in (smaller, -1)]
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "masters": self.masters,
+            "heads": [self.proxies.data, self.log_scale.data],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "random": self.random.bit_generator.state,
+            "queue": self.queue,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for master, weight, saved in zip(self.masters, self.weights, state["masters"], strict=True):
+                master.copy_(saved)
+                weight.copy_(saved)
+            for head, saved in zip((self.proxies, self.log_scale), state["heads"], strict=True):
+                head.copy_(saved)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.random.bit_generator.state = state["random"]
+        self.queue = state["queue"]
+
+    def write(self, out: Path) -> None:
+        """The checkpoint folder as the product loads it, from the bfloat16 weights."""
+        weights = {name: weight.detach() for name, weight in self.model.state_dict().items()}
+        write_checkpoint(out, self.config, self.tokenizer, dtype="bfloat16", max_pixels=MAX_AREA, state_dict=weights)
+
+
+def similarities(rows: Tensor, columns: Tensor, size: int) -> Tensor:
+    return F.normalize(rows[:, :size], dim=-1) @ F.normalize(columns[:, :size], dim=-1).T
+
+
+def to_pixels(frames: list[np.ndarray]) -> Tensor:
+    """(num_frames, 3, height, width) in -1..1, as the processor normalises."""
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def gentle_start(model: Qwen3VLModel, drawings: np.ndarray, random: Generator) -> None:
+    """Plain norms and biases (the random checkpoint's are made to be seen in tests); a patch embedding that whitens.
+
+    `drawings` (num_drawings, side, side, 4) premultiplied: of random 16x16 patches on white, the 160 strongest
+    principal directions, each scaled to the same spread.
+    """
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            weight.fill_(1.0 if name.endswith("weight") else 0.0)
+    weight = model.visual.patch_embed.proj.weight  # (hidden_size, 3, 2, 16, 16)
+    patches = np.empty((20_000, 16, 16, 3), np.float32)
+    for place in range(len(patches)):
+        row, top, left = random.integers((len(drawings), *[drawings.shape[1] - 16] * 2))
+        patch = drawings[row, top : top + 16, left : left + 16].astype(np.float32)
+        patches[place] = (patch[..., :3] + 255 - patch[..., 3:]) / 127.5 - 1
+    flat = torch.from_numpy(patches).permute(0, 3, 1, 2).flatten(1)  # (num_patches, 768)
+    spread, directions = torch.linalg.eigh(torch.cov(flat.T))
+    strongest = directions[:, -weight.shape[0] :] / (spread[-weight.shape[0] :] + 0.05).sqrt()
+    weight.copy_(
+        (strongest.T / 4).unflatten(1, (3, 1, 16, 16)).expand_as(weight)
+    )  # half for each of two frames, at 0.5
+
+
+def start_proxies(styles: dict[str, pictures.Drawings], num_drawings: int) -> Tensor:
+    """(num_proxies, hidden_size): random waves over what a picture looks like, so that like pictures start alike.
+
+    From random directions instead, the vision tower stayed near chance for hundreds of steps. A drawing is described by
+    the strongest principal components of its coarse picture, the mean of its styles; a colour by its RGB.
+    """
+    width = MATRYOSHKA[-1]
+    coarse = torch.zeros(num_drawings, 4 * 8 * 8)
+    count = torch.zeros(num_drawings, 1)
+    for drawings in styles.values():
+        rows = torch.tensor(list(drawings.place))
+        tiles = torch.from_numpy(drawings.small).permute(0, 3, 1, 2)
+        for chunk, places in zip(tiles.split(256), rows.split(256), strict=True):
+            coarse[places] += F.adaptive_avg_pool2d(chunk.float() / 255, 8).flatten(1)
+            count[places] += 1
+    coarse = coarse / count
+    components, spread, _ = torch.linalg.svd(coarse - coarse.mean(0), full_matrices=False)
+    looks = components[:, :40] * spread[:40].sqrt()  # half whitened: fine differences count more
+    nearest = torch.cdist(looks, looks).fill_diagonal_(torch.inf).min(1).values.median()
+    colours = torch.from_numpy(COLOURS / 255.0).float() * 8
+    return torch.cat(
+        [
+            torch.cos(described @ torch.randn(described.shape[1], width) + torch.rand(width) * 2 * math.pi)
+            for described in (looks / nearest, colours)
+        ]
+    )
+
+
+@torch.no_grad()
+def colour_recall(training: Training, at: int) -> float:
+    """Share of colour names whose own swatch (64x64) is among the first `at` of all."""
+    ids, names = prefix_ids(training.tokenizer, DEFAULT_INSTRUCTION), list(COLOUR_NAMES)
+    prefix = forward.read_prefix(training.model, ids)
+    texts = text_tokens(training.tokenizer, names, len(ids))
+    text_vectors = forward.read(training.model, prefix, texts.input_ids, texts.lengths, texts.position_ids)
+    swatches = to_pixels([pictures.swatch(colour, (64, 64)) for colour in range(len(COLOURS))])
+    features = forward.see(training.model, swatches)
+    tokens = visual_tokens(training.tokenizer, training.model, ids, len(COLOURS), (64, 64))
+    vectors = forward.read(
+        training.model, prefix, tokens.input_ids, tokens.lengths, tokens.position_ids, tokens.visual_at, features
+    )
+    order = similarities(text_vectors, vectors, MATRYOSHKA[-1]).argsort(dim=1, descending=True)[:, :at].numpy()
+    return float(np.mean([(COLOURS[found] == COLOURS[row]).all(1).any() for row, found in enumerate(order)]))
+
+
+@torch.no_grad()
+def drawing_recall(training: Training, drawings: pictures.Drawings, at: int) -> float:
+    """Share of 300 names whose drawing (96x96, plain) is among the first `at` of all in this style."""
+    ids, rows = prefix_ids(training.tokenizer, DEFAULT_INSTRUCTION), sorted(drawings.place)
+    prefix = forward.read_prefix(training.model, ids)
+    asked = rows[:: len(rows) // 300]
+    texts = text_tokens(training.tokenizer, [training.captions.names[row] for row in asked], len(ids))
+    text_vectors = forward.read(training.model, prefix, texts.input_ids, texts.lengths, texts.position_ids)
+    vectors, pooled = [], []
+    for start in range(0, len(rows), 128):
+        frames = to_pixels([pictures.plain_picture(drawings, row, (96, 96)) for row in rows[start : start + 128]])
+        features = forward.see(training.model, frames)
+        tokens = visual_tokens(training.tokenizer, training.model, ids, len(frames), (96, 96))
+        pooled.append(features.pooled().float())
+        vectors.append(
+            forward.read(
+                training.model,
+                prefix,
+                tokens.input_ids,
+                tokens.lengths,
+                tokens.position_ids,
+                tokens.visual_at,
+                features,
+            )
+        )
+    answers = [
+        similarities(text_vectors, torch.cat(found), MATRYOSHKA[-1]).argsort(dim=1, descending=True)[:, :at]
+        for found in (vectors, pooled)
+    ]
+    places = torch.tensor([rows.index(row) for row in asked])[:, None]
+    return max(float((found == places).any(1).float().mean()) for found in answers)
+
+
+def run_stage(training: Training, name: str, stage: Stage, run: Path) -> None:
+    file = run / f"{name}.pt"
+    step = 0
+    if file.exists():
+        saved = torch.load(file, weights_only=False)
+        training.restore(saved["state"])
+        step = saved["step"]
+    bar = tqdm(range(step, stage.steps), initial=step, total=stage.steps, desc=name, mininterval=10)
+    smooth: dict[str, float] = {}
+    for step in bar:
+        warm = min(1.0, (step + 1) / 50)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / stage.steps)
+        losses = training.step(stage, stage.learning_rate * warm * (stage.last_rate + (1 - stage.last_rate) * cosine))
+        smooth = {key: 0.98 * smooth.get(key, value) + 0.02 * value for key, value in losses.items()}
+        bar.set_postfix({key: f"{value:.2f}" for key, value in smooth.items()}, refresh=False)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
+            torch.save({"state": training.state(), "step": step + 1}, file)
+            tqdm.write(json.dumps({"stage": name, "step": step + 1, **smooth}))
+
+
+def report(training: Training) -> None:
+    """A first look, on bfloat16 vectors; `training.evaluate` measures."""
+    recall = {f"colour R@{at}": round(colour_recall(training, at), 3) for at in (1, 5)}
+    for style in ("noto", HELD_OUT_STYLE):
+        recall |= {f"{style} R@{at}": round(drawing_recall(training, training.watched[style], at), 3) for at in (1, 5)}
+    print(json.dumps(recall))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the embedded default model.")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
+    parser.add_argument("--run", type=Path, help="where training saves itself; DATA/run if not given")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    run: Path = chosen.run or chosen.data / "run"
+    training = Training(chosen.data, run, chosen.seed)
+    for name in chosen.stages:
+        run_stage(training, name, STAGES[name], run)
+    training.write(chosen.out)
+    report(training)
+
+
+if __name__ == "__main__":
+    main()
