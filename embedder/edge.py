@@ -1,6 +1,7 @@
-"""The HTTP boundary, around BentoML's app: bodies within a limit in, one shape of error out (under /v1 OpenAI's).
+"""The HTTP boundary, around BentoML's app: JSON within a limit in, one shape of error out (under /v1 OpenAI's).
 
-BentoML bounds no body, and answers errors of its own in three shapes, none of them ours (BentoML 1.4.39).
+BentoML bounds no body, reads forms as well (a malformed one is an error 500), and answers errors of its own in three
+shapes, none of them ours (BentoML 1.4.39).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embedder.errors import EmbedderError, RequestTooLarge
+from embedder.errors import EmbedderError, RequestTooLarge, UnsupportedContentType
 from embedder.openai import openai_error_body
 from embedder.response import error_body, to_json
 
@@ -33,9 +34,10 @@ class Edge:
         answer = _Answer(send, is_openai=scope["path"].startswith("/v1/"))
         if scope["method"] in ("POST", "PUT", "PATCH"):
             try:
+                _check_content_type(scope)
                 body = await _read(receive, self.max_body_bytes)
-            except RequestTooLarge as error:
-                await answer.error(413, error)
+            except (RequestTooLarge, UnsupportedContentType) as error:
+                await answer.error(413 if isinstance(error, RequestTooLarge) else 415, error)
                 return
             if body is None:  # the client went away while sending
                 return
@@ -94,12 +96,26 @@ def _message(status: int, body: bytes) -> str:
     try:
         fields: Any = json.loads(body)
     except ValueError:
-        return body.decode("utf-8", "replace").strip() or HTTPStatus(status).phrase
+        return body.decode("utf-8", "replace").strip() or _phrase(status)
     fields = fields[0] if isinstance(fields, list) and fields else fields
     if not isinstance(fields, dict):
-        return HTTPStatus(status).phrase
-    faults = [": ".join((*map(str, fault["loc"]), fault["msg"])) for fault in fields.get("detail", ())]
-    return "; ".join(faults) or str(fields.get("error", HTTPStatus(status).phrase))
+        return _phrase(status)
+    detail = fields.get("detail")
+    if isinstance(detail, list):
+        detail = "; ".join(": ".join((*map(str, fault["loc"]), fault["msg"])) for fault in detail)
+    return str(detail or fields.get("error") or _phrase(status))
+
+
+def _phrase(status: int) -> str:
+    return HTTPStatus(status).phrase if status in set(HTTPStatus) else f"error {status}"
+
+
+def _check_content_type(scope: Scope) -> None:
+    """Raises `UnsupportedContentType` for a body that says it is something else than JSON."""
+    headers = {name.lower(): value for name, value in scope["headers"]}
+    content_type = headers.get(b"content-type", b"application/json").decode("latin-1").split(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise UnsupportedContentType(f"content type: got {content_type[:60]}; allowed: application/json")
 
 
 async def _read(receive: Receive, max_bytes: int) -> bytes | None:
