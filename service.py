@@ -7,6 +7,7 @@ the same engine.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -34,6 +35,7 @@ from embedder.log import share_log
 from embedder.native import embed_body, parse_embed, whole_failure
 from embedder.openai import embeddings_body, models_body, parse_embeddings
 from embedder.openapi import openapi_document
+from embedder.playground import HEADERS, Collection, page_file
 from embedder.postprocess import Embedding
 from embedder.request import (
     EXAMPLE_IMAGE,
@@ -87,16 +89,17 @@ class Qwen3VLEmbedding:
     @bentoml.on_deployment
     @staticmethod
     def find_model() -> None:
-        """Once, before the workers start: the model is there, or the service says why not and does not start."""
+        """Once, before the workers start: what is named is there, or the service says why not and does not start."""
         try:
-            find_checkpoint(SETTINGS)
-        except errors.ModelUnavailable as error:
+            Collection(SETTINGS, is_embedded_model=find_checkpoint(SETTINGS).is_embedded)
+        except (errors.ModelUnavailable, ValueError) as error:
             raise SystemExit(f"the service does not start: {error}") from None
 
     def __init__(self) -> None:
         share_log()
         worker = (bentoml.server_context.worker_index or 1) - 1
         self.embedder = embedder.Embedder(settings=SETTINGS, worker=worker)
+        self.collection = Collection(SETTINGS, is_embedded_model=self.embedder.checkpoint.is_embedded)
         self.is_ready = False
         self.started_s = time.time()
         app.state.service = self
@@ -106,6 +109,7 @@ class Qwen3VLEmbedding:
         """Embed something of each kind for real; only then is the service ready."""
         await _embed([EmbeddingItem((Text("ready?"),)), EmbeddingItem((Image(EXAMPLE_IMAGE),))])
         self.is_ready = True
+        self.building = asyncio.create_task(self.collection.build(_engine()))  # held, or it might be collected
 
     @bentoml.on_shutdown
     def close(self) -> None:
@@ -195,17 +199,17 @@ def _route(path: str, method: str) -> Callable[[Handler], Handler]:
 
 @_route("/txt/embed", "POST")
 async def embed_text(request: Request) -> Response:
-    return await _answer(parse_text_request(await _json_body(request), SETTINGS))
+    return await _answer(parse_text_request(await request.body(), SETTINGS))
 
 
 @_route("/img/embed", "POST")
 async def embed_image(request: Request) -> Response:
-    return await _answer(parse_image_request(await _json_body(request), SETTINGS))
+    return await _answer(parse_image_request(await request.body(), SETTINGS))
 
 
 @_route("/embed", "POST")
 async def embed_items(request: Request) -> Response:
-    parsed = parse_embed(await _json_body(request), SETTINGS)
+    parsed = parse_embed(await request.body(), SETTINGS)
     outcomes = await embed_each(_engine(), parsed.items, SETTINGS.request_timeout_s)
     for outcome in outcomes:
         if isinstance(outcome, EmbedderError) and not isinstance(outcome, errors.OF_AN_ITEM):
@@ -217,7 +221,7 @@ async def embed_items(request: Request) -> Response:
 
 @_route("/v1/embeddings", "POST")
 async def embed_openai(request: Request) -> Response:
-    parsed = parse_embeddings(await _json_body(request), SETTINGS)
+    parsed = parse_embeddings(await request.body(), SETTINGS)
     embeddings = await _embed(parsed.items)
     return _json_response(embeddings_body(parsed, embeddings, _model_name(), SETTINGS.max_input_tokens))
 
@@ -229,7 +233,7 @@ async def list_models(_: Request) -> Response:
 
 @_route("/v2/embed", "POST")
 async def embed_cohere(request: Request) -> Response:
-    parsed = parse_cohere(await _json_body(request), SETTINGS)
+    parsed = parse_cohere(await request.body(), SETTINGS)
     embeddings = await _embed(parsed.items)
     return _json_response(cohere_body(parsed, embeddings, SETTINGS.max_input_tokens))
 
@@ -246,17 +250,27 @@ async def info(_: Request) -> Response:
     return _json_response(to_json({**app.state.service.embedder.info(), "version": embedder.__version__}))
 
 
+@_route("/playground/collection", "GET")
+async def collection(_: Request) -> Response:
+    return _json_response(to_json(app.state.service.collection.fields()), headers=HEADERS)
+
+
+@_route("/playground/thumbnails/{index:int}", "GET")
+async def thumbnail(request: Request) -> Response:
+    picture = app.state.service.collection.thumbnail(request.path_params["index"])
+    return _file_response(picture and (picture, "image/webp"))
+
+
+@_route("/playground", "GET")
+@_route("/playground/{name}", "GET")
+async def playground(request: Request) -> Response:
+    return _file_response(page_file(request.path_params.get("name", "index.html")))
+
+
 @_route("/openapi.json", "GET")
 @_route("/docs.json", "GET")
 async def openapi(_: Request) -> Response:
     return _json_response(to_json(openapi_document(SETTINGS, embedder.__version__)))
-
-
-async def _json_body(request: Request) -> bytes:
-    content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
-    if content_type != "application/json" and not content_type.endswith("+json"):
-        raise errors.UnsupportedContentType(f"content type: got {content_type}; allowed: application/json")
-    return await request.body()
 
 
 async def _answer(request: EmbeddingRequest) -> Response:
@@ -271,6 +285,12 @@ def _model_name() -> str:
 
 def _json_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(body, status, headers, media_type="application/json")
+
+
+def _file_response(file: tuple[bytes, str] | None) -> Response:
+    if file is None:
+        return Response("Not Found", 404)  # in our shape at the edge
+    return Response(file[0], headers={**HEADERS, "cache-control": "no-cache"}, media_type=file[1])
 
 
 def _status(error: EmbedderError) -> int:

@@ -51,6 +51,9 @@ class Settings(BaseModel):
     workers: int = Field(
         1, ge=1, description="Worker processes, each with its own copy of the model; they take the GPUs in turn."
     )
+    demo_folder: str = Field(
+        "", description="Folder of images that the playground searches; empty: with the small model its drawings."
+    )
     access_log: bool = Field(False, description="One log line per request (BentoML's access log).")
 
     @model_validator(mode="after")

@@ -56,9 +56,11 @@ def test_bento_without_its_model_does_not_start_and_says_why(bento_tag: str, tmp
     assert "Traceback" not in output
 
 
-def test_bento_leaves_the_small_model_out(bento_tag: str) -> None:
+def test_bento_has_the_page_and_leaves_the_small_model_out(bento_tag: str) -> None:
     home, tag = bento_tag.split("|")
     sources = Path(home) / "bentos" / tag.replace(":", "/") / "src"
     assert (sources / "embedder" / "engine.py").is_file()
+    assert (sources / "embedder" / "playground" / "index.html").is_file()
     assert not (sources / "embedder" / "default_model").exists()
+    assert not (sources / "embedder" / "demo").exists()
     assert sum(path.stat().st_size for path in sources.rglob("*")) < 1_000_000

@@ -29,12 +29,14 @@ AROUND = {
     "native": {"errors", "postprocess", "request", "response", "settings"},
     "openai": {"chat", "errors", "postprocess", "request", "response", "settings"},
     "openapi": {"chat", "cohere", "native", "openai", "request", "response", "settings"},
+    "playground": {"awaiting", "engine", "errors", "media", "request", "response", "settings"},
     "random_checkpoint": set(),
     "torchvision_shim": set(),
+    "verify": {"chat", "errors", "library", "preprocess", "request"},
 }
 
 DOORS = {  # each outside library, and every module that imports it when it runs
-    "PIL": {"library", "media"},
+    "PIL": {"library", "media", "playground", "verify"},
     "av": {"video"},
     "bentoml": {"log"},  # and service.py
     "flash_attn": {"model"},
@@ -42,12 +44,12 @@ DOORS = {  # each outside library, and every module that imports it when it runs
     "orjson": {"request", "response"},
     "pybase64": {"media", "response"},
     "pydantic": {"cohere", "log", "native", "openai", "openapi", "request", "response", "settings"},
-    "qwen_vl_utils": {"media"},
+    "qwen_vl_utils": {"media", "verify"},
     "safetensors": {"model", "random_checkpoint"},
     "starlette": {"edge"},
     "tokenizers": {"preprocess", "random_checkpoint"},
-    "torch": {"library", "model", "packing", "pooling", "random_checkpoint", "torchvision_shim"},
-    "transformers": {"model", "random_checkpoint"},
+    "torch": {"library", "model", "packing", "pooling", "random_checkpoint", "torchvision_shim", "verify"},
+    "transformers": {"model", "random_checkpoint", "verify"},
     # not outside, but each with a door: threads, and the futures that come from them
     "threading": {"engine"},
     "concurrent": {"awaiting", "engine", "library"},

@@ -41,7 +41,14 @@ def test_field_says_what_it_is(name: str) -> None:
 
 
 def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"device": "cpu", "dtype": "float32", "attention": "sdpa", "model": "m", "revision": "r"}
+    given = {
+        "device": "cpu",
+        "dtype": "float32",
+        "attention": "sdpa",
+        "model": "m",
+        "revision": "r",
+        "demo_folder": "f",
+    }
     given |= {"default_instruction": "Find.", "access_log": "true", "request_timeout_s": "1.5"}
     for name in FIELDS:
         monkeypatch.setenv(f"{PREFIX}{name.upper()}", given.setdefault(name, "4096"))

@@ -1,0 +1,390 @@
+"""The playground as a person uses it: typed, clicked and dropped in a real Chromium, against the small model.
+
+Screenshots of what the tests see lie in pytest's temporary folder, or where `PLAYGROUND_SCREENSHOTS` says.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import PIL.Image
+import pytest
+from numpy.typing import NDArray
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.conftest import Server, encoded, start_server
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium with its driver (apt: chromium-driver)")
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1200,900"
+)
+DROP = """
+    const bytes = Uint8Array.from(atob(arguments[0]), (character) => character.charCodeAt(0));
+    const files = new DataTransfer();
+    files.items.add(new File([bytes], arguments[1], {type: "image/png"}));
+    for (const type of ["dragover", "drop"]) {
+        document.body.dispatchEvent(new DragEvent(type, {dataTransfer: files, bubbles: true, cancelable: true}));
+    }
+"""
+FAKE_ANSWERS = """
+    const [path, answers] = [%s, %s];
+    const real = window.fetch;
+    window.fetch = (url, options) => {
+        const answer = String(url) === path ? answers.shift() : undefined;
+        return answer ? Promise.resolve(new Response(JSON.stringify(answer.body), answer)) : real(url, options);
+    };
+"""
+FIRST_PICTURES_ARE_SEEN = """
+    return [...document.querySelectorAll(".result img")].slice(0, 6).every((image) => image.naturalWidth === 96);
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The small model and its drawings."""
+    server = start_server(tmp_path_factory.mktemp("server"))
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(BROWSER)
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The open playground."""
+
+    def __init__(self, driver: webdriver.Chrome, url: str) -> None:
+        self.driver = driver
+        self.url = url
+
+    def open(self) -> None:
+        self.driver.get(f"{self.url}/playground")
+        self.wait(lambda: self.all("#dimensions label"))
+
+    def wait(self, condition: Callable[[], Any], seconds: float = 30) -> Any:
+        return WebDriverWait(self.driver, seconds, 0.05).until(lambda _: condition())
+
+    def one(self, selector: str) -> WebElement:
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def texts(self, selector: str) -> list[str]:
+        script = "return [...document.querySelectorAll(arguments[0])].map((node) => node.innerText.trim())"
+        found: list[str] = self.driver.execute_script(script, selector)
+        return found
+
+    def answer(self, path: str, *answers: dict[str, Any]) -> None:
+        """The next requests to `path` get these answers, later ones the service's."""
+        self.driver.execute_script(FAKE_ANSWERS % (json.dumps(path), json.dumps(answers)))
+
+    def add_text(self, text: str) -> None:
+        self.one("#text").send_keys(text, Keys.ENTER)
+
+    def matrix(self, size: int) -> NDArray[np.float64]:
+        self.wait(lambda: len(self.texts("td.heat")) == size**2)
+        return np.array(self.texts("td.heat"), np.float64).reshape(size, size)
+
+    def open_search(self) -> None:
+        self.one("#tab-search").click()
+        self.wait(lambda: self.one("#search-box").is_displayed(), 120)
+
+    def ranking(self) -> list[tuple[str, float]]:
+        self.wait(lambda: self.texts(".result .value") and not self.one("#search-state").is_displayed())
+        return list(zip(self.texts(".result .name"), map(float, self.texts(".result .value")), strict=True))
+
+    def choose_dimensions(self, size: int) -> None:
+        self.one(f"#dimensions label:has(> input[value='{size}'])").click()
+
+    def code(self, language: str) -> str:
+        self.one(f"label:has(> input[value={language}])").click()
+        return str(self.driver.execute_script("return document.getElementById('code').textContent"))
+
+
+@pytest.fixture
+def page(chromium: webdriver.Chrome, small: Server) -> Iterator[Page]:
+    """The page, newly opened. At the end the browser has complained of nothing but what tests provoke."""
+    page = Page(chromium, small.url)
+    page.open()
+    yield page
+    complaints = [entry["message"] for entry in chromium.get_log("browser")]  # type: ignore[no-untyped-call]
+    assert [message for message in complaints if "Failed to load resource" not in message] == []
+
+
+@pytest.fixture(scope="module")
+def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = os.environ.get("PLAYGROUND_SCREENSHOTS")
+    return Path(folder) if folder else tmp_path_factory.mktemp("screenshots")
+
+
+@pytest.fixture(scope="module")
+def swatch() -> bytes:
+    return encoded(PIL.Image.new("RGB", (64, 64), "red"))
+
+
+def vectors(server: Server, items: list[Any], **options: Any) -> NDArray[np.float64]:
+    answer = httpx.post(f"{server.url}/embed", json={"items": items, **options}).json()
+    return np.array([result["embedding"] for result in answer["results"]])
+
+
+def test_texts_and_a_chosen_image_make_a_matrix(page: Page, small: Server, swatch: bytes, tmp_path: Path) -> None:
+    assert page.one("#compare-empty").is_displayed()
+    (tmp_path / "swatch.png").write_bytes(swatch)
+    page.add_text("red")
+    page.add_text("green")
+    page.one("#images").send_keys(str(tmp_path / "swatch.png"))
+    shown = page.matrix(3)
+    expected = vectors(small, ["red", "green", {"image": base64.b64encode(swatch).decode()}])
+    np.testing.assert_allclose(shown, expected @ expected.T, atol=0.0051)
+    assert np.diag(shown).tolist() == [1, 1, 1]
+    assert page.texts("#items .what") == ["red", "green", "swatch.png"]
+    assert "Most alike: A (red) and C (swatch.png)" in page.one("#summary").text
+    assert not page.one("#compare-empty").is_displayed()
+
+
+def test_dropped_images_and_removal(page: Page, swatch: bytes) -> None:
+    page.add_text("red")
+    page.add_text("green")
+    page.driver.execute_script(DROP, base64.b64encode(swatch).decode(), "dropped.png")
+    page.matrix(3)
+    page.one("button[aria-label='Remove B: green']").click()
+    page.matrix(2)
+    assert page.texts("#items .what") == ["red", "dropped.png"]
+    page.add_text("blue")
+    page.matrix(3)
+    assert page.texts("#items .key") == ["A", "C", "B"]
+
+
+def test_fewer_dimensions_and_an_instruction_change_the_matrix(page: Page, small: Server) -> None:
+    page.add_text("red")
+    page.add_text("green")
+    whole = page.matrix(2)[0, 1]
+    page.choose_dimensions(64)
+    page.one("#compare .more summary").click()
+    page.one("#compare-instruction").send_keys("Find the colour.", Keys.TAB)
+    first, second = vectors(small, ["red", "green"], dimensions=64, instruction="Find the colour.")
+    page.wait(lambda: abs(page.matrix(2)[0, 1] - first @ second) <= 0.0051)
+    assert abs(whole - first @ second) > 0.0051
+
+
+def test_broken_image_has_the_services_message_and_costs_no_other(page: Page, swatch: bytes) -> None:
+    page.add_text("red")
+    page.driver.execute_script(DROP, base64.b64encode(b"no picture").decode(), "<b>broken</b>.png")
+    page.driver.execute_script(DROP, base64.b64encode(swatch).decode(), "whole.png")
+    page.matrix(2)
+    (message,) = page.texts(".item.failed .error")
+    assert "the bytes are not a known image" in message
+    assert page.texts(".item.failed .what") == ["<b>broken</b>.png"]
+
+
+def test_search_ranks_as_the_service_does_at_every_size(page: Page, small: Server) -> None:
+    page.open_search()
+    page.one("#query").send_keys("red", Keys.ENTER)
+    collection = httpx.get(f"{small.url}/playground/collection").json()["pictures"]
+    whole = np.array([np.frombuffer(base64.b64decode(entry["vector"]), "<f4") for entry in collection], np.float64)
+    seen = []
+    for size in (192, 128, 64):
+        page.choose_dimensions(size)
+        (query,) = vectors(small, ["red"], dimensions=size)
+        rows = whole[:, :size] / np.linalg.norm(whole[:, :size], axis=1, keepdims=True)
+        scores = rows @ query
+        shown = page.ranking()
+        order = np.argsort(-scores, kind="stable")[: len(shown)]
+        np.testing.assert_allclose([score for _, score in shown], scores[order], atol=0.0006)
+        assert shown[0][0] == collection[order[0]]["name"]
+        assert f"{size} dimensions" in page.one("#asked").text
+        seen.append(shown)
+    assert seen[0] != seen[1] != seen[2]
+    page.wait(lambda: page.driver.execute_script(FIRST_PICTURES_ARE_SEEN))
+    page.one("#more-results").click()
+    assert len(page.ranking()) > len(seen[2])
+    assert "Noto Emoji" in page.one("#attribution").text
+
+
+def test_a_drawing_finds_itself(page: Page, small: Server) -> None:
+    page.open_search()
+    name = httpx.get(f"{small.url}/playground/collection").json()["pictures"][9]["name"]
+    described = json.loads(Path("embedder/demo/drawings.json").read_text(encoding="utf-8"))
+    side = described["tile_pixels"]
+    tile = PIL.Image.open("embedder/demo/drawings.png").crop((9 * side, 0, 10 * side, side))
+    page.driver.execute_script(DROP, base64.b64encode(encoded(tile)).decode(), "tile.png")
+    assert page.ranking()[0] == (name, 1.0)
+
+
+def test_broken_query_says_what_the_service_says(page: Page) -> None:
+    page.open_search()
+    page.driver.execute_script(DROP, base64.b64encode(b"%PDF-1.7").decode(), "paper.png")
+    page.wait(lambda: page.texts("#search-state [role=alert]"))
+    assert page.texts("#search-state [role=alert]")[0].startswith("paper.png: the bytes are a PDF document")
+    assert page.texts(".result") == []
+    page.one("#query").send_keys("red", Keys.ENTER)
+    assert page.ranking()
+    assert not page.one("#search-state").is_displayed()
+
+
+def throttle(page: Page, latency_ms: int) -> None:
+    page.driver.set_network_conditions(  # type: ignore[no-untyped-call]
+        offline=False, latency=latency_ms, throughput=10_000_000
+    )
+
+
+def test_slow_answer_shows_progress_and_can_be_cancelled(page: Page, screenshots: Path) -> None:
+    throttle(page, 4000)
+    try:
+        page.add_text("red")
+        page.add_text("green")
+        page.wait(lambda: "Embedding" in page.one("#compare-state").text and " 1 s" in page.one("#compare-state").text)
+        screenshot(page, screenshots / "slow.png")
+        page.one("#compare-state button").click()
+        page.wait(lambda: "Cancelled" in page.one("#compare-state").text)
+    finally:
+        throttle(page, 0)
+    assert not page.one("#matrix-box").is_displayed()
+    page.one("#compare-state button").click()  # Try again
+    page.matrix(2)
+    assert not page.one("#compare-state").is_displayed()
+
+
+def test_service_that_does_not_answer_is_waited_for(page: Page) -> None:
+    page.driver.execute_cdp_cmd("Network.enable", {})
+    page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/health"]})
+    try:
+        page.driver.get(f"{page.url}/playground")
+        page.wait(lambda: "cannot be reached" in page.one("#banner").text)
+    finally:
+        page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+    page.wait(lambda: page.all("#dimensions label"))
+    assert not page.one("#banner").is_displayed()
+
+
+def test_building_is_counted_until_the_pictures_are_there(page: Page) -> None:
+    body = {"status": "building 120 of 400", "num_done": 120, "num_pictures": 400, "pictures": [], "skipped": []}
+    page.answer("playground/collection", {"status": 200, "body": body})
+    page.one("#tab-search").click()
+    page.wait(lambda: page.one("#building").text == "Reading the pictures: building 120 of 400.")
+    assert page.one("#building-progress").get_attribute("value") == "120"
+    assert not page.one("#search-box").is_displayed()
+    page.wait(lambda: page.one("#search-box").is_displayed(), 120)
+    assert not page.one("#collection-building").is_displayed()
+    assert len(page.texts(".result .name")) == 24  # before the first query, as they come
+
+
+def test_without_pictures_the_search_says_how_to_get_them(page: Page, server: Server) -> None:
+    page.url = server.url
+    page.open()
+    page.one("#tab-search").click()
+    page.wait(lambda: "EMBEDDER_DEMO_FOLDER=" in page.one("#collection-none").text)
+    assert not page.one("#search-box").is_displayed()
+
+
+def test_refused_request_is_told_in_the_services_words_and_tried_again(page: Page) -> None:
+    error = {"code": "overloaded", "message": "9000 tokens wait; allowed: up to 64", "item": None, "type": "overloaded"}
+    page.answer("embed", {"status": 429, "headers": {"retry-after": "3"}, "body": {"error": error}})
+    page.add_text("red")
+    page.wait(lambda: page.texts("#compare-state [role=alert]"))
+    (message,) = page.texts("#compare-state [role=alert]")
+    assert message == "The service says: 9000 tokens wait; allowed: up to 64 (come back in 3 s)"
+    page.one("#compare-state button").click()
+    page.wait(lambda: not page.one("#compare-state").is_displayed())
+    page.add_text("green")
+    page.matrix(2)
+
+
+def test_copied_requests_run(page: Page, small: Server, swatch: bytes, tmp_path: Path) -> None:
+    name, text = "it's $5.png", 'red "$HOME" `id` \\ ü'
+    (tmp_path / name).write_bytes(swatch)
+    page.add_text(text)
+    page.one("#images").send_keys(str(tmp_path / name))
+    page.matrix(2)
+    page.choose_dimensions(64)
+    expected = vectors(small, [text, {"image": base64.b64encode(swatch).decode()}], dimensions=64)
+    curl = subprocess.run(["bash", "-c", page.code("curl")], cwd=tmp_path, capture_output=True, text=True, check=True)
+    results = json.loads(curl.stdout)["results"]
+    np.testing.assert_allclose([result["embedding"] for result in results], expected, atol=1e-6)
+    command = [sys.executable, "-c", page.code("python")]
+    python = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert python.stdout.count("'embedding': [") == 2
+    page.one("#copy").click()
+    assert page.wait(lambda: page.one("#copy").text == "Copied")
+
+
+def test_tabs_and_dimensions_work_from_the_keyboard(page: Page) -> None:
+    page.one("#tab-compare").send_keys(Keys.ARROW_RIGHT)
+    assert page.driver.switch_to.active_element.get_attribute("id") == "tab-search"
+    assert page.one("#tab-search").get_attribute("aria-selected") == "true"
+    assert not page.one("#compare").is_displayed()
+    page.one("#dimensions input[value='192']").send_keys(Keys.ARROW_LEFT)
+    assert page.one("#dimensions input:checked").get_attribute("value") == "128"
+
+
+def screenshot(page: Page, path: Path) -> None:
+    """The whole page."""
+    options = {"captureBeyondViewport": True}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(base64.b64decode(page.driver.execute_cdp_cmd("Page.captureScreenshot", options)["data"]))
+
+
+LOOKS = {"desktop-light": (1200, 900, "light"), "desktop-dark": (1200, 900, "dark"), "phone": (390, 844, "light")}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_page_fits_every_screen_in_light_and_dark(look: str, page: Page, screenshots: Path) -> None:
+    width, height, scheme = LOOKS[look]
+    command = page.driver.execute_cdp_cmd
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    command("Emulation.setDeviceMetricsOverride", metrics)
+    command("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    try:
+        page.open()
+        screenshot(page, screenshots / f"{look}-empty.png")
+        page.one("#example").click()
+        page.matrix(6)
+        page.driver.execute_script(DROP, base64.b64encode(b"%PDF-1.7").decode(), "paper.png")
+        page.wait(lambda: page.texts(".item.failed"))
+        fits(page, width)
+        screenshot(page, screenshots / f"{look}-compare.png")
+        page.open_search()
+        page.one("#query").send_keys("red", Keys.ENTER)
+        page.ranking()
+        time.sleep(0.5)  # thumbnails
+        fits(page, width)
+        screenshot(page, screenshots / f"{look}-search.png")
+    finally:
+        command("Emulation.clearDeviceMetricsOverride", {})
+        command("Emulation.setEmulatedMedia", {"features": []})
+    shown = PIL.Image.open(io.BytesIO((screenshots / f"{look}-search.png").read_bytes())).convert("L")
+    assert (np.asarray(shown)[:, :8].mean() > 128) == (scheme == "light")
+
+
+def fits(page: Page, width: int) -> None:
+    """Nothing but the matrix in its own box is wider than the screen."""
+    assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
