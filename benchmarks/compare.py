@@ -1,0 +1,142 @@
+"""Peers and a workload -> who needed how long, in rounds that take turns (A B C A B C), every vector checked."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from benchmarks.peers import OURS, Peer
+from benchmarks.workloads import Item, is_one_at_a_time, make_items
+
+MIN_COSINE = 0.999
+PROBES = (4, 64, 512)  # items; a handful says little about bulk
+MIN_ITEMS, MAX_ITEMS = 4, 2048
+ONE_AT_A_TIME_ITEMS = 20
+
+
+class WrongVectors(AssertionError):
+    """A peer's vectors are not ours: its time would mean nothing."""
+
+
+@dataclass
+class Timing:
+    """`seconds` of each call of `items_per_call`. `peak_bytes` of the device beyond what was held before."""
+
+    items_per_call: int
+    min_cosine: float = 1.0
+    peak_bytes: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def items_per_s(self) -> float:
+        return self.items_per_call / self.median_s
+
+
+@dataclass
+class Comparison:
+    """One workload: its items, and each peer's timing. `limits`: matrix rate measured in each round, FLOP/s."""
+
+    workload: str
+    items: list[Item]
+    timings: dict[str, Timing]
+    limits: list[float] = field(default_factory=list)
+
+
+def compare(
+    workload: str,
+    peers: Sequence[Peer],
+    words: list[str],
+    *,
+    rounds: int,
+    seconds: float,
+    limit: Callable[[], float],
+    min_cosine: float = MIN_COSINE,
+) -> Comparison:
+    """As many items as all peers together can embed `rounds` times in `seconds`; the first peer is ours.
+
+    Stops early, after a whole round, when `seconds` are over. Raises `WrongVectors`.
+    """
+    calls_of = _one_at_a_time if is_one_at_a_time(workload) else _together
+    count = _affordable_count(workload, peers, words, seconds / (rounds + 1))
+    items = make_items(workload, count, words)
+    calls = calls_of(items)
+    comparison = Comparison(workload, items, {peer.name: Timing(len(calls[0])) for peer in peers})
+    _check(peers, calls, comparison, min_cosine)
+    deadline = time.perf_counter() + seconds
+    for _ in tqdm(range(rounds), desc=f"{workload} x {count}", unit="round", leave=False):
+        comparison.limits.append(limit())
+        for peer in peers:
+            comparison.timings[peer.name].seconds += [_seconds(peer, call) for call in calls]
+        if time.perf_counter() > deadline:
+            break
+    return comparison
+
+
+def _together(items: list[Item]) -> list[list[Item]]:
+    return [items]
+
+
+def _one_at_a_time(items: list[Item]) -> list[list[Item]]:
+    return [[item] for item in items]
+
+
+def _affordable_count(workload: str, peers: Sequence[Peer], words: list[str], seconds: float) -> int:
+    """Items that all peers together embed once in `seconds`; whole batches of 32 where there are that many."""
+    if is_one_at_a_time(workload):
+        return ONE_AT_A_TIME_ITEMS
+    count = float(PROBES[0])
+    for probe in PROBES:
+        if count < probe:
+            break
+        items = make_items(workload, probe, words)
+        count = seconds * probe / sum(_warm_seconds(peer, items) for peer in peers)
+    bounded = int(min(max(count, MIN_ITEMS), MAX_ITEMS))
+    return bounded - bounded % 32 if bounded >= 32 else bounded
+
+
+def _warm_seconds(peer: Peer, items: list[Item]) -> float:
+    peer.embed(items)
+    return _seconds(peer, items)
+
+
+def _seconds(peer: Peer, items: list[Item]) -> float:
+    start = time.perf_counter()
+    peer.embed(items)  # answers lie on the host: nothing is left to wait for
+    return time.perf_counter() - start
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Unit length: sentence-transformers normalizes in bfloat16 and misses it by up to 0.3 %."""
+    exact = vectors.astype(np.float64)
+    return exact / np.linalg.norm(exact, axis=1, keepdims=True)
+
+
+def _check(peers: Sequence[Peer], calls: list[list[Item]], comparison: Comparison, min_cosine: float) -> None:
+    """Every peer embeds everything once, untimed: the warm-up of the real sizes. Each vector must be ours."""
+    vectors: dict[str, NDArray[np.float32]] = {}
+    for peer in peers:
+        held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        vectors[peer.name] = np.concatenate([peer.embed(call) for call in calls])
+        if torch.cuda.is_available():
+            comparison.timings[peer.name].peak_bytes = torch.cuda.max_memory_allocated() - held
+    for name, theirs in vectors.items():
+        cosines = unit(theirs) @ unit(vectors[OURS]).T
+        own = cosines.diagonal()
+        comparison.timings[name].min_cosine = float(own.min())
+        if not own.min() >= min_cosine:
+            raise WrongVectors(f"{comparison.workload}: a vector of {name} has cosine {own.min():.6f} to ours")
+        if not (cosines.max(axis=1) <= own + 1e-3).all():
+            raise WrongVectors(f"{comparison.workload}: a vector of {name} is nearer to another item's than to its own")

@@ -1,0 +1,94 @@
+"""The servers that are measured, as processes: started on a free port, ready, restarted, ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parents[1]
+START_S, STOP_S = 180, 30
+OURS, NULL, FASTAPI, LITSERVE, BARE = (
+    "service",
+    "service, null model",
+    "FastAPI + s-t",
+    "LitServe + s-t",
+    "bare Starlette",
+)
+VLLM = "vLLM"
+
+
+@dataclass
+class Contender:
+    """`command` gets the port in place of PORT. `path` is where requests go."""
+
+    name: str
+    command: list[str]
+    path: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}{self.path}"
+
+    def start(self, body: bytes) -> None:
+        """Start it and wait until it answers `body`."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [str(self.port) if word == "PORT" else word for word in self.command]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
+        environment |= {"BENTOML_DO_NOT_TRACK": "True", "TOKENIZERS_PARALLELISM": "false", **self.environment}
+        with tempfile.TemporaryFile() as log:
+            self.process = subprocess.Popen(  # noqa: S603 - a command of ours
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            deadline = time.monotonic() + START_S
+            while time.monotonic() < deadline and self.process.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.post(self.url, content=body, headers=_JSON, timeout=60).status_code == 200:
+                        return
+                time.sleep(0.2)
+            self.stop()
+            log.seek(0)
+            raise RuntimeError(f"{self.name} did not start:\n{log.read().decode(errors='replace')[-3000:]}")
+
+    def stop(self) -> None:
+        """End it and its children; those that don't go by themselves are killed."""
+        if self.process is None:
+            return
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process = None
+
+
+_JSON = {"content-type": "application/json"}
+
+
+def service(name: str, target: str, folder: Path, path: str) -> Contender:
+    """`bentoml serve`, ours."""
+    bentoml = str(Path(sys.executable).parent / "bentoml")
+    command = [bentoml, "serve", target, "--host", "127.0.0.1", "--port", "PORT"]
+    settings = {"EMBEDDER_MODEL": str(folder), "EMBEDDER_DEVICE": "cpu"}
+    return Contender(name, command, path, settings)
+
+
+def app(name: str, module: str, folder: Path) -> Contender:
+    """One of `benchmarks.apps`."""
+    return Contender(name, [sys.executable, "-m", f"benchmarks.apps.{module}", str(folder), "PORT"], "/embed")

@@ -1,0 +1,135 @@
+"""1 k, 10 k and 100 k items through the library and through the server: time per item and memory must stay flat.
+
+`python -m benchmarks.growth`, the `tiny` shape. In the library a run is one call of `embed`, whose answer itself takes
+memory: that of the vectors is subtracted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from tqdm import tqdm
+
+from benchmarks import contenders, report
+from benchmarks.checkpoints import random_folder
+from benchmarks.load import drive
+from benchmarks.meter import Meter
+from benchmarks.workloads import make_items, read_words
+from embedder.library import Embedder
+
+SIZES = (1_000, 10_000, 100_000)
+NUM_TEXTS = 1_000  # distinct ones
+PER_REQUEST, CALLERS = 32, 16
+WARM_UP_ITEMS = 1_000
+MAX_TIME_RATIO = 1.2  # per item, largest size over smallest
+MAX_GROWTH_MB = 64  # of the largest size over the smallest, vectors subtracted
+HEADERS = ("where", "items", "seconds", "ms an item", "memory at start MB", "peak MB", "vectors MB")
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description="Time and memory per item as the number of items grows.")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--where", nargs="+", choices=("library", "server"), default=["library", "server"])
+    parser.add_argument("--seconds", type=float, default=900, help="for one size")
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+    chosen = parser.parse_args(arguments)
+    about = report.environment(f"python -m benchmarks.growth --sizes {' '.join(map(str, chosen.sizes))}")
+    with random_folder("tiny") as folder:
+        texts = [item["text"] for item in make_items("text-mixed", NUM_TEXTS, read_words(folder))]
+        rows: list[dict[str, Any]] = []
+        if "library" in chosen.where:
+            rows += _library(folder, texts, chosen.sizes)
+        if "server" in chosen.where:
+            rows += _server(folder, texts, chosen.sizes, chosen.seconds)
+    verdicts = {where: _verdict([row for row in rows if row["where"] == where]) for where in chosen.where}
+    data = {"environment": about, "rows": rows, "verdicts": verdicts}
+    text = _table(rows) + "\n\n" + "\n".join(f"{where}: {one['text']}" for where, one in verdicts.items())
+    bars = {f"{size}": {row["where"]: row["item_ms"] for row in rows if row["items"] == size} for size in chosen.sizes}
+    report.save(chosen.results, "growth", data, text, bars, "ms an item")
+    print(text)
+    return data
+
+
+def _library(folder: Path, texts: list[str], sizes: list[int]) -> Iterator[dict[str, Any]]:
+    with Embedder(str(folder), device="cpu") as embedder:
+        first = embedder.embed(_repeat(texts, WARM_UP_ITEMS))
+        for size in sizes:
+            with Meter() as meter:
+                start = time.perf_counter()
+                vectors = embedder.embed(tqdm(_repeat(texts, size), total=size, desc="library", unit="item"))
+                seconds = time.perf_counter() - start
+            same = all(np.abs(vectors[index] - first[index]).max() <= 1e-5 for index in range(min(size, len(first))))
+            assert same, "vectors changed"
+            assert np.abs(vectors[-1] - vectors[(size - 1) % len(texts)]).max() <= 1e-5, "vectors changed"
+            vectors_mb = sum(vector.nbytes for vector in vectors) / 1e6
+            del vectors
+            yield _row("library", size, seconds, meter, vectors_mb)
+
+
+def _repeat(texts: list[str], count: int) -> Iterator[str]:
+    return (texts[index % len(texts)] for index in range(count))
+
+
+def _server(folder: Path, texts: list[str], sizes: list[int], seconds: float) -> Iterator[dict[str, Any]]:
+    service = contenders.service(contenders.OURS, ".", folder, "/txt/embed")
+    groups = [
+        texts[start : start + PER_REQUEST] for start in range(0, len(texts) // PER_REQUEST * PER_REQUEST, PER_REQUEST)
+    ]
+    bodies = [orjson.dumps({"input": group}) for group in groups]
+    try:
+        service.start(bodies[0])
+        asyncio.run(drive(service.url, bodies, concurrency=CALLERS, seconds=60, max_requests=len(bodies)))
+        assert service.process is not None
+        for size in tqdm(sizes, desc="server", unit="size"):
+            wanted = size // PER_REQUEST
+            with Meter(service.process.pid) as meter:
+                load = asyncio.run(
+                    drive(service.url, bodies, concurrency=CALLERS, seconds=seconds, max_requests=wanted)
+                )
+            assert len(load.latencies_s) == wanted, f"{len(load.latencies_s)} of {wanted} requests were answered"
+            yield _row("server", wanted * PER_REQUEST, load.wall_s, meter, 0.0, size)
+    finally:
+        service.stop()
+
+
+def _row(where: str, num_items: int, seconds: float, meter: Meter, vectors_mb: float, size: int = 0) -> dict[str, Any]:
+    return {
+        "where": where,
+        "items": size or num_items,
+        "seconds": seconds,
+        "item_ms": seconds / num_items * 1e3,
+        "start_mb": meter.start_bytes / 1e6,
+        "peak_mb": meter.peak_bytes / 1e6,
+        "vectors_mb": vectors_mb,
+    }
+
+
+def _verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Largest size against smallest."""
+    time_ratio = rows[-1]["item_ms"] / rows[0]["item_ms"]
+    beyond = [row["peak_mb"] - row["vectors_mb"] for row in rows]
+    growth_mb = beyond[-1] - beyond[0]
+    is_flat = time_ratio <= MAX_TIME_RATIO and growth_mb <= MAX_GROWTH_MB
+    text = (
+        f"{'flat' if is_flat else 'NOT flat'}: time per item {time_ratio:.2f}x (allowed {MAX_TIME_RATIO}x), "
+        f"memory beyond the vectors {growth_mb:+.0f} MB (allowed {MAX_GROWTH_MB} MB)"
+    )
+    return {"time_ratio": time_ratio, "growth_mb": growth_mb, "is_flat": is_flat, "text": text}
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    keys = ("seconds", "item_ms", "start_mb", "peak_mb", "vectors_mb")
+    return report.table(
+        HEADERS, [[row["where"], row["items"], *(report.number(row[key]) for key in keys)] for row in rows]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The library against its peers on the same weights: `python -m benchmarks.library [--shape small] [--dtype bfloat16]`.
+
+Peers: transformers as the reference code uses it, and sentence-transformers. The limit is a large matrix product,
+measured between the rounds. A peer whose vectors are not ours ends the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import peers, report
+from benchmarks.checkpoints import random_folder
+from benchmarks.compare import Comparison, compare
+from benchmarks.limits import Weights, matrix_rate
+from benchmarks.workloads import WORKLOADS, read_words
+from embedder.preprocess import Preprocessor, load_tokenizer, read_vision_config
+from embedder.request import item_from_fields
+from embedder.settings import Settings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HEADERS = ("workload", "who", "items/s", "tokens/s", "ms a call", "x transformers", "share of limit", "least cosine")
+PEAK = "GiB beyond weights"  # where the device has memory of its own
+NOT_INSTALLED = "not installed"
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    chosen = _parse(arguments)
+    command = (
+        f"python -m benchmarks.library --shape {chosen.shape} --dtype {chosen.dtype} "
+        f"--workloads {' '.join(chosen.workloads)} --rounds {chosen.rounds} --seconds {chosen.seconds:g}"
+    )
+    about = report.environment(command)
+    dtype, device = DTYPES[chosen.dtype], torch.device("cpu")
+    with random_folder(chosen.shape) as folder:
+        contestants, weights = _load(folder, dtype, device)
+        words = read_words(folder)
+        preprocessor = load_preprocessor(folder)
+        rows = []
+        for name in tqdm(chosen.workloads, desc="workloads", unit="workload"):
+            comparison = compare(
+                name,
+                contestants,
+                words,
+                rounds=chosen.rounds,
+                seconds=chosen.seconds,
+                limit=lambda: matrix_rate(dtype, device),
+            )
+            rows.append(figures(comparison, weights, preprocessor))
+        for peer in contestants:
+            peer.close()
+    data = {"environment": about, "workloads": rows}
+    text = table(rows)
+    report.save(chosen.results, f"library-{chosen.shape}-{chosen.dtype}", data, text, bars(rows), "times transformers")
+    print(text)
+    return data
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The library against transformers and sentence-transformers.")
+    parser.add_argument("--shape", choices=("tiny", "small"), default="small")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=60, help="for all rounds of a workload, all peers together")
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+    return parser.parse_args(arguments)
+
+
+def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[list[peers.Peer], Weights]:
+    model = peers.load_model(folder, dtype, device)
+    contestants = [peers.ours(folder, dtype, device), peers.padded_transformers(folder, model)]
+    if peers.is_installed("sentence_transformers"):
+        contestants.append(peers.sentence_transformers(folder, dtype, device, model))
+    return contestants, Weights.of(model)
+
+
+def load_preprocessor(folder: Path) -> Preprocessor:
+    """For counting tokens and patches."""
+    settings = Settings.model_validate({"model": str(folder)})
+    return Preprocessor(load_tokenizer(folder), read_vision_config(folder, settings), settings)
+
+
+def figures(comparison: Comparison, weights: Weights, preprocess: Preprocessor) -> dict[str, Any]:
+    """One workload as JSON: medians, ratios, and the share of the matrix rate that was measured beside it."""
+    seen = cache(lambda kind, content: preprocess(item_from_fields({kind: content})))  # images take turns
+    inputs = [seen(*pair) for item in comparison.items for pair in item.items()]
+    num_items = len(inputs)
+    flops = weights.flops(inputs) / num_items
+    tokens = sum(one.num_tokens for one in inputs) / num_items
+    limit = statistics.median(comparison.limits)
+    baseline = comparison.timings[peers.TRANSFORMERS].items_per_s
+    who = {
+        name: {
+            "items_per_s": timing.items_per_s,
+            "tokens_per_s": timing.items_per_s * tokens,
+            "call_ms": timing.median_s * 1e3,
+            "ratio": timing.items_per_s / baseline,
+            "share_of_limit": timing.items_per_s * flops / limit,
+            "min_cosine": timing.min_cosine,
+            "peak_gib": timing.peak_bytes / 2**30,
+            "seconds": [round(second, 6) for second in timing.seconds],
+        }
+        for name, timing in comparison.timings.items()
+    }
+    return {
+        "workload": comparison.workload,
+        "num_items": num_items,
+        "tokens_per_item": tokens,
+        "gflop_per_item": flops / 1e9,
+        "limit_gflop_per_s": limit / 1e9,
+        "who": who,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    has_peak = any(one["peak_gib"] for row in rows for one in row["who"].values())
+    lines: list[list[object]] = []
+    for row in rows:
+        first = f"{row['workload']} x {row['num_items']}"
+        for name, one in row["who"].items():
+            shown = [one["items_per_s"], one["tokens_per_s"], one["call_ms"], one["ratio"]]
+            share = f"{one['share_of_limit']:.0%}"
+            lines.append([first, name, *map(report.number, shown), share, f"{one['min_cosine']:.6f}"])
+            lines[-1] += [report.number(one["peak_gib"])] if has_peak else []
+            first = ""
+        if peers.SENTENCE_TRANSFORMERS not in row["who"]:
+            lines.append(["", peers.SENTENCE_TRANSFORMERS, NOT_INSTALLED, *[""] * 5])
+        lines.append(["", "limit: matrix product", "", "", "", "", f"{row['limit_gflop_per_s']:.0f} GFLOP/s", ""])
+    return report.table((*HEADERS, PEAK) if has_peak else HEADERS, lines)
+
+
+def bars(rows: Sequence[dict[str, Any]]) -> report.Bars:
+    return {row["workload"]: {name: one["ratio"] for name, one in row["who"].items()} for row in rows}
+
+
+if __name__ == "__main__":
+    main()

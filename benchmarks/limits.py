@@ -1,0 +1,75 @@
+"""What to divide by: the rate of a large matrix product, that of a copy, and the work that the items ask for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from embedder.preprocess import ModelInput
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 0) -> float:
+    """FLOP/s of a size x size product of random values, the median of 5 after a warm-up."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _median_s(lambda: left @ right, device)
+
+
+def copy_rate(device: torch.device, num_bytes: int = 2**31) -> float:
+    """Bytes/s, read and written, of a large copy on the device."""
+    source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / _median_s(lambda: target.copy_(source), device)
+
+
+def _median_s(run: Any, device: torch.device) -> float:
+    times = []
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[2]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters that a token, a patch and a visual token meet. Tables that are only looked up don't count."""
+
+    per_token: int
+    per_patch: int
+    per_visual_token: int
+
+    @classmethod
+    def of(cls, model: Any) -> Weights:
+        """Of transformers' Qwen3VLModel; one on the meta device will do."""
+        vision = model.visual
+        return cls(
+            per_token=_count(model.language_model) - _count(model.language_model.embed_tokens),
+            per_patch=_count(vision.blocks) + _count(vision.patch_embed),
+            per_visual_token=_count(vision.merger) + _count(vision.deepstack_merger_list),
+        )
+
+    def flops(self, inputs: Sequence[ModelInput]) -> float:
+        """2 * parameters * tokens, all tokens of every prompt counted. Scores and sums of attention are left out, so a
+        share of the limit is understated where sequences are long.
+        """
+        num_patches = sum(len(patches.pixels) for one in inputs for patches in one.patches)
+        num_tokens = sum(one.num_tokens for one in inputs)
+        num_visual_tokens = sum(len(one.visual_index) for one in inputs)
+        work = num_tokens * self.per_token + num_patches * self.per_patch + num_visual_tokens * self.per_visual_token
+        return 2.0 * work
+
+
+def _count(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,59 @@
+"""A process and its children -> CPU seconds they used and the most memory they held."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+PERIOD_S = 0.1
+
+
+class Meter:
+    """Measures while its `with` block runs. Memory is the sum of resident sizes, sampled; shared pages count twice."""
+
+    def __init__(self, pid: int | None = None) -> None:
+        self.root = psutil.Process(pid)
+        self.cpu_s = 0.0
+        self.peak_bytes = self.start_bytes = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> Self:
+        self.cpu_s = -self._cpu_s()
+        self.start_bytes = self.peak_bytes = self._bytes()
+        self._thread.start()
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self.cpu_s += self._cpu_s()
+
+    @property
+    def grown_bytes(self) -> int:
+        return self.peak_bytes - self.start_bytes
+
+    def _sample(self) -> None:
+        while not self._stopped.wait(PERIOD_S):
+            self.peak_bytes = max(self.peak_bytes, self._bytes())
+
+    def _tree(self) -> list[psutil.Process]:
+        return [self.root, *self.root.children(recursive=True)]
+
+    def _cpu_s(self) -> float:
+        times = [process.cpu_times() for process in self._tree()]
+        return float(sum(one.user + one.system for one in times))
+
+    def _bytes(self) -> int:
+        return sum(_resident(process) for process in self._tree())
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        size: int = process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
+    return size

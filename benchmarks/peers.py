@@ -1,0 +1,112 @@
+"""Ours and those we are measured against, over the same weights: items -> unit vectors, all by one signature."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import numpy as np
+import PIL.Image
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.checkpoints import INSTRUCTION
+from benchmarks.workloads import Item
+from embedder.library import Embedder
+from embedder.torchvision_shim import declare_torchvision_operators
+
+declare_torchvision_operators()
+
+from qwen_vl_utils.vision_process import process_vision_info  # noqa: E402 - after the declaration
+from transformers import Qwen3VLModel, Qwen3VLProcessor  # noqa: E402 - after the declaration
+from transformers.utils import logging  # noqa: E402 - after the declaration
+
+BATCH_SIZE = 32  # of both peers, the default of sentence-transformers
+OURS, TRANSFORMERS, SENTENCE_TRANSFORMERS = "ours", "transformers", "sentence-transformers"
+
+logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`embed`: items -> (num_items, hidden_size) float32, unit length. `close` ends its threads."""
+
+    name: str
+    embed: Callable[[list[Item]], NDArray[np.float32]]
+    close: Callable[[], None] = lambda: None
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Qwen3VLModel with its scaled_dot_product_attention."""
+    model = Qwen3VLModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False).to(device)
+
+
+def ours(folder: Path, dtype: torch.dtype, device: torch.device, model: Any = None, **options: Any) -> Peer:
+    """The engine as a program uses it. `model` stands in for the folder's weights, which are then not read."""
+    name: Literal["bfloat16", "float32"] = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    loaded = mock.patch("embedder.library.load_model", return_value=model) if model is not None else nullcontext()
+    with loaded:
+        embedder = Embedder(str(folder), device=str(device), dtype=name, **options)
+    return Peer(OURS, lambda items: np.stack(embedder.embed(items)), embedder.close)
+
+
+def padded_transformers(folder: Path, model: Any, name: str = TRANSFORMERS) -> Peer:
+    """As the published reference code embeds: batches of 32 in the given order, padded, last token, unit length."""
+    processor = Qwen3VLProcessor.from_pretrained(folder, padding_side="right")
+
+    @torch.inference_mode()
+    def embed_batch(items: list[Item]) -> NDArray[np.float32]:
+        conversations = [_conversation(item) for item in items]
+        texts = processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+        images, _ = process_vision_info(conversations, image_patch_size=16)
+        inputs = processor(text=texts, images=images, padding=True, do_resize=False, return_tensors="pt")
+        states = model(**inputs.to(model.device), use_cache=False).last_hidden_state
+        last = inputs["attention_mask"].sum(1) - 1
+        rows = states[torch.arange(len(items), device=states.device), last].float()
+        return np.asarray(torch.nn.functional.normalize(rows, dim=-1).cpu())
+
+    def embed(items: list[Item]) -> NDArray[np.float32]:
+        batches = [items[start : start + BATCH_SIZE] for start in range(0, len(items), BATCH_SIZE)]
+        return np.concatenate([embed_batch(batch) for batch in batches])
+
+    return Peer(name, embed)
+
+
+def sentence_transformers(folder: Path, dtype: torch.dtype, device: torch.device, model: Any = None) -> Peer:
+    """`SentenceTransformer.encode`, which sorts by length. `model` stands in for the folder's weights."""
+    from sentence_transformers import SentenceTransformer
+
+    pipeline: Any = SentenceTransformer(str(folder), device=str(device), model_kwargs={"dtype": dtype})
+    if model is not None:
+        pipeline[0].model = model
+
+    def embed(items: list[Item]) -> NDArray[np.float32]:
+        inputs = [item["text"] if "text" in item else {"image": decode(item["image"])} for item in items]
+        rows = pipeline.encode(inputs, prompt=INSTRUCTION, batch_size=BATCH_SIZE, show_progress_bar=False)
+        return np.asarray(rows, np.float32)
+
+    return Peer(SENTENCE_TRANSFORMERS, embed)
+
+
+def decode(data: bytes) -> PIL.Image.Image:
+    """As the reference reads pictures."""
+    return PIL.Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _conversation(item: Item) -> list[dict[str, Any]]:
+    part: dict[str, Any] = {"type": "text", "text": item["text"]} if "text" in item else {"type": "image"}
+    if "image" in item:
+        part |= {"image": decode(item["image"]), "min_pixels": 4096, "max_pixels": 1_310_720}
+    system = {"role": "system", "content": [{"type": "text", "text": INSTRUCTION}]}
+    return [system, {"role": "user", "content": [part]}]

@@ -1,0 +1,210 @@
+"""The service against other servers on the same weights: `python -m benchmarks.server [--shape small]`.
+
+Servers run side by side on loopback and are driven in turns. Peers: FastAPI + sentence-transformers, LitServe +
+sentence-transformers. The limits: a bare Starlette app that answers the service's own bytes, and the service with a
+model that computes nothing. Answers are checked against plain transformers. vLLM has a column but is not driven yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from benchmarks import contenders, peers, report
+from benchmarks.checkpoints import random_folder
+from benchmarks.compare import MIN_COSINE, WrongVectors, unit
+from benchmarks.contenders import Contender
+from benchmarks.load import Load, drive
+from benchmarks.meter import Meter
+from benchmarks.workloads import Item, make_items, read_words
+
+NUM_ITEMS = 128  # distinct ones; bodies take turns
+MANY = 32
+FIGURES = {
+    "requests/s": "requests_per_s",
+    "items/s": "items_per_s",
+    "p50 ms": "p50_ms",
+    "p99 ms": "p99_ms",
+    "CPU ms/item": "cpu_ms_per_item",
+    "peak MB": "peak_mb",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    chosen = _parse(arguments)
+    command = (
+        f"python -m benchmarks.server --shape {chosen.shape} --workload {chosen.workload} --sizes "
+        f"{' '.join(map(str, chosen.sizes))} --callers {' '.join(map(str, chosen.callers))} "
+        f"--rounds {chosen.rounds} --seconds {chosen.seconds:g}"
+    )
+    about = report.environment(command)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(random_folder(chosen.shape))
+        items = make_items(chosen.workload, NUM_ITEMS, read_words(folder))
+        expected = _expected(folder, items)
+        bodies = {size: _bodies(items, size) for size in chosen.sizes}
+        path = "/img/embed" if "image" in items[0] else "/txt/embed"
+        running = _start(stack, folder, path, items, chosen.servers)
+        cells = _drive_all(running, bodies, expected, chosen)
+    names = [*chosen.servers, contenders.VLLM]
+    data = {"environment": about, "servers": names, "cells": cells}
+    text = _table(cells, names)
+    bars = {f"{cell['size']} x {cell['callers']}": _rates(cell) for cell in cells}
+    report.save(chosen.results, f"server-{chosen.shape}-{chosen.workload}", data, text, bars, "items/s")
+    print(text)
+    return data
+
+
+SERVERS = (contenders.OURS, contenders.FASTAPI, contenders.LITSERVE, contenders.NULL, contenders.BARE)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The service against other servers.")
+    parser.add_argument("--shape", choices=("tiny", "small"), default="small")
+    parser.add_argument("--workload", choices=("text-16", "text-mixed", "image-256", "image-448"), default="text-mixed")
+    parser.add_argument("--sizes", type=int, nargs="+", choices=(1, MANY), default=[1, MANY], help="items in a request")
+    parser.add_argument("--callers", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5, help="for one server in one round")
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+    return parser.parse_args(arguments)
+
+
+def _expected(folder: Path, items: list[Item]) -> NDArray[np.float32]:
+    model = peers.load_model(folder, torch.float32, torch.device("cpu"))
+    return peers.padded_transformers(folder, model).embed(items)
+
+
+def _bodies(items: list[Item], size: int) -> list[bytes]:
+    """One body for each group of `size` neighbours."""
+    inputs = [item["text"] if "text" in item else _data_uri(item["image"]) for item in items]
+    groups = [inputs[start : start + size] for start in range(0, len(inputs), size)]
+    return [orjson.dumps({"input": group[0] if size == 1 else group}) for group in groups]
+
+
+def _data_uri(data: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+
+
+def _start(
+    stack: contextlib.ExitStack, folder: Path, path: str, items: list[Item], names: Sequence[str]
+) -> list[Contender]:
+    """Everything that is installed; the bare app gets its bytes from the service."""
+    first, many = _bodies(items, 1)[0], _bodies(items, MANY)[0]
+    answers = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    has_peer = peers.is_installed("sentence_transformers")
+    candidates = [contenders.service(contenders.OURS, ".", folder, path)]
+    if has_peer and peers.is_installed("fastapi"):
+        candidates.append(contenders.app(contenders.FASTAPI, "fastapi_app", folder))
+    if has_peer and peers.is_installed("litserve"):
+        candidates.append(contenders.app(contenders.LITSERVE, "litserve_app", folder))
+    null = "benchmarks.null_service:Qwen3VLEmbedding"
+    candidates += [
+        contenders.service(contenders.NULL, null, folder, path),
+        contenders.app(contenders.BARE, "bare_app", answers),
+    ]
+    running = [one for one in candidates if one.name in names]
+    for one in tqdm(running, desc="starting", unit="server"):
+        stack.callback(one.stop)
+        one.start(first)
+        if one.name == contenders.OURS:
+            for name, body in (("1.json", first), ("32.json", many)):
+                answer = httpx.post(one.url, content=body, headers={"content-type": "application/json"}, timeout=600)
+                (answers / name).write_bytes(answer.content)
+    return running
+
+
+def _drive_all(
+    running: list[Contender], bodies: dict[int, list[bytes]], expected: NDArray[np.float32], chosen: argparse.Namespace
+) -> list[dict[str, Any]]:
+    cells = []
+    total = len(bodies) * len(chosen.callers) * chosen.rounds * len(running)
+    with tqdm(total=total, desc="driving", unit="load") as bar:
+        for size in bodies:
+            for callers in chosen.callers:
+                rounds: dict[str, list[dict[str, float]]] = {one.name: [] for one in running}
+                for _ in range(chosen.rounds):
+                    for one in running:
+                        bar.set_postfix_str(f"{one.name}, {callers} callers")
+                        rounds[one.name].append(_drive(one, bodies[size], size, callers, chosen.seconds, expected))
+                        bar.update()
+                who = {name: _medians(figures) for name, figures in rounds.items()}
+                cells.append({"size": size, "callers": callers, "who": who, "rounds": rounds})
+    return cells
+
+
+def _drive(
+    one: Contender, bodies: list[bytes], size: int, callers: int, seconds: float, expected: NDArray[np.float32]
+) -> dict[str, float]:
+    assert one.process is not None
+    with Meter(one.process.pid) as meter:
+        load = asyncio.run(drive(one.url, bodies, concurrency=callers, seconds=seconds))
+    _check(one.name, load, size, expected)
+    if load.num_unfinished:  # it would go on computing what nobody waits for
+        one.stop()
+        one.start(bodies[0])
+    num_items = len(load.latencies_s) * size
+    return {
+        "requests_per_s": len(load.latencies_s) / load.wall_s,
+        "items_per_s": num_items / load.wall_s,
+        "p50_ms": float(np.percentile(load.latencies_s, 50)) * 1e3 if load.latencies_s else float("inf"),
+        "p99_ms": float(np.percentile(load.latencies_s, 99)) * 1e3 if load.latencies_s else float("inf"),
+        "cpu_ms_per_item": meter.cpu_s * 1e3 / max(num_items, 1),
+        "peak_mb": meter.peak_bytes / 1e6,
+        "driver_cpu_share": load.driver_cpu_s / load.wall_s,
+        "num_checked": len(load.answers),
+        "num_refused": load.num_refused,
+        "num_unfinished": load.num_unfinished,
+    }
+
+
+def _check(name: str, load: Load, size: int, expected: NDArray[np.float32]) -> None:
+    """Each answer has its items' vectors; those of the two limits only as many values."""
+    is_limit = name in (contenders.NULL, contenders.BARE)
+    for body, answer in load.answers:
+        rows = np.array(orjson.loads(answer)["embedding"], np.float32).reshape(-1, expected.shape[1])
+        own = expected[body * size : (body + 1) * size]
+        if len(rows) != len(own) or not (is_limit or (unit(rows) * own).sum(1).min() >= MIN_COSINE):
+            raise WrongVectors(f"{name} answered request {body} of {size} items with other vectors")
+
+
+def _medians(figures: list[dict[str, float]]) -> dict[str, float]:
+    medians = {key: statistics.median(one[key] for one in figures) for key in figures[0]}
+    lost = {key: sum(one[key] for one in figures) for key in ("num_refused", "num_unfinished", "num_checked")}
+    return {**medians, **lost}
+
+
+def _rates(cell: dict[str, Any]) -> dict[str, float]:
+    return {name: one["items_per_s"] for name, one in cell["who"].items()}
+
+
+def _table(cells: list[dict[str, Any]], names: list[str]) -> str:
+    lines: list[list[object]] = []
+    for cell in cells:
+        first: list[object] = [cell["size"], cell["callers"]]
+        for name in names:
+            one = cell["who"].get(name)
+            shown = [report.number(one[key]) for key in FIGURES.values()] if one else ["not installed", *[""] * 5]
+            lost = one["num_refused"] + one["num_unfinished"] if one else ""
+            lines.append([*first, name, *shown, lost])
+            first = ["", ""]
+    return report.table(("items a request", "callers", "who", *FIGURES, "lost"), lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Each benchmark command, tiny and short: right vectors, files without paths, and nothing three times too slow."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sentence_transformers", reason="the peers come with the `bench` extra")
+
+from benchmarks import contenders, gaps, gpu, growth, library, peers, server
+from benchmarks.compare import WrongVectors, compare
+from benchmarks.peers import Peer
+from benchmarks.workloads import WORKLOADS, Item, make_items
+
+# of sentence-transformers, LitServe and what they bring
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+SLOWEST = 1 / 3  # of the in-run baseline, padded transformers
+WORDS = ["red", "green", "blue", "cyan"]
+
+
+def saved(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON of a run; its table and plot are there, and no path is in any of them."""
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    text = (folder / f"{name}.json").read_text() + (folder / f"{name}.md").read_text()
+    assert "/root" not in text
+    assert "/tmp" not in text
+    data: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    assert {"command", "date", "cpu", "cores", "versions"} <= set(data["environment"])
+    return data
+
+
+def test_library_gives_right_vectors_and_is_not_three_times_slower(tmp_path: Path) -> None:
+    library.main(
+        ["--shape", "tiny", "--workloads", "query", "text-mixed", "--seconds", "2", "--results", str(tmp_path)]
+    )
+    for row in saved(tmp_path, "library-tiny-float32")["workloads"]:
+        ours = row["who"][peers.OURS]
+        assert ours["min_cosine"] >= 0.999
+        assert ours["ratio"] >= SLOWEST
+        assert row["limit_gflop_per_s"] > 0
+
+
+def test_gpu_script_runs_on_the_cpu_without_faults(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--shapes", "tiny", "--workloads", "half-half", "--seconds", "2"]
+    assert gpu.main([*arguments, "--results", str(tmp_path)])["faults"] == []
+    data = saved(tmp_path, "gpu-script-on-cpu")
+    assert [check["result"] for check in data["checks"]] == ["right"]
+    assert data["shapes"]["tiny"]["rows"][0]["who"][peers.OURS]["ratio"] >= SLOWEST
+
+
+def test_growth_says_whether_it_is_flat(tmp_path: Path) -> None:
+    growth.main(["--sizes", "64", "640", "--where", "library", "--results", str(tmp_path)])
+    data = saved(tmp_path, "growth")
+    assert [row["items"] for row in data["rows"]] == [64, 640]
+    assert data["verdicts"]["library"]["text"].startswith(("flat", "NOT flat"))
+
+
+def test_server_answers_right_under_load(tmp_path: Path) -> None:
+    servers = [contenders.OURS, contenders.BARE]
+    few = ["--callers", "4", "--sizes", "1", "--rounds", "1", "--seconds", "1"]
+    server.main(["--shape", "tiny", "--servers", *servers, *few, "--results", str(tmp_path)])
+    who = saved(tmp_path, "server-tiny-text-mixed")["cells"][0]["who"]
+    for name in servers:
+        assert who[name]["num_checked"] > 0
+        assert who[name]["num_refused"] == who[name]["num_unfinished"] == 0
+
+
+def hot(items: list[Item], shift: int) -> Any:
+    """One-hot rows, moved on by `shift`."""
+    return np.eye(len(items), dtype=np.float32)[[(index + shift) % len(items) for index in range(len(items))]]
+
+
+def test_peer_with_other_vectors_ends_the_run() -> None:
+    contestants = [Peer(peers.OURS, lambda items: hot(items, 0)), Peer("other", lambda items: hot(items, 1))]
+    with pytest.raises(WrongVectors, match="other"):
+        compare("text-16", contestants, WORDS, rounds=1, seconds=0.1, limit=lambda: 1.0)
+
+
+def test_rounds_take_turns() -> None:
+    calls: list[str] = []
+
+    def embed(name: str, items: list[Item]) -> Any:
+        calls.append(name)
+        return hot(items, 0)
+
+    contestants = [Peer(name, partial(embed, name)) for name in (peers.OURS, "b")]
+    compare("text-16", contestants, WORDS, rounds=3, seconds=5, limit=lambda: 1.0)
+    assert calls[-6:] == [peers.OURS, "b"] * 3
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_workload_is_the_same_every_time(name: str) -> None:
+    items = make_items(name, 3, WORDS)
+    assert items == make_items(name, 3, WORDS)
+    assert make_items(name, 2, WORDS) == items[:2]
+    assert len({item.get("image") for item in items if "image" in item}) == sum("image" in item for item in items)
+
+
+def test_gaps_are_those_between_kernels_of_any_stream() -> None:
+    found = gaps.summarize([(30.0, 40.0), (0.0, 10.0), (5.0, 15.0)])
+    assert found == {"num_kernels": 3, "span_ms": 0.04, "busy": "62.5%", "num_gaps": 1, "longest_us": 15.0}
