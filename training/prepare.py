@@ -22,11 +22,13 @@ from tqdm import tqdm
 DEFAULT_DATA = Path.home() / ".cache" / "embedder-training"
 DRAWING_PIXELS = 224  # side of a rendered drawing: the largest trained size
 HELD_OUT_PERCENT = 15  # of the keywords
-TRAINED_STYLES = ("noto", "fluent-emoji-flat", "noto-v1", "fxemoji")
+TRAINED_STYLES = ("noto", "fluent-emoji-flat", "fluent-emoji", "emojione", "noto-v1", "fxemoji")
 HELD_OUT_STYLE = "twemoji"
 PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
     "fluent-emoji-flat": "@iconify-json/fluent-emoji-flat@1.2.6",
+    "fluent-emoji": "@iconify-json/fluent-emoji@1.2.7",
+    "emojione": "@iconify-json/emojione@1.2.3",
     "noto-v1": "@iconify-json/noto-v1@1.2.5",
     "fxemoji": "@iconify-json/fxemoji@1.2.2",
     "twemoji": "@iconify-json/twemoji@1.2.5",
@@ -74,8 +76,10 @@ def read_captions(npm: Path) -> list[Caption]:
     annotations = _annotations(npm)
     more_keywords = {_bare(emoji): words for emoji, words in _json(npm / "emojilib/dist/emoji-en-US.json").items()}
     icons = {style: _icons_by_emoji(npm, style, annotations) for style in ("noto", "fluent-emoji-flat", "twemoji")}
-    icons["noto-v1"] = _icons_by_slug(npm, "noto-v1", icons["noto"], annotations)
-    icons["fxemoji"] = _icons_by_slug(npm, "fxemoji", icons["noto"], annotations)
+    shaded = _json(npm / "fluent-emoji" / "icons.json")["icons"]  # the flat set's drawings with shades, same names
+    icons["fluent-emoji"] = {emoji: icon for emoji, icon in icons["fluent-emoji-flat"].items() if icon in shaded}
+    for style in ("emojione", "noto-v1", "fxemoji"):
+        icons[style] = _icons_by_slug(npm, style, icons["noto"], annotations)
     names = {emoji: annotations[emoji]["tts"][0] for emoji in icons["noto"]}
     known_names = {name.lower() for name in names.values()}
     captions = []
@@ -157,7 +161,7 @@ def _icons_by_emoji(npm: Path, style: str, annotations: dict[str, Any]) -> dict[
 
 
 def _icons_by_slug(npm: Path, style: str, noto: dict[str, str], annotations: dict[str, Any]) -> dict[str, str]:
-    """The older sets have no table of code points: match their icon names with Noto's, CLDR's and Unicode's names."""
+    """Sets without a table of code points: match their icon names with Noto's, CLDR's and Unicode's names."""
     by_slug: dict[str, str] = {}
     for emoji, icon in noto.items():
         unicode_name = unicodedata.name(emoji, "") if len(emoji) == 1 else ""

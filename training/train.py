@@ -71,7 +71,7 @@ class Stage:
     sizes: dict[tuple[int, int], float]
     swatches: float
     shapes: float
-    texts: int = 128  # read in a step: the pictures' own, then of any drawings and colours
+    texts: int = 192  # read in a step: the pictures' own, then of any drawings and colours
     strength: float = 1.0  # of the drawings' variation
     last_rate: float = 0.02  # the learning rate falls to this share of itself, along a cosine
     clips: float = 0.0
@@ -79,20 +79,22 @@ class Stage:
     with_language: bool = True  # False: the vision tower alone, from the mean of its outputs
 
 
+MOSTLY_SMALL = {size: share * (1.0 if max(size) <= 128 else 0.4) for size, share in SIZES.items()}
 SMALL = {(64, 64): 0.3, (96, 96): 0.4, (128, 128): 0.2, (64, 128): 0.05, (128, 64): 0.05}
 STAGES = {
-    "towers": Stage(800, 6e-4, 5120, SMALL, swatches=0.1, shapes=0.0, strength=0.5, last_rate=0.6, with_language=False),
-    "joint": Stage(760, 6e-4, 3072, SIZES, texts=160, strength=0.5, swatches=0.12, shapes=0.04, clips=0.08, pairs=0.08),
-    "finish": Stage(
-        205, 4e-4, 3072, SIZES, texts=160, strength=0.4, swatches=0.25, shapes=0.04, clips=0.06, pairs=0.06
+    "towers": Stage(600, 6e-4, 5120, SMALL, swatches=0.1, shapes=0.0, strength=0.5, last_rate=0.6, with_language=False),
+    "joint": Stage(
+        2600, 6e-4, 3072, MOSTLY_SMALL, swatches=0.1, shapes=0.04, strength=0.6, last_rate=0.5, clips=0.06, pairs=0.06
     ),
-    "colours": Stage(100, 4e-4, 2048, SMALL, texts=160, strength=0.4, swatches=0.6, shapes=0.05),
+    "finish": Stage(1400, 3e-4, 3072, SIZES, swatches=0.15, shapes=0.04, strength=0.4, clips=0.08, pairs=0.08),
 }
 # What people ask for most, so seen more often than the other 938.
 BASIC = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "grey")
 BASIC_COLOURS = [COLOUR_NAMES.index(name) for name in BASIC]
 # Names of drawings that mean something else in a mirror, or are writing.
 SIDED = re.compile("left|right|arrow|clock|button|mark|sign|symbol|input|keycap|letter|flag|play|button|moon|hand|fist")
+
+WORDS = re.compile(r"[a-z0-9'-]+")
 
 
 class Captions:
@@ -115,6 +117,13 @@ class Captions:
             self.meanings[name].update(int(other) + self.num_drawings for other in same)
         for word in held_out - {name.lower() for name in self.names} - set(COLOUR_NAMES):
             self.meanings.pop(word, None)
+        self.drawings_by_word: dict[str, set[int]] = defaultdict(set)
+        self.phrase_words: list[list[str]] = []
+        for row, name in enumerate(self.names):
+            words = sorted({word for text in (name.lower(), *self.keywords[row]) for word in WORDS.findall(text)})
+            self.phrase_words.append(words)
+            for word in words:
+                self.drawings_by_word[word].add(row)
         self.may_be_mirrored = [not SIDED.search(name.lower()) for name in self.names]
         self.words = [
             [word for word in name.lower().replace(":", " ").replace(",", " ").split() if word in self.meanings]
@@ -136,9 +145,16 @@ class Captions:
             text = COLOUR_NAMES[proxy - self.num_drawings]
             return _varied(text, random), self.meanings[text]
         chance = random.random()
-        choices = self.keywords[proxy] if chance < 0.42 else self.words[proxy] if chance < 0.5 else []
+        if chance < 0.15 and len(self.phrase_words[proxy]) > 1:
+            return self.phrase_for(proxy, random)
+        choices = self.keywords[proxy] if chance < 0.5 else self.words[proxy] if chance < 0.6 else []
         text = choices[random.integers(len(choices))] if choices else self.names[proxy]
         return _varied(text, random), self.meanings[text.lower()]
+
+    def phrase_for(self, drawing: int, random: Generator) -> tuple[str, set[int]]:
+        """Two words of its name and keywords in any order, and all drawings that have both."""
+        one, other = random.choice(self.phrase_words[drawing], 2, replace=False)
+        return f"{one} {other}", self.drawings_by_word[one] & self.drawings_by_word[other]
 
     def another_text(self, example: "Example", random: Generator) -> str:
         """To go with the example's picture in one item: not always the text that the item shall find."""
