@@ -12,10 +12,11 @@ from pathlib import Path
 from PIL import Image
 
 from training.data import plain_picture, read_captions, read_drawings
-from training.prepare import DEFAULT_DATA, TRAINED_STYLES
+from training.prepare import DEFAULT_DATA
 
 OUT = Path(__file__).parents[1] / "embedder" / "demo"
 STYLE = "noto"
+SMALLER_STYLES = {"fluent-emoji-flat", "noto-v1", "fxemoji"}  # what even these draw is what people look for
 TILE_PIXELS = 96
 COLUMNS = 20
 # Left out: what says little as a picture of its own.
@@ -33,7 +34,7 @@ def main() -> None:
     shown = [
         row
         for row, caption in enumerate(captions)
-        if caption["emoji"] >= "\U0001f300" and set(TRAINED_STYLES) <= set(caption["icons"])
+        if caption["emoji"] >= "\U0001f300" and SMALLER_STYLES <= set(caption["icons"])
         if not ABSTRACT.search(caption["name"])
     ]
     num_rows = -(-len(shown) // COLUMNS)
