@@ -8,6 +8,7 @@ the same engine.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import time
@@ -108,6 +109,7 @@ class Qwen3VLEmbedding:
     async def warm_up(self) -> None:
         """Embed something of each kind for real; only then is the service ready."""
         await _embed([EmbeddingItem((Text("ready?"),)), EmbeddingItem((Image(EXAMPLE_IMAGE),))])
+        gc.freeze()  # what stays anyway: half a million objects, whose collection would stop every answer for 0.3 s
         self.is_ready = True
         self.building = asyncio.create_task(self.collection.build(_engine()))  # held, or it might be collected
 

@@ -23,7 +23,7 @@ from embedder.pooling import pool
 from embedder.postprocess import Embedding
 from embedder.preprocess import ModelInput, Preprocessor, load_tokenizer, read_vision_config
 from embedder.request import EmbeddingItem, Image, Text, item_from_fields
-from embedder.settings import Settings
+from embedder.settings import Settings, available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,9 @@ class Embedder:
         self.settings = settings or Settings(model=str(model or ""), device=device, dtype=dtype, **options)
         self.checkpoint = find_checkpoint(self.settings)
         self.device = choose_device(self.settings, worker)
+        if self.device.type == "cpu":  # torch would take every core of the machine, in each worker and under any quota
+            share = max(1, available_cores() // self.settings.workers)
+            torch.set_num_threads(min(torch.get_num_threads(), share))
         weights = load_model(self.checkpoint.folder, _choose_dtype(self.settings, self.device), self.device)
         vision = read_vision_config(self.checkpoint.folder, self.settings)
         self.preprocessor = Preprocessor(load_tokenizer(self.checkpoint.folder), vision, self.settings)

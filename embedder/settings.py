@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PREFIX = "EMBEDDER_"
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and its cgroup's quota (v2), which is a container's CPU limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except OSError:  # not Linux, or an older kernel
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 class Settings(BaseModel):
@@ -46,7 +57,9 @@ class Settings(BaseModel):
     video_timeout_s: float = Field(20.0, gt=0, description="Seconds that decoding one video may take.")
     request_timeout_s: float = Field(60.0, gt=0, description="Seconds a request may take in all (504 after that).")
     preprocess_threads: int = Field(
-        min(16, os.cpu_count() or 1), ge=1, description="Threads that decode, resize and tokenize."
+        default_factory=lambda: min(16, available_cores()),
+        ge=1,
+        description="Threads that decode, resize and tokenize.",
     )
     workers: int = Field(
         1, ge=1, description="Worker processes, each with its own copy of the model; they take the GPUs in turn."

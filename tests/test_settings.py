@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from embedder.settings import PREFIX, Settings
+from embedder.settings import PREFIX, Settings, available_cores
 
 FIELDS = Settings.model_fields
 MINIMA = {
@@ -26,12 +27,14 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_empty_environment_gives_the_defaults() -> None:
     settings = Settings.from_environment()
-    assert settings.model_dump() == {name: field.default for name, field in FIELDS.items()}
+    assert settings.model_dump() == {
+        name: field.get_default(call_default_factory=True) for name, field in FIELDS.items()
+    }
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_default_is_a_value_that_may_be_given(name: str) -> None:
-    default = FIELDS[name].default
+    default = FIELDS[name].get_default(call_default_factory=True)
     assert getattr(Settings(**{name: default}), name) == default
 
 
@@ -118,3 +121,10 @@ def test_nothing_changes_after_the_start() -> None:
     settings = Settings()
     with pytest.raises(ValidationError, match="frozen"):
         settings.workers = 2  # type: ignore[misc]  # the assignment under test
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)])
+def test_cores_are_those_of_the_containers_limit(monkeypatch: pytest.MonkeyPatch, quota: str, cores: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(Path, "read_text", lambda _: quota)
+    assert available_cores() == cores

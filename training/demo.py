@@ -34,7 +34,7 @@ def main() -> None:
     shown = [
         row
         for row, caption in enumerate(captions)
-        if caption["emoji"] >= "\U0001f300" and SMALLER_STYLES <= set(caption["icons"])
+        if caption["emoji"] >= "\U0001f300" and set(caption["icons"]) >= SMALLER_STYLES
         if not ABSTRACT.search(caption["name"])
     ]
     num_rows = -(-len(shown) // COLUMNS)
