@@ -11,6 +11,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from embedder.model.attention import Attention
@@ -45,8 +46,7 @@ class Language:
             hidden_states = self._layer(layer, hidden_states, cos, sin, batch, prefixes[index])
             if batch.vision is not None and index < len(deepstack):
                 hidden_states.index_add_(0, batch.vision.token_index, deepstack[index].to(hidden_states.dtype))
-        normed: Tensor = self.tower.norm(self._last_layer(last, hidden_states, cos, sin, batch, prefixes[-1]))
-        return normed
+        return _normalize(self.tower.norm, self._last_layer(last, hidden_states, cos, sin, batch, prefixes[-1]))
 
     def _layer(
         self,
@@ -57,7 +57,7 @@ class Language:
         batch: PackedBatch,
         prefix: KeyValue | None,
     ) -> Tensor:
-        normed = layer.input_layernorm(hidden_states)
+        normed = _normalize(layer.input_layernorm, hidden_states)
         query = self._query(layer.self_attn, normed, cos, sin)
         key, value = _behind(prefix, self._key_value(layer.self_attn, normed, cos, sin), batch)
         attended = self.attention(query, key, value, batch.sequences, batch.keys, causal=True)
@@ -72,7 +72,7 @@ class Language:
         batch: PackedBatch,
         prefix: KeyValue | None,
     ) -> Tensor:
-        normed = layer.input_layernorm(hidden_states)
+        normed = _normalize(layer.input_layernorm, hidden_states)
         key, value = _behind(prefix, self._key_value(layer.self_attn, normed, cos, sin), batch)
         pooled = batch.pooled_index
         query = self._query(layer.self_attn, normed[pooled], cos[pooled], sin[pooled])
@@ -106,7 +106,7 @@ class Language:
         lengths = [len(prefix) for prefix in prefixes]
         by_layer = []
         for layer in self.tower.layers:
-            normed = layer.input_layernorm(hidden_states)
+            normed = _normalize(layer.input_layernorm, hidden_states)
             query = self._query(layer.self_attn, normed, cos, sin)
             key, value = self._key_value(layer.self_attn, normed, cos, sin)
             parts = zip(torch.split(key, lengths), torch.split(value, lengths), strict=True)
@@ -123,17 +123,22 @@ class Language:
 
     def _query(self, attention: Module, normed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         heads = attention.q_proj(normed).view(len(normed), -1, self.head_dim)
-        return apply_rotary(attention.q_norm(heads), cos, sin)
+        return apply_rotary(_normalize(attention.q_norm, heads), cos, sin)
 
     def _key_value(self, attention: Module, normed: Tensor, cos: Tensor, sin: Tensor) -> KeyValue:
         key = attention.k_proj(normed).view(len(normed), -1, self.head_dim)
         value: Tensor = attention.v_proj(normed).view(len(normed), -1, self.head_dim)
-        return apply_rotary(attention.k_norm(key), cos, sin), value
+        return apply_rotary(_normalize(attention.k_norm, key), cos, sin), value
 
     def _finish(self, layer: Module, hidden_states: Tensor, attended: Tensor) -> Tensor:
         hidden_states = hidden_states + layer.self_attn.o_proj(attended.flatten(1))
-        finished: Tensor = hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+        finished: Tensor = hidden_states + layer.mlp(_normalize(layer.post_attention_layernorm, hidden_states))
         return finished
+
+
+def _normalize(norm: Module, states: Tensor) -> Tensor:
+    """What transformers' RMSNorm module computes, bit for bit, in one operation instead of six."""
+    return F.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def _behind(prefix: KeyValue | None, own: KeyValue, batch: PackedBatch) -> KeyValue:
