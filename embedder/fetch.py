@@ -28,7 +28,7 @@ from embedder.settings import Settings
 MAX_FETCHES = 16  # items at a time; each may hold `max_body_bytes`
 MAX_REDIRECTS = 5
 CANCELLED_WITHIN_S = 0.2
-HEADERS = {"accept-encoding": "identity", "user-agent": "qwen3-vl-embedding-service"}
+HEADERS = [("accept-encoding", "identity"), ("user-agent", "qwen3-vl-embedding-service")]
 
 Kind = Literal["image", "video"]
 Resolve = Callable[[str, int], list[str]]  # a host and port -> IP addresses; raises OSError
@@ -55,8 +55,8 @@ class Fetcher:
     ) -> None:
         self._settings = settings
         self._network = _PublicNetwork(resolve, network or httpcore.AnyIOBackend(), settings.url_timeout_s)
-        is_on = bool(settings.url_hosts)
-        self._ssl_context = ssl_context or (httpcore.default_ssl_context() if is_on else None)  # takes 30 ms
+        is_on = bool(settings.url_hosts)  # reading the roots of trust takes time
+        self._ssl_context = ssl_context or (httpcore.default_ssl_context() if is_on else None)
 
     def __call__(self, item: EmbeddingItem, is_cancelled: Callable[[], bool]) -> EmbeddingItem:
         """The item with the bytes behind its URLs; the item itself where it has none.
@@ -115,7 +115,7 @@ class Fetcher:
         async with httpcore.AsyncConnectionPool(self._ssl_context, network_backend=self._network) as pool:
             for _ in range(MAX_REDIRECTS + 1):
                 url = httpcore.URL(scheme=address.scheme, host=address.host, port=address.port, target=address.target)
-                headers = {"host": address.authority, **HEADERS}
+                headers = [("host", address.authority), *HEADERS]
                 async with pool.stream("GET", url, headers=headers) as response:
                     if response.status not in (301, 302, 303, 307, 308):
                         return await _read(response, name, max_bytes)
@@ -138,7 +138,7 @@ class _PublicNetwork(httpcore.AsyncNetworkBackend):
         self._resolve = resolve
         self._network = network
         self._timeout_s = timeout_s
-        # The system's look-up has no time-out; a thread that hangs in one is left behind, among so many.
+        # The system's look-up has no time-out: an item leaves a hanging one behind, and these are all there are.
         self._lookups = ThreadPoolExecutor(MAX_FETCHES, thread_name_prefix="lookup")
 
     async def connect_tcp(
