@@ -9,6 +9,8 @@ The path of an item, one file a step, in order; a step imports only what stands 
 
     settings, errors    what an operator may choose; what can go wrong
     request             JSON or Python values -> EmbeddingItems
+    address             a URL -> where it leads, if the operator allows it
+    fetch               an item's URLs -> the bytes behind them
     media               an item's pictures -> RGB values, resized, within limits
     video               an item's clips -> sampled frames and their times, likewise
     prompt              instruction and parts -> the chat text the model was trained on

@@ -36,7 +36,9 @@ class CohereEmbedRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     texts: Annotated[list[str], Field(min_length=1)] | None = None
-    images: Annotated[list[str], Field(min_length=1)] | None = Field(None, description="Data URIs, or bare base64.")
+    images: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="Data URIs, bare base64, or URLs."
+    )
     inputs: Annotated[list[Any], Field(min_length=1)] | None = Field(None, description="Mixtures, in your order.")
     model: Any = Field(None, description="Any name: there is one model here.")
     input_type: InputType | None = Field(None, description="Queries get the query instruction, all others the default.")

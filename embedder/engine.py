@@ -1,8 +1,9 @@
 """Owns the queue and the threads; calls the steps in order, computes nothing itself.
 
-A pool of threads preprocesses items as they come (decoding, resizing and tokenizing release the GIL); one thread
-drives the device, taking from the scheduler whatever waits each time the device is free. Every item has a future of
-its own: it fails alone, and a request may span batches.
+A pool of threads preprocesses items as they come (decoding, resizing and tokenizing release the GIL); another one
+those with something to fetch first, so that a slow address holds up no text. One thread drives the device, taking from
+the scheduler whatever waits each time the device is free. Every item has a future of its own: it fails alone, and a
+request may span batches.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from embedder.address import has_url
 from embedder.errors import EmbedderError, EngineFailed, Overloaded, ShuttingDown
+from embedder.fetch import MAX_FETCHES, Fetcher
 from embedder.postprocess import Embedding, check_dimensions, finish_vector
 from embedder.preprocess import ModelInput
 from embedder.request import EmbeddingItem, Image, Text, Video
@@ -26,6 +29,7 @@ from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+Fetch = Callable[[EmbeddingItem, Callable[[], bool]], EmbeddingItem]
 Preprocess = Callable[[EmbeddingItem], ModelInput]
 RunBatch = Callable[[list[ModelInput]], NDArray[np.float32]]
 
@@ -41,12 +45,21 @@ class Engine:
     """Items in, futures of embeddings out.
 
     `preprocess` turns one item into a ModelInput, in many threads at once. `run_batch` turns the inputs of a batch
-    into pooled rows, (num_items, hidden_size) float32, in one thread.
+    into pooled rows, (num_items, hidden_size) float32, in one thread. `fetch` puts bytes in the place of an item's
+    URLs, or raises, soon once its second argument has turned true; by default as the settings say.
     """
 
-    def __init__(self, preprocess: Preprocess, run_batch: RunBatch, hidden_size: int, settings: Settings) -> None:
+    def __init__(
+        self,
+        preprocess: Preprocess,
+        run_batch: RunBatch,
+        hidden_size: int,
+        settings: Settings,
+        fetch: Fetch | None = None,
+    ) -> None:
         self.hidden_size = hidden_size
         self.settings = settings
+        self._fetch = fetch or Fetcher(settings)
         self._preprocess = preprocess
         self._run_batch = run_batch
         self._scheduler: Scheduler[_Job] = Scheduler(settings.max_batch_tokens)
@@ -56,6 +69,7 @@ class Engine:
         self._is_closed = False
         self._is_drained = False  # nothing will be put into the scheduler any more
         self._pool = ThreadPoolExecutor(settings.preprocess_threads, thread_name_prefix="preprocess")
+        self._fetchers = ThreadPoolExecutor(MAX_FETCHES, thread_name_prefix="fetch")
         self._thread = threading.Thread(target=self._drive_device, name="engine", daemon=True)
         self._thread.start()
 
@@ -76,7 +90,8 @@ class Engine:
         future: Future[Embedding] = Future()
         future.add_done_callback(lambda _: self._release(estimate))
         try:
-            self._pool.submit(self._prepare, item, future, time.monotonic())
+            pool = self._fetchers if has_url(item) else self._pool
+            pool.submit(self._prepare, item, future, time.monotonic())
         except RuntimeError as error:  # `close` came between
             future.cancel()
             raise ShuttingDown("the service is shutting down") from error
@@ -86,6 +101,7 @@ class Engine:
         """Finish what was admitted, take nothing more, end the threads."""
         with self._changed:
             self._is_closed = True
+        self._fetchers.shutdown(wait=True)
         self._pool.shutdown(wait=True)
         with self._changed:
             self._is_drained = True
@@ -114,12 +130,12 @@ class Engine:
             self._changed.notify_all()
 
     def _prepare(self, item: EmbeddingItem, future: Future[Embedding], arrival_s: float) -> None:
-        """One item's preprocessing, in a thread of the pool."""
+        """One item's fetching and preprocessing, in a thread of its pool: fetched bytes wait in no queue."""
         if future.cancelled():
             future.set_running_or_notify_cancel()  # whoever waits for several futures is told
             return
         try:
-            model_input = self._preprocess(item)
+            model_input = self._preprocess(self._fetch(item, future.cancelled))
         except EmbedderError as error:
             _fail(future, error)
         except Exception as error:

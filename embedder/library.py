@@ -37,6 +37,8 @@ LIMITS = (
     "max_video_bytes",
     "max_video_frames",
     "max_queued_tokens",
+    "url_hosts",
+    "url_timeout_s",
     "request_timeout_s",
 )
 
@@ -80,10 +82,10 @@ class Embedder:
     ) -> list[NDArray[np.float32]]:
         """One unit vector for each item, in order, each (dimensions,) float32.
 
-        An item is a text, a PIL image, an `EmbeddingItem`, or a mapping with `text`, `image` (encoded bytes, base64 or
-        PIL), `video` (encoded, or a list of frames) or `content` (parts in your order), and optionally its own
-        `instruction`, `dimensions` and `truncate`; those given here serve the others. Raises the first faulty item's
-        `EmbedderError`, with its index.
+        An item is a text, a PIL image, an `EmbeddingItem`, or a mapping with `text`, `image` (encoded bytes, base64,
+        PIL, or a URL as far as `url_hosts` goes), `video` (likewise, or a list of frames) or `content` (parts in your
+        order), and optionally its own `instruction`, `dimensions` and `truncate`; those given here serve the others.
+        Raises the first faulty item's `EmbedderError`, with its index.
         """
         futures: list[Future[Embedding]] = []
         try:

@@ -24,6 +24,7 @@ ERRORS = {
     400: "The request says something that cannot be done; `message` names what was got and what is allowed.",
     413: "The body, the number of items, or an image is over a limit.",
     415: "The body is not JSON.",
+    424: "A URL could not be fetched: what `message` says is for its owner to mend.",
     429: "The queue is full; `Retry-After` says when to come back.",
     500: "The item could not be embedded; the service's log has the reason.",
     503: "The service is starting or shutting down.",
@@ -158,7 +159,10 @@ def _schemas(settings: Settings) -> dict[str, Any]:
 
 def _items() -> dict[str, Any]:
     """Items, parts and messages, which the parsers read one by one."""
-    text, image = {"type": "string"}, {"type": "string", "description": "Base64, bare or as a data URI."}
+    text, image = (
+        {"type": "string"},
+        {"type": "string", "description": "Base64, bare or as a data URI; or a URL, if on."},
+    )
     frames = {"type": "array", "items": image, "description": "The frames, in order."}
     clip = {"anyOf": [{"type": "string", "description": "An encoded clip, likewise."}, frames]}
     fps = {"type": "number", "description": "Frames a second that the list has, or that are looked at of a clip."}

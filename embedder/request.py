@@ -45,14 +45,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture: encoded bytes, their base64 (bare or as data URI), or a PIL image (library only)."""
+    """A picture: encoded bytes, their base64 (bare or as data URI) or URL, or a PIL image (library only)."""
 
     source: Media
 
 
 @dataclass(frozen=True)
 class Video:
-    """A clip: encoded bytes or their base64 (bare or as data URI), or a list of frames, each given like an image.
+    """A clip: encoded bytes, their base64 (bare or as data URI) or URL, or a list of frames, each given like an image.
 
     `fps`: frames a second that the list has, or that are looked at of an encoded clip. None: as the reference does.
     """
@@ -131,7 +131,7 @@ class ImageRequest(Options):
 
     input: str | Annotated[list[str], Field(min_length=1)] = Field(
         validation_alias=_INPUT_NAMES,
-        description="One image in base64 (bare or as a data URI), or several; `embedding` has the same shape.",
+        description="One image in base64 (bare or as a data URI) or its URL, or several; `embedding` has their shape.",
         examples=[EXAMPLE_IMAGE],
     )
 
@@ -294,7 +294,7 @@ def _video(value: Any, fps: Any = None) -> Video:
     if isinstance(value, Video):
         return value
     if not isinstance(value, bytes | str | list | tuple):
-        raise InvalidRequest(f"video: got {shown(value)}; allowed: base64, a data URI, or a list of frames")
+        raise InvalidRequest(f"video: got {shown(value)}; allowed: base64, a data URI, a URL, or a list of frames")
     is_number = isinstance(fps, int | float) and not isinstance(fps, bool)
     if fps is not None and not (is_number and 0.01 <= fps <= 1000):
         raise InvalidRequest(f"fps: got {shown(fps)}; allowed: a number from 0.01 to 1000")

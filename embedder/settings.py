@@ -9,6 +9,8 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PREFIX = "EMBEDDER_"
+_URL_HOST = r"(https?://)?(\*|(\*\.)?[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
+_URL_HOSTS = rf"^({_URL_HOST}( *, *{_URL_HOST})*)?$"
 
 
 def available_cores() -> int:
@@ -55,6 +57,12 @@ class Settings(BaseModel):
     max_video_bytes: int = Field(48 * 2**20, ge=64, description="Bytes of one encoded video.")
     max_video_frames: int = Field(64, ge=2, description="Frames of one video; of an encoded one that many are sampled.")
     video_timeout_s: float = Field(20.0, gt=0, description="Seconds that decoding one video may take.")
+    url_hosts: str = Field(
+        "",
+        pattern=_URL_HOSTS,
+        description="Hosts that URLs may name: `a.com, *.b.com, http://c.com:8080`, or `*`; empty: no URL is fetched.",
+    )
+    url_timeout_s: float = Field(10.0, gt=0, description="Seconds that fetching one URL may take in all.")
     request_timeout_s: float = Field(60.0, gt=0, description="Seconds a request may take in all (504 after that).")
     preprocess_threads: int = Field(
         default_factory=lambda: min(16, available_cores()),

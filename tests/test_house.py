@@ -40,10 +40,11 @@ DOORS = {  # each outside library, and every module that imports it when it runs
     "av": {"video"},
     "bentoml": {"log"},  # and service.py
     "flash_attn": {"model"},
+    "httpcore": {"fetch"},
     "huggingface_hub": {"checkpoint", "random_checkpoint"},
     "orjson": {"request", "response"},
     "pybase64": {"media", "response"},
-    "pydantic": {"cohere", "log", "native", "openai", "openapi", "request", "response", "settings"},
+    "pydantic": {"address", "cohere", "log", "native", "openai", "openapi", "request", "response", "settings"},
     "qwen_vl_utils": {"media", "verify"},
     "safetensors": {"model", "random_checkpoint"},
     "starlette": {"edge"},
@@ -52,7 +53,7 @@ DOORS = {  # each outside library, and every module that imports it when it runs
     "transformers": {"model", "random_checkpoint", "verify"},
     # not outside, but each with a door: threads, and the futures that come from them
     "threading": {"engine"},
-    "concurrent": {"awaiting", "engine", "library"},
+    "concurrent": {"awaiting", "engine", "fetch", "library"},
 }
 
 
@@ -107,7 +108,8 @@ def test_map_names_every_module_and_no_other() -> None:
 
 def test_path_has_its_steps_in_the_order_an_item_walks_them() -> None:
     assert " ".join(path_order()) == (
-        "settings errors request media video prompt preprocess scheduler packing model pooling postprocess response"
+        "settings errors request address fetch media video prompt preprocess scheduler packing model pooling "
+        "postprocess response"
     )
 
 

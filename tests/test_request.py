@@ -244,8 +244,8 @@ def test_options_of_an_item_are_its_own() -> None:
         ({"text": 5}, "text: got 5 (a number); allowed: a string"),
         ({"text": b"a"}, "text: got b'a' (bytes); allowed: a string"),
         ({"text": ["a", None]}, "text: got None (null); allowed: a string"),
-        ({"video": 5}, "video: got 5 (a number); allowed: base64, a data URI, or a list of frames"),
-        ({"video": [["a"], 5]}, "video: got 5 (a number); allowed: base64, a data URI, or a list of frames"),
+        ({"video": 5}, "video: got 5 (a number); allowed: base64, a data URI, a URL, or a list of frames"),
+        ({"video": [["a"], 5]}, "video: got 5 (a number); allowed: base64, a data URI, a URL, or a list of frames"),
         ({"text": "a", "normalize": "no"}, "normalize: got 'no' (a string); allowed: true or false"),
         ({"content": ["a"]}, "a part of `content` has type text, image or video; got 'a' (a string)"),
         (
@@ -259,7 +259,7 @@ def test_options_of_an_item_are_its_own() -> None:
         ({"content": [{"type": "text"}]}, "text: got None (null); allowed: a string"),
         (
             {"content": [{"type": "video"}]},
-            "video: got None (null); allowed: base64, a data URI, or a list of frames",
+            "video: got None (null); allowed: base64, a data URI, a URL, or a list of frames",
         ),
         ({"video": "a", "fps": 0}, "fps: got 0 (a number); allowed: a number from 0.01 to 1000"),
         ({"video": ["a"], "fps": True}, "fps: got True (a boolean); allowed: a number from 0.01 to 1000"),

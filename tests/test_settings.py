@@ -51,6 +51,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "model": "m",
         "revision": "r",
         "demo_folder": "f",
+        "url_hosts": "a.com, *.b.com",
     }
     given |= {"default_instruction": "Find.", "access_log": "true", "request_timeout_s": "1.5"}
     for name in FIELDS:
@@ -93,6 +94,21 @@ def test_value_below_the_least_is_refused_by_name(name: str, minimum: int, monke
     variable = f"{PREFIX}{name.upper()}"
     monkeypatch.setenv(variable, str(minimum - 1))
     with pytest.raises(ValueError, match=f"^{variable}='{minimum - 1}': .* greater than or equal to {minimum}$"):
+        Settings.from_environment()
+
+
+@pytest.mark.parametrize("hosts", ["a.com", "*", "*.a.com:8443, http://*, https://A-1.b_c:1"])
+def test_hosts_of_urls_are_names_with_or_without_a_scheme_and_port(hosts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDER_URL_HOSTS", hosts)
+    assert Settings.from_environment().url_hosts == hosts
+
+
+@pytest.mark.parametrize(
+    "hosts", ["a.com b.com", "a.com,", "https://", "ftp://a.com", "a.com/b", "a.*", "a.com:", "**"]
+)
+def test_hosts_of_urls_that_would_match_nothing_stop_the_start(hosts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDER_URL_HOSTS", hosts)
+    with pytest.raises(ValueError, match=r"^EMBEDDER_URL_HOSTS='"):
         Settings.from_environment()
 
 
