@@ -149,6 +149,7 @@ def _load_encoded(
             for row, frame in zip(frames, decoded, strict=True):
                 row[:] = resize(frame.to_image(), height, width)  # type: ignore[no-untyped-call]  # av's
     except av.FFmpegError as error:
+        check_time(deadline, settings)  # it may have been cut off for that
         raise InvalidMedia(f"video cannot be decoded, it is damaged or cut off: {error.strerror}") from error
     return Clip(frames, tuple(index / fps for index in indices))
 
