@@ -53,6 +53,7 @@ from embedder.request import (
 )
 from embedder.response import embedding_body, error_body, to_json
 from embedder.settings import Settings
+from embedder.values import VALUES_PER_ITEM
 
 logger = logging.getLogger("embedder.service")
 
@@ -74,8 +75,6 @@ except ValueError as error:
     raise SystemExit(f"the service does not start: {error}") from None
 
 DEPENDENCIES = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text())["project"]["dependencies"]
-
-VALUES_PER_ITEM = 100  # of JSON, on average over a request; a list of 64 frames has 67
 
 app = Starlette()
 

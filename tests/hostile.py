@@ -96,7 +96,7 @@ def pictures() -> Iterator[tuple[str, bytes | str]]:
         yield f"{kind} behind a PDF's first line", b"%PDF-1.7\n" + data
         yield f"{kind} in base64 twice", base64.b64encode(base64.b64encode(data)).decode()
         yield f"{kind} by a path", f"/tmp/picture.{kind}"
-    for kind in ("PPM", "TGA", "ICO", "PCX", "DDS", "SGI", "JPEG2000", "TIFF", "PDF", "EPS", "ICNS", "IM"):
+    for kind in ("PPM", "TGA", "ICO", "PCX", "DDS", "SGI", "JPEG2000", "TIFF", "PDF", "EPS", "ICNS"):
         yield f"a {kind}", encoded(image, kind)
     large = zlib.compress(b"x" * 10**8)
     yield from {
@@ -184,7 +184,7 @@ def items() -> Iterator[tuple[str, Any]]:
     for entry in (
         *(5, None, True, [], {}, DEEP, {"txt": "a"}, {"a" * 100_000: 1}, {str(number): 1 for number in range(1000)}),
         *({"text": value} for value in (5, "", {}, DEEP, "a" * 200_001, ["a" * 50_000] * 5)),
-        *({"image": value} for value in (5, {}, DEEP, [EXAMPLE_IMAGE] * 3000)),
+        *({"image": value} for value in (5, {}, DEEP, [EXAMPLE_IMAGE] * 1500)),
         *({"video": value} for value in (5, {}, [[]])),
         *({"content": value} for value in (5, [], DEEP, [{"type": "sound"}], [{"type": "text"}], [{"type": DEEP}])),
         *({"text": "a", **more} for more in ({"content": []}, {"dimensions": 5}, {"dimensions": DEEP}, {"id": []})),
@@ -199,6 +199,8 @@ def bodies() -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
     for path, fields in GOOD_BODIES.items():
         for field in FIELDS[path]:
             for number, value in enumerate(WRONG[field]):
+                if value == [] and path in ("/embed_texts", "/embed_images"):
+                    continue  # no rows, no vectors: as BentoML's batching has it
                 others = {} if field in SOURCES else fields
                 body = json.dumps({**others, field: value}).encode()
                 yield f"{path}: {field} {number}", path, body, {}
