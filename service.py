@@ -15,10 +15,13 @@ import time
 import tomllib
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Annotated, Any, SupportsIndex
 
 import bentoml
+from bentoml.exceptions import BentoMLException
+from pydantic import AfterValidator
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -44,12 +47,14 @@ from embedder.request import (
     EmbeddingRequest,
     Image,
     Text,
+    check_item_count,
     item_from_fields,
     parse_image_request,
     parse_text_request,
 )
 from embedder.response import embedding_body, error_body, to_json
 from embedder.settings import Settings
+from embedder.values import VALUES_PER_ITEM
 
 logger = logging.getLogger("embedder.service")
 
@@ -73,6 +78,23 @@ except ValueError as error:
 DEPENDENCIES = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text())["project"]["dependencies"]
 
 app = Starlette()
+
+
+class TooManyRows(BentoMLException):
+    """`RequestTooLarge`, as BentoML wants to hear it."""
+
+    error_code = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+
+def _check_rows(rows: list[Any]) -> list[Any]:
+    try:
+        check_item_count(len(rows), SETTINGS)
+    except errors.RequestTooLarge as error:
+        raise TooManyRows(error.message) from error
+    return rows
+
+
+BentoRows = Annotated[list[Any], AfterValidator(_check_rows)]  # of one request: what is gathered is not checked again
 
 
 @bentoml.service(
@@ -125,12 +147,12 @@ class Qwen3VLEmbedding:
     # The engine below decides what runs together. BentoML only gathers: a batch is never split (a request's rows stay
     # in one slice, see `Rows`) and never shed.
     @bentoml.api(batchable=True, max_batch_size=1_000_000, max_latency_ms=3_600_000)
-    async def embed_texts(self, texts: list[Any]) -> list[list[float]]:
+    async def embed_texts(self, texts: BentoRows) -> list[list[float]]:
         """One vector per text. A text is a string, or an object with `text`, `instruction`, `dimensions`."""
         return await _embed_rows([{"text": row} if isinstance(row, str) else row for row in texts])
 
     @bentoml.api(batchable=True, max_batch_size=1_000_000, max_latency_ms=3_600_000)
-    async def embed_images(self, images: list[Any]) -> list[list[float]]:
+    async def embed_images(self, images: BentoRows) -> list[list[float]]:
         """One vector per image. An image is base64, or an object with `image`, `instruction`, `dimensions`."""
         return await _embed_rows([{"image": row} if isinstance(row, str) else row for row in images])
 
@@ -305,5 +327,7 @@ def _error_response(error: EmbedderError) -> Response:
 
 
 Qwen3VLEmbedding.add_asgi_middleware(  # type: ignore[attr-defined]  # the decorator made a BentoML Service of it
-    Edge, max_body_bytes=SETTINGS.max_body_bytes
+    Edge,
+    max_body_bytes=SETTINGS.max_body_bytes,
+    max_values=VALUES_PER_ITEM * SETTINGS.max_items_per_request,
 )

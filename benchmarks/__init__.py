@@ -3,6 +3,8 @@
     python -m benchmarks.library        the library against transformers and sentence-transformers
     python -m benchmarks.server         the service against other servers, and against the limits of HTTP
     python -m benchmarks.growth         1 k to 100 k items: time per item and memory
+    python -m benchmarks.overload       twice what the service can do, for minutes
+    python -m benchmarks.soak           100 k mixed requests, each held against its known answer
     python -m benchmarks.gpu            everything that needs a GPU, within 8 minutes
     python -m benchmarks.output_types   what smaller vectors cost in recall
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
+JSON = {"content-type": "application/json"}
 MAX_KEPT_BYTES = 64 * 2**20
 
 
@@ -61,7 +62,7 @@ async def drive(
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=None),  # the wait below is the timeout
-        headers={"content-type": "application/json"},
+        headers=JSON,
     ) as session:
         callers = [asyncio.create_task(call(session)) for _ in range(concurrency)]
         done, pending = await asyncio.wait(callers, timeout=2 * seconds)

@@ -51,6 +51,13 @@ class Meter:
         return sum(_resident(process) for process in self._tree())
 
 
+def footprint(pid: int) -> tuple[int, int]:
+    """Resident bytes and open files of a process and its children, now."""
+    root = psutil.Process(pid)
+    tree = [root, *root.children(recursive=True)]
+    return sum(_resident(process) for process in tree), sum(process.num_fds() for process in tree)
+
+
 def _resident(process: psutil.Process) -> int:
     try:
         size: int = process.memory_info().rss

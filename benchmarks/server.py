@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         folder = stack.enter_context(random_folder(chosen.shape))
         items = make_items(chosen.workload, NUM_ITEMS, read_words(folder))
         expected = _expected(folder, items)
-        bodies = {size: _bodies(items, size) for size in chosen.sizes}
+        bodies = {size: bodies_of(items, size) for size in chosen.sizes}
         path = "/img/embed" if "image" in items[0] else "/txt/embed"
         running = _start(stack, folder, path, items, chosen.servers)
         cells = _drive_all(running, bodies, expected, chosen)
@@ -90,7 +90,7 @@ def _expected(folder: Path, items: list[Item]) -> NDArray[np.float32]:
     return peers.padded_transformers(folder, model).embed(items)
 
 
-def _bodies(items: list[Item], size: int) -> list[bytes]:
+def bodies_of(items: list[Item], size: int) -> list[bytes]:
     """One body for each group of `size` neighbours."""
     inputs = [item["text"] if "text" in item else _data_uri(item["image"]) for item in items]
     groups = [inputs[start : start + size] for start in range(0, len(inputs), size)]
@@ -105,7 +105,7 @@ def _start(
     stack: contextlib.ExitStack, folder: Path, path: str, items: list[Item], names: Sequence[str]
 ) -> list[Contender]:
     """Everything that is installed; the bare app gets its bytes from the service."""
-    first, many = _bodies(items, 1)[0], _bodies(items, MANY)[0]
+    first, many = bodies_of(items, 1)[0], bodies_of(items, MANY)[0]
     answers = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     has_peer = peers.is_installed("sentence_transformers")
     candidates = [contenders.service(contenders.OURS, ".", folder, path)]

@@ -85,7 +85,7 @@ def item_of_conversation(messages: Any) -> dict[str, Any]:
             fields["content"] = parts_of_content(content)
         elif role != "assistant" or _plain_text(content):
             raise InvalidRequest(
-                f"messages: got a second or unusable message of role {role!r}; allowed: one system message (the "
+                f"messages: got a second or unusable message of role {shown(role)}; allowed: one system message (the "
                 "instruction), one user message (what to embed), an empty assistant message"
             )
     return fields

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from embedder.request import (
     AnyDimensions,
     EmbeddingItem,
     Image,
+    Several,
     check_item_count,
     item_from_fields,
     refuse_unknown,
@@ -35,14 +36,12 @@ class CohereEmbedRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    texts: Annotated[list[str], Field(min_length=1)] | None = None
-    images: Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description="Data URIs, bare base64, or URLs."
-    )
-    inputs: Annotated[list[Any], Field(min_length=1)] | None = Field(None, description="Mixtures, in your order.")
+    texts: Several[str] | None = None
+    images: Several[str] | None = Field(None, description="Data URIs, bare base64, or URLs.")
+    inputs: Several[Any] | None = Field(None, description="Mixtures, in your order.")
     model: Any = Field(None, description="Any name: there is one model here.")
     input_type: InputType | None = Field(None, description="Queries get the query instruction, all others the default.")
-    embedding_types: Annotated[list[EmbeddingType], Field(min_length=1)] = ["float"]
+    embedding_types: Several[EmbeddingType] = ["float"]
     output_dimension: AnyDimensions = Field(None, description="Matryoshka size.")
     truncate: Literal["NONE", "START", "END"] = Field("END", description="Of text over the limit: an error, or cut.")
     max_tokens: int | None = Field(None, description="Only a number that is not below the service's own limit.")

@@ -1,4 +1,4 @@
-"""The HTTP boundary, around BentoML's app: JSON within a limit in, one shape of error out (under /v1 OpenAI's).
+"""The HTTP boundary, around BentoML's app: JSON within limits in, one shape of error out (under /v1 OpenAI's).
 
 BentoML bounds no body, reads forms as well (a malformed one is an error 500), and answers errors of its own in three
 shapes, none of them ours (BentoML 1.4.39).
@@ -6,25 +6,35 @@ shapes, none of them ours (BentoML 1.4.39).
 
 from __future__ import annotations
 
+import asyncio
 import json
 from http import HTTPStatus
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedder.errors import EmbedderError, RequestTooLarge, UnsupportedContentType
 from embedder.openai import openai_error_body
 from embedder.response import error_body, to_json
+from embedder.values import has_more_values
 
-_CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_content_type", 503: "not_ready"}
+_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    415: "unsupported_content_type",
+    503: "not_ready",
+}
 
 
 class Edge:
     """ASGI middleware. Reads a request's body whole, counting as it comes, and gives error answers our shape."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, max_values: int) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.max_values = max_values
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -36,10 +46,11 @@ class Edge:
             try:
                 _check_content_type(scope)
                 body = await _read(receive, self.max_body_bytes)
+                await _check_values(body, self.max_values)
             except (RequestTooLarge, UnsupportedContentType) as error:
                 await answer.error(413 if isinstance(error, RequestTooLarge) else 415, error)
                 return
-            if body is None:  # the client went away while sending
+            except ClientDisconnect:  # while sending
                 return
             receive = _replay(body, receive)
         await self.app(scope, receive, answer.send)
@@ -111,27 +122,35 @@ def _phrase(status: int) -> str:
 
 
 def _check_content_type(scope: Scope) -> None:
-    """Raises `UnsupportedContentType` for a body that says it is something else than JSON."""
+    """Raises `UnsupportedContentType` for a body that says it is something else than JSON, or compressed."""
     headers = {name.lower(): value for name, value in scope["headers"]}
     content_type = headers.get(b"content-type", b"application/json").decode("latin-1").split(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise UnsupportedContentType(f"content type: got {content_type[:60]}; allowed: application/json")
+    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
+    if encoding not in ("identity", ""):
+        raise UnsupportedContentType(f"content encoding: got {encoding[:60]}; allowed: none")
 
 
-async def _read(receive: Receive, max_bytes: int) -> bytes | None:
-    """The whole body, or None if the client went away. Raises `RequestTooLarge`."""
-    chunks: list[bytes] = []
-    size = 0
+async def _read(receive: Receive, max_bytes: int) -> bytes:
+    """The whole body. Raises `RequestTooLarge`, and `ClientDisconnect` if the client went away."""
+    body = bytearray()  # however small its pieces
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return None
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > max_bytes:
+            raise ClientDisconnect
+        body += message.get("body", b"")
+        if len(body) > max_bytes:
             raise RequestTooLarge(f"the body is larger than {max_bytes} bytes; allowed: up to that")
         if not message.get("more_body", False):
-            return b"".join(chunks)
+            return bytes(body)
+
+
+async def _check_values(body: bytes, most: int) -> None:
+    """Raises `RequestTooLarge` for a body of so many values that building them would stop the event loop."""
+    is_large = len(body) > 2**20  # a smaller one is counted in 5 ms at worst
+    if await asyncio.to_thread(has_more_values, body, most) if is_large else has_more_values(body, most):
+        raise RequestTooLarge(f"the body holds more than {most} JSON values; allowed: up to that")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import binascii
 import io
+import time
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from embedder.request import Media
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_JPEG_SCANS = 100  # a camera's progressive picture has 10; each may cost a pass over all pixels, for 60 bytes
 MIN_SIDE_PIXELS = 2  # a 1-pixel side holds no picture; the model would see one colour enlarged 64 times
 
 _SIGNATURES = {
@@ -68,13 +70,27 @@ def resized_size(height: int, width: int, geometry: ImageGeometry) -> tuple[int,
     return max(sides[0], geometry.factor), max(sides[1], geometry.factor)
 
 
-def load_image(source: Media, geometry: ImageGeometry, settings: Settings) -> NDArray[np.uint8]:
+def decode_deadline(settings: Settings) -> float:
+    """When decoding that begins now must be done, on the clock of `time.monotonic`."""
+    return time.monotonic() + settings.decode_timeout_s
+
+
+def check_time(deadline: float, settings: Settings) -> None:
+    """Raises `MediaTooLarge` after the deadline."""
+    if time.monotonic() > deadline:
+        raise MediaTooLarge(f"decoding took over {settings.decode_timeout_s:g} s; send smaller or fewer pictures")
+
+
+def load_image(
+    source: Media, geometry: ImageGeometry, settings: Settings, deadline: float | None = None
+) -> NDArray[np.uint8]:
     """One picture -> RGB values, (height, width, 3) uint8, resized for the model.
 
     EXIF orientation is not applied and of an animation the first frame is taken, both as in the reference.
-    Transparency is laid on white. Raises `InvalidMedia` and `MediaTooLarge`.
+    Transparency is laid on white. Without a deadline the time counts from here. Raises `InvalidMedia` and
+    `MediaTooLarge`.
     """
-    image = open_image(source, settings)
+    image = open_image(source, settings, deadline)
     height, width = resized_size(image.height, image.width, geometry)
     return resize(decode_image(image), height, width)
 
@@ -84,10 +100,11 @@ def resize(image: PIL.Image.Image, height: int, width: int) -> NDArray[np.uint8]
     return np.asarray(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
 
 
-def open_image(source: object, settings: Settings) -> PIL.Image.Image:
+def open_image(source: object, settings: Settings, deadline: float | None = None) -> PIL.Image.Image:
     """A picture whose header was read and found within limits; its pixels are not decoded yet."""
     if not isinstance(source, PIL.Image.Image):
-        source = _read_header(encoded_bytes(source, "image", settings.max_image_bytes), settings)
+        data = encoded_bytes(source, "image", settings.max_image_bytes)
+        source = _read_header(data, settings, decode_deadline(settings) if deadline is None else deadline)
     image = source
     if min(image.size) < MIN_SIDE_PIXELS:
         raise InvalidMedia(
@@ -131,11 +148,27 @@ def _from_base64(text: str, what: str, max_bytes: int) -> bytes:
         raise InvalidMedia(f"{what} is not valid base64 ({error}); starts with {text[:20]!r}") from error
 
 
-def _read_header(data: bytes, settings: Settings) -> PIL.Image.Image:
+class _TimedBytes(io.BytesIO):
+    """Ends what reads for too long: 20 MB hold millions of empty chunks, comments or segments."""
+
+    def __init__(self, data: bytes, settings: Settings, deadline: float) -> None:
+        super().__init__(data)
+        self._settings = settings
+        self._deadline = deadline
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        check_time(self._deadline, self._settings)
+        return super().read(size)
+
+
+def _read_header(data: bytes, settings: Settings, deadline: float) -> PIL.Image.Image:
+    num_scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
+    if num_scans > MAX_JPEG_SCANS:
+        raise MediaTooLarge(f"JPEG image of {num_scans} scans; allowed: up to {MAX_JPEG_SCANS}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # max_image_pixels rules instead
-            return PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+            return PIL.Image.open(_TimedBytes(data, settings, deadline), formats=FORMATS)
     except PIL.Image.DecompressionBombError as error:
         raise MediaTooLarge(f"{error}; allowed: up to {settings.max_image_pixels} pixels") from error
     except PIL.UnidentifiedImageError as error:
@@ -159,18 +192,21 @@ def decode_image(image: PIL.Image.Image) -> PIL.Image.Image:
         if image.mode.startswith(("I", "F")):
             image = _eight_bits(image)
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            transparent = image.convert("RGBA")
+            transparent = image if image.mode == "RGBA" else image.convert("RGBA")
             opaque = PIL.Image.new("RGB", image.size, (255, 255, 255))
             opaque.paste(transparent, mask=transparent.getchannel("A"))
             return opaque
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")  # a copy of 50 million pixels is 200 MB
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         raise InvalidMedia(f"image cannot be decoded: {error}") from error
 
 
 def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """16 and 32 bit gray -> 8 bit. PIL would clip to 255 instead of scaling, and so would its transparency."""
-    values = np.asarray(image, np.float32)
+    """16 bit gray -> 8 bit. PIL would clip to 255 instead of scaling, and so would its transparency."""
+    if image.mode in ("I", "F"):  # no file has them, a program may
+        raise InvalidMedia(f"image of mode {image.mode}, whose range nothing tells; allowed: 8 bits, or 16 bit gray")
+    values = np.asarray(image)
     if (transparent := image.info.get("transparency")) is not None:
-        values = np.where(values == transparent, 65535, values)
-    return PIL.Image.fromarray((values / 257).clip(0, 255).astype(np.uint8))
+        values = np.where(values == transparent, np.uint16(65535), values)
+    return PIL.Image.fromarray((values // 257).astype(np.uint8))

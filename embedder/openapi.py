@@ -119,8 +119,12 @@ def openapi_document(settings: Settings, version: str) -> dict[str, Any]:
             "/v1/embeddings": _post("/v1/embeddings", "As OpenAI's clients ask", EmbeddingsRequest, EmbeddingsResponse),
             "/v1/models": _get("/v1/models", "The model, as OpenAI's clients ask", _ref("ModelsResponse")),
             "/v2/embed": _post("/v2/embed", "As Cohere's clients ask", CohereEmbedRequest, CohereEmbedResponse),
-            "/embed_texts": _post_rows("/embed_texts", "text", "Texts, for BentoML clients (adaptive batching)"),
-            "/embed_images": _post_rows("/embed_images", "image", "Images, for BentoML clients (adaptive batching)"),
+            "/embed_texts": _post_rows(
+                "/embed_texts", "text", "Texts, for BentoML clients (adaptive batching)", settings
+            ),
+            "/embed_images": _post_rows(
+                "/embed_images", "image", "Images, for BentoML clients (adaptive batching)", settings
+            ),
             "/health": _get("/health", "200 once something was embedded for real", {"type": "object"}),
             "/info": _get("/info", "Model, sizes, limits and device", {"type": "object"}),
         },
@@ -220,9 +224,10 @@ def _post(path: str, summary: str, request: type[BaseModel], answer: type[BaseMo
     return _operation(path, summary, _ref(request.__name__), _answer("The vectors.", _ref(answer.__name__)))
 
 
-def _post_rows(path: str, kind: str, summary: str) -> dict[str, Any]:
+def _post_rows(path: str, kind: str, summary: str, settings: Settings) -> dict[str, Any]:
     row = {"anyOf": [{"type": "string"}, _ref("Item")]}
-    body = {"type": "object", "properties": {f"{kind}s": {"type": "array", "items": row}}, "required": [f"{kind}s"]}
+    rows = {"type": "array", "items": row, "maxItems": settings.max_items_per_request}
+    body = {"type": "object", "properties": {f"{kind}s": rows}, "required": [f"{kind}s"]}
     vectors = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
     return _operation(path, summary, body, _answer("One vector per row.", vectors))
 

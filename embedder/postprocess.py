@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ def check_dimensions(dimensions: int | None, hidden_size: int) -> None:
     is_whole = isinstance(dimensions, int) and not isinstance(dimensions, bool)
     if dimensions is not None and not (is_whole and smallest <= dimensions <= hidden_size):
         raise UnsupportedDimensions(
-            f"dimensions: got {repr(dimensions)[:60]}; allowed: a whole number from {smallest} to {hidden_size}"
+            f"dimensions: got {reprlib.repr(dimensions)}; allowed: a whole number from {smallest} to {hidden_size}"
         )
 
 

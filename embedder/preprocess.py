@@ -122,9 +122,11 @@ class Preprocessor:
         texts = [part.text for part in item.parts if isinstance(part, Text)]
         if item.instruction is not None and not isinstance(item.instruction, str):
             raise InvalidRequest(f"instruction: got {type(item.instruction).__name__}; allowed: a string")
+        num_chars = sum(map(len, texts))
+        for count in (num_chars, len(item.instruction or "")):
+            if count > self.settings.max_text_chars:
+                raise InputTooLong(f"text of {count} characters; allowed: up to {self.settings.max_text_chars}")
         for text in (*texts, item.instruction or ""):
-            if len(text) > self.settings.max_text_chars:
-                raise InputTooLong(f"text of {len(text)} characters; allowed: up to {self.settings.max_text_chars}")
             if not _is_unicode(text):
                 raise InvalidRequest("text holds a lone surrogate, which is not Unicode text")
         if len(texts) == len(item.parts) and not any(texts):
@@ -132,18 +134,31 @@ class Preprocessor:
 
     def _see(self, item: EmbeddingItem) -> tuple[tuple[Patches, ...], list[tuple[float, ...]]]:
         """Patches of each picture and clip, and the times of each clip's frames."""
-        patches, seconds = [], []
+        patches: list[Patches] = []
+        seconds = []
+        deadline = media.decode_deadline(self.settings)
         for part in item.parts:
+            if not isinstance(part, Text):
+                self._check_room(patches)
             match part:
                 case Image():
-                    frames = media.load_image(part.source, self.geometry, self.settings)[None, None]
+                    frames = media.load_image(part.source, self.geometry, self.settings, deadline)[None, None]
                     patches.append(patchify(frames, self.vision.patch_size, self.vision.merge_size))
                 case Video():
-                    clip = video.load_video(part, self.geometry, self.settings)
+                    clip = video.load_video(part, self.geometry, self.settings, deadline)
                     frames = clip.frames.reshape(-1, self.vision.temporal_patch_size, *clip.frames.shape[1:])
                     patches.append(patchify(frames, self.vision.patch_size, self.vision.merge_size))
                     seconds.append(clip.seconds)
         return tuple(patches), seconds
+
+    def _check_room(self, patches: Sequence[Patches]) -> None:
+        """Raises `InputTooLong` before more is decoded than an item may hold."""
+        num_tokens = sum(len(one.pixels) for one in patches) // self.vision.merge_size**2
+        if num_tokens > self.settings.max_input_tokens:
+            raise InputTooLong(
+                f"{num_tokens} tokens of the first {len(patches)} images and videos alone, which may not be cut; "
+                f"allowed: {self.settings.max_input_tokens}"
+            )
 
     def _encode_prefix(self, instruction: str) -> tuple[int, ...]:
         encoded, _ = self._encode(prompt.prefix(instruction), self.settings.max_input_tokens)

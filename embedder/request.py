@@ -7,6 +7,7 @@ checked by the engine at admission, before any work.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
@@ -27,6 +28,9 @@ OutputDtype = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"
 Truncate = Literal["end", "start", "none"]
 # Of any type on the wire: the engine's check names the range of this model, whatever was sent.
 AnyDimensions = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})]
+_Entry = TypeVar("_Entry")
+# A list of the wire, of one at least; the first fault ends its reading, for a million more would cost seconds.
+Several = Annotated[list[_Entry], Field(min_length=1, fail_fast=True)]
 Wire = TypeVar("Wire", bound=BaseModel)
 
 
@@ -119,7 +123,7 @@ _INPUT_NAMES = AliasChoices("input", "inputs", "content", "contents")
 class TextRequest(Options):
     """Body of `POST /txt/embed`."""
 
-    input: str | Annotated[list[str], Field(min_length=1)] = Field(
+    input: str | Several[str] = Field(
         validation_alias=_INPUT_NAMES,
         description="One text, or several; `embedding` has the same shape.",
         examples=["red"],
@@ -129,7 +133,7 @@ class TextRequest(Options):
 class ImageRequest(Options):
     """Body of `POST /img/embed`."""
 
-    input: str | Annotated[list[str], Field(min_length=1)] = Field(
+    input: str | Several[str] = Field(
         validation_alias=_INPUT_NAMES,
         description="One image in base64 (bare or as a data URI) or its URL, or several; `embedding` has their shape.",
         examples=[EXAMPLE_IMAGE],
@@ -185,7 +189,7 @@ def _explain(error: ValidationError) -> str:
     faults = error.errors(include_url=False)
     unknown = [str(fault["loc"][0]) for fault in faults if fault["type"] == "extra_forbidden"]
     if unknown:
-        return f"extra fields not permitted: {', '.join(unknown)}"
+        return _refusal(unknown)
     # of a union's faults the deepest names the item at fault, and an empty list is said to be one
     fault = max(faults, key=lambda fault: (len(fault["loc"]), fault["type"] == "too_short"))
     place = "".join(f"[{key}]" for key in fault["loc"] if isinstance(key, int))
@@ -201,8 +205,12 @@ def _explain(error: ValidationError) -> str:
 
 def shown(value: object) -> str:
     """A caller's value for a message: its beginning, and what JSON calls its type."""
-    text = repr(value)
+    text = repr(value[:61]) if isinstance(value, str) else _SHORT.repr(value)
     return f"{text[:60]}.. ({_kind(value)})" if len(text) > 60 else f"{text} ({_kind(value)})"
+
+
+_SHORT = reprlib.Repr()  # looks neither deeper nor further than it shows
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxstring = _SHORT.maxother = 64
 
 
 def _kind(value: object) -> str:
@@ -248,7 +256,12 @@ def item_from_fields(fields: Mapping[str, Any]) -> EmbeddingItem:
 def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
     """Raises `InvalidRequest` that names the fields which are not among the known."""
     if unknown := sorted(str(name) for name in set(fields) - known):
-        raise InvalidRequest(f"extra fields not permitted: {', '.join(unknown)}")
+        raise InvalidRequest(_refusal(unknown))
+
+
+def _refusal(unknown: Sequence[str]) -> str:
+    names = ", ".join(name[:60] for name in unknown[:5])
+    return f"extra fields not permitted: {names}" + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
 
 
 def _part(part: object) -> Part:

@@ -51,12 +51,14 @@ class Settings(BaseModel):
     max_queued_tokens: int = Field(524_288, ge=64, description="Estimated tokens that may wait; more is refused (429).")
     max_items_per_request: int = Field(512, ge=1, description="Items in one request.")
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes of one request body.")
-    max_text_chars: int = Field(200_000, ge=1, description="Characters of one text, before it is cut to tokens.")
+    max_text_chars: int = Field(200_000, ge=1, description="Characters of one item's text, before it is cut to tokens.")
     max_image_bytes: int = Field(20 * 2**20, ge=64, description="Bytes of one encoded image.")
     max_image_pixels: int = Field(50_000_000, ge=4096, description="Pixels of one image, checked before decoding.")
     max_video_bytes: int = Field(48 * 2**20, ge=64, description="Bytes of one encoded video.")
     max_video_frames: int = Field(64, ge=2, description="Frames of one video; of an encoded one that many are sampled.")
-    video_timeout_s: float = Field(20.0, gt=0, description="Seconds that decoding one video may take.")
+    decode_timeout_s: float = Field(
+        20.0, gt=0, description="Seconds that decoding one item's images and videos may take."
+    )
     url_hosts: str = Field(
         "",
         pattern=_URL_HOSTS,

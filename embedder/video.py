@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import itertools
 import struct
-import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,17 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from embedder.errors import InvalidMedia, MediaTooLarge
-from embedder.media import ImageGeometry, decode_image, describe, encoded_bytes, open_image, resize, resized_size
+from embedder.media import (
+    ImageGeometry,
+    check_time,
+    decode_deadline,
+    decode_image,
+    describe,
+    encoded_bytes,
+    open_image,
+    resize,
+    resized_size,
+)
 from embedder.request import Video
 from embedder.settings import Settings
 
@@ -60,7 +69,7 @@ class Clip:
     seconds: tuple[float, ...]
 
 
-def load_video(video: Video, geometry: ImageGeometry, settings: Settings) -> Clip:
+def load_video(video: Video, geometry: ImageGeometry, settings: Settings, deadline: float | None = None) -> Clip:
     """A clip -> frames of one size. The last one is repeated where their number is odd.
 
     The frames' area is bounded one by one and together, as the reference bounds lists of frames (it bounds encoded
@@ -69,11 +78,12 @@ def load_video(video: Video, geometry: ImageGeometry, settings: Settings) -> Cli
     one step; qwen-vl-utils rounds pictures of a list to multiples of 64 before (it passes a factor where it asks for
     a patch size). A rotation that the container asks for is not applied, like EXIF's.
 
-    Raises `InvalidMedia` and `MediaTooLarge`.
+    Without a deadline the time counts from here. Raises `InvalidMedia` and `MediaTooLarge`.
     """
+    deadline = decode_deadline(settings) if deadline is None else deadline
     if isinstance(video.source, tuple):
-        return _load_frames(video.source, video.fps or LIST_FPS, geometry, settings)
-    return _load_encoded(video.source, video.fps or SAMPLE_FPS, geometry, settings)
+        return _load_frames(video.source, video.fps or LIST_FPS, geometry, settings, deadline)
+    return _load_encoded(video.source, video.fps or SAMPLE_FPS, geometry, settings, deadline)
 
 
 def sample_indices(num_frames: int, fps: float, sample_fps: float, max_frames: int) -> list[int]:
@@ -87,13 +97,20 @@ def sample_indices(num_frames: int, fps: float, sample_fps: float, max_frames: i
     return [int(index) for index in np.linspace(0, num_frames - 1, count, dtype=np.float32).round()]
 
 
-def _load_frames(sources: Sequence[object], fps: float, geometry: ImageGeometry, settings: Settings) -> Clip:
+def _load_frames(
+    sources: Sequence[object], fps: float, geometry: ImageGeometry, settings: Settings, deadline: float
+) -> Clip:
     if not 1 <= len(sources) <= settings.max_video_frames:
         raise InvalidMedia(f"video of {len(sources)} frames; allowed: 1 to {settings.max_video_frames}")
-    images = [open_image(source, settings) for source in sources]
+    images = [open_image(source, settings, deadline) for source in sources]
     images += images[-1:] * (len(images) % 2)
-    height, width = _frame_size(images[0].height, images[0].width, len(images), geometry)
-    frames = np.stack([resize(decode_image(image), height, width) for image in images])
+    sizes = [_frame_size(image.height, image.width, len(images), geometry) for image in images]
+    if len(set(sizes)) > 1:  # the reference cannot stack them
+        shown = ", ".join(dict.fromkeys(f"{image.width}x{image.height}" for image in images))
+        raise InvalidMedia(f"video of frames of {shown[:60]} pixels; allowed: frames of one size")
+    frames = np.empty((len(images), *sizes[0], 3), np.uint8)
+    for row in frames:
+        row[:] = resize(decode_image(images.pop(0)), *sizes[0])  # and the decoded picture is let go
     # a repeated last frame counts on, as in qwen-vl-utils
     return Clip(frames, tuple(index / fps for index in range(len(frames))))
 
@@ -104,15 +121,21 @@ def _frame_size(height: int, width: int, num_frames: int, geometry: ImageGeometr
     return resized_size(height, width, ImageGeometry(geometry.factor, geometry.min_pixels, max_pixels))
 
 
-def _load_encoded(source: bytes | str, sample_fps: float, geometry: ImageGeometry, settings: Settings) -> Clip:
+def _load_encoded(
+    source: bytes | str, sample_fps: float, geometry: ImageGeometry, settings: Settings, deadline: float
+) -> Clip:
     data = encoded_bytes(source, "video", settings.max_video_bytes)
-    deadline = time.monotonic() + settings.video_timeout_s
     # While FFmpeg looks for what a header omits its decoders hide a size above their limit, so that is larger here.
     probing = {"max_pixels": str(PROBED_PIXELS * settings.max_image_pixels)}
     try:
         with av.open(
-            io.BytesIO(data), "r", format=_container_format(data), options=probing, metadata_errors="ignore"
-        ) as container:
+            io.BytesIO(data),
+            "r",
+            format=_container_format(data),
+            options=probing,
+            metadata_errors="ignore",
+            timeout=settings.decode_timeout_s,  # of FFmpeg's own loops over packets; one packet's decoding is bounded
+        ) as container:  # by its frame's pixels
             stream = _video_stream(container, settings)
             packets = _read_packets(container, stream, deadline, settings)
             times, fps = _timeline(packets, stream)
@@ -126,6 +149,7 @@ def _load_encoded(source: bytes | str, sample_fps: float, geometry: ImageGeometr
             for row, frame in zip(frames, decoded, strict=True):
                 row[:] = resize(frame.to_image(), height, width)  # type: ignore[no-untyped-call]  # av's
     except av.FFmpegError as error:
+        check_time(deadline, settings)  # it may have been cut off for that
         raise InvalidMedia(f"video cannot be decoded, it is damaged or cut off: {error.strerror}") from error
     return Clip(frames, tuple(index / fps for index in indices))
 
@@ -238,7 +262,7 @@ def _read_packets(
     packets: list[Packet[Any]] = []
     num_bytes = 0
     for packet in container.demux():
-        _check_time(deadline, settings)
+        check_time(deadline, settings)
         num_bytes += packet.size
         if isinstance(packet.stream, VideoStream) and packet.stream.index == stream.index and packet.size:
             packets.append(packet)
@@ -290,7 +314,7 @@ def _decode(
     can_skip = context.codec.canonical_name in ("h264", "hevc")  # one packet at a time
     for start, wanted in _runs(packets, times):
         for packet in itertools.chain(packets[start:], [None]):
-            _check_time(deadline, settings)
+            check_time(deadline, settings)
             if can_skip and packet is not None:
                 context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             for frame in context.decode(packet):
@@ -304,11 +328,6 @@ def _decode(
         else:
             raise InvalidMedia(f"video is damaged: {len(wanted)} of {len(times)} sampled frames cannot be decoded")
         context.flush_buffers()
-
-
-def _check_time(deadline: float, settings: Settings) -> None:
-    if time.monotonic() > deadline:
-        raise MediaTooLarge(f"video took over {settings.video_timeout_s:g} s to decode; send a smaller one")
 
 
 def _runs(packets: list[Packet[Any]], times: list[int]) -> list[tuple[int, list[int]]]:

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("sentence_transformers", reason="the peers come with the `bench` extra")
 
-from benchmarks import contenders, gaps, gpu, growth, library, peers, server
+from benchmarks import contenders, gaps, gpu, growth, library, overload, peers, server, soak
 from benchmarks.compare import WrongVectors, compare
 from benchmarks.peers import Peer
 from benchmarks.workloads import WORKLOADS, Item, make_items
@@ -69,6 +69,25 @@ def test_server_answers_right_under_load(tmp_path: Path) -> None:
     for name in servers:
         assert who[name]["num_checked"] > 0
         assert who[name]["num_refused"] == who[name]["num_unfinished"] == 0
+
+
+def test_overload_is_refused_and_nothing_else_happens(tmp_path: Path) -> None:
+    few = ["--seconds", "4", "--capacity-seconds", "2", "--queued-tokens", "2000"]
+    overload.main([*few, "--results", str(tmp_path)])
+    data = saved(tmp_path, "overload")
+    assert set(data["statuses"]) == {"200", "429"}
+    assert data["p99_s"] <= 10
+    assert data["growth_mb"] <= overload.MAX_GROWTH_MB
+    assert data["answered"] >= data["capacity"] * SLOWEST  # the driver takes its share of so few cores
+
+
+def test_soak_gives_no_wrong_vector_and_stays_flat(tmp_path: Path) -> None:
+    soak.main(["--requests", "500", "--results", str(tmp_path)])
+    data = saved(tmp_path, "soak")
+    assert data["is_held"]
+    assert data["wrong"] == 0
+    assert data["answered"] + data["refused"] == 500
+    assert data["refused"] > 20
 
 
 def hot(items: list[Item], shift: int) -> Any:

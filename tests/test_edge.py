@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedder.edge import Edge
 
-LIMIT = 10
+LIMIT, MAX_VALUES = 10, 3
 
 
 def call(
@@ -35,7 +35,7 @@ def call(
         sent.append(message)
 
     scope = {"type": kind, "path": path, "method": method, "headers": list(headers)}
-    asyncio.run(Edge(app, LIMIT)(scope, receive, send))
+    asyncio.run(Edge(app, LIMIT, MAX_VALUES)(scope, receive, send))
     return sent
 
 
@@ -107,6 +107,23 @@ def test_body_of_one_byte_more_is_refused_before_the_app_sees_it(parts: tuple[by
             "type": "invalid_request",
         },
     )
+    assert app.calls == 0
+
+
+@pytest.mark.parametrize("body", [b"[1,2,3,4]", b"[[[[]]]]", b"[{},{}]"])
+def test_body_of_too_many_values_is_refused_before_the_app_sees_it(body: bytes) -> None:
+    app = Echo()
+    status, error = status_and_error(call(app, chunks(body)))
+    assert (status, error["code"]) == (413, "request_too_large")
+    assert error["message"] == "the body holds more than 3 JSON values; allowed: up to that"
+    assert app.calls == 0
+    assert call(app, chunks(b'",,,,,"'))[0]["status"] == 200
+
+
+def test_compressed_body_is_refused_before_the_app_sees_it() -> None:
+    app = Echo()
+    status, error = status_and_error(call(app, chunks(b"{}"), headers=[(b"content-encoding", b"gzip")]))
+    assert (status, error["message"]) == (415, "content encoding: got gzip; allowed: none")
     assert app.calls == 0
 
 
@@ -283,5 +300,5 @@ def test_app_that_raises_is_the_servers_to_answer(status: int | None) -> None:
 
     scope = {"type": "http", "path": "/", "method": "POST", "headers": []}
     with pytest.raises(RuntimeError, match="it broke"):
-        asyncio.run(Edge(app, LIMIT)(scope, receive, send))
+        asyncio.run(Edge(app, LIMIT, MAX_VALUES)(scope, receive, send))
     assert [one["status"] for one in sent] == ([200] if status == 200 else [])

@@ -24,7 +24,7 @@ AROUND = {
     "chat": {"errors", "request", "settings"},
     "checkpoint": {"settings", "errors"},
     "cohere": {"chat", "errors", "postprocess", "request", "response", "settings"},
-    "edge": {"errors", "openai", "response"},
+    "edge": {"errors", "openai", "response", "values"},
     "log": set(),
     "native": {"errors", "postprocess", "request", "response", "settings"},
     "openai": {"chat", "errors", "postprocess", "request", "response", "settings"},
@@ -32,6 +32,7 @@ AROUND = {
     "playground": {"awaiting", "engine", "errors", "media", "request", "response", "settings"},
     "random_checkpoint": set(),
     "torchvision_shim": set(),
+    "values": set(),
     "verify": {"chat", "errors", "library", "preprocess", "request"},
 }
 

@@ -6,8 +6,8 @@ import base64
 import io
 import random
 import struct
+import time
 import warnings
-import zlib
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.media import ImageGeometry, load_image, resized_size
 from embedder.settings import Settings
 from tests.conftest import encoded, picture
+from tests.hostile import chunk, jpeg_of_scans, png
 
 SETTINGS = Settings(max_image_pixels=1_000_000, max_image_bytes=200_000, max_video_frames=8)
 CHECKPOINT = ImageGeometry(32, 4096, 1_310_720)  # the checkpoint's preprocessor_config.json
@@ -40,14 +41,6 @@ def with_alpha(width: int = 40, height: int = 36) -> PIL.Image.Image:
     image = picture(width, height).convert("RGBA")
     image.putalpha(PIL.Image.linear_gradient("L").resize(image.size))
     return image
-
-
-def png_bytes(width: int, height: int, pixels: bytes = b"", bit_depth: int = 8, color_type: int = 2) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, bit_depth, color_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
 
 # Geometry
@@ -174,7 +167,7 @@ def test_transparent_value_of_16_bit_gray_lies_on_white() -> None:
 
 def test_16_bit_color_keeps_its_upper_byte() -> None:
     row = b"\x00" + struct.pack(">HHH", 0x1234, 0x8000, 0xFFFF) * 64
-    assert (load(png_bytes(64, 64, row * 64, bit_depth=16)) == (0x12, 0x80, 0xFF)).all()
+    assert (load(png(64, 64, row * 64, bit_depth=16)) == (0x12, 0x80, 0xFF)).all()
 
 
 def test_animation_gives_its_first_frame() -> None:
@@ -337,7 +330,7 @@ def test_picture_of_1_to_500_is_refused() -> None:
 def test_too_many_pixels_are_refused_by_the_header_alone(side: int) -> None:
     """Without a warning (they are errors here); PIL's own limits stand at 89 and 179 million pixels."""
     with pytest.raises(MediaTooLarge, match=f"{side * side}.* pixels.*; allowed: up to 1000000( pixels)?$"):
-        load(png_bytes(side, side))  # had it been decoded it would be InvalidMedia: there are no pixels in it
+        load(png(side, side))  # had it been decoded it would be InvalidMedia: there are no pixels in it
 
 
 def test_pixels_at_the_limit_are_allowed() -> None:
@@ -358,6 +351,36 @@ def test_too_many_bytes_are_refused_in_every_form() -> None:
         load(base64.b64encode(data).decode())
     exact = data[:200_000]
     assert load(exact).shape == load(base64.b64encode(exact).decode()).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bit_gray_of_a_program_is_refused_for_nothing_tells_its_range(mode: str) -> None:
+    with pytest.raises(InvalidMedia, match=f"^image of mode {mode}, whose range nothing tells; allowed: 8 bits, or 16"):
+        load(picture(40, 40).convert(mode))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
+def test_decoding_ends_at_the_deadline(file_format: str) -> None:
+    data = encoded(picture(40, 40), file_format)
+    load_image(data, CHECKPOINT, Settings(decode_timeout_s=60))
+    with pytest.raises(MediaTooLarge, match=r"^decoding took over 0.5 s; send smaller or fewer pictures$"):
+        load_image(data, CHECKPOINT, Settings(decode_timeout_s=0.5), deadline=time.monotonic())
+
+
+def test_chunks_without_an_end_are_cut_off_in_time() -> None:
+    data = png(64, 64, more=chunk(b"tEXt", b"a\0b") * 1_000_000)
+    start = time.thread_time()
+    with pytest.raises((MediaTooLarge, InvalidMedia)):
+        load_image(data, CHECKPOINT, Settings(decode_timeout_s=0.2))
+    assert time.thread_time() - start < 2
+
+
+def test_progressive_jpeg_of_a_hundred_scans_is_the_most() -> None:
+    image = picture(64, 64)
+    num_own = jpeg_of_scans(image, 0).count(b"\xff\xda")
+    load(jpeg_of_scans(image, 100 - num_own))
+    with pytest.raises(MediaTooLarge, match=r"^JPEG image of 101 scans; allowed: up to 100$"):
+        load(jpeg_of_scans(image, 101 - num_own))
 
 
 def test_warnings_of_the_rest_of_the_program_are_left_alone() -> None:

@@ -18,11 +18,11 @@ from qwen_vl_utils.vision_process import process_vision_info
 from tokenizers import Tokenizer, processors
 from transformers import Qwen3VLConfig, Qwen3VLModel, Qwen3VLProcessor
 
-from embedder.errors import InputTooLong, InvalidRequest, ModelUnavailable
+from embedder.errors import InputTooLong, InvalidRequest, MediaTooLarge, ModelUnavailable
 from embedder.preprocess import ModelInput, Preprocessor, load_tokenizer, patchify, read_vision_config
 from embedder.request import EmbeddingItem, Image, Text, Video
 from embedder.settings import Settings
-from tests.conftest import picture, words
+from tests.conftest import encoded, picture, words
 
 Make = Callable[..., Preprocessor]
 INSTRUCTION = "Represent the user's input."
@@ -322,6 +322,19 @@ def test_picture_that_does_not_fit_is_refused(make: Make) -> None:
         make(max_input_tokens=alone - 1)(item)
 
 
+def test_pictures_are_not_decoded_once_the_item_is_too_long(make: Make) -> None:
+    large = Image(picture(256, 256))  # 64 tokens
+    with pytest.raises(InputTooLong, match=r"^128 tokens of the first 2 images and videos alone, .*; allowed: 64$"):
+        make(max_input_tokens=64)(EmbeddingItem((large, large, Image(b"no picture"))))
+
+
+def test_pictures_and_clips_of_an_item_share_one_deadline(make: Make) -> None:
+    preprocessor = make(decode_timeout_s=1e-9)
+    for part in (Image(encoded(picture(64, 64))), Video((encoded(picture(64, 64)),))):
+        with pytest.raises(MediaTooLarge, match="decoding took over"):
+            preprocessor(EmbeddingItem((part,)))
+
+
 def test_clip_that_does_not_fit_is_refused(make: Make) -> None:
     with pytest.raises(InputTooLong):
         make(max_input_tokens=200)(EmbeddingItem((Video((picture(256, 256),) * 8),)))
@@ -337,7 +350,8 @@ def test_instruction_is_never_cut(make: Make) -> None:
 def test_text_over_the_limit_of_characters_is_refused_before_tokenizing(make: Make) -> None:
     preprocessor = make(max_text_chars=10)
     assert preprocessor(EmbeddingItem((Text("x" * 10),))).num_tokens
-    for item in (EmbeddingItem((Text("x" * 11),)), EmbeddingItem((Text("x"),), "i" * 11)):
+    halves = (Text("x" * 5), Text("x" * 6))
+    for item in (EmbeddingItem((Text("x" * 11),)), EmbeddingItem(halves), EmbeddingItem((Text("x"),), "i" * 11)):
         with pytest.raises(InputTooLong, match=r"^text of 11 characters; allowed: up to 10$"):
             preprocessor(item)
 

@@ -265,8 +265,8 @@ def test_frames_larger_than_their_header_says_are_refused() -> None:
 
 
 def test_time_to_decode_is_limited() -> None:
-    with pytest.raises(MediaTooLarge, match=r"^video took over 1e-09 s to decode; send a smaller one$"):
-        load(clip(), settings=Settings(video_timeout_s=1e-9))
+    with pytest.raises(MediaTooLarge, match=r"^decoding took over 1e-09 s; send smaller or fewer pictures$"):
+        load(clip(), settings=Settings(decode_timeout_s=1e-9))
 
 
 def test_number_of_coded_frames_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,7 +416,7 @@ def test_codec_outside_the_list_is_refused() -> None:
 def test_damaged_video_is_an_error_of_the_caller_or_a_clip(kind: str) -> None:
     data = clip(kind, 30, width=64, height=64)
     generator = random.Random(kind)
-    settings = Settings(max_video_bytes=10 * len(data), max_image_pixels=1_000_000, video_timeout_s=5)
+    settings = Settings(max_video_bytes=10 * len(data), max_image_pixels=1_000_000, decode_timeout_s=5)
     for _ in range(60):
         damaged = bytearray(data)
         for _ in range(generator.choice([1, 3, 30])):
@@ -430,6 +430,12 @@ def test_damaged_video_is_an_error_of_the_caller_or_a_clip(kind: str) -> None:
 
 
 # Lists of frames
+
+
+def test_frames_of_several_sizes_are_refused_as_the_reference_cannot_stack_them() -> None:
+    message = r"^video of frames of 64x64, 96x64 pixels; allowed: frames of one size$"
+    with pytest.raises(InvalidMedia, match=message):
+        load_list(picture(64, 64), picture(96, 64), picture(64, 64))
 
 
 def load_list(*frames: Any, **options: Any) -> NDArray[np.uint8]:

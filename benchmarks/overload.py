@@ -1,0 +1,152 @@
+"""Twice what the service can do, for minutes: it refuses what it cannot keep, and is itself again at once.
+
+`python -m benchmarks.overload`, the `tiny` shape. Capacity is what closed-loop callers get out of it; then requests are
+sent at twice that rate, whatever comes back. Held to: no answers but 200 and 429; p99 of the answered ones below
+the deadline; throughput at least 95 % of capacity; flat memory; and a query as soon as it is over as fast as in a
+service that was idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks import contenders, report
+from benchmarks.checkpoints import random_folder
+from benchmarks.load import JSON, drive
+from benchmarks.meter import footprint
+from benchmarks.server import bodies_of
+from benchmarks.workloads import make_items, read_words
+
+TIMES = 2  # capacity
+CALLERS = 64  # more than enough for capacity
+MIN_SHARE = 0.95  # of capacity that is still answered
+MAX_GROWTH_MB = 64  # over the second half
+MAX_SLOWER = 2.0  # than the slowest of the idle queries
+
+
+@dataclass
+class Flood:
+    """What came of it. `footprints`: (bytes, open files) of the service, once a second."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    latencies_s: list[float] = field(default_factory=list)
+    footprints: list[tuple[int, int]] = field(default_factory=list)
+    wall_s: float = 0.0
+    num_sent: int = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description="Twice the capacity: what is answered, and how it is afterwards.")
+    parser.add_argument("--seconds", type=float, default=600, help="of overload")
+    parser.add_argument("--capacity-seconds", type=float, default=30)
+    parser.add_argument("--queued-tokens", type=int, default=20_000, help="the service's limit: a few seconds of work")
+    parser.add_argument("--deadline", type=float, default=10, help="seconds, the service's request_timeout_s")
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+    chosen = parser.parse_args(arguments)
+    about = report.environment(
+        f"python -m benchmarks.overload --seconds {chosen.seconds:g} --capacity-seconds {chosen.capacity_seconds:g} "
+        f"--queued-tokens {chosen.queued_tokens} --deadline {chosen.deadline:g}"
+    )
+    with random_folder("tiny") as folder:
+        bodies = bodies_of(make_items("text-mixed", 64, read_words(folder)), 1)
+        service = contenders.service(contenders.OURS, ".", folder, "/txt/embed")
+        limits = {"EMBEDDER_MAX_QUEUED_TOKENS": chosen.queued_tokens, "EMBEDDER_REQUEST_TIMEOUT_S": chosen.deadline}
+        service.environment = {**service.environment, **{name: str(value) for name, value in limits.items()}}
+        try:
+            service.start(bodies[0])
+            figures = asyncio.run(_run(service, bodies, chosen))
+        finally:
+            service.stop()
+    figures["verdicts"] = _verdicts(figures, chosen.deadline)
+    is_held = all(row["held"] == "yes" for row in figures["verdicts"])
+    data = {"environment": about, **figures, "is_held": is_held}
+    text = report.table(("what", "got", "allowed", ""), [list(row.values()) for row in figures["verdicts"]])
+    rates = {"requests/s": {name: figures[name] for name in ("capacity", "sent", "answered")}}
+    report.save(chosen.results, "overload", data, text, rates, "requests/s")
+    print(text)
+    return data
+
+
+async def _run(service: contenders.Contender, bodies: list[bytes], chosen: argparse.Namespace) -> dict[str, Any]:
+    assert service.process is not None
+    idle = await drive(service.url, bodies[:1], concurrency=1, seconds=60, max_requests=50)
+    await drive(service.url, bodies, concurrency=CALLERS, seconds=chosen.capacity_seconds / 3)  # warm up
+    full = await drive(service.url, bodies, concurrency=CALLERS, seconds=chosen.capacity_seconds)
+    capacity = len(full.latencies_s) / full.wall_s
+    flood = await _flood(service.url, service.process.pid, bodies, TIMES * capacity, chosen.seconds)
+    after = await drive(service.url, bodies[:1], concurrency=1, seconds=60, max_requests=1)
+    second_half = [held for held, _ in flood.footprints[len(flood.footprints) // 2 :]]
+    return {
+        "capacity": capacity,
+        "sent": flood.num_sent / chosen.seconds,
+        "answered": len(flood.latencies_s) / flood.wall_s,
+        "statuses": dict(flood.statuses),
+        "p50_s": statistics.median(flood.latencies_s),
+        "p99_s": float(np.percentile(flood.latencies_s, 99)),
+        "growth_mb": (max(second_half) - second_half[0]) / 1e6,
+        "idle_ms": max(idle.latencies_s[5:]) * 1e3,
+        "after_ms": after.latencies_s[0] * 1e3,
+    }
+
+
+async def _flood(url: str, pid: int, bodies: list[bytes], rate: float, seconds: float) -> Flood:
+    """One request each 1 / `rate` s, sent whatever became of those before."""
+    flood = Flood()
+    start = time.perf_counter()
+
+    async def call(session: aiohttp.ClientSession, body: bytes) -> None:
+        sent = time.perf_counter()
+        async with session.post(url, data=body) as response:
+            await response.read()
+        flood.statuses[response.status] += 1
+        if response.status == 200:
+            flood.latencies_s.append(time.perf_counter() - sent)
+
+    connector = aiohttp.TCPConnector(limit=0)
+    async with (
+        aiohttp.ClientSession(connector=connector, headers=JSON) as session,
+        asyncio.TaskGroup() as group,
+    ):
+        with tqdm(total=int(rate * seconds), desc="overload", unit="request") as bar:
+            while (elapsed := time.perf_counter() - start) < seconds:
+                due = int(elapsed * rate) + 1
+                for number in range(flood.num_sent, due):
+                    group.create_task(call(session, bodies[number % len(bodies)]))
+                bar.update(due - flood.num_sent)
+                flood.num_sent = due
+                if len(flood.footprints) <= elapsed:
+                    flood.footprints.append(footprint(pid))
+                await asyncio.sleep(max(0.001, due / rate - elapsed))
+    flood.wall_s = time.perf_counter() - start
+    return flood
+
+
+def _verdicts(figures: dict[str, Any], deadline: float) -> list[dict[str, Any]]:
+    share = figures["answered"] / figures["capacity"]
+    slower = figures["after_ms"] / figures["idle_ms"]
+    growth_mb = figures["growth_mb"]
+    rows = (
+        ("statuses", figures["statuses"], "200, 429", set(figures["statuses"]) <= {200, 429}),
+        ("p99 of those answered, s", report.number(figures["p99_s"]), f"{deadline:g}", figures["p99_s"] <= deadline),
+        ("answered / capacity", report.number(share), f"from {MIN_SHARE}", share >= MIN_SHARE),
+        ("memory, second half, MB", report.number(growth_mb), f"{MAX_GROWTH_MB}", growth_mb <= MAX_GROWTH_MB),
+        ("first query after / slowest idle", report.number(slower), f"{MAX_SLOWER:g}", slower <= MAX_SLOWER),
+    )
+    names = ("what", "got", "allowed", "held")
+    return [dict(zip(names, (*row[:3], "yes" if row[3] else "NO"), strict=True)) for row in rows]
+
+
+if __name__ == "__main__":
+    raise SystemExit(not main()["is_held"])
