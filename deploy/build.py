@@ -1,0 +1,51 @@
+"""`python -m deploy.build`: the Bento and its image, named by version and commit.
+
+    python -m deploy.build --backend podman                                     # for GPUs
+    python -m deploy.build --backend podman --opt build-arg=UV_FIND_LINKS=...   # for CPUs: where torch's CPU wheel is
+
+`--opt` is handed to `bentoml containerize`. What goes in is said by bentofile.yaml, how it is installed by service.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import embedder
+
+ROOT = Path(__file__).parents[1]
+NAME = "qwen3-vl-embedding"
+BENTOML = Path(sys.executable).with_name("bentoml")
+
+
+def build(root: Path, image: str, backend: str, options: Sequence[str] = ()) -> None:
+    """Build the Bento from the clone at `root`, and from the Bento `image`, by `backend` (docker, podman ..)."""
+    bento = f"{NAME}:{embedder.__version__}"
+    subprocess.run([BENTOML, "delete", "--yes", bento], capture_output=True, check=False)  # there may be none
+    subprocess.run([BENTOML, "build", "--version", embedder.__version__], cwd=root, check=True)
+    labels = {"title": NAME, "version": embedder.__version__, "revision": revision(root), "licenses": "Apache-2.0"}
+    options = [f"label=org.opencontainers.image.{name}={value}" for name, value in labels.items()] + list(options)
+    arguments = [argument for option in options for argument in ("--opt", option)]
+    subprocess.run([BENTOML, "containerize", bento, "--backend", backend, "-t", image, *arguments], check=True)
+
+
+def revision(root: Path) -> str:
+    """The commit, marked where files differ from it."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="docker")
+    parser.add_argument("--image", default=f"{NAME}:{embedder.__version__}", help="default: %(default)s")
+    parser.add_argument("--opt", action="append", default=[])
+    arguments = parser.parse_args()
+    build(ROOT, arguments.image, arguments.backend, arguments.opt)
+
+
+if __name__ == "__main__":
+    main()

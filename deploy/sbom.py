@@ -1,0 +1,56 @@
+"""`python -m deploy.sbom IMAGE > sbom.cdx.json`: what is in an image, as CycloneDX: Python's packages and Debian's.
+
+CycloneDX's own tool reads the environment inside the image, from a folder that is mounted and not counted. No network
+is needed while it looks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+TOOL = "cyclonedx-bom==7.5.0"
+LOOK = """
+import runpy, sys
+sys.path.append("/tool")
+sys.argv = ["cyclonedx-py", "environment", "--output-format", "JSON", "--output-reproducible", sys.executable]
+runpy.run_module("cyclonedx_py", run_name="__main__")
+"""
+
+
+def bill_of_materials(image: str, engine: Sequence[str]) -> dict[str, Any]:
+    """The CycloneDX document. `engine` is the command that runs a container: `docker run` and its options."""
+    with tempfile.TemporaryDirectory() as tool:
+        pip = [sys.executable, "-m", "pip", "install", "-qq", "--no-warn-conflicts", "--target", tool, TOOL]
+        subprocess.run(pip, check=True, stdout=sys.stderr)
+        look = [*engine, "--rm", "--user", "root", "-v", f"{tool}:/tool:ro", "--entrypoint"]
+        document: dict[str, Any] = json.loads(output_of([*look, "python", image, "-c", LOOK]))
+        packages = output_of([*look, "dpkg-query", image, "--show", "--showformat", r"${Package} ${Version}\n"])
+    for line in packages.splitlines():
+        name, version = line.split()
+        purl = f"pkg:deb/debian/{name}@{version}"
+        document["components"].append(
+            {"type": "library", "name": name, "version": version, "purl": purl, "bom-ref": purl}
+        )
+    return document
+
+
+def output_of(command: Sequence[str]) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("image")
+    parser.add_argument("--engine", default="docker run", help="default: %(default)s")
+    arguments = parser.parse_args()
+    json.dump(bill_of_materials(arguments.image, arguments.engine.split()), sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()
