@@ -24,7 +24,9 @@ AROUND = {
     "chat": {"errors", "request", "settings"},
     "checkpoint": {"settings", "errors"},
     "cohere": {"chat", "errors", "postprocess", "request", "response", "settings"},
-    "edge": {"errors", "openai", "response"},
+    "edge": {"errors", "keys", "lifecycle", "log", "openai", "response"},
+    "keys": {"settings"},
+    "lifecycle": set(),
     "log": set(),
     "native": {"errors", "postprocess", "request", "response", "settings"},
     "openai": {"chat", "errors", "postprocess", "request", "response", "settings"},
@@ -39,6 +41,7 @@ DOORS = {  # each outside library, and every module that imports it when it runs
     "PIL": {"library", "media", "playground", "verify"},
     "av": {"video"},
     "bentoml": {"log"},  # and service.py
+    "click": {"lifecycle"},
     "flash_attn": {"model"},
     "huggingface_hub": {"checkpoint", "random_checkpoint"},
     "orjson": {"request", "response"},
