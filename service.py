@@ -122,8 +122,9 @@ class Qwen3VLEmbedding:
         """Embed something of each kind for real; only then is the service ready."""
         with _or_give_up():
             await _embed([EmbeddingItem((Text("ready?"),)), EmbeddingItem((Image(EXAMPLE_IMAGE),))])
-        DRAIN.begin_at_sigterm()
-        end_with_arbiter(self.arbiter)
+        if bentoml.server_context.worker_index:  # none where a program, not BentoML's arbiter, runs this
+            DRAIN.begin_at_sigterm()
+            end_with_arbiter(self.arbiter)
         self.is_ready = True
         self.building = asyncio.create_task(self.collection.build(_engine()))  # held, or it might be collected
 
@@ -154,11 +155,12 @@ def _or_give_up() -> Iterator[None]:
     """A worker that fails inside ends the service: with one line, or with a traceback where it is a fault of ours."""
     try:
         yield
-    except EmbedderError as error:
-        give_up(error)
     except Exception as error:
-        logger.exception("the start failed")
-        give_up(type(error).__name__)
+        if not bentoml.server_context.worker_index:
+            raise
+        if not isinstance(error, EmbedderError):
+            logger.exception("a fault of ours")
+        give_up(error if isinstance(error, EmbedderError) else type(error).__name__)
 
 
 class Rows(list[Any]):
