@@ -11,9 +11,10 @@ import asyncio
 import gc
 import logging
 import math
+import os
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, SupportsIndex
@@ -25,6 +26,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 import embedder
 from embedder import errors
@@ -34,11 +36,13 @@ from embedder.cohere import cohere_body, parse_cohere
 from embedder.edge import Edge
 from embedder.engine import Engine
 from embedder.errors import EmbedderError
-from embedder.log import share_log
+from embedder.keys import Keys
+from embedder.lifecycle import Drain, check_port, end_with_arbiter, end_with_workers, give_up
+from embedder.log import count_items, leave_request, request_id, share_log
 from embedder.native import embed_body, parse_embed, whole_failure
 from embedder.openai import embeddings_body, models_body, parse_embeddings
 from embedder.openapi import openapi_document
-from embedder.playground import HEADERS, Collection, page_file
+from embedder.playground import HEADERS, PAGE, Collection, page_file
 from embedder.postprocess import Embedding
 from embedder.request import (
     EXAMPLE_IMAGE,
@@ -71,10 +75,14 @@ STATUS: dict[type[EmbedderError], int] = {
 
 try:
     SETTINGS = Settings.from_environment()
+    KEYS = Keys(SETTINGS)
 except ValueError as error:
     raise SystemExit(f"the service does not start: {error}") from None
 
 REQUIREMENTS = Path(__file__).with_name("deploy").joinpath("requirements.txt").read_text(encoding="utf-8")
+
+DRAIN = Drain()
+OPEN_PATHS = frozenset({"/playground", "/playground/", *(f"/playground/{name}" for name in PAGE)})
 
 app = Starlette()
 
@@ -100,7 +108,7 @@ BentoRows = Annotated[list[Any], AfterValidator(_check_rows)]  # of one request:
     name="qwen3-vl-embedding",
     workers=SETTINGS.workers,
     traffic={"timeout": SETTINGS.request_timeout_s + 30},  # ours answers first, in our shape
-    logging={"access": {"enabled": SETTINGS.access_log}},
+    logging={"access": {"enabled": False}},  # the edge writes ours
     # BentoML's defaults would leave compilers in the image, take any uv, and packages of the day it is built.
     image=bentoml.images.Image(base_image="python:3.11-slim-bookworm", distro="", lock_python_packages=False)
     .run("install -d -o bentoml -g bentoml /cache && pip install --no-cache-dir uv==0.13.9")
@@ -118,15 +126,20 @@ class Qwen3VLEmbedding:
     @staticmethod
     def find_model() -> None:
         """Once, before the workers start: what is named is there, or the service says why not and does not start."""
+        share_log(SETTINGS.log_format)
+        end_with_workers()
         try:
+            check_port()
             Collection(SETTINGS, is_embedded_model=find_checkpoint(SETTINGS).is_embedded)
         except (errors.ModelUnavailable, ValueError) as error:
             raise SystemExit(f"the service does not start: {error}") from None
 
     def __init__(self) -> None:
-        share_log()
+        share_log(SETTINGS.log_format)
+        self.arbiter = os.getppid()
         worker = (bentoml.server_context.worker_index or 1) - 1
-        self.embedder = embedder.Embedder(settings=SETTINGS, worker=worker)
+        with _or_give_up():
+            self.embedder = embedder.Embedder(settings=SETTINGS, worker=worker)
         self.collection = Collection(SETTINGS, is_embedded_model=self.embedder.checkpoint.is_embedded)
         self.is_ready = False
         self.started_s = time.time()
@@ -135,8 +148,12 @@ class Qwen3VLEmbedding:
     @bentoml.on_startup
     async def warm_up(self) -> None:
         """Embed something of each kind for real; only then is the service ready."""
-        await _embed([EmbeddingItem((Text("ready?"),)), EmbeddingItem((Image(EXAMPLE_IMAGE),))])
+        with _or_give_up():
+            await _embed([EmbeddingItem((Text("ready?"),)), EmbeddingItem((Image(EXAMPLE_IMAGE),))])
         gc.freeze()  # what stays anyway: half a million objects, whose collection would stop every answer for 0.3 s
+        if bentoml.server_context.worker_index:  # none where a program, not BentoML's arbiter, runs this
+            DRAIN.begin_at_sigterm()
+            end_with_arbiter(self.arbiter)
         self.is_ready = True
         self.building = asyncio.create_task(self.collection.build(_engine()))  # held, or it might be collected
 
@@ -147,7 +164,7 @@ class Qwen3VLEmbedding:
         self.embedder.close()
 
     def __is_ready__(self) -> bool:
-        return self.is_ready
+        return self.is_ready and not DRAIN.is_draining
 
     # The engine below decides what runs together. BentoML only gathers: a batch is never split (a request's rows stay
     # in one slice, see `Rows`) and never shed.
@@ -160,6 +177,19 @@ class Qwen3VLEmbedding:
     async def embed_images(self, images: BentoRows) -> list[list[float]]:
         """One vector per image. An image is base64, or an object with `image`, `instruction`, `dimensions`."""
         return await _embed_rows([{"image": row} if isinstance(row, str) else row for row in images])
+
+
+@contextmanager
+def _or_give_up() -> Iterator[None]:
+    """A worker that fails inside ends the service: with one line, or with a traceback where it is a fault of ours."""
+    try:
+        yield
+    except Exception as error:
+        if not bentoml.server_context.worker_index:
+            raise
+        if not isinstance(error, EmbedderError):
+            logger.exception("a fault of ours")
+        give_up(error if isinstance(error, EmbedderError) else type(error).__name__)
 
 
 class Rows(list[Any]):
@@ -176,11 +206,25 @@ class Rows(list[Any]):
             if isinstance(row, EmbedderError):
                 row.item = index if isinstance(row, errors.OF_AN_ITEM) else None
                 return _error_response(row)
-        return _json_response(to_json([row.vector for row in rows]))
+        return Counted(rows)
+
+
+class Counted(Response):
+    """Vectors of a batching call. BentoML sends it in its own request's context; the batch ran in no request's."""
+
+    def __init__(self, rows: Sequence[Embedding]) -> None:
+        super().__init__(to_json([row.vector for row in rows]), media_type="application/json")
+        self.num_items, self.num_tokens = len(rows), sum(row.num_tokens for row in rows)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        count_items(self.num_items, self.num_tokens)
+        await super().__call__(scope, receive, send)
 
 
 async def _embed_rows(rows: Sequence[Any]) -> list[Any]:
     """Every row its own fate: an Embedding or its error."""
+    leave_request()
     try:
         return Rows(await embed_each(_engine(), [_row_item(row) for row in rows], SETTINGS.request_timeout_s))
     except errors.DeadlineExceeded as error:
@@ -195,7 +239,9 @@ def _row_item(row: Any) -> EmbeddingItem | EmbedderError:
 
 
 async def _embed(items: Sequence[EmbeddingItem]) -> list[Embedding]:
-    return await embed_all(_engine(), items, SETTINGS.request_timeout_s)
+    embeddings = await embed_all(_engine(), items, SETTINGS.request_timeout_s)
+    count_items(len(embeddings), sum(one.num_tokens for one in embeddings))
+    return embeddings
 
 
 def _engine() -> Engine:
@@ -216,9 +262,9 @@ def _route(path: str, method: str) -> Callable[[Handler], Handler]:
             except EmbedderError as error:
                 return _error_response(error)
             except Exception:
-                error_id = uuid.uuid4().hex
-                logger.exception("error %s at %s", error_id, path)
-                return _error_response(EmbedderError(f"internal error {error_id}; the service's log has the reason"))
+                logger.exception("an error of ours at %s", path)
+                text = f"internal error; the service's log has the reason at request {request_id()}"
+                return _error_response(EmbedderError(text))
 
         app.router.routes.append(Route(path, guarded, methods=[method]))
         return handler
@@ -243,6 +289,7 @@ async def embed_items(request: Request) -> Response:
     for outcome in outcomes:
         if isinstance(outcome, EmbedderError) and not isinstance(outcome, errors.OF_AN_ITEM):
             raise outcome  # overload and shutdown concern the request, not the item that met them
+    count_items(len(outcomes), sum(one.num_tokens for one in outcomes if isinstance(one, Embedding)))
     failure = whole_failure(outcomes)
     body = embed_body(parsed, outcomes, _model_name(), SETTINGS.max_input_tokens)
     return _json_response(body, _status(failure) if failure else 200)
@@ -269,7 +316,7 @@ async def embed_cohere(request: Request) -> Response:
 
 @_route("/health", "GET")
 async def health(_: Request) -> Response:
-    if not app.state.service.is_ready:
+    if not app.state.service.__is_ready__():
         raise errors.ShuttingDown("the service is not ready")
     return _json_response(b'{"status":"ready"}')
 
@@ -299,7 +346,7 @@ async def playground(request: Request) -> Response:
 @_route("/openapi.json", "GET")
 @_route("/docs.json", "GET")
 async def openapi(_: Request) -> Response:
-    return _json_response(to_json(openapi_document(SETTINGS, embedder.__version__)))
+    return _json_response(to_json(openapi_document(SETTINGS, embedder.__version__, needs_key=KEYS.are_needed)))
 
 
 async def _answer(request: EmbeddingRequest) -> Response:
@@ -335,4 +382,8 @@ Qwen3VLEmbedding.add_asgi_middleware(  # type: ignore[attr-defined]  # the decor
     Edge,
     max_body_bytes=SETTINGS.max_body_bytes,
     max_values=VALUES_PER_ITEM * SETTINGS.max_items_per_request,
+    keys=KEYS,
+    drain=DRAIN,
+    open_paths=OPEN_PATHS,
+    is_logged=SETTINGS.access_log,
 )

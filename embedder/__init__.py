@@ -25,8 +25,9 @@ The path of an item, one file a step, in order; a step imports only what stands 
 Around it: `checkpoint` finds the model's folder; `engine` owns the queue and the threads; `library` puts a real
 checkpoint behind the engine (`Embedder`); `awaiting` puts items through it from an event loop. `native` (`/embed`),
 `openai` (`/v1`) and `cohere` (`/v2`) translate what those clients send into the same items, with `chat` for the forms
-they share; `openapi` describes the HTTP contract, `edge` guards it, with `values` to count what a body holds; `log`
-keeps callers' bodies out of the log. `playground` is the page to look at, and the pictures that it searches.
+they share; `openapi` describes the HTTP contract, `edge` guards it, with the callers' `keys`, and with `values` to count
+what a body holds; `log` names the request in every line and keeps its body out; `lifecycle` starts and stops all that.
+`playground` is the page to look at, and the pictures that it searches.
 `verify` checks a checkpoint or a running service from outside; `random_checkpoint` writes checkpoints for tests and
 benchmarks; `torchvision_shim` lets torchvision load beside a CPU build of torch.
 """

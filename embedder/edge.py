@@ -1,24 +1,37 @@
-"""The HTTP boundary, around BentoML's app: JSON within limits in, one shape of error out (under /v1 OpenAI's).
+"""The HTTP boundary, around BentoML's app: callers with a key and JSON within limits in, one shape of error out.
 
-BentoML bounds no body, reads forms as well (a malformed one is an error 500), and answers errors of its own in three
-shapes, none of them ours (BentoML 1.4.39).
+BentoML knows no keys, bounds no body, reads forms as well (a malformed one is an error 500), answers errors of its own
+in three shapes, none of them ours, and its page at `/` loads a foreign script (BentoML 1.4.39).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embedder.errors import EmbedderError, RequestTooLarge, UnsupportedContentType
+from embedder.errors import EmbedderError, InvalidKey, RequestTooLarge, ShuttingDown, UnsupportedContentType
+from embedder.keys import Keys
+from embedder.lifecycle import Drain
+from embedder.log import begin_request
 from embedder.openai import openai_error_body
 from embedder.response import error_body, to_json
 from embedder.values import has_more_values
 
+PROBES = frozenset({"/livez", "/healthz", "/readyz", "/health"})
+
+_CLOSE = (b"connection", b"close")
+_REFUSALS: dict[type[EmbedderError], tuple[int, tuple[bytes, bytes]]] = {  # before the body is read, or all of it
+    InvalidKey: (401, (b"www-authenticate", b"Bearer")),
+    RequestTooLarge: (413, _CLOSE),
+    UnsupportedContentType: (415, _CLOSE),
+    ShuttingDown: (503, _CLOSE),
+}
 _CODES = {
     404: "not_found",
     405: "method_not_allowed",
@@ -26,41 +39,90 @@ _CODES = {
     415: "unsupported_content_type",
     503: "not_ready",
 }
+_OF_A_PAGE = [  # that brings no such headers of its own
+    (
+        b"content-security-policy",
+        b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; "
+        b"form-action 'none'; frame-ancestors 'none'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+]
 
 
 class Edge:
-    """ASGI middleware. Reads a request's body whole, counting as it comes, and gives error answers our shape."""
+    """ASGI middleware. Reads a request's body whole, counting as it comes, and gives error answers our shape.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, max_values: int) -> None:
+    Probes and `open_paths` need no key; probes are also answered while the worker drains, and not logged.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        max_values: int,
+        *,
+        keys: Keys,
+        drain: Drain,
+        open_paths: frozenset[str],
+        is_logged: bool,
+    ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
         self.max_values = max_values
+        self.keys = keys
+        self.drain = drain
+        self.open_paths = open_paths | PROBES
+        self.is_logged = is_logged
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answer = _Answer(send, is_openai=scope["path"].startswith("/v1/"))
-        if scope["method"] in ("POST", "PUT", "PATCH"):
-            try:
+        path = scope["path"]
+        log = begin_request(scope["headers"])
+        answer = _Answer(send, log.id, self.drain, is_openai=path.startswith("/v1/"))
+        try:
+            with self.drain.request():
+                await self._pass_on(scope, receive, answer)
+        finally:
+            if self.is_logged and path not in PROBES:
+                log.write(scope["method"], path, answer.status)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        try:
+            self._check(scope)
+            if scope["method"] in ("POST", "PUT", "PATCH"):
                 _check_content_type(scope)
                 body = await _read(receive, self.max_body_bytes)
                 await _check_values(body, self.max_values)
-            except (RequestTooLarge, UnsupportedContentType) as error:
-                await answer.error(413 if isinstance(error, RequestTooLarge) else 415, error)
-                return
-            except ClientDisconnect:  # while sending
-                return
-            receive = _replay(body, receive)
-        await self.app(scope, receive, answer.send)
+                receive = _replay(body, receive)
+        except tuple(_REFUSALS) as error:
+            await answer.refuse(error)
+        except ClientDisconnect:  # while sending
+            return
+        else:
+            await self.app(scope, receive, answer.send)
+
+    def _check(self, scope: Scope) -> None:
+        """Raises `ShuttingDown` and `InvalidKey`."""
+        path = scope["path"]
+        if self.drain.is_draining and path not in PROBES:
+            raise ShuttingDown("the service is shutting down")
+        if path not in self.open_paths and not self.keys.open_for(scope["headers"]):
+            raise InvalidKey("an API key is needed: send yours as `Authorization: Bearer <key>` or as `x-api-key`")
 
 
 class _Answer:
     """Passes an answer on; one that is an error is held until it is whole, and mended where it is not ours."""
 
-    def __init__(self, send: Send, *, is_openai: bool) -> None:
+    def __init__(self, send: Send, request_id: str, drain: Drain, *, is_openai: bool) -> None:
+        self.status: int | None = None
         self._send = send
+        self._request_id = request_id.encode()
+        self._drain = drain
         self._is_openai = is_openai
         self._start: Message = {}
         self._body = b""
@@ -68,7 +130,7 @@ class _Answer:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             if message["status"] < 400:
-                await self._send(message)
+                await self._send_start(message["status"], message.get("headers", ()))
             else:
                 self._start = message
         elif not self._start:
@@ -78,8 +140,9 @@ class _Answer:
             if not message.get("more_body", False):
                 await self._send_error()
 
-    async def error(self, status: int, error: EmbedderError) -> None:
-        self._start = {"type": "http.response.start", "status": status, "headers": [(b"connection", b"close")]}
+    async def refuse(self, error: EmbedderError) -> None:
+        status, header = _REFUSALS[type(error)]
+        self._start = {"type": "http.response.start", "status": status, "headers": [header]}
         self._body = error_body(error)
         await self._send_error()
 
@@ -92,8 +155,24 @@ class _Answer:
         replaced = (b"content-length", b"content-type")
         headers = [(name, value) for name, value in self._start.get("headers", ()) if name.lower() not in replaced]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send_start(status, headers)
         await self._send({"type": "http.response.body", "body": body})
+
+    async def _send_start(self, status: int, given: Iterable[tuple[bytes, bytes]]) -> None:
+        """The head of the answer: nothing of what serves it, the request's id, and how a page is to be treated."""
+        self.status = status
+        headers = [(name, value) for name, value in given if not _tells_the_server(name.lower())]
+        headers.append((b"x-request-id", self._request_id))
+        if self._drain.is_draining and _CLOSE not in headers:
+            headers.append(_CLOSE)
+        fields = {name.lower(): value for name, value in headers}
+        if fields.get(b"content-type", b"").startswith(b"text/html") and b"content-security-policy" not in fields:
+            headers += _OF_A_PAGE
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+def _tells_the_server(header: bytes) -> bool:
+    return header == b"server" or header.startswith(b"x-bentoml-")
 
 
 def _reshape(status: int, body: bytes) -> bytes:
@@ -103,7 +182,12 @@ def _reshape(status: int, body: bytes) -> bytes:
 
 
 def _message(status: int, body: bytes) -> str:
-    """What BentoML's body says: `{"error": .., "detail": [pydantic's errors]}`, `[{"error": ..}]`, or plain text."""
+    """What BentoML's body says: `{"error": .., "detail": [pydantic's errors]}`, `[{"error": ..}]`, or plain text.
+
+    Of a server error nothing: what it says may be of the inside.
+    """
+    if status >= 500:
+        return _phrase(status)
     try:
         fields: Any = json.loads(body)
     except ValueError:
@@ -123,13 +207,14 @@ def _phrase(status: int) -> str:
 
 def _check_content_type(scope: Scope) -> None:
     """Raises `UnsupportedContentType` for a body that says it is something else than JSON, or compressed."""
-    headers = {name.lower(): value for name, value in scope["headers"]}
-    content_type = headers.get(b"content-type", b"application/json").decode("latin-1").split(";")[0].strip().lower()
-    if content_type != "application/json" and not content_type.endswith("+json"):
-        raise UnsupportedContentType(f"content type: got {content_type[:60]}; allowed: application/json")
-    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
-    if encoding not in ("identity", ""):
-        raise UnsupportedContentType(f"content encoding: got {encoding[:60]}; allowed: none")
+    for name, value in scope["headers"]:  # every one: of several BentoML reads the first
+        given = value.decode("latin-1").strip().lower()
+        if name.lower() == b"content-type":
+            content_type = given.split(";")[0].strip()
+            if content_type != "application/json" and not content_type.endswith("+json"):
+                raise UnsupportedContentType(f"content type: got {content_type[:60]}; allowed: application/json")
+        elif name.lower() == b"content-encoding" and given not in ("identity", ""):
+            raise UnsupportedContentType(f"content encoding: got {given[:60]}; allowed: none")
 
 
 async def _read(receive: Receive, max_bytes: int) -> bytes:

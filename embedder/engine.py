@@ -8,6 +8,7 @@ request may span batches.
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 import time
@@ -39,6 +40,7 @@ class _Job:
     item: EmbeddingItem
     model_input: ModelInput
     future: Future[Embedding]
+    context: contextvars.Context  # of the request, for the log
 
 
 class Engine:
@@ -91,7 +93,7 @@ class Engine:
         future.add_done_callback(lambda _: self._release(estimate))
         try:
             pool = self._fetchers if has_url(item) else self._pool
-            pool.submit(self._prepare, item, future, time.monotonic())
+            pool.submit(contextvars.copy_context().run, self._prepare, item, future, time.monotonic())
         except RuntimeError as error:  # `close` came between
             future.cancel()
             raise ShuttingDown("the service is shutting down") from error
@@ -142,8 +144,9 @@ class Engine:
             logger.exception("preprocessing failed")
             _fail(future, _hidden(error))
         else:
+            job = _Job(item, model_input, future, contextvars.copy_context())
             with self._changed:
-                self._scheduler.put(_Job(item, model_input, future), model_input.cost, arrival_s)
+                self._scheduler.put(job, model_input.cost, arrival_s)
                 self._changed.notify_all()
 
     def _drive_device(self) -> None:
@@ -165,7 +168,8 @@ class Engine:
             assert rows.shape == (len(jobs), self.hidden_size)
         except Exception as error:
             if len(jobs) == 1:
-                logger.exception("the forward pass failed for one item of %d tokens", jobs[0].model_input.num_tokens)
+                text = "the forward pass failed for one item of %d tokens"
+                jobs[0].context.run(logger.exception, text, jobs[0].model_input.num_tokens)
                 jobs[0].future.set_exception(_hidden(error))
                 return
             logger.warning("a batch of %d items failed (%s); splitting it", len(jobs), type(error).__name__)
@@ -183,7 +187,7 @@ def _finish(job: _Job, row: NDArray[np.float32]) -> None:
     try:
         vector = finish_vector(row, job.item.dimensions, job.item.normalize)
     except EngineFailed as error:
-        logger.error("%s", error)
+        job.context.run(logger.error, "%s", error)
         job.future.set_exception(error)
     else:
         job.future.set_result(Embedding(vector, job.model_input.num_tokens, job.model_input.num_cut_tokens))

@@ -2,6 +2,7 @@
 
 EmbedderError
     InvalidRequest              the caller changes it          400
+        InvalidKey                                             401
         InvalidMedia
         InputTooLong
         UnsupportedDimensions
@@ -45,6 +46,12 @@ class InvalidRequest(EmbedderError):
     """The request says something that cannot be done; the caller changes it."""
 
     code = "invalid_request"
+
+
+class InvalidKey(InvalidRequest):
+    """No API key came with the request, or none of ours."""
+
+    code = "invalid_api_key"
 
 
 class InvalidMedia(InvalidRequest):

@@ -22,6 +22,7 @@ from embedder.settings import Settings
 
 ERRORS = {
     400: "The request says something that cannot be done; `message` names what was got and what is allowed.",
+    401: "No API key came with the request, or none of the service's.",
     413: "The body, the number of items, or an image is over a limit.",
     415: "The body is not JSON.",
     424: "A URL could not be fetched: what `message` says is for its owner to mend.",
@@ -47,6 +48,11 @@ ANSWERS: tuple[type[BaseModel], ...] = (
     ErrorResponse,
     OpenAIErrorResponse,
 )
+
+KEYS = {  # the ways to send an API key, where the service has such
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
 
 _DATA_URI = f"data:image/png;base64,{EXAMPLE_IMAGE}"
 _QUERY = "Retrieve images or text relevant to the user's query."
@@ -103,7 +109,7 @@ EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {  # bodies by route and name, 
 }
 
 
-def openapi_document(settings: Settings, version: str) -> dict[str, Any]:
+def openapi_document(settings: Settings, version: str, *, needs_key: bool = False) -> dict[str, Any]:
     """The document, with the limits of these settings."""
     return {
         "openapi": "3.1.0",
@@ -125,10 +131,11 @@ def openapi_document(settings: Settings, version: str) -> dict[str, Any]:
             "/embed_images": _post_rows(
                 "/embed_images", "image", "Images, for BentoML clients (adaptive batching)", settings
             ),
-            "/health": _get("/health", "200 once something was embedded for real", {"type": "object"}),
+            "/health": _probe("/health", "200 once something was embedded for real"),
             "/info": _get("/info", "Model, sizes, limits and device", {"type": "object"}),
         },
-        "components": {"schemas": _schemas(settings)},
+        "components": {"schemas": _schemas(settings), "securitySchemes": KEYS},
+        "security": [{name: []} for name in KEYS] if needs_key else [{}],
     }
 
 
@@ -247,8 +254,15 @@ def _operation(path: str, summary: str, body: dict[str, Any], answer: dict[str, 
     }
 
 
+def _probe(path: str, summary: str) -> dict[str, Any]:
+    operation = _get(path, summary, {"type": "object"})["get"]
+    del operation["responses"]["401"]
+    return {"get": {**operation, "security": []}}
+
+
 def _get(path: str, summary: str, schema: dict[str, Any]) -> dict[str, Any]:
-    responses = {"200": _answer(summary, schema), "503": _error(path, ERRORS[503])}
+    refused = {str(status): _error(path, ERRORS[status]) for status in (401, 503)}
+    responses = {"200": _answer(summary, schema), **refused}
     return {"get": {"operationId": _operation_id(path), "summary": summary, "responses": responses}}
 
 

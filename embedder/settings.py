@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 PREFIX = "EMBEDDER_"
 _URL_HOST = r"(https?://)?(\*|(\*\.)?[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
@@ -26,7 +26,7 @@ def available_cores() -> int:
 class Settings(BaseModel):
     """What an operator may choose. Programs give fields; the service reads the variables `EMBEDDER_<FIELD>`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     model: str = Field(
         "",
@@ -77,7 +77,14 @@ class Settings(BaseModel):
     demo_folder: str = Field(
         "", description="Folder of images that the playground searches; empty: with the small model its drawings."
     )
-    access_log: bool = Field(False, description="One log line per request (BentoML's access log).")
+    api_key: SecretStr | None = Field(
+        None, description="Key that callers need, or several with commas between them; empty: none."
+    )
+    api_key_file: str = Field(
+        "", description="File of such keys, one a line, read again when it changes; empty: no file."
+    )
+    access_log: bool = Field(False, description="One log line per request, without its contents.")
+    log_format: Literal["text", "json"] = Field("text", description="`text`, or `json`: one JSON object a line.")
 
     @model_validator(mode="after")
     def _one_item_fits_a_batch(self) -> Self:

@@ -128,7 +128,8 @@ def start_server(folder: Path, *, target: str = ".", cwd: Path = ROOT, **setting
             if httpx.get(f"{server.url}/readyz", timeout=2).status_code == 200:
                 return server
         time.sleep(0.2)
-    process.kill()
+    process.terminate()  # killed, it would leave its worker behind
+    process.wait(60)
     raise AssertionError(f"the service did not become ready:\n{log.read_text()}")
 
 

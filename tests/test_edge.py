@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embedder.edge import Edge
+from embedder.edge import PROBES, Edge
+from embedder.keys import Keys
+from embedder.lifecycle import Drain
+from embedder.settings import Settings
 
 LIMIT, MAX_VALUES = 10, 3
+MADE_ID = re.compile(rb"[0-9a-f]{32}")
+
+
+def edge(app: ASGIApp, *, api_key: str | None = None, drain: Drain | None = None) -> Edge:
+    keys, drain = Keys(Settings(api_key=api_key)), drain or Drain()
+    return Edge(app, LIMIT, MAX_VALUES, keys=keys, drain=drain, open_paths=frozenset({"/page"}), is_logged=False)
 
 
 def call(
@@ -23,6 +33,7 @@ def call(
     method: str = "POST",
     headers: Iterable[tuple[bytes, bytes]] = (),
     kind: str = "http",
+    **options: Any,
 ) -> list[Message]:
     """The messages that a client gets; after those it sends it is gone."""
     sent: list[Message] = []
@@ -35,7 +46,7 @@ def call(
         sent.append(message)
 
     scope = {"type": kind, "path": path, "method": method, "headers": list(headers)}
-    asyncio.run(Edge(app, LIMIT, MAX_VALUES)(scope, receive, send))
+    asyncio.run(edge(app, **options)(scope, receive, send))
     return sent
 
 
@@ -169,6 +180,12 @@ def test_any_other_content_type_is_refused_before_the_app_sees_it(content_type: 
     assert app.calls == 0
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_content_type_of_several_that_is_another_is_refused(order: int) -> None:
+    types = [(b"content-type", b"application/vnd.bentoml+pickle"), (b"content-type", b"application/json")]
+    assert status_and_error(call(Echo(), chunks(b"{}"), headers=types[::order]))[0] == 415
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS"])
 def test_methods_without_a_body_are_not_waited_for(method: str) -> None:
     sent = call(Echo(), method=method, headers=[(b"content-type", b"text/plain")])
@@ -190,20 +207,22 @@ def test_other_protocols_pass_untouched(kind: str) -> None:
 def test_streaming_200_passes_piece_by_piece_untouched() -> None:
     headers = [(b"content-type", b"text/event-stream"), (b"x", b"1"), (b"x", b"2")]
     sent = call(answering(200, b"a", b"", b"b", headers=headers), chunks(b"{}"))
-    assert sent[0] == {"type": "http.response.start", "status": 200, "headers": headers}
+    assert (sent[0]["status"], sent[0]["headers"][:-1]) == (200, headers)
     assert [(one["body"], one["more_body"]) for one in sent[1:]] == [(b"a", True), (b"", True), (b"b", False)]
 
 
 def test_redirect_passes_untouched() -> None:
     sent = call(answering(307, b"", headers=[(b"location", b"/docs")]), method="GET")
-    assert sent[0] == {"type": "http.response.start", "status": 307, "headers": [(b"location", b"/docs")]}
+    assert (sent[0]["status"], sent[0]["headers"][:-1]) == (307, [(b"location", b"/docs")])
 
 
 DETAIL = [{"loc": ["texts", 0], "msg": "Field required"}, {"loc": [], "msg": "no"}]
 SHAPES = {  # status and body of BentoML's own errors (1.4.39), or of anything else -> code and message of ours
     "validation": (400, {"error": "2 errors", "detail": DETAIL}, "invalid_request", "texts: 0: Field required; no"),
     "one error": (400, {"error": "it is wrong"}, "invalid_request", "it is wrong"),
-    "a list": (500, [{"error": "it broke"}], "internal_error", "it broke"),
+    "a list": (400, [{"error": "it is wrong"}], "invalid_request", "it is wrong"),
+    "of the inside": (500, [{"error": "KeyError: 'weights'"}], "internal_error", "Internal Server Error"),
+    "a traceback": (500, b"Traceback (most recent call last)", "internal_error", "Internal Server Error"),
     "an empty list": (500, [], "internal_error", "Internal Server Error"),
     "a number": (400, 5, "invalid_request", "Bad Request"),
     "no fields": (503, {}, "not_ready", "Service Unavailable"),
@@ -261,7 +280,7 @@ def test_error_with_results_behind_it_keeps_them() -> None:
         (
             answering(500, b'[{"error": "it broke"}]'),
             500,
-            {"message": "it broke", "type": "server_error", "param": None, "code": "internal_error"},
+            {"message": "Internal Server Error", "type": "server_error", "param": None, "code": "internal_error"},
         ),
         (
             answering(503, b""),
@@ -300,5 +319,86 @@ def test_app_that_raises_is_the_servers_to_answer(status: int | None) -> None:
 
     scope = {"type": "http", "path": "/", "method": "POST", "headers": []}
     with pytest.raises(RuntimeError, match="it broke"):
-        asyncio.run(Edge(app, LIMIT, MAX_VALUES)(scope, receive, send))
+        asyncio.run(edge(app)(scope, receive, send))
     assert [one["status"] for one in sent] == ([200] if status == 200 else [])
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+@pytest.mark.parametrize(
+    "path", ["/embed", "/v1/embeddings", "/embed_texts", "/metrics", "/", "/page/x", "/livez/", ""]
+)
+def test_without_a_key_nothing_is_read_and_nothing_answered(method: str, path: str) -> None:
+    app, body = Echo(), iter(chunks(b"{}"))
+    sent = call(app, body, path=path, method=method, api_key="one", headers=[(b"authorization", b"Bearer on")])
+    status, error = status_and_error(sent)
+    assert (status, error["code"]) == (401, "invalid_api_key")
+    assert error["type"] == ("invalid_request_error" if path.startswith("/v1") else "invalid_request")
+    assert (b"www-authenticate", b"Bearer") in sent[0]["headers"]
+    assert app.calls == 0
+    assert len(list(body)) == 1
+
+
+@pytest.mark.parametrize("path", [*sorted(PROBES), "/page"])
+def test_probes_and_open_pages_need_no_key(path: str) -> None:
+    assert call(Echo(), path=path, method="GET", api_key="one")[0]["status"] == 200
+
+
+def test_with_a_key_the_app_is_reached() -> None:
+    headers = [(b"authorization", b"Bearer two")]
+    assert call(Echo(), chunks(b"{}"), api_key="one,two", headers=headers)[1]["body"] == b"{}"
+
+
+def test_draining_worker_refuses_new_requests_and_answers_probes() -> None:
+    drain, app = Drain(), Echo()
+    drain.is_draining = True
+    sent = call(app, chunks(b"{}"), path="/v1/embeddings", drain=drain)
+    status, error = status_and_error(sent)
+    assert (status, error["code"], app.calls) == (503, "shutting_down", 0)
+    assert (b"connection", b"close") in sent[0]["headers"]
+    for path in PROBES:
+        sent = call(app, path=path, method="GET", drain=drain)
+        assert sent[0]["status"] == 200
+        assert (b"connection", b"close") in sent[0]["headers"]
+
+
+def id_of(sent: list[Message]) -> bytes:
+    (value,) = [value for name, value in sent[0]["headers"] if name == b"x-request-id"]
+    return bytes(value)
+
+
+@pytest.mark.parametrize("given", [b"a", b"7b1e-4f.x_Y:0", b"x" * 64])
+@pytest.mark.parametrize("path", ["/embed", "/v1/models"])
+def test_sane_request_id_comes_back_on_every_answer(given: bytes, path: str) -> None:
+    for app in (Echo(), answering(404, b"Not Found"), answering(429, OURS)):
+        assert id_of(call(app, path=path, method="GET", headers=[(b"X-Request-Id", given)])) == given
+    assert id_of(call(Echo(), chunks(b"x" * 11), headers=[(b"x-request-id", given)])) == given
+
+
+@pytest.mark.parametrize("given", [b"", b"x" * 65, b"a b", b"a\nb", b"a\r\nset-cookie: x", b"\xc3\xa9", b'"', b"<b>"])
+def test_any_other_request_id_is_replaced(given: bytes) -> None:
+    sent = call(Echo(), method="GET", headers=[(b"x-request-id", given)])
+    assert MADE_ID.fullmatch(id_of(sent))
+
+
+def test_requests_without_an_id_get_one_each() -> None:
+    ids = {id_of(call(Echo(), method="GET")) for _ in range(3)}
+    assert len(ids) == 3
+    assert all(MADE_ID.fullmatch(one) for one in ids)
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_headers_tell_nothing_of_what_serves(status: int) -> None:
+    given = [(b"Server", b"BentoML"), (b"X-BentoML-Request-ID", b"5"), (b"server-timing", b"db"), (b"vary", b"x")]
+    sent = call(answering(status, b"{}", headers=given), method="GET")
+    names = {name.lower() for name, _ in sent[0]["headers"]} - {b"content-type", b"content-length"}
+    assert names == {b"server-timing", b"vary", b"x-request-id"}
+
+
+def test_page_without_a_policy_gets_one_and_another_keeps_its_own() -> None:
+    html = (b"content-type", b"text/html; charset=utf-8")
+    foreign = dict(call(answering(200, b"<p>", headers=[html]), method="GET")[0]["headers"])
+    assert foreign[b"content-security-policy"].startswith(b"default-src 'self'; ")
+    assert b"script-src" not in foreign[b"content-security-policy"]  # so scripts, too, come from here alone
+    assert (foreign[b"x-content-type-options"], foreign[b"x-frame-options"]) == (b"nosniff", b"DENY")
+    own = [html, (b"Content-Security-Policy", b"default-src 'none'")]
+    assert call(answering(200, b"<p>", headers=own), method="GET")[0]["headers"][:-1] == own

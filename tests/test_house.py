@@ -24,7 +24,9 @@ AROUND = {
     "chat": {"errors", "request", "settings"},
     "checkpoint": {"settings", "errors"},
     "cohere": {"chat", "errors", "postprocess", "request", "response", "settings"},
-    "edge": {"errors", "openai", "response", "values"},
+    "edge": {"errors", "keys", "lifecycle", "log", "openai", "response", "values"},
+    "keys": {"settings"},
+    "lifecycle": set(),
     "log": set(),
     "native": {"errors", "postprocess", "request", "response", "settings"},
     "openai": {"chat", "errors", "postprocess", "request", "response", "settings"},
@@ -40,6 +42,7 @@ DOORS = {  # each outside library, and every module that imports it when it runs
     "PIL": {"library", "media", "playground", "verify"},
     "av": {"video"},
     "bentoml": {"log"},  # and service.py
+    "click": {"lifecycle"},
     "flash_attn": {"model"},
     "httpcore": {"fetch"},
     "huggingface_hub": {"checkpoint", "random_checkpoint"},

@@ -49,6 +49,15 @@ def test_document_is_valid_openapi() -> None:
     assert DOCUMENT["info"]["version"] == "1.2.3"
 
 
+def test_keys_are_described_where_they_are_needed() -> None:
+    closed = openapi_document(Settings(), "1", needs_key=True)
+    openapi_spec_validator.validate(closed)
+    assert closed["security"] == [{"bearer": []}, {"header": []}]
+    assert {scheme["type"] for scheme in closed["components"]["securitySchemes"].values()} == {"http", "apiKey"}
+    assert closed["paths"]["/health"]["get"]["security"] == []
+    assert DOCUMENT["security"] == [{}]
+
+
 @pytest.mark.parametrize("path", ROUTES)
 def test_input_takes_a_list_of_at_most_the_settings_number(path: str) -> None:
     options = resolve(body_schema(path)["properties"]["input"])["anyOf"]

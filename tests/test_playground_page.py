@@ -388,3 +388,31 @@ def test_page_fits_every_screen_in_light_and_dark(look: str, page: Page, screens
 def fits(page: Page, width: int) -> None:
     """Nothing but the matrix in its own box is wider than the screen."""
     assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_key_is_asked_for_and_sent_with_everything(
+    chromium: webdriver.Chrome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server(tmp_path, api_key="s3cret", access_log="true")
+    page = Page(chromium, server.url)
+    chromium.get(f"{server.url}/playground")
+    for key, reason in (("wrong", "The service asks for an API key."), ("s3cret", "The service does not take this")):
+        page.wait(lambda reason=reason: page.texts("#key-reason")[0].startswith(reason))
+        page.one("#key").send_keys(key, Keys.ENTER)
+    page.wait(lambda: page.all("#dimensions label"))
+    assert not page.one("#key-form").is_displayed()
+    page.add_text("red")
+    page.add_text("green")
+    page.matrix(2)
+    code = page.code("python")
+    assert "s3cret" not in code + page.code("curl")
+    monkeypatch.setenv("EMBEDDER_API_KEY", "s3cret")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.count("embedding") == 2
+    page.open_search()
+    page.wait(lambda: chromium.execute_script(FIRST_PICTURES_ARE_SEEN), 60)
+    page.open()  # again, in the same tab
+    assert not page.one("#key-form").is_displayed()
+    chromium.get_log("browser")  # type: ignore[no-untyped-call]  # of the refused requests
+    assert server.stop() == 0
+    assert "s3cret" not in server.log.read_text()

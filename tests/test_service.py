@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -175,15 +176,50 @@ def test_get_on_a_post_route_is_405_in_our_shape(client: httpx.Client) -> None:
     assert error(response)["code"] == "method_not_allowed"
 
 
-def test_form_body_is_415_and_pickle_is_not_read(client: httpx.Client) -> None:
-    for path, content_type in (
-        ("/txt/embed", "application/x-www-form-urlencoded"),
-        ("/txt/embed", "application/vnd.bentoml+pickle"),
-        ("/embed_texts", "application/vnd.bentoml+pickle"),
-    ):
-        response = client.post(path, content=b"input=red", headers={"content-type": content_type})
-        assert response.status_code == 415, (path, content_type)
-        assert error(response)["code"] == "unsupported_content_type"
+class WritesAFile:
+    """Unpickled, it does what an attacker would."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("path", ["/txt/embed", "/embed", "/v1/embeddings", "/embed_texts", "/embed_images"])
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "application/vnd.bentoml+pickle",
+        "Application/Vnd.BentoML+Pickle; charset=utf-8",
+        "application/vnd.bentoml+pickle+json",
+        "application/json",
+    ],
+)
+def test_pickle_is_never_read(path: str, content_type: str, client: httpx.Client, tmp_path: Path) -> None:
+    payload = pickle.dumps(WritesAFile(tmp_path / "written"))
+    headers = {"content-type": content_type, "payload-container": "DefaultContainer", "buffer-lengths": ""}
+    response = client.post(path, content=payload, headers=headers)
+    is_json = content_type.endswith("json")
+    assert response.status_code == (400 if is_json else 415)
+    if not path.startswith("/v1/"):
+        assert error(response)["code"] == ("invalid_request" if is_json else "unsupported_content_type")
+    assert not (tmp_path / "written").exists()
+    pickle.loads(payload)
+    assert (tmp_path / "written").exists()  # the payload is a real one
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+@pytest.mark.parametrize(
+    "path", ["/embed", "/v1/embeddings", "/embed_texts", "/info", "/openapi.json", "/playground", "/"]
+)
+def test_no_other_origin_is_let_in_and_nothing_tells_what_serves(method: str, path: str, client: httpx.Client) -> None:
+    headers = {"origin": "https://example.com", "access-control-request-method": "POST"}
+    answer = client.request(method, path, headers=headers, json={"texts": ["red"]} if method == "POST" else None)
+    assert not [name for name in answer.headers if name.startswith(("access-control-", "server", "x-bentoml"))]
+    assert len(answer.headers["x-request-id"]) == 32
 
 
 def test_body_over_the_limit_is_413_even_without_a_content_length(random_checkpoint: Path, tmp_path: Path) -> None:

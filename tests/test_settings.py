@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from embedder.settings import PREFIX, Settings, available_cores
 
@@ -52,12 +52,15 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "revision": "r",
         "demo_folder": "f",
         "url_hosts": "a.com, *.b.com",
+        "api_key": "k",
+        "api_key_file": "f",
+        "log_format": "json",
     }
     given |= {"default_instruction": "Find.", "access_log": "true", "request_timeout_s": "1.5"}
     for name in FIELDS:
         monkeypatch.setenv(f"{PREFIX}{name.upper()}", given.setdefault(name, "4096"))
     settings = Settings.from_environment().model_dump()
-    typed = {"access_log": True, "request_timeout_s": 1.5}
+    typed = {"access_log": True, "request_timeout_s": 1.5, "api_key": SecretStr("k")}
     assert settings == {name: typed.get(name, 4096 if value == "4096" else value) for name, value in given.items()}
 
 

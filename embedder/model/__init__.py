@@ -1,5 +1,6 @@
 """PackedBatch -> hidden states: the forward pass of Qwen3-VL over transformers' weights.
 
+memory        checkpoint folder -> whether its weights can fit the device
 weights       checkpoint folder -> transformers' Qwen3VLModel on the device
 positions     coordinates -> rotary angles and the resampled position grid
 attention     one function over packed sequences, three back ends

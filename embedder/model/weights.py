@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from embedder.errors import ModelUnavailable
+from embedder.model.memory import check_memory
 from embedder.settings import Settings
 from embedder.torchvision_shim import declare_torchvision_operators
 
@@ -38,8 +39,10 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     """Weights in `dtype` on `device`, for inference (`from_pretrained` leaves the model in eval mode).
 
     Keys may or may not carry the prefix of the conditional-generation class. Raises `ModelUnavailable` if files are
-    missing or the checkpoint lacks a weight (transformers would go on with random numbers in its place).
+    missing or the checkpoint lacks a weight (transformers would go on with random numbers in its place), or if they
+    cannot fit the device.
     """
+    check_memory(folder, dtype, device)
     try:
         loaded: Any = Qwen3VLModel.from_pretrained(
             folder, dtype=dtype, device_map={"": device}, output_loading_info=True, local_files_only=True

@@ -37,13 +37,45 @@ function thumb(entry) {
 
 let info = null;
 let dimensions = 0;
+let key = sessionStorage.getItem("key") ?? "";
+let askingForKey = null;
 
 class ServiceError extends Error {}
+
+/** Asks for the service's key; all requests that were refused wait for the same one. */
+function askForKey() {
+  const form = byId("key-form");
+  byId("key-reason").textContent = key ? "The service does not take this API key." : "The service asks for an API key.";
+  form.hidden = false;
+  byId("key").focus();
+  askingForKey ??= new Promise((resolve) => {
+    form.onsubmit = (event) => {
+      event.preventDefault();
+      key = byId("key").value.trim();
+      sessionStorage.setItem("key", key); // gone with the tab
+      byId("key").value = "";
+      form.hidden = true;
+      askingForKey = null;
+      resolve();
+    };
+  });
+  return askingForKey;
+}
+
+/** `fetch` with the key, if one is known; refused for the want of it, it is sent again. */
+async function send(path, options = {}) {
+  const used = key;
+  const headers = { ...options.headers, ...(used && { authorization: `Bearer ${used}` }) };
+  const response = await fetch(path, { ...options, headers });
+  if (response.status !== 401) return response;
+  if (used === key) await askForKey(); // else another request has asked meanwhile
+  return send(path, options);
+}
 
 async function ask(path, options) {
   let response;
   try {
-    response = await fetch(path, options);
+    response = await send(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServiceError("The service cannot be reached. Is it running?");
@@ -411,15 +443,26 @@ function rank() {
 }
 
 function drawResult({ picture, score }, index) {
-  const image = make("img", { src: `playground/${picture.thumbnail}`, alt: "", loading: "lazy", width: 96, height: 96 });
-  let tries = 0; // another worker may not have it yet
-  image.onerror = () => (tries += 1) < 5 && setTimeout(() => (image.src = `${image.src.split("?")[0]}?${tries}`), 1000);
+  const image = make("img", { alt: "", loading: "lazy", width: 96, height: 96 });
+  showThumbnail(image, picture);
   const result = make("li", { className: "result" }, image, make("span", { className: "name", textContent: picture.name, title: picture.name }));
   if (score === undefined) return result;
   const meter = make("meter", { min: 0, max: 1, value: Math.max(0, score), ariaHidden: "true" });
   result.prepend(make("span", { className: "rank", textContent: index + 1 }));
   result.append(make("span", { className: "score" }, meter, make("span", { className: "value", textContent: score.toFixed(3) })));
   return result;
+}
+
+/** Tried again where it fails: another worker may not have it yet. With a key it is fetched here: `img` sends none. */
+async function showThumbnail(image, picture, tries = 0) {
+  image.onerror = () => tries < 5 && setTimeout(() => showThumbnail(image, picture, tries + 1), 1000);
+  const path = `playground/${picture.thumbnail}${tries ? `?${tries}` : ""}`;
+  if (key && !picture.url) {
+    const response = await send(path).catch(() => null);
+    if (!response?.ok) return image.onerror();
+    picture.url = URL.createObjectURL(await response.blob());
+  }
+  image.src = picture.url ?? path;
 }
 
 // --- the same request, to copy
@@ -443,7 +486,8 @@ function curlOf(url, entries, options) {
   const image = (name) => `{"image": "$(base64 < ${path(name)} | tr -d '\\n')"}`;
   const items = entries.map((entry) => `    ${entry.file ? image(entry.name) : plain(entry.text)}`).join(",\n");
   const rest = Object.entries(options).map(([name, value]) => `,\n  "${name}": ${plain(value)}`).join("");
-  return `curl -s '${url}' -H 'content-type: application/json' --data-binary @- <<JSON\n{\n  "items": [\n${items}\n  ]${rest}\n}\nJSON\n`;
+  const auth = key ? ` -H "authorization: Bearer $EMBEDDER_API_KEY"` : "";
+  return `curl -s '${url}' -H 'content-type: application/json'${auth} --data-binary @- <<JSON\n{\n  "items": [\n${items}\n  ]${rest}\n}\nJSON\n`;
 }
 
 function pythonOf(url, entries, options) {
@@ -452,11 +496,12 @@ function pythonOf(url, entries, options) {
   const rest = Object.entries(options).map(([name, value]) => `    "${name}": ${plain(value)},\n`).join("");
   const image = `def image(path):\n    return {"image": base64.b64encode(pathlib.Path(path).read_bytes()).decode()}\n\n\n`;
   const hasImage = entries.some((entry) => entry.file);
+  const auth = key ? `, "authorization": "Bearer " + os.environ["EMBEDDER_API_KEY"]` : "";
   return (
-    `${hasImage ? "import base64\n" : ""}import json\n${hasImage ? "import pathlib\n" : ""}import urllib.request\n\n` +
+    `${hasImage ? "import base64\n" : ""}import json\n${key ? "import os\n" : ""}${hasImage ? "import pathlib\n" : ""}import urllib.request\n\n` +
     (hasImage ? `\n${image}` : "") +
     `body = {\n    "items": [\n${items}    ],\n${rest}}\n` +
-    `request = urllib.request.Request(\n    ${plain(url)},\n    json.dumps(body).encode(),\n    {"content-type": "application/json"},\n)\n` +
+    `request = urllib.request.Request(\n    ${plain(url)},\n    json.dumps(body).encode(),\n    {"content-type": "application/json"${auth}},\n)\n` +
     `for result in json.load(urllib.request.urlopen(request))["results"]:\n    print(result)\n`
   );
 }

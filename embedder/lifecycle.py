@@ -1,0 +1,103 @@
+"""How the service starts and stops, around BentoML's arbiter (the parent process) and its workers.
+
+A start that fails ends the whole service with status 1: BentoML itself would start the worker again every 10 s, for
+ever, while callers hang in the socket. At SIGTERM a worker answers what it has taken before its server is told to stop;
+BentoML's server closes connections at once, also those on which a request is just arriving (BentoML 1.4.39).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_LOOK_S = 1.0
+
+
+class Drain:
+    """The requests that a worker has taken, and whether it takes more."""
+
+    def __init__(self) -> None:
+        self.is_draining = False
+        self._num_requests = 0
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Around one request."""
+        self._num_requests += 1
+        try:
+            yield
+        finally:
+            self._num_requests -= 1
+
+    def begin_at_sigterm(self) -> None:
+        """In the worker's event loop: from now on SIGTERM reaches its server when no request is left."""
+        loop, stop_server = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
+        assert callable(stop_server)
+
+        def drain(signum: int) -> None:
+            if self._num_requests:
+                loop.call_later(_POLL_S, drain, signum)
+            else:
+                stop_server(signum, None)
+
+        def begin(signum: int, _: FrameType | None) -> None:
+            self.is_draining = True
+            loop.call_soon_threadsafe(drain, signum)
+
+        signal.signal(signal.SIGTERM, begin)
+
+
+def end_with_arbiter(arbiter: int) -> None:
+    """In the worker's event loop: SIGTERM to itself once that parent is gone; else it held port and GPU for ever."""
+    loop = asyncio.get_running_loop()
+
+    def look() -> None:
+        if os.getppid() == arbiter:
+            loop.call_later(_LOOK_S, look)
+        else:
+            signal.raise_signal(signal.SIGTERM)
+
+    look()
+
+
+def check_port() -> None:
+    """In the arbiter: raises `ValueError` where the port that `bentoml serve` shall listen on is taken."""
+    command = click.get_current_context(silent=True)  # none where a program serves, which sees the error itself
+    if command is None or command.info_name != "serve":
+        return
+    host, port = command.params["host"], command.params["port"]
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
+
+
+def end_with_workers() -> None:
+    """In the arbiter: when a worker gives up, stop the others and exit with status 1."""
+
+    def stop(_: int, __: FrameType | None) -> None:
+        atexit.register(os._exit, 1)  # the arbiter, once stopped, would end with 0
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGUSR1, stop)
+
+
+def give_up(reason: object) -> NoReturn:
+    """In a worker: say why in one line, and end it and the arbiter."""
+    logger.error("the service does not start: %s", reason)
+    logging.shutdown()
+    os.kill(os.getppid(), signal.SIGUSR1)
+    os._exit(1)

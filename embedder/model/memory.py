@@ -1,0 +1,54 @@
+"""Checkpoint folder -> the memory that its weights need, held against what there is, before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from embedder.errors import ModelUnavailable
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises `ModelUnavailable` where the weights alone, in `dtype`, are more than the device's free memory."""
+    try:
+        needed = weights_bytes(folder, dtype)
+    except (OSError, SafetensorError) as error:
+        raise ModelUnavailable(f"cannot read the weights of {folder}: {error}") from error
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise ModelUnavailable(
+            f"the weights take {needed / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')}; {device} has "
+            f"{free / 2**30:.1f} GiB free. Serve a smaller checkpoint, EMBEDDER_DTYPE=bfloat16, or on a larger device"
+        )
+
+
+def weights_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Bytes of all weights of the folder in `dtype`; reads their shapes alone."""
+    num_values = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            num_values += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no dict
+    return num_values * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a GPU; of the CPU what the system could give, swap included, within the container's limit.
+
+    None where the system does not say.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    if not _MEMINFO.is_file():
+        return None
+    kib = {name: int(value) for name, value in re.findall(r"(\w+): +(\d+) kB", _MEMINFO.read_text(encoding="ascii"))}
+    free = (kib["MemAvailable"] + kib["SwapFree"]) * 1024
+    limit = _CGROUP_LIMIT.read_text(encoding="ascii").strip() if _CGROUP_LIMIT.is_file() else "max"
+    return free if limit == "max" else min(free, int(limit))

@@ -1,0 +1,182 @@
+"""Starts that fail, stops under load, and workers that are killed, with a real `bentoml serve`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import ROOT, Server, start_server, words
+
+NUM_CLIENTS = 6
+
+
+def serve(folder: Path, *options: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """`bentoml serve` that is expected to end by itself."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
+    environment |= {f"EMBEDDER_{name.upper()}": value for name, value in settings.items()}
+    environment |= {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(folder / "bentoml")}
+    command = [str(Path(sys.executable).parent / "bentoml"), "serve", "--host", "127.0.0.1", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+def without_its_end(checkpoint: Path, folder: Path) -> Path:
+    """A copy whose download stopped early."""
+    for path in checkpoint.iterdir():
+        data = path.read_bytes()
+        (folder / path.name).write_bytes(data[:-1000] if path.suffix == ".safetensors" else data)
+    return folder
+
+
+@pytest.mark.parametrize("fault", ["variable", "key file", "model", "port", "device", "weights"])
+def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path, tmp_path: Path) -> None:
+    settings, reason = {"model": str(random_checkpoint), "device": "cpu"}, ""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1] if fault == "port" else 0
+        match fault:
+            case "variable":
+                settings, reason = {"max_itmes": "5"}, "unknown settings: EMBEDDER_MAX_ITMES; known are: "
+            case "key file":
+                settings["api_key_file"] = str(tmp_path / "keys")
+                reason = f"EMBEDDER_API_KEY_FILE='{tmp_path}/keys' cannot be read: No such file or directory"
+            case "model":
+                settings["model"] = "./no-such-folder"
+                reason = "EMBEDDER_MODEL='./no-such-folder' is neither a folder nor a hub id"
+            case "port":
+                reason = f"cannot listen on 127.0.0.1, port {port}: Address already in use"
+            case "device":
+                settings["device"], reason = "cuda:99", "EMBEDDER_DEVICE='cuda:99', but this machine has "
+            case "weights":
+                settings["model"] = str(without_its_end(random_checkpoint, tmp_path))
+                reason = f"cannot read the weights of {tmp_path}: "
+        run = serve(tmp_path, "--port", str(port), **settings)
+    output = run.stdout + run.stderr
+    assert run.returncode == 1, output
+    assert [line for line in output.splitlines() if f"the service does not start: {reason}" in line], output
+    assert "Traceback" not in output
+
+
+@pytest.fixture
+def lone(
+    request: pytest.FixtureRequest, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Server]:
+    """A service of the test's own, with variables the test gives. Whatever becomes of it, it is gone at the end."""
+    for name, value in getattr(request, "param", {}).items():
+        monkeypatch.setenv(name, value)
+    server = start_server(tmp_path, model=str(random_checkpoint), device="cpu", request_timeout_s="200")
+    yield server
+    server.process.kill()  # its worker sees to itself
+    server.process.wait(10)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def under_way(server: Server) -> int:
+    """Requests that the worker has taken and not answered, this question left out."""
+    text = httpx.get(f"{server.url}/metrics", timeout=60).text
+    lines = [line for line in text.splitlines() if line.startswith("bentoml_service_request_in_progress{")]
+    return sum(int(float(line.rpartition(" ")[2])) for line in lines if '"/metrics"' not in line)
+
+
+def long_requests(server: Server, pool: ThreadPoolExecutor) -> list[Future[httpx.Response]]:
+    """Requests of seconds each, all of them in the worker."""
+    bodies = [{"input": [words(1500, 10 * client + index) for index in range(6)]} for client in range(NUM_CLIENTS)]
+    send = [pool.submit(httpx.post, f"{server.url}/txt/embed", json=body, timeout=200) for body in bodies]
+    wait_for(lambda: under_way(server) == NUM_CLIENTS, 60)
+    return send
+
+
+def test_sigterm_lets_what_was_taken_finish_and_refuses_the_rest(lone: Server) -> None:
+    url = f"{lone.url}/v1/embeddings"
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool, httpx.Client(timeout=60) as kept_alive:
+        assert "connection" not in kept_alive.get(f"{lone.url}/readyz").headers
+        taken = long_requests(lone, pool)
+        lone.process.terminate()
+        wait_for(lambda: httpx.get(f"{lone.url}/readyz", timeout=60).status_code == 503, 20)
+        for refused in (
+            kept_alive.post(url, json={"input": "late"}),
+            httpx.post(url, json={"input": "later"}, timeout=60),
+        ):
+            assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+            assert refused.json()["error"]["code"] == "shutting_down"
+        assert httpx.get(f"{lone.url}/livez", timeout=60).status_code == 200
+        assert not any(request.done() for request in taken), "the machine is too fast for this test"
+        for request in taken:
+            assert request.result().status_code == 200
+            assert len(request.result().json()["embedding"]) == 6
+    assert lone.process.wait(60) == 0
+    assert "Traceback" not in lone.log.read_text()
+
+
+def test_sigterm_in_a_crowd_leaves_nobody_waiting(lone: Server) -> None:
+    """Clients that ask again and again: every request is answered, refused with 503, or its connection is closed."""
+
+    def ask_until_refused() -> list[object]:
+        outcomes: list[object] = []
+        with httpx.Client(base_url=lone.url, timeout=60) as client:
+            while outcomes[-1:] in ([], [200]):
+                try:
+                    outcomes.append(client.post("/txt/embed", json={"input": "red"}).status_code)
+                except httpx.TimeoutException:
+                    raise
+                except httpx.TransportError as error:
+                    outcomes.append(error)
+        return outcomes
+
+    with ThreadPoolExecutor(16) as pool:
+        clients = [pool.submit(ask_until_refused) for _ in range(16)]
+        time.sleep(2)
+        lone.process.terminate()
+        last = [client.result()[-1] for client in clients]
+    assert all(outcome == 503 or isinstance(outcome, httpx.TransportError) for outcome in last), last
+    assert lone.process.wait(60) == 0
+
+
+def worker_of(server: Server) -> int:
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    (worker,) = [int(pid) for pid in children if b"_bentoml_impl.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return worker
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lone", [{}, {"BENTOML_CONTAINERIZED": "true"}], ids=["elsewhere", "in a container"], indirect=True
+)
+def test_killed_worker_fails_its_requests_at_once(lone: Server) -> None:
+    """Then BentoML starts another; in a container it ends, for whoever started the container."""
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        taken = long_requests(lone, pool)
+        os.kill(worker_of(lone), signal.SIGKILL)
+        for request in taken:
+            assert isinstance(request.exception(20), httpx.TransportError)
+    if "BENTOML_CONTAINERIZED" in os.environ:
+        assert lone.process.wait(120) == 1
+        return
+    assert httpx.post(f"{lone.url}/txt/embed", json={"input": "red"}, timeout=200).status_code == 200
+    assert lone.stop() == 0
+
+
+@pytest.mark.slow
+def test_worker_whose_arbiter_was_killed_finishes_and_ends(lone: Server) -> None:
+    worker = worker_of(lone)
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        taken = long_requests(lone, pool)
+        lone.process.kill()
+        assert [request.result().status_code for request in taken] == [200] * NUM_CLIENTS
+    wait_for(lambda: not Path(f"/proc/{worker}").exists(), 60)
+    with socket.create_server(("127.0.0.1", httpx.URL(lone.url).port or 0)):  # the port is free again
+        pass

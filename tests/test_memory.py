@@ -1,0 +1,65 @@
+"""Weights that cannot fit are refused before they are loaded; what might fit is tried."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from embedder import Embedder
+from embedder.errors import ModelUnavailable
+from embedder.model import memory
+from embedder.model.memory import check_memory, free_bytes, weights_bytes
+from embedder.model.weights import load_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A system with 3 MiB free and 1 MiB of swap, without a container's limit. Its folder."""
+    (tmp_path / "meminfo").write_text("MemTotal: 9999 kB\nMemAvailable:   3072 kB\nSwapFree:  1024 kB\nHuge: 0\n")
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUP_LIMIT", tmp_path / "limit")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_weights_are_counted_in_the_dtype_they_get(dtype: torch.dtype, size: int, random_checkpoint: Path) -> None:
+    model = load_model(random_checkpoint, dtype, CPU)
+    assert weights_bytes(random_checkpoint, dtype) == size * sum(one.numel() for one in model.parameters())
+
+
+@pytest.mark.parametrize(("limit", "free_mib"), [("max\n", 4), ("2097152\n", 2), ("99999999\n", 4), (None, 4)])
+def test_memory_is_the_systems_within_the_containers_limit(limit: str | None, free_mib: int, system: Path) -> None:
+    if limit:
+        (system / "limit").write_text(limit)
+    assert free_bytes(CPU) == free_mib * 2**20
+
+
+def test_real_system_has_some_and_less_than_a_petabyte() -> None:
+    free = free_bytes(CPU)
+    assert free is None or 2**20 < free < 2**50
+
+
+def test_what_does_not_fit_is_refused_with_both_numbers(system: Path, random_checkpoint: Path) -> None:
+    (system / "limit").write_text("1000")
+    with pytest.raises(ModelUnavailable, match=r"the weights take 0\.0 GiB as float32; cpu has 0\.0 GiB free"):
+        check_memory(random_checkpoint, torch.float32, CPU)
+    with pytest.raises(ModelUnavailable, match="EMBEDDER_DTYPE=bfloat16"):
+        Embedder(random_checkpoint, device="cpu")
+
+
+def test_where_the_system_does_not_say_it_is_tried(system: Path, random_checkpoint: Path) -> None:
+    os.remove(system / "meminfo")
+    check_memory(random_checkpoint, torch.float32, CPU)
+
+
+@pytest.mark.gpu
+def test_gpu_has_memory_and_not_for_everything(random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_memory(random_checkpoint, torch.bfloat16, torch.device("cuda"))
+    monkeypatch.setattr(memory, "weights_bytes", lambda *_: 2**50)
+    with pytest.raises(ModelUnavailable, match="cuda has "):
+        check_memory(random_checkpoint, torch.bfloat16, torch.device("cuda"))
