@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
+import threading
 import time
 import tomllib
 import uuid
@@ -98,7 +100,7 @@ class Qwen3VLEmbedding:
     def __init__(self) -> None:
         share_log()
         worker = (bentoml.server_context.worker_index or 1) - 1
-        self.embedder = embedder.Embedder(settings=SETTINGS, worker=worker)
+        self.embedder = embedder.Embedder(settings=SETTINGS, worker=worker, on_failure=self._end)
         self.collection = Collection(SETTINGS, is_embedded_model=self.embedder.checkpoint.is_embedded)
         self.is_ready = False
         self.started_s = time.time()
@@ -116,6 +118,11 @@ class Qwen3VLEmbedding:
         """Finish what was admitted."""
         self.is_ready = False
         self.embedder.close()
+
+    def _end(self, _: str) -> None:
+        """The device is lost to this process: who waits has been told, and a new process may have it back."""
+        self.is_ready = False
+        threading.Timer(1.0, os._exit, (1,)).start()  # once the answers are out
 
     def __is_ready__(self) -> bool:
         return self.is_ready

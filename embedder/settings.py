@@ -45,6 +45,11 @@ class Settings(BaseModel):
     max_video_frames: int = Field(64, ge=2, description="Frames of one video; of an encoded one that many are sampled.")
     video_timeout_s: float = Field(20.0, gt=0, description="Seconds that decoding one video may take.")
     request_timeout_s: float = Field(60.0, gt=0, description="Seconds a request may take in all (504 after that).")
+    stuck_after_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds one batch may take before its worker ends; empty: 300 on a GPU, no limit on a CPU.",
+    )
     preprocess_threads: int = Field(
         min(16, os.cpu_count() or 1), ge=1, description="Threads that decode, resize and tokenize."
     )

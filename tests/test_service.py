@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from embedder import Embedder
-from tests.conftest import Server, encoded, picture, start_server, words
+from tests.conftest import ROOT, Server, encoded, picture, start_server, words
 
 SAME = 1e-6  # float32, one content on two routes or in two batches
 
@@ -311,3 +311,34 @@ def test_missing_model_stops_the_start_with_one_line(tmp_path: Path) -> None:
         start_server(tmp_path, model="./no-such-folder")
     assert "the service does not start: EMBEDDER_MODEL='./no-such-folder' is neither a folder" in str(failure.value)
     assert "Traceback" not in str(failure.value)
+
+
+LOSES_ITS_DEVICE = """
+from embedder.errors import DeviceFailed
+from embedder.library import Embedder
+from service import Qwen3VLEmbedding as Qwen3VLEmbedding
+
+run_batch = Embedder._run_batch
+
+def lose(self, inputs):
+    if max(one.num_tokens for one in inputs) > 500:
+        raise DeviceFailed("AcceleratorError: CUDA error: device-side assert triggered")
+    return run_batch(self, inputs)
+
+Embedder._run_batch = lose
+"""
+
+
+def test_worker_that_loses_its_device_answers_and_ends(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loses_its_device.py").write_text(LOSES_ITS_DEVICE)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("BENTOML_CONTAINERIZED", "true")  # where BentoML ends with its worker, and a supervisor acts
+    target = "loses_its_device:Qwen3VLEmbedding"
+    server = start_server(tmp_path, target=target, cwd=tmp_path, model=str(random_checkpoint), device="cpu")
+    response = httpx.post(f"{server.url}/txt/embed", json={"input": words(600)}, timeout=30)
+    assert (response.status_code, error(response)["code"]) == (500, "device_failed")
+    assert httpx.get(f"{server.url}/readyz", timeout=5).status_code == 503
+    assert server.process.wait(60) != 0
+    assert "gives up with 1 items waiting: the device failed: AcceleratorError" in server.log.read_text()
