@@ -62,6 +62,7 @@ STATUS: dict[type[EmbedderError], int] = {
     errors.MediaUnavailable: 424,
     errors.Overloaded: 429,
     errors.EngineFailed: 500,
+    errors.DeviceFailed: 500,
     errors.ShuttingDown: 503,
     errors.DeadlineExceeded: 504,
 }

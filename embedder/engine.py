@@ -1,8 +1,8 @@
 """Owns the queue and the threads; calls the steps in order, computes nothing itself.
 
-A pool of threads preprocesses items as they come (decoding, resizing and tokenizing release the GIL); one thread
-drives the device, taking from the scheduler whatever waits each time the device is free. Every item has a future of
-its own: it fails alone, and a request may span batches.
+Threads preprocess items (decoding, resizing and tokenizing release the GIL); one thread drives the device, taking
+whatever waits each time the device is free. Both take from a `Scheduler`, so that a large request holds up others in
+neither place. Every item has a future of its own: it fails alone, and a request may span batches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +23,7 @@ from embedder.errors import DeviceFailed, DeviceOutOfMemory, EmbedderError, Engi
 from embedder.postprocess import Embedding, check_dimensions, finish_vector
 from embedder.preprocess import ModelInput
 from embedder.request import EmbeddingItem, Image, Text, Video
-from embedder.scheduler import Scheduler
+from embedder.scheduler import Rate, Scheduler
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -31,12 +31,17 @@ logger = logging.getLogger(__name__)
 Preprocess = Callable[[EmbeddingItem], ModelInput]
 RunBatch = Callable[[list[ModelInput]], NDArray[np.float32]]
 
+# Of preprocessing: a picture (300 tokens) is overtaken by texts that come up to 0.3 s later, and 1000 of those cost it
+# about as long
+SECONDS_PER_ESTIMATED_TOKEN = 0.001
+
 
 @dataclass(eq=False)
 class _Job:
     """One item on its way. `num_tokens` were admitted for it; `model_input` is there once it was preprocessed."""
 
     item: EmbeddingItem
+    request: object
     num_tokens: int
     future: Future[Embedding] = field(default_factory=Future)
     model_input: ModelInput = field(init=False)
@@ -68,17 +73,25 @@ class Engine:
         self._run_batch = run_batch
         self._stuck_after_s = stuck_after_s
         self._on_failure = on_failure
-        self._scheduler: Scheduler[_Job] = Scheduler(settings.max_batch_tokens)
-        self._changed = threading.Condition()  # guards all that follows
+        self._lock = threading.RLock()  # guards all that follows
+        self._has_items = threading.Condition(self._lock)
+        self._has_inputs = threading.Condition(self._lock)
+        self._has_room = threading.Condition(self._lock)
+        self._items: Scheduler[_Job] = Scheduler(0, SECONDS_PER_ESTIMATED_TOKEN)  # to be preprocessed, one at a time
+        self._inputs: Scheduler[_Job] = Scheduler(settings.max_batch_tokens, 0.0002)
         self._pending: set[_Job] = set()  # whoever takes a job out answers its future
         self._pending_tokens = 0
-        self._tokens_per_s = 1000.0
+        self._device_rate = Rate(self._inputs.seconds_per_token)
+        self._answer_rate = Rate(0.001)
+        self._answered_at_s = 0.0  # the last answer, or when there began to be something to answer
         self._batch_since_s = math.inf  # when the batch on the device began
         self._is_closed = False
-        self._is_over = False  # nothing will be put into the scheduler any more
-        self._pool = ThreadPoolExecutor(settings.preprocess_threads, thread_name_prefix="preprocess")
-        self._thread = threading.Thread(target=self._drive_device, name="engine", daemon=True)
-        self._thread.start()
+        self._is_over = False
+        names = [f"preprocess-{number}" for number in range(settings.preprocess_threads)]
+        self._threads = [threading.Thread(target=self._prepare_items, name=name, daemon=True) for name in names]
+        self._threads.append(threading.Thread(target=self._drive_device, name="engine", daemon=True))
+        for thread in self._threads:
+            thread.start()
         if stuck_after_s < math.inf:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -87,40 +100,49 @@ class Engine:
         """Estimated tokens of all items that were admitted and have no answer yet."""
         return self._pending_tokens
 
-    def submit(self, item: EmbeddingItem, *, wait: bool = False) -> Future[Embedding]:
+    def submit(self, item: EmbeddingItem, *, request: object = None, wait: bool = False) -> Future[Embedding]:
         """Admit one item. The future gives its Embedding or raises an `EmbedderError`; cancelling it frees the place.
 
+        Items with the same `request` (any hashable; None: the item is one of its own) share one place in the queues.
         Raises at once: `UnsupportedDimensions`, `ShuttingDown`, `DeviceFailed`, and `Overloaded` where the queue is
         full, unless `wait`: then it blocks until there is room.
         """
         check_dimensions(item.dimensions, self.hidden_size)
-        job = _Job(item, _estimated_tokens(item))
-        with self._changed:
+        job = _Job(item, object() if request is None else request, _estimated_tokens(item))
+        with self._lock:
             self._admit(job.num_tokens, wait)
+            now_s = time.monotonic()
+            if not self._pending:
+                self._answered_at_s = now_s
             self._pending.add(job)
             self._pending_tokens += job.num_tokens
-            self._pool.submit(self._prepare, job, time.monotonic())
+            self._items.put(job, job.num_tokens, job.request, now_s)
+            self._has_items.notify()
         job.future.add_done_callback(lambda _: self._answer(job, None))
         return job.future
 
     def close(self) -> None:
         """Finish what was admitted, take nothing more, end the threads."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._pending)
-            self._is_over = True
-            self._changed.notify_all()
+            self._has_room.notify_all()
+            self._has_room.wait_for(lambda: not self._pending)
+            self._end()
         if not self.failure:  # a thread that failed may hang for ever
-            self._pool.shutdown()
-            self._thread.join()
+            for thread in self._threads:
+                thread.join()
+
+    def _end(self) -> None:
+        self._is_closed = self._is_over = True
+        for condition in (self._has_items, self._has_inputs, self._has_room):
+            condition.notify_all()
 
     def _admit(self, num_tokens: int, wait: bool) -> None:
         def has_room() -> bool:
             return not self._pending or self._pending_tokens + num_tokens <= self.settings.max_queued_tokens
 
         if wait:
-            self._changed.wait_for(lambda: has_room() or self._is_closed)
+            self._has_room.wait_for(lambda: has_room() or self._is_closed)
         if self.failure:
             raise _lost()
         if self._is_closed:
@@ -128,17 +150,21 @@ class Engine:
         if not has_room():
             raise Overloaded(
                 f"{self._pending_tokens} tokens wait; allowed: up to {self.settings.max_queued_tokens}",
-                retry_after_s=max(1.0, self._pending_tokens / self._tokens_per_s),
+                retry_after_s=max(1.0, self._pending_tokens * self._answer_rate.seconds_per_token),
             )
 
     def _answer(self, job: _Job, outcome: Embedding | EmbedderError | None) -> None:
         """Free the job's place and answer it, once: of several answers the first counts. None: it was cancelled."""
-        with self._changed:
+        with self._lock:
             if job not in self._pending:
                 return
             self._pending.remove(job)
             self._pending_tokens -= job.num_tokens
-            self._changed.notify_all()
+            _ = self._items.discard(job) or self._inputs.discard(job)
+            now_s = time.monotonic()
+            self._answer_rate.add(job.num_tokens if outcome else 0, now_s - self._answered_at_s)
+            self._answered_at_s = now_s
+            self._has_room.notify_all()
         if not job.future.set_running_or_notify_cancel():
             return
         if isinstance(outcome, Embedding):
@@ -146,21 +172,30 @@ class Engine:
         else:
             job.future.set_exception(outcome)
 
-    def _prepare(self, job: _Job, arrival_s: float) -> None:
-        """One item's preprocessing, in a thread of the pool."""
-        if job.future.cancelled():
-            return
-        try:
-            job.model_input = self._preprocess(job.item)
-        except EmbedderError as error:
-            self._answer(job, error)
-        except BaseException as error:  # a panic in a library written in Rust is no Exception
-            logger.exception("preprocessing failed")
-            self._answer(job, _hidden(error))
-        else:
-            with self._changed:
-                self._scheduler.put(job, job.model_input.cost, arrival_s)
-                self._changed.notify_all()
+    def _prepare_items(self) -> None:
+        """One of the threads that preprocess."""
+        while job := self._next_item():
+            try:
+                job.model_input = self._preprocess(job.item)
+            except EmbedderError as error:
+                self._answer(job, error)
+            except BaseException as error:  # a panic in a library written in Rust is no Exception
+                logger.exception("preprocessing failed")
+                self._answer(job, _hidden(error))
+            else:
+                self._put_input(job)
+
+    def _next_item(self) -> _Job | None:
+        """Waits for work. None when it is over."""
+        with self._lock:
+            self._has_items.wait_for(lambda: len(self._items) or self._is_over)
+            return next(iter(self._items.take(time.monotonic())), None)
+
+    def _put_input(self, job: _Job) -> None:
+        with self._lock:
+            if job in self._pending:  # otherwise it was given up in the meantime
+                self._inputs.put(job, job.model_input.cost, job.request, time.monotonic())
+                self._has_inputs.notify()
 
     def _drive_device(self) -> None:
         try:
@@ -174,9 +209,9 @@ class Engine:
 
     def _next_batch(self) -> list[_Job]:
         """Waits for work. Empty when it is over."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._scheduler) or self._is_over)
-            return [] if self.failure else self._scheduler.take()
+        with self._lock:
+            self._has_inputs.wait_for(lambda: len(self._inputs) or self._is_over)
+            return self._inputs.take(time.monotonic())
 
     def _run(self, jobs: list[_Job]) -> None:
         """One batch. If it fails it is split, until whoever spoils it fails alone."""
@@ -211,15 +246,15 @@ class Engine:
         finally:
             self._batch_since_s = math.inf
         assert rows.shape == (len(jobs), self.hidden_size)
-        num_tokens = sum(job.model_input.cost for job in jobs)
-        self._tokens_per_s += 0.2 * (num_tokens / max(time.monotonic() - start_s, 1e-6) - self._tokens_per_s)
+        self._device_rate.add(sum(job.model_input.cost for job in jobs), time.monotonic() - start_s)
+        self._inputs.seconds_per_token = self._device_rate.seconds_per_token
         return rows
 
     def _learn_limit(self, jobs: list[_Job]) -> None:
         """From a batch that did not fit: from now on batches are half as large, for as long as the process lives."""
         limit = sum(job.model_input.cost for job in jobs) // 2
-        if limit < self._scheduler.max_batch_tokens:
-            self._scheduler.max_batch_tokens = limit
+        if limit < self._inputs.max_batch_tokens:
+            self._inputs.max_batch_tokens = limit
             logger.warning("the device's memory is full: batches have at most %d tokens from now on", limit)
 
     def _finish(self, job: _Job, row: NDArray[np.float32]) -> None:
@@ -241,15 +276,13 @@ class Engine:
 
     def _give_up(self, reason: str) -> None:
         """Nothing more will be embedded: everybody who waits is told."""
-        with self._changed:
+        with self._lock:
             if self.failure:
                 return
             self.failure = reason
-            self._is_closed = self._is_over = True
             jobs = list(self._pending)
-            self._changed.notify_all()
+            self._end()
         logger.critical("the engine gives up with %d items waiting: %s", len(jobs), reason)
-        self._pool.shutdown(wait=False, cancel_futures=True)
         for job in jobs:
             self._answer(job, _lost())
         if self._on_failure:

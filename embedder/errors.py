@@ -14,7 +14,7 @@ EmbedderError
     ShuttingDown                the caller asks another one    503
     EngineFailed                we act                         500
         DeviceOutOfMemory
-        DeviceFailed
+    DeviceFailed                we act                         500
     ModelUnavailable            the operator acts              the service does not start
 """
 
@@ -125,7 +125,7 @@ class DeviceOutOfMemory(EngineFailed):
     code = "device_out_of_memory"
 
 
-class DeviceFailed(EngineFailed):
+class DeviceFailed(EmbedderError):
     """The device is lost to this process, or does not answer: every item that waited fails, and the worker ends."""
 
     code = "device_failed"

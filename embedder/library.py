@@ -96,10 +96,12 @@ class Embedder:
         `EmbedderError`, with its index.
         """
         futures: list[Future[Embedding]] = []
+        request = object()
         try:
             for index, item in enumerate(items):
                 with of_item(index):
-                    futures.append(self.engine.submit(_to_item(item, instruction, dimensions), wait=True))
+                    one = _to_item(item, instruction, dimensions)
+                    futures.append(self.engine.submit(one, request=request, wait=True))
             vectors = []
             for index, future in enumerate(futures):
                 with of_item(index):

@@ -35,17 +35,23 @@ HIDDEN_SIZE = 8
 class FakeModel:
     """Counts batches; can be told to wait, to fail on a poisoned item, or to give something that is not a number.
 
-    `capacity`: how many characters fit its memory together. `is_entered`: a batch was begun.
+    `capacity`: how many characters fit its memory together. `is_entered`: a batch was begun. `preprocessed`: the
+    texts, in order.
     """
 
     gate: threading.Event = field(default_factory=threading.Event)
     is_entered: threading.Event = field(default_factory=threading.Event)
     batches: list[int] = field(default_factory=list)
     capacity: int = 1_000_000
+    seconds_per_item: float = 0.0
+    preprocessed: list[str] = field(default_factory=list)
 
     def preprocess(self, item: EmbeddingItem) -> ModelInput:
         (part,) = item.parts
         assert isinstance(part, Text)
+        if part.text == "slow":
+            self.gate.wait(timeout=30)
+        self.preprocessed.append(part.text)
         if part.text == "malformed":
             raise InvalidRequest("malformed")
         if part.text == "bug":
@@ -59,6 +65,7 @@ class FakeModel:
         self.is_entered.set()
         self.gate.wait(timeout=30)
         self.batches.append(len(inputs))
+        time.sleep(self.seconds_per_item * len(inputs))
         if sum(one.num_tokens for one in inputs) > self.capacity:
             raise DeviceOutOfMemory("full")
         texts = [bytes(one.input_ids.astype(np.uint8)).decode() for one in inputs]
@@ -91,7 +98,7 @@ def held_back(engine: Engine, model: FakeModel, texts: list[str]) -> list[Future
     assert model.is_entered.wait(10)
     futures = [engine.submit(item(text)) for text in texts]
     deadline = time.monotonic() + 10
-    while len(engine._scheduler) < len(texts) and time.monotonic() < deadline:
+    while len(engine._inputs) < len(texts) and time.monotonic() < deadline:
         time.sleep(0.001)
     model.gate.set()
     wait([holder], timeout=10)
@@ -130,6 +137,24 @@ def test_items_that_wait_while_the_device_is_busy_run_together(engine: Engine, m
     model.gate.set()
     wait([first, *others], timeout=10)
     assert model.batches == [1, 20]
+
+
+def test_large_request_holds_up_nobody_in_either_queue(model: FakeModel) -> None:
+    settings = Settings(preprocess_threads=1, max_batch_tokens=64, max_input_tokens=64)
+    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, settings)
+    model.gate.clear()
+    slow = engine.submit(item("slow"))
+    bulk = [engine.submit(item(f"{index:50}"), request="bulk") for index in range(100)]
+    query = engine.submit(item("query"))
+    model.gate.set()
+    done: list[int] = []
+    for future in bulk:
+        future.add_done_callback(lambda _: done.append(1))
+    query.add_done_callback(lambda _: done.append(100))
+    wait([slow, query, *bulk], timeout=10)
+    assert model.preprocessed.index("query") <= 3
+    assert done.index(100) <= 6  # behind those of the bulk request that were through before it
+    engine.close()
 
 
 def test_malformed_item_fails_alone(engine: Engine) -> None:
@@ -234,10 +259,10 @@ def test_device_that_hangs_is_given_up(model: FakeModel) -> None:
 
 
 def test_bug_in_the_engines_thread_leaves_nobody_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> None:
+    def broken(_: float) -> None:
         raise KeyError("a bug of ours")
 
-    monkeypatch.setattr(engine._scheduler, "take", broken)
+    monkeypatch.setattr(engine._inputs, "take", broken)
     with pytest.raises(DeviceFailed):
         engine.submit(item("text")).result(10)
     assert engine.failure == "a bug ended the engine's thread"
@@ -274,6 +299,18 @@ def test_full_queue_refuses_with_a_time_to_come_back(engine: Engine, model: Fake
     wait(futures, timeout=10)
     assert engine.pending_tokens == 0
     assert engine.submit(item("next")).result(10).num_tokens == 4
+
+
+def test_time_to_come_back_is_near_the_truth(engine: Engine, model: FakeModel) -> None:
+    """A device of 0.2 s an item, and a queue of 14 items: it has drained after 2.8 s."""
+    model.seconds_per_item = 0.2
+    engine.submit(item("warm")).result(10)
+    futures = [engine.submit(item("x" * 1000), wait=True) for _ in range(20)]
+    with pytest.raises(Overloaded) as refusal:
+        engine.submit(item("x" * 1000))
+    start_s = time.monotonic()
+    wait(futures, timeout=20)
+    assert refusal.value.retry_after_s == pytest.approx(time.monotonic() - start_s, rel=0.3)
 
 
 def test_waiting_submit_goes_on_when_there_is_room(engine: Engine, model: FakeModel) -> None:

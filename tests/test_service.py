@@ -338,7 +338,8 @@ def test_worker_that_loses_its_device_answers_and_ends(
     target = "loses_its_device:Qwen3VLEmbedding"
     server = start_server(tmp_path, target=target, cwd=tmp_path, model=str(random_checkpoint), device="cpu")
     response = httpx.post(f"{server.url}/txt/embed", json={"input": words(600)}, timeout=30)
-    assert (response.status_code, error(response)["code"]) == (500, "device_failed")
+    body = error(response)
+    assert (response.status_code, body["code"], body["item"]) == (500, "device_failed", None)
     assert httpx.get(f"{server.url}/readyz", timeout=5).status_code == 503
     assert server.process.wait(60) != 0
     assert "gives up with 1 items waiting: the device failed: AcceleratorError" in server.log.read_text()
