@@ -224,14 +224,15 @@ async def embed_items(request: Request) -> Response:
             raise outcome  # overload and shutdown concern the request, not the item that met them
     failure = whole_failure(outcomes)
     body = embed_body(parsed, outcomes, _model_name(), SETTINGS.max_input_tokens)
-    return _json_response(body, _status(failure) if failure else 200)
+    return _json_response(body, _status(failure) if failure else 200, _cache_headers(outcomes))
 
 
 @_route("/v1/embeddings", "POST")
 async def embed_openai(request: Request) -> Response:
     parsed = parse_embeddings(await request.body(), SETTINGS)
     embeddings = await _embed(parsed.items)
-    return _json_response(embeddings_body(parsed, embeddings, _model_name(), SETTINGS.max_input_tokens))
+    body = embeddings_body(parsed, embeddings, _model_name(), SETTINGS.max_input_tokens)
+    return _json_response(body, headers=_cache_headers(embeddings))
 
 
 @_route("/v1/models", "GET")
@@ -243,7 +244,9 @@ async def list_models(_: Request) -> Response:
 async def embed_cohere(request: Request) -> Response:
     parsed = parse_cohere(await request.body(), SETTINGS)
     embeddings = await _embed(parsed.items)
-    return _json_response(cohere_body(parsed, embeddings, SETTINGS.max_input_tokens))
+    return _json_response(
+        cohere_body(parsed, embeddings, SETTINGS.max_input_tokens), headers=_cache_headers(embeddings)
+    )
 
 
 @_route("/health", "GET")
@@ -283,7 +286,8 @@ async def openapi(_: Request) -> Response:
 
 async def _answer(request: EmbeddingRequest) -> Response:
     embeddings = await _embed(request.items)
-    return _json_response(embedding_body(request, embeddings, _model_name(), SETTINGS.max_input_tokens))
+    body = embedding_body(request, embeddings, _model_name(), SETTINGS.max_input_tokens)
+    return _json_response(body, headers=_cache_headers(embeddings))
 
 
 def _model_name() -> str:
@@ -293,6 +297,14 @@ def _model_name() -> str:
 
 def _json_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(body, status, headers, media_type="application/json")
+
+
+def _cache_headers(outcomes: Sequence[Embedding | EmbedderError]) -> dict[str, str] | None:
+    """How many items of the answer were not computed for it; None where nothing is cached."""
+    if not SETTINGS.cache_bytes:
+        return None
+    num_hits = sum(isinstance(outcome, Embedding) and outcome.is_cached for outcome in outcomes)
+    return {"x-embedding-cache": f"hits={num_hits}"}
 
 
 def _file_response(file: tuple[bytes, str] | None) -> Response:

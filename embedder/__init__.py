@@ -13,6 +13,7 @@ The path of an item, one file a step, in order; a step imports only what stands 
     video               an item's clips -> sampled frames and their times, likewise
     prompt              instruction and parts -> the chat text the model was trained on
     preprocess          text and pixels -> ModelInput: token ids, positions, patches, cost
+    cache               content that was embedded before -> its row, if that is wanted
     scheduler           waiting ModelInputs -> which go next, under the token budget
     packing             those -> PackedBatch on the device, one row without padding
     model/              PackedBatch -> the last token's hidden state of each item

@@ -12,13 +12,14 @@ import math
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from embedder.cache import Twins, VectorCache, content_key
 from embedder.errors import DeviceFailed, DeviceOutOfMemory, EmbedderError, EngineFailed, Overloaded, ShuttingDown
 from embedder.postprocess import Embedding, check_dimensions, finish_vector
 from embedder.preprocess import ModelInput
@@ -38,13 +39,17 @@ SECONDS_PER_ESTIMATED_TOKEN = 0.001
 
 @dataclass(eq=False)
 class _Job:
-    """One item on its way. `num_tokens` were admitted for it; `model_input` is there once it was preprocessed."""
+    """One item on its way. `num_tokens` were admitted for it; `model_input` is there once it was preprocessed.
+
+    `key`: what the vector depends on, where vectors are cached; otherwise the job is like no other.
+    """
 
     item: EmbeddingItem
     request: object
     num_tokens: int
     future: Future[Embedding] = field(default_factory=Future)
     model_input: ModelInput = field(init=False)
+    key: Hashable = field(default_factory=object)
 
 
 class Engine:
@@ -54,6 +59,9 @@ class Engine:
     into pooled rows, (num_items, hidden_size) float32, in one thread; it raises `DeviceOutOfMemory` where they do not
     fit, and `DeviceFailed` where the device is lost. In that case, where a batch takes longer than `stuck_after_s`, and
     after a bug of ours, whatever waits fails, `failure` says why, and `on_failure` is called with it, once.
+
+    With `settings.cache_bytes` rows are kept in `cache`, and equal items that wait together are computed once;
+    `num_cache_hits` counts the items that were not computed.
     """
 
     def __init__(
@@ -79,6 +87,9 @@ class Engine:
         self._has_room = threading.Condition(self._lock)
         self._items: Scheduler[_Job] = Scheduler(0, SECONDS_PER_ESTIMATED_TOKEN)  # to be preprocessed, one at a time
         self._inputs: Scheduler[_Job] = Scheduler(settings.max_batch_tokens, 0.0002)
+        self.cache = VectorCache(settings.cache_bytes)
+        self.num_cache_hits = 0
+        self._twins: Twins[_Job] = Twins()
         self._pending: set[_Job] = set()  # whoever takes a job out answers its future
         self._pending_tokens = 0
         self._device_rate = Rate(self._inputs.seconds_per_token)
@@ -161,6 +172,7 @@ class Engine:
             self._pending.remove(job)
             self._pending_tokens -= job.num_tokens
             _ = self._items.discard(job) or self._inputs.discard(job)
+            self._twins.remove(job.key, job)
             now_s = time.monotonic()
             self._answer_rate.add(job.num_tokens if outcome else 0, now_s - self._answered_at_s)
             self._answered_at_s = now_s
@@ -177,6 +189,8 @@ class Engine:
         while job := self._next_item():
             try:
                 job.model_input = self._preprocess(job.item)
+                if self.settings.cache_bytes:
+                    job.key = content_key(job.model_input)
             except EmbedderError as error:
                 self._answer(job, error)
             except BaseException as error:  # a panic in a library written in Rust is no Exception
@@ -193,9 +207,16 @@ class Engine:
 
     def _put_input(self, job: _Job) -> None:
         with self._lock:
-            if job in self._pending:  # otherwise it was given up in the meantime
-                self._inputs.put(job, job.model_input.cost, job.request, time.monotonic())
-                self._has_inputs.notify()
+            if job not in self._pending:  # given up in the meantime
+                return
+            row = self.cache.get(job.key)
+            if row is None:
+                if self._twins.add(job.key, job):
+                    self._inputs.put(job, job.model_input.cost, job.request, time.monotonic())
+                    self._has_inputs.notify()
+                return
+            self.num_cache_hits += 1
+        self._answer_row(job, row, is_cached=True)
 
     def _drive_device(self) -> None:
         try:
@@ -211,11 +232,11 @@ class Engine:
         """Waits for work. Empty when it is over."""
         with self._lock:
             self._has_inputs.wait_for(lambda: len(self._inputs) or self._is_over)
-            return self._inputs.take(time.monotonic())
+            return [job for job in self._inputs.take(time.monotonic()) if self._twins.start(job.key, job)]
 
     def _run(self, jobs: list[_Job]) -> None:
         """One batch. If it fails it is split, until whoever spoils it fails alone."""
-        jobs = [job for job in jobs if job in self._pending]
+        jobs = [job for job in jobs if self._is_wanted(job)]
         if not jobs:
             return
         try:
@@ -226,7 +247,10 @@ class Engine:
             traceback.clear_frames(error.__traceback__)  # or what they hold would be there while the halves run
             if len(jobs) == 1:
                 logger.exception("the forward pass failed for one item of %d tokens", jobs[0].model_input.num_tokens)
-                self._answer(jobs[0], _of_one_item(error, jobs[0]))
+                with self._lock:
+                    twins = self._twins.finish(jobs[0].key)
+                for job in (jobs[0], *twins):
+                    self._answer(job, _of_one_item(error, job))
                 return
             logger.warning("a batch of %d items failed (%s); splitting it", len(jobs), type(error).__name__)
             if isinstance(error, DeviceOutOfMemory):
@@ -238,6 +262,14 @@ class Engine:
         middle = len(jobs) // 2
         self._run(jobs[:middle])
         self._run(jobs[middle:])
+
+    def _is_wanted(self, job: _Job) -> bool:
+        """False if it was given up, and nobody else waits for the same content."""
+        with self._lock:
+            if job in self._pending or self._twins.is_awaited(job.key):
+                return True
+            self._twins.finish(job.key)
+            return False
 
     def _timed_rows(self, jobs: list[_Job]) -> NDArray[np.float32]:
         self._batch_since_s = start_s = time.monotonic()
@@ -258,13 +290,23 @@ class Engine:
             logger.warning("the device's memory is full: batches have at most %d tokens from now on", limit)
 
     def _finish(self, job: _Job, row: NDArray[np.float32]) -> None:
+        with self._lock:
+            self.cache.put(job.key, row)
+            twins = self._twins.finish(job.key)
+            self.num_cache_hits += len(twins)
+        self._answer_row(job, row, is_cached=False)
+        for twin in twins:
+            self._answer_row(twin, row, is_cached=True)
+
+    def _answer_row(self, job: _Job, row: NDArray[np.float32], *, is_cached: bool) -> None:
         try:
             vector = finish_vector(row, job.item.dimensions, job.item.normalize)
         except EngineFailed as error:
             logger.error("%s", error)
             self._answer(job, error)
         else:
-            self._answer(job, Embedding(vector, job.model_input.num_tokens, job.model_input.num_cut_tokens))
+            model_input = job.model_input
+            self._answer(job, Embedding(vector, model_input.num_tokens, model_input.num_cut_tokens, is_cached))
 
     def _watch(self) -> None:
         """A batch that takes too long will not end: the thread that waits for it is given up."""

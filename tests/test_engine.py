@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from embedder.awaiting import embed_all
 from embedder.engine import Engine
 from embedder.errors import (
+    DeadlineExceeded,
     DeviceFailed,
     DeviceOutOfMemory,
     EngineFailed,
@@ -86,7 +90,7 @@ def unit(text: str) -> NDArray[np.float32]:
     return row(text) / np.linalg.norm(row(text))
 
 
-def item(text: str, **options: int) -> EmbeddingItem:
+def item(text: str, **options: Any) -> EmbeddingItem:
     return EmbeddingItem((Text(text),), **options)
 
 
@@ -329,6 +333,23 @@ def test_failed_and_cancelled_items_free_their_place(engine: Engine, model: Fake
     wait(futures, timeout=10)
     engine.submit(item("last")).result(10)
     assert engine.pending_tokens == 0
+
+
+def test_deadline_empties_both_queues_at_once(model: FakeModel) -> None:
+    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, Settings(preprocess_threads=1))
+    model.gate.clear()
+    on_the_device = engine.submit(item("device"))
+    assert model.is_entered.wait(10)
+    texts = ["preprocessed", "slow", "not yet", "nor this"]
+    with pytest.raises(DeadlineExceeded, match=r"^not done after 0.5 s"):
+        asyncio.run(embed_all(engine, [item(text) for text in texts], 0.5))
+    assert (len(engine._items), len(engine._inputs)) == (0, 0)
+    assert engine.pending_tokens == 31  # of "device"
+    model.gate.set()
+    assert on_the_device.result(10).num_tokens == 6
+    engine.close()
+    assert model.preprocessed == ["device", "preprocessed", "slow"]
+    assert model.batches == [1]
 
 
 def test_close_finishes_what_was_admitted_and_refuses_the_rest(model: FakeModel) -> None:

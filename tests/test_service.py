@@ -313,6 +313,24 @@ def test_missing_model_stops_the_start_with_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in str(failure.value)
 
 
+def test_cached_items_are_counted_in_a_header_and_equal_on_every_route(
+    random_checkpoint: Path, tmp_path: Path, client: httpx.Client
+) -> None:
+    assert "x-embedding-cache" not in client.post("/txt/embed", json={"input": "red"}).headers
+    server = start_server(tmp_path, model=str(random_checkpoint), device="cpu", cache_bytes="100000")
+    with httpx.Client(base_url=server.url, timeout=60) as cached:
+        answers = [
+            cached.post("/txt/embed", json={"input": ["red", "green", "red"]}),
+            cached.post("/embed", json={"items": ["red", "blue", {"image": "%%%"}]}),
+            cached.post("/v1/embeddings", json={"input": "red", "dimensions": 64}),
+            cached.post("/v2/embed", json={"model": "any", "texts": ["red"], "input_type": "search_document"}),
+        ]
+    assert server.stop() == 0
+    assert [answer.headers["x-embedding-cache"] for answer in answers] == ["hits=1", "hits=1", "hits=1", "hits=1"]
+    first, _, third = answers[0].json()["embedding"]
+    assert first == third == answers[1].json()["results"][0]["embedding"]
+
+
 LOSES_ITS_DEVICE = """
 from embedder.errors import DeviceFailed
 from embedder.library import Embedder
