@@ -12,6 +12,7 @@ import gc
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ STATUS: dict[type[EmbedderError], int] = {
     errors.MediaUnavailable: 424,
     errors.Overloaded: 429,
     errors.EngineFailed: 500,
+    errors.DeviceFailed: 500,
     errors.ShuttingDown: 503,
     errors.DeadlineExceeded: 504,
 }
@@ -139,7 +141,7 @@ class Qwen3VLEmbedding:
         self.arbiter = os.getppid()
         worker = (bentoml.server_context.worker_index or 1) - 1
         with _or_give_up():
-            self.embedder = embedder.Embedder(settings=SETTINGS, worker=worker)
+            self.embedder = embedder.Embedder(settings=SETTINGS, worker=worker, on_failure=self._end)
         self.collection = Collection(SETTINGS, is_embedded_model=self.embedder.checkpoint.is_embedded)
         self.is_ready = False
         self.started_s = time.time()
@@ -162,6 +164,11 @@ class Qwen3VLEmbedding:
         """Finish what was admitted."""
         self.is_ready = False
         self.embedder.close()
+
+    def _end(self, _: str) -> None:
+        """The device is lost to this process: who waits has been told, and a new process may have it back."""
+        self.is_ready = False
+        threading.Timer(1.0, os._exit, (1,)).start()  # once the answers are out
 
     def __is_ready__(self) -> bool:
         return self.is_ready and not DRAIN.is_draining
@@ -292,14 +299,15 @@ async def embed_items(request: Request) -> Response:
     count_items(len(outcomes), sum(one.num_tokens for one in outcomes if isinstance(one, Embedding)))
     failure = whole_failure(outcomes)
     body = embed_body(parsed, outcomes, _model_name(), SETTINGS.max_input_tokens)
-    return _json_response(body, _status(failure) if failure else 200)
+    return _json_response(body, _status(failure) if failure else 200, _cache_headers(outcomes))
 
 
 @_route("/v1/embeddings", "POST")
 async def embed_openai(request: Request) -> Response:
     parsed = parse_embeddings(await request.body(), SETTINGS)
     embeddings = await _embed(parsed.items)
-    return _json_response(embeddings_body(parsed, embeddings, _model_name(), SETTINGS.max_input_tokens))
+    body = embeddings_body(parsed, embeddings, _model_name(), SETTINGS.max_input_tokens)
+    return _json_response(body, headers=_cache_headers(embeddings))
 
 
 @_route("/v1/models", "GET")
@@ -311,7 +319,9 @@ async def list_models(_: Request) -> Response:
 async def embed_cohere(request: Request) -> Response:
     parsed = parse_cohere(await request.body(), SETTINGS)
     embeddings = await _embed(parsed.items)
-    return _json_response(cohere_body(parsed, embeddings, SETTINGS.max_input_tokens))
+    return _json_response(
+        cohere_body(parsed, embeddings, SETTINGS.max_input_tokens), headers=_cache_headers(embeddings)
+    )
 
 
 @_route("/health", "GET")
@@ -351,7 +361,8 @@ async def openapi(_: Request) -> Response:
 
 async def _answer(request: EmbeddingRequest) -> Response:
     embeddings = await _embed(request.items)
-    return _json_response(embedding_body(request, embeddings, _model_name(), SETTINGS.max_input_tokens))
+    body = embedding_body(request, embeddings, _model_name(), SETTINGS.max_input_tokens)
+    return _json_response(body, headers=_cache_headers(embeddings))
 
 
 def _model_name() -> str:
@@ -361,6 +372,14 @@ def _model_name() -> str:
 
 def _json_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(body, status, headers, media_type="application/json")
+
+
+def _cache_headers(outcomes: Sequence[Embedding | EmbedderError]) -> dict[str, str] | None:
+    """How many items of the answer were not computed for it; None where nothing is cached."""
+    if not SETTINGS.cache_bytes:
+        return None
+    num_hits = sum(isinstance(outcome, Embedding) and outcome.is_cached for outcome in outcomes)
+    return {"x-embedding-cache": f"hits={num_hits}"}
 
 
 def _file_response(file: tuple[bytes, str] | None) -> Response:

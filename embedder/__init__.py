@@ -15,6 +15,7 @@ The path of an item, one file a step, in order; a step imports only what stands 
     video               an item's clips -> sampled frames and their times, likewise
     prompt              instruction and parts -> the chat text the model was trained on
     preprocess          text and pixels -> ModelInput: token ids, positions, patches, cost
+    cache               content that was embedded before -> its row, if that is wanted
     scheduler           waiting ModelInputs -> which go next, under the token budget
     packing             those -> PackedBatch on the device, one row without padding
     model/              PackedBatch -> the last token's hidden state of each item
@@ -25,7 +26,7 @@ The path of an item, one file a step, in order; a step imports only what stands 
 Around it: `checkpoint` finds the model's folder; `engine` owns the queue and the threads; `library` puts a real
 checkpoint behind the engine (`Embedder`); `awaiting` puts items through it from an event loop. `native` (`/embed`),
 `openai` (`/v1`) and `cohere` (`/v2`) translate what those clients send into the same items, with `chat` for the forms
-they share; `openapi` describes the HTTP contract, `edge` guards it, with the callers' `keys`, and with `values` to count
+they share; `openapi` describes the HTTP contract, `edge` guards it, with the callers' `keys` and with `values` to count
 what a body holds; `log` names the request in every line and keeps its body out; `lifecycle` starts and stops all that.
 `playground` is the page to look at, and the pictures that it searches.
 `verify` checks a checkpoint or a running service from outside; `random_checkpoint` writes checkpoints for tests and

@@ -43,7 +43,8 @@ async def _submitted(
     engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float
 ) -> AsyncIterator[list[Future[Embedding]]]:
     """A future for each item. Raises `DeadlineExceeded`; those not done at the end are given up."""
-    futures = [_submit(engine, item) for item in items]
+    request = object()
+    futures = [_submit(engine, item, request) for item in items]
     try:
         async with asyncio.timeout(timeout_s):
             yield futures
@@ -54,12 +55,12 @@ async def _submitted(
             future.cancel()  # those still waiting, after an error or when the caller went away
 
 
-def _submit(engine: Engine, item: EmbeddingItem | EmbedderError) -> Future[Embedding]:
+def _submit(engine: Engine, item: EmbeddingItem | EmbedderError, request: object) -> Future[Embedding]:
     """An item's future, which has failed already where the item is refused."""
     try:
         if isinstance(item, EmbedderError):
             raise item
-        return engine.submit(item)
+        return engine.submit(item, request=request)
     except EmbedderError as error:
         refused: Future[Embedding] = Future()
         refused.set_exception(error)

@@ -1,31 +1,35 @@
 """Owns the queue and the threads; calls the steps in order, computes nothing itself.
 
-A pool of threads preprocesses items as they come (decoding, resizing and tokenizing release the GIL); another one
-those with something to fetch first, so that a slow address holds up no text. One thread drives the device, taking from
-the scheduler whatever waits each time the device is free. Every item has a future of its own: it fails alone, and a
-request may span batches.
+Threads preprocess items (decoding, resizing and tokenizing release the GIL); others do so with items that have
+something to fetch first, so that a slow address holds up no text. One thread drives the device, taking whatever waits
+each time the device is free. All take from a `Scheduler`, so that a large request holds up others in no place. Every
+item has a future of its own: it fails alone, and a request may span batches.
 """
 
 from __future__ import annotations
 
 import contextvars
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedder.address import has_url
-from embedder.errors import EmbedderError, EngineFailed, Overloaded, ShuttingDown
+from embedder.cache import Twins, VectorCache, content_key
+from embedder.errors import DeviceFailed, DeviceOutOfMemory, EmbedderError, EngineFailed, Overloaded, ShuttingDown
 from embedder.fetch import MAX_FETCHES, Fetcher
+from embedder.observer import Batch, Journey, Observer, begin_journey
 from embedder.postprocess import Embedding, check_dimensions, finish_vector
 from embedder.preprocess import ModelInput
 from embedder.request import EmbeddingItem, Image, Text, Video
-from embedder.scheduler import Scheduler
+from embedder.scheduler import Rate, Scheduler
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -34,21 +38,47 @@ Fetch = Callable[[EmbeddingItem, Callable[[], bool]], EmbeddingItem]
 Preprocess = Callable[[EmbeddingItem], ModelInput]
 RunBatch = Callable[[list[ModelInput]], NDArray[np.float32]]
 
+# Of preprocessing: a picture (300 tokens) is overtaken by texts that come up to 0.3 s later, and 1000 of those cost it
+# about as long
+SECONDS_PER_ESTIMATED_TOKEN = 0.001
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class _Job:
+    """One item on its way. `num_tokens` were admitted for it; `model_input` is there once it was preprocessed.
+
+    `key`: what the vector depends on, where vectors are cached; otherwise the job is like no other. `context`: of the
+    request, for the log and for who listens to `journey`.
+    """
+
     item: EmbeddingItem
-    model_input: ModelInput
-    future: Future[Embedding]
-    context: contextvars.Context  # of the request, for the log
+    request: object
+    num_tokens: int
+    future: Future[Embedding] = field(default_factory=Future)
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+    journey: Journey = field(init=False)
+    model_input: ModelInput = field(init=False)
+    key: Hashable = field(default_factory=object)
+
+    def log(self, level: int, message: str, *values: object, error: BaseException | None = None) -> None:
+        """A line in the name of the request."""
+        # a copy: the context itself may still be entered by the thread that preprocessed the item
+        self.context.copy().run(logger.log, level, message, *values, exc_info=error)
 
 
 class Engine:
     """Items in, futures of embeddings out.
 
     `preprocess` turns one item into a ModelInput, in many threads at once. `run_batch` turns the inputs of a batch
-    into pooled rows, (num_items, hidden_size) float32, in one thread. `fetch` puts bytes in the place of an item's
-    URLs, or raises, soon once its second argument has turned true; by default as the settings say.
+    into pooled rows, (num_items, hidden_size) float32, in one thread; it raises `DeviceOutOfMemory` where they do not
+    fit, and `DeviceFailed` where the device is lost. In that case, where a batch takes longer than `stuck_after_s`, and
+    after a bug of ours, whatever waits fails, `failure` says why, and `on_failure` is called with it, once.
+
+    `fetch` puts bytes in the place of an item's URLs, or raises, soon once its second argument has turned true; by
+    default as the settings say. `observer` is told what becomes of the items.
+
+    With `settings.cache_bytes` rows are kept in `cache`, and equal items that wait together are computed once;
+    `num_cache_hits` counts the items that were not computed.
     """
 
     def __init__(
@@ -57,148 +87,307 @@ class Engine:
         run_batch: RunBatch,
         hidden_size: int,
         settings: Settings,
+        *,
         fetch: Fetch | None = None,
+        observer: Observer | None = None,
+        stuck_after_s: float = math.inf,
+        on_failure: Callable[[str], None] | None = None,
     ) -> None:
         self.hidden_size = hidden_size
         self.settings = settings
+        self.failure: str | None = None
         self._fetch = fetch or Fetcher(settings)
         self._preprocess = preprocess
         self._run_batch = run_batch
-        self._scheduler: Scheduler[_Job] = Scheduler(settings.max_batch_tokens)
-        self._changed = threading.Condition()  # guards the scheduler, the token count and the flag
+        self._observer = observer or Observer()
+        self._stuck_after_s = stuck_after_s
+        self._on_failure = on_failure
+        self._lock = threading.RLock()  # guards all that follows
+        self._has_fetches = threading.Condition(self._lock)
+        self._has_items = threading.Condition(self._lock)
+        self._has_inputs = threading.Condition(self._lock)
+        self._has_room = threading.Condition(self._lock)
+        self._fetches: Scheduler[_Job] = Scheduler(0, SECONDS_PER_ESTIMATED_TOKEN)  # to be fetched and preprocessed
+        self._items: Scheduler[_Job] = Scheduler(0, SECONDS_PER_ESTIMATED_TOKEN)  # to be preprocessed, one at a time
+        self._inputs: Scheduler[_Job] = Scheduler(settings.max_batch_tokens, 0.0002)
+        self.cache = VectorCache(settings.cache_bytes)
+        self.num_cache_hits = 0
+        self._twins: Twins[_Job] = Twins()
+        self._pending: set[_Job] = set()  # whoever takes a job out answers its future
         self._pending_tokens = 0
-        self._tokens_per_s = 1000.0
+        self._device_rate = Rate(self._inputs.seconds_per_token)
+        self._answer_rate = Rate(0.001)
+        self._answered_at_s = 0.0  # the last answer, or when there began to be something to answer
+        self._batch_since_s = math.inf  # when the batch on the device began
         self._is_closed = False
-        self._is_drained = False  # nothing will be put into the scheduler any more
-        self._pool = ThreadPoolExecutor(settings.preprocess_threads, thread_name_prefix="preprocess")
-        self._fetchers = ThreadPoolExecutor(MAX_FETCHES, thread_name_prefix="fetch")
-        self._thread = threading.Thread(target=self._drive_device, name="engine", daemon=True)
-        self._thread.start()
+        self._is_over = False
+        self._threads: list[threading.Thread] = []
+        self._start(settings.preprocess_threads, "preprocess", self._prepare_items, self._items, self._has_items)
+        if settings.url_hosts:
+            self._start(MAX_FETCHES, "fetch", self._prepare_items, self._fetches, self._has_fetches)
+        self._start(1, "engine", self._drive_device)
+        if stuck_after_s < math.inf:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def _start(self, count: int, name: str, run: Callable[..., None], *arguments: object) -> None:
+        for number in range(count):
+            self._threads.append(threading.Thread(target=run, args=arguments, name=f"{name}-{number}", daemon=True))
+            self._threads[-1].start()
 
     @property
     def pending_tokens(self) -> int:
         """Estimated tokens of all items that were admitted and have no answer yet."""
         return self._pending_tokens
 
-    def submit(self, item: EmbeddingItem, *, wait: bool = False) -> Future[Embedding]:
+    def submit(self, item: EmbeddingItem, *, request: object = None, wait: bool = False) -> Future[Embedding]:
         """Admit one item. The future gives its Embedding or raises an `EmbedderError`; cancelling it frees the place.
 
-        Raises at once: `UnsupportedDimensions`, `ShuttingDown`, and `Overloaded` where the queue is full, unless
-        `wait`: then it blocks until there is room.
+        Items with the same `request` (any hashable; None: the item is one of its own) share one place in the queues.
+        Raises at once: `UnsupportedDimensions`, `ShuttingDown`, `DeviceFailed`, and `Overloaded` where the queue is
+        full, unless `wait`: then it blocks until there is room.
         """
         check_dimensions(item.dimensions, self.hidden_size)
-        estimate = _estimated_tokens(item)
-        self._admit(estimate, wait)
-        future: Future[Embedding] = Future()
-        future.add_done_callback(lambda _: self._release(estimate))
-        try:
-            pool = self._fetchers if has_url(item) else self._pool
-            pool.submit(contextvars.copy_context().run, self._prepare, item, future, time.monotonic())
-        except RuntimeError as error:  # `close` came between
-            future.cancel()
-            raise ShuttingDown("the service is shutting down") from error
-        return future
+        job = _Job(item, object() if request is None else request, _estimated_tokens(item))
+        with self._lock:
+            self._admit(job.num_tokens, wait)
+            now_s = time.monotonic()
+            if not self._pending:
+                self._answered_at_s = now_s
+            self._pending.add(job)
+            self._pending_tokens += job.num_tokens
+            job.journey = begin_journey(item, job.num_tokens)
+            self._observer.admitted(job.journey)
+            is_fetched = self.settings.url_hosts and has_url(item)
+            (self._fetches if is_fetched else self._items).put(job, job.num_tokens, job.request, now_s)
+            (self._has_fetches if is_fetched else self._has_items).notify()
+        job.future.add_done_callback(lambda _: self._answer(job, None))
+        job.future.add_done_callback(lambda done: self._observer.answered(job.journey, done))
+        return job.future
 
     def close(self) -> None:
         """Finish what was admitted, take nothing more, end the threads."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
-        self._fetchers.shutdown(wait=True)
-        self._pool.shutdown(wait=True)
-        with self._changed:
-            self._is_drained = True
-            self._changed.notify_all()
-        self._thread.join()
+            self._has_room.notify_all()
+            self._has_room.wait_for(lambda: not self._pending)
+            self._end()
+        if not self.failure:  # a thread that failed may hang for ever
+            for thread in self._threads:
+                thread.join()
 
-    def _admit(self, tokens: int, wait: bool) -> None:
+    def _end(self) -> None:
+        self._is_closed = self._is_over = True
+        for condition in (self._has_fetches, self._has_items, self._has_inputs, self._has_room):
+            condition.notify_all()
+
+    def _admit(self, num_tokens: int, wait: bool) -> None:
         def has_room() -> bool:
-            return not self._pending_tokens or self._pending_tokens + tokens <= self.settings.max_queued_tokens
+            return not self._pending or self._pending_tokens + num_tokens <= self.settings.max_queued_tokens
 
-        with self._changed:
-            if wait:
-                self._changed.wait_for(lambda: has_room() or self._is_closed)
-            if self._is_closed:
-                raise ShuttingDown("the service is shutting down")
-            if not has_room():
-                raise Overloaded(
-                    f"{self._pending_tokens} tokens wait; allowed: up to {self.settings.max_queued_tokens}",
-                    retry_after_s=max(1.0, self._pending_tokens / self._tokens_per_s),
-                )
-            self._pending_tokens += tokens
+        if wait:
+            self._has_room.wait_for(lambda: has_room() or self._is_closed)
+        if self.failure:
+            raise _lost()
+        if self._is_closed:
+            raise ShuttingDown("the service is shutting down")
+        if not has_room():
+            raise Overloaded(
+                f"{self._pending_tokens} tokens wait; allowed: up to {self.settings.max_queued_tokens}",
+                retry_after_s=max(1.0, self._pending_tokens * self._answer_rate.seconds_per_token),
+            )
 
-    def _release(self, tokens: int) -> None:
-        with self._changed:
-            self._pending_tokens -= tokens
-            self._changed.notify_all()
-
-    def _prepare(self, item: EmbeddingItem, future: Future[Embedding], arrival_s: float) -> None:
-        """One item's fetching and preprocessing, in a thread of its pool: fetched bytes wait in no queue."""
-        if future.cancelled():
-            future.set_running_or_notify_cancel()  # whoever waits for several futures is told
+    def _answer(self, job: _Job, outcome: Embedding | EmbedderError | None) -> None:
+        """Free the job's place and answer it, once: of several answers the first counts. None: it was cancelled."""
+        with self._lock:
+            if job not in self._pending:
+                return
+            self._pending.remove(job)
+            self._pending_tokens -= job.num_tokens
+            _ = any(queue.discard(job) for queue in (self._fetches, self._items, self._inputs))
+            self._twins.remove(job.key, job)
+            now_s = time.monotonic()
+            self._answer_rate.add(job.num_tokens if outcome else 0, now_s - self._answered_at_s)
+            self._answered_at_s = now_s
+            self._has_room.notify_all()
+        if not job.future.set_running_or_notify_cancel():
             return
-        try:
-            model_input = self._preprocess(self._fetch(item, future.cancelled))
-        except EmbedderError as error:
-            _fail(future, error)
-        except Exception as error:
-            logger.exception("preprocessing failed")
-            _fail(future, _hidden(error))
+        if isinstance(outcome, Embedding):
+            job.future.set_result(outcome)
         else:
-            job = _Job(item, model_input, future, contextvars.copy_context())
-            with self._changed:
-                self._scheduler.put(job, model_input.cost, arrival_s)
-                self._changed.notify_all()
+            job.future.set_exception(outcome)
+
+    def _prepare_items(self, queue: Scheduler[_Job], has_jobs: threading.Condition) -> None:
+        """One of the threads that preprocess."""
+        while job := self._next_item(queue, has_jobs):
+            job.context.run(self._prepare, job)
+
+    def _next_item(self, queue: Scheduler[_Job], has_jobs: threading.Condition) -> _Job | None:
+        """Waits for work. None when it is over."""
+        with self._lock:
+            has_jobs.wait_for(lambda: len(queue) or self._is_over)
+            return next(iter(queue.take(time.monotonic())), None)
+
+    def _prepare(self, job: _Job) -> None:
+        try:
+            with job.journey.preprocessing():
+                job.model_input = self._preprocess(self._fetch(job.item, job.future.done))
+                if self.settings.cache_bytes:
+                    job.key = content_key(job.model_input)
+        except EmbedderError as error:
+            self._observer.preprocessed(job.journey)
+            self._answer(job, error)
+        except BaseException as error:  # a panic in a library written in Rust is no Exception
+            logger.exception("preprocessing failed")
+            self._observer.preprocessed(job.journey)
+            self._answer(job, _hidden(error))
+        else:
+            job.journey.count(job.model_input)
+            self._observer.preprocessed(job.journey)
+            self._put_input(job)
+
+    def _put_input(self, job: _Job) -> None:
+        with self._lock:
+            if job not in self._pending:  # given up in the meantime
+                return
+            row = self.cache.get(job.key)
+            if row is None:
+                if self._twins.add(job.key, job):
+                    self._inputs.put(job, job.model_input.cost, job.request, time.monotonic())
+                    self._has_inputs.notify()
+                return
+            self.num_cache_hits += 1
+        self._answer_row(job, row, is_cached=True)
 
     def _drive_device(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: len(self._scheduler) or self._is_drained)
-                jobs = self._scheduler.take()
-            if not jobs:
-                return
-            self._run([job for job in jobs if job.future.set_running_or_notify_cancel()])
+        try:
+            while jobs := self._next_batch():
+                self._run(jobs)
+        except DeviceFailed as error:
+            self._give_up(f"the device failed: {error}")
+        except BaseException:
+            logger.exception("a bug ended the engine's thread")
+            self._give_up("a bug ended the engine's thread")
+
+    def _next_batch(self) -> list[_Job]:
+        """Waits for work. Empty when it is over."""
+        with self._lock:
+            self._has_inputs.wait_for(lambda: len(self._inputs) or self._is_over)
+            return [job for job in self._inputs.take(time.monotonic()) if self._twins.start(job.key, job)]
 
     def _run(self, jobs: list[_Job]) -> None:
         """One batch. If it fails it is split, until whoever spoils it fails alone."""
+        jobs = [job for job in jobs if self._is_wanted(job)]
         if not jobs:
             return
-        start = time.monotonic()
         try:
-            rows = self._run_batch([job.model_input for job in jobs])
-            assert rows.shape == (len(jobs), self.hidden_size)
+            rows, batch = self._timed_rows(jobs)
+        except DeviceFailed:
+            raise
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # or what they hold would be there while the halves run
             if len(jobs) == 1:
                 text = "the forward pass failed for one item of %d tokens"
-                jobs[0].context.run(logger.exception, text, jobs[0].model_input.num_tokens)
-                jobs[0].future.set_exception(_hidden(error))
+                jobs[0].log(logging.ERROR, text, jobs[0].model_input.num_tokens, error=error)
+                with self._lock:
+                    twins = self._twins.finish(jobs[0].key)
+                for job in (jobs[0], *twins):
+                    self._answer(job, _of_one_item(error, job))
                 return
             logger.warning("a batch of %d items failed (%s); splitting it", len(jobs), type(error).__name__)
-            middle = len(jobs) // 2
-            self._run(jobs[:middle])
-            self._run(jobs[middle:])
+            if isinstance(error, DeviceOutOfMemory):
+                self._learn_limit(jobs)
+        else:
+            for job, row in zip(jobs, rows, strict=True):
+                job.journey.batch = batch
+                self._finish(job, row)
+            self._observer.ran(batch, [job.journey for job in jobs])
             return
-        tokens = sum(job.model_input.cost for job in jobs)
-        self._tokens_per_s += 0.2 * (tokens / max(time.monotonic() - start, 1e-6) - self._tokens_per_s)
-        for job, row in zip(jobs, rows, strict=True):
-            _finish(job, row)
+        middle = len(jobs) // 2
+        self._run(jobs[:middle])
+        self._run(jobs[middle:])
+
+    def _is_wanted(self, job: _Job) -> bool:
+        """False if it was given up, and nobody else waits for the same content."""
+        with self._lock:
+            if job in self._pending or self._twins.is_awaited(job.key):
+                return True
+            self._twins.finish(job.key)
+            return False
+
+    def _timed_rows(self, jobs: list[_Job]) -> tuple[NDArray[np.float32], Batch]:
+        self._batch_since_s = start_s = time.monotonic()
+        try:
+            rows = self._run_batch([job.model_input for job in jobs])
+        finally:
+            self._batch_since_s = math.inf
+        assert rows.shape == (len(jobs), self.hidden_size)
+        batch = Batch(len(jobs), sum(job.model_input.cost for job in jobs), start_s, time.monotonic())
+        self._device_rate.add(batch.num_tokens, batch.seconds)
+        self._inputs.seconds_per_token = self._device_rate.seconds_per_token
+        return rows, batch
+
+    def _learn_limit(self, jobs: list[_Job]) -> None:
+        """From a batch that did not fit: from now on batches are half as large, for as long as the process lives."""
+        limit = sum(job.model_input.cost for job in jobs) // 2
+        if limit < self._inputs.max_batch_tokens:
+            self._inputs.max_batch_tokens = limit
+            logger.warning("the device's memory is full: batches have at most %d tokens from now on", limit)
+
+    def _finish(self, job: _Job, row: NDArray[np.float32]) -> None:
+        with self._lock:
+            self.cache.put(job.key, row)
+            twins = self._twins.finish(job.key)
+            self.num_cache_hits += len(twins)
+        self._answer_row(job, row, is_cached=False)
+        for twin in twins:
+            self._answer_row(twin, row, is_cached=True)
+
+    def _answer_row(self, job: _Job, row: NDArray[np.float32], *, is_cached: bool) -> None:
+        try:
+            vector = finish_vector(row, job.item.dimensions, job.item.normalize)
+        except EngineFailed as error:
+            job.log(logging.ERROR, "%s", error)
+            self._answer(job, error)
+        else:
+            model_input = job.model_input
+            self._answer(job, Embedding(vector, model_input.num_tokens, model_input.num_cut_tokens, is_cached))
+
+    def _watch(self) -> None:
+        """A batch that takes too long will not end: the thread that waits for it is given up."""
+        while not self._is_over:
+            since_s = self._batch_since_s
+            if time.monotonic() - since_s > self._stuck_after_s:
+                self._give_up(f"the device did not finish a batch within {self._stuck_after_s:g} s")
+            time.sleep(min(1.0, self._stuck_after_s / 4))
+
+    def _give_up(self, reason: str) -> None:
+        """Nothing more will be embedded: everybody who waits is told."""
+        with self._lock:
+            if self.failure:
+                return
+            self.failure = reason
+            jobs = list(self._pending)
+            self._end()
+        logger.critical("the engine gives up with %d items waiting: %s", len(jobs), reason)
+        for job in jobs:
+            self._answer(job, _lost())
+        if self._on_failure:
+            self._on_failure(reason)
 
 
-def _finish(job: _Job, row: NDArray[np.float32]) -> None:
-    try:
-        vector = finish_vector(row, job.item.dimensions, job.item.normalize)
-    except EngineFailed as error:
-        job.context.run(logger.error, "%s", error)
-        job.future.set_exception(error)
-    else:
-        job.future.set_result(Embedding(vector, job.model_input.num_tokens, job.model_input.num_cut_tokens))
+def _of_one_item(error: Exception, job: _Job) -> EngineFailed:
+    """What the caller may know."""
+    if isinstance(error, DeviceOutOfMemory):
+        num_tokens = job.model_input.num_tokens
+        return DeviceOutOfMemory(f"an item of {num_tokens} tokens does not fit the device's memory, even alone")
+    return _hidden(error)
 
 
-def _fail(future: Future[Embedding], error: EmbedderError) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)
+def _lost() -> DeviceFailed:
+    return DeviceFailed("the service cannot embed any more and ends; its log has the reason")
 
 
-def _hidden(error: Exception) -> EngineFailed:
+def _hidden(error: BaseException) -> EngineFailed:
     """What a caller may know of an error that is ours."""
     failed = EngineFailed("the item could not be embedded; the service's log has the reason")
     failed.__cause__ = error

@@ -14,6 +14,8 @@ EmbedderError
     DeadlineExceeded            the caller sends less          504
     ShuttingDown                the caller asks another one    503
     EngineFailed                we act                         500
+        DeviceOutOfMemory
+    DeviceFailed                we act                         500
     ModelUnavailable            the operator acts              the service does not start
 """
 
@@ -122,6 +124,18 @@ class EngineFailed(EmbedderError):
     """The forward pass failed for this item alone; details are in the log."""
 
     code = "engine_failed"
+
+
+class DeviceOutOfMemory(EngineFailed):
+    """A batch, or an item that was tried alone, does not fit the device's memory."""
+
+    code = "device_out_of_memory"
+
+
+class DeviceFailed(EmbedderError):
+    """The device is lost to this process, or does not answer: every item that waited fails, and the worker ends."""
+
+    code = "device_failed"
 
 
 class ModelUnavailable(EmbedderError):

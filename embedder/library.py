@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any, Literal, Self
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from embedder.checkpoint import find_checkpoint
 from embedder.engine import Engine
 from embedder.errors import InvalidRequest, of_item
+from embedder.model.faults import device_faults
 from embedder.model.forward import Forward
 from embedder.model.weights import choose_device, load_model
 from embedder.packing import pack
@@ -42,6 +44,8 @@ LIMITS = (
     "request_timeout_s",
 )
 
+STUCK_AFTER_S = 300.0  # default on a GPU, where no batch takes a tenth of that
+
 Item = str | PIL.Image.Image | Mapping[str, Any] | EmbeddingItem
 
 
@@ -49,8 +53,9 @@ class Embedder:
     """A loaded checkpoint that embeds text, images, clips and mixtures of them.
 
     `model` is a checkpoint folder or hub id; without one the small model shipped in the package is used. Threads run
-    until `close` or the end of a `with` block. `worker` chooses the GPU where there are several. Other settings are
-    those of `Settings`, by name. Raises `ModelUnavailable`.
+    until `close` or the end of a `with` block. `worker` chooses the GPU where there are several. `on_failure` is told
+    why, when the device is lost and nothing more can be embedded in this process (`Engine`). Other settings are those
+    of `Settings`, by name. Raises `ModelUnavailable`.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Embedder:
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         settings: Settings | None = None,
         worker: int = 0,
+        on_failure: Callable[[str], None] | None = None,
         **options: Any,
     ) -> None:
         start = time.monotonic()
@@ -74,7 +80,14 @@ class Embedder:
         vision = read_vision_config(self.checkpoint.folder, self.settings)
         self.preprocessor = Preprocessor(load_tokenizer(self.checkpoint.folder), vision, self.settings)
         self.forward = Forward(weights, vision, self.settings.attention)
-        self.engine = Engine(self.preprocessor, self._run_batch, self.forward.hidden_size, self.settings)
+        self.engine = Engine(
+            self.preprocessor,
+            self._run_batch,
+            self.forward.hidden_size,
+            self.settings,
+            stuck_after_s=self.settings.stuck_after_s or (STUCK_AFTER_S if self.device.type == "cuda" else math.inf),
+            on_failure=on_failure,
+        )
         self._announce(time.monotonic() - start)
 
     def embed(
@@ -88,10 +101,12 @@ class Embedder:
         Raises the first faulty item's `EmbedderError`, with its index.
         """
         futures: list[Future[Embedding]] = []
+        request = object()
         try:
             for index, item in enumerate(items):
                 with of_item(index):
-                    futures.append(self.engine.submit(_to_item(item, instruction, dimensions), wait=True))
+                    one = _to_item(item, instruction, dimensions)
+                    futures.append(self.engine.submit(one, request=request, wait=True))
             vectors = []
             for index, future in enumerate(futures):
                 with of_item(index):
@@ -129,8 +144,9 @@ class Embedder:
 
     def _run_batch(self, inputs: list[ModelInput]) -> NDArray[np.float32]:
         order = sorted(range(len(inputs)), key=lambda index: inputs[index].num_tokens)
-        batch = pack([inputs[index] for index in order], self.preprocessor.vision.merge_size, self.device)
-        rows = pool(self.forward(batch))
+        with device_faults(self.device):
+            batch = pack([inputs[index] for index in order], self.preprocessor.vision.merge_size, self.device)
+            rows = pool(self.forward(batch))
         return rows[np.argsort(order)]
 
     def _announce(self, seconds: float) -> None:

@@ -21,11 +21,15 @@ INT8_RANGE = 12.0
 
 @dataclass(frozen=True)
 class Embedding:
-    """One answer. `vector`: (dimensions,) float32. `num_tokens` were embedded, `num_cut_tokens` did not fit."""
+    """One answer. `vector`: (dimensions,) float32. `num_tokens` were embedded, `num_cut_tokens` did not fit.
+
+    `is_cached`: equal content had been computed, or was being computed, for another item.
+    """
 
     vector: NDArray[np.float32]
     num_tokens: int
     num_cut_tokens: int
+    is_cached: bool = False
 
 
 def check_dimensions(dimensions: int | None, hidden_size: int) -> None:

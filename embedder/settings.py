@@ -49,6 +49,7 @@ class Settings(BaseModel):
     max_input_tokens: int = Field(8192, ge=64, description="Tokens of one item; longer text is cut.")
     max_batch_tokens: int = Field(16384, ge=64, description="Tokens (text + visual) that run together.")
     max_queued_tokens: int = Field(524_288, ge=64, description="Estimated tokens that may wait; more is refused (429).")
+    cache_bytes: int = Field(0, ge=0, description="Bytes of vectors kept for equal content; 0: every item is computed.")
     max_items_per_request: int = Field(512, ge=1, description="Items in one request.")
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes of one request body.")
     max_text_chars: int = Field(200_000, ge=1, description="Characters of one item's text, before it is cut to tokens.")
@@ -66,6 +67,11 @@ class Settings(BaseModel):
     )
     url_timeout_s: float = Field(10.0, gt=0, description="Seconds that fetching one URL may take in all.")
     request_timeout_s: float = Field(60.0, gt=0, description="Seconds a request may take in all (504 after that).")
+    stuck_after_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds one batch may take before its worker ends; empty: 300 on a GPU, no limit on a CPU.",
+    )
     preprocess_threads: int = Field(
         default_factory=lambda: min(16, available_cores()),
         ge=1,

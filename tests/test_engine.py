@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from embedder.awaiting import embed_all
 from embedder.engine import Engine
-from embedder.errors import EngineFailed, InvalidRequest, Overloaded, ShuttingDown, UnsupportedDimensions
+from embedder.errors import (
+    DeadlineExceeded,
+    DeviceFailed,
+    DeviceOutOfMemory,
+    EngineFailed,
+    InvalidRequest,
+    Overloaded,
+    ShuttingDown,
+    UnsupportedDimensions,
+)
+from embedder.postprocess import Embedding
 from embedder.preprocess import ModelInput
 from embedder.request import EmbeddingItem, Text
 from embedder.settings import Settings
@@ -24,27 +37,46 @@ HIDDEN_SIZE = 8
 
 @dataclass
 class FakeModel:
-    """Counts batches; can be told to wait, to fail on a poisoned item, or to give something that is not a number."""
+    """Counts batches; can be told to wait, to fail on a poisoned item, or to give something that is not a number.
+
+    `capacity`: how many characters fit its memory together. `is_entered`: a batch was begun. `preprocessed`: the
+    texts, in order.
+    """
 
     gate: threading.Event = field(default_factory=threading.Event)
+    is_entered: threading.Event = field(default_factory=threading.Event)
     batches: list[int] = field(default_factory=list)
+    capacity: int = 1_000_000
+    seconds_per_item: float = 0.0
+    preprocessed: list[str] = field(default_factory=list)
 
     def preprocess(self, item: EmbeddingItem) -> ModelInput:
         (part,) = item.parts
         assert isinstance(part, Text)
+        if part.text == "slow":
+            self.gate.wait(timeout=30)
+        self.preprocessed.append(part.text)
         if part.text == "malformed":
             raise InvalidRequest("malformed")
         if part.text == "bug":
             raise ZeroDivisionError("a bug in preprocessing")
+        if part.text == "panic":
+            raise BaseException("a panic in a library")  # as tokenizers raises what panics in Rust
         ids = np.frombuffer(part.text.encode(), np.uint8).astype(np.int64)
         return ModelInput(ids, np.zeros((3, len(ids)), np.int64), np.empty(0, np.int64), (), 0, 0, len(ids))
 
     def run_batch(self, inputs: list[ModelInput]) -> NDArray[np.float32]:
+        self.is_entered.set()
         self.gate.wait(timeout=30)
         self.batches.append(len(inputs))
+        time.sleep(self.seconds_per_item * len(inputs))
+        if sum(one.num_tokens for one in inputs) > self.capacity:
+            raise DeviceOutOfMemory("full")
         texts = [bytes(one.input_ids.astype(np.uint8)).decode() for one in inputs]
         if "poison" in texts:
             raise RuntimeError("secret internals")
+        if "assert" in texts:
+            raise DeviceFailed("device-side assert")
         return np.stack([row(text) for text in texts])
 
 
@@ -58,8 +90,23 @@ def unit(text: str) -> NDArray[np.float32]:
     return row(text) / np.linalg.norm(row(text))
 
 
-def item(text: str, **options: int) -> EmbeddingItem:
+def item(text: str, **options: Any) -> EmbeddingItem:
     return EmbeddingItem((Text(text),), **options)
+
+
+def held_back(engine: Engine, model: FakeModel, texts: list[str]) -> list[Future[Embedding]]:
+    """Submit behind an item that holds the device until all of them wait, so that they run together."""
+    model.gate.clear()
+    model.is_entered.clear()
+    holder = engine.submit(item("holder"))
+    assert model.is_entered.wait(10)
+    futures = [engine.submit(item(text)) for text in texts]
+    deadline = time.monotonic() + 10
+    while len(engine._inputs) < len(texts) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    model.gate.set()
+    wait([holder], timeout=10)
+    return futures
 
 
 @pytest.fixture
@@ -96,6 +143,24 @@ def test_items_that_wait_while_the_device_is_busy_run_together(engine: Engine, m
     assert model.batches == [1, 20]
 
 
+def test_large_request_holds_up_nobody_in_either_queue(model: FakeModel) -> None:
+    settings = Settings(preprocess_threads=1, max_batch_tokens=64, max_input_tokens=64)
+    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, settings)
+    model.gate.clear()
+    slow = engine.submit(item("slow"))
+    bulk = [engine.submit(item(f"{index:50}"), request="bulk") for index in range(100)]
+    query = engine.submit(item("query"))
+    model.gate.set()
+    done: list[int] = []
+    for future in bulk:
+        future.add_done_callback(lambda _: done.append(1))
+    query.add_done_callback(lambda _: done.append(100))
+    wait([slow, query, *bulk], timeout=10)
+    assert model.preprocessed.index("query") <= 3
+    assert done.index(100) <= 6  # behind those of the bulk request that were through before it
+    engine.close()
+
+
 def test_malformed_item_fails_alone(engine: Engine) -> None:
     good, bad = engine.submit(item("good")), engine.submit(item("malformed"))
     with pytest.raises(InvalidRequest, match="malformed"):
@@ -123,16 +188,88 @@ def test_item_that_breaks_the_forward_pass_fails_alone(
     np.testing.assert_allclose(engine.submit(item("next")).result(10).vector, unit("next"), atol=1e-7)
 
 
-def test_bug_in_preprocessing_fails_its_item_alone(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.ERROR), pytest.raises(EngineFailed, match="log has the reason"):
-        engine.submit(item("bug")).result(10)
-    assert "a bug in preprocessing" in caplog.text
+@pytest.mark.parametrize(("text", "reason"), [("bug", "a bug in preprocessing"), ("panic", "a panic in a library")])
+def test_bug_in_preprocessing_fails_its_item_alone(
+    text: str, reason: str, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(engine.settings.preprocess_threads + 1):  # no thread is lost
+        with caplog.at_level(logging.ERROR), pytest.raises(EngineFailed, match="log has the reason"):
+            engine.submit(item(text)).result(10)
+    assert reason in caplog.text
     assert engine.submit(item("next")).result(10).num_tokens == 4
 
 
-def test_value_that_is_not_finite_is_an_error_never_an_answer(engine: Engine) -> None:
+def test_value_that_is_not_finite_is_an_error_never_an_answer(engine: Engine, model: FakeModel) -> None:
+    before, bad, after = held_back(engine, model, ["before", "infinite", "after"])
     with pytest.raises(EngineFailed, match="not finite"):
-        engine.submit(item("infinite")).result(10)
+        bad.result(10)
+    np.testing.assert_allclose(before.result(10).vector, unit("before"), atol=1e-7)
+    np.testing.assert_allclose(after.result(10).vector, unit("after"), atol=1e-7)
+    assert model.batches == [1, 3]
+
+
+def test_batch_that_does_not_fit_is_split_and_the_next_one_is_smaller(engine: Engine, model: FakeModel) -> None:
+    model.capacity = 450
+    texts = [f"{index:100}" for index in range(10)]
+    for text, future in zip(texts, held_back(engine, model, texts), strict=True):
+        np.testing.assert_allclose(future.result(10).vector, unit(text), atol=1e-7)
+    assert model.batches == [1, 10, 5, 2, 3, 5, 2, 3]
+    model.batches.clear()
+    wait(held_back(engine, model, texts), timeout=10)
+    assert model.batches == [1, 2, 2, 2, 2, 2]  # half of 500, which did not fit, each
+
+
+def test_item_that_does_not_fit_alone_fails_alone(engine: Engine, model: FakeModel) -> None:
+    model.capacity = 450
+    before, large, after = held_back(engine, model, ["before", "x" * 500, "after"])
+    with pytest.raises(DeviceOutOfMemory, match=r"^an item of 500 tokens does not fit the device's memory, even alone"):
+        large.result(10)
+    np.testing.assert_allclose(before.result(10).vector, unit("before"), atol=1e-7)
+    np.testing.assert_allclose(after.result(10).vector, unit("after"), atol=1e-7)
+
+
+def test_lost_device_fails_whoever_waits_and_says_so_once(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
+    reasons: list[str] = []
+    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, Settings(), on_failure=reasons.append)
+    futures = held_back(engine, model, ["assert", *(f"text {index}" for index in range(20))])
+    for future in futures:
+        with pytest.raises(DeviceFailed, match="log has the reason"):
+            future.result(10)
+    with pytest.raises(DeviceFailed):
+        engine.submit(item("late"), wait=True)
+    engine.close()
+    assert reasons == [engine.failure] == ["the device failed: device-side assert"]
+    assert "gives up with 21 items waiting: the device failed: device-side assert" in caplog.text
+    assert engine.pending_tokens == 0
+
+
+def test_device_that_hangs_is_given_up(model: FakeModel) -> None:
+    reasons: list[str] = []
+    settings = Settings(max_queued_tokens=64)
+    engine = Engine(
+        model.preprocess, model.run_batch, HIDDEN_SIZE, settings, stuck_after_s=0.3, on_failure=reasons.append
+    )
+    assert engine.submit(item("an idle device is not stuck")).result(10).num_tokens == 27
+    time.sleep(0.5)
+    model.gate.clear()
+    stuck = engine.submit(item("stuck"))
+    with pytest.raises(DeviceFailed):  # waits for room that never comes
+        engine.submit(item("x" * 200), wait=True)
+    with pytest.raises(DeviceFailed):
+        stuck.result(10)
+    engine.close()
+    model.gate.set()  # the device comes back, to nobody
+    assert reasons == ["the device did not finish a batch within 0.3 s"]
+
+
+def test_bug_in_the_engines_thread_leaves_nobody_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: float) -> None:
+        raise KeyError("a bug of ours")
+
+    monkeypatch.setattr(engine._inputs, "take", broken)
+    with pytest.raises(DeviceFailed):
+        engine.submit(item("text")).result(10)
+    assert engine.failure == "a bug ended the engine's thread"
 
 
 def test_cancelled_item_does_not_shift_results(engine: Engine, model: FakeModel) -> None:
@@ -168,6 +305,18 @@ def test_full_queue_refuses_with_a_time_to_come_back(engine: Engine, model: Fake
     assert engine.submit(item("next")).result(10).num_tokens == 4
 
 
+def test_time_to_come_back_is_near_the_truth(engine: Engine, model: FakeModel) -> None:
+    """A device of 0.2 s an item, and a queue of 14 items: it has drained after 2.8 s."""
+    model.seconds_per_item = 0.2
+    engine.submit(item("warm")).result(10)
+    futures = [engine.submit(item("x" * 1000), wait=True) for _ in range(20)]
+    with pytest.raises(Overloaded) as refusal:
+        engine.submit(item("x" * 1000))
+    start_s = time.monotonic()
+    wait(futures, timeout=20)
+    assert refusal.value.retry_after_s == pytest.approx(time.monotonic() - start_s, rel=0.3)
+
+
 def test_waiting_submit_goes_on_when_there_is_room(engine: Engine, model: FakeModel) -> None:
     model.gate.clear()
     futures = [engine.submit(item("x" * 1000)) for _ in range(14)]
@@ -184,6 +333,23 @@ def test_failed_and_cancelled_items_free_their_place(engine: Engine, model: Fake
     wait(futures, timeout=10)
     engine.submit(item("last")).result(10)
     assert engine.pending_tokens == 0
+
+
+def test_deadline_empties_both_queues_at_once(model: FakeModel) -> None:
+    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, Settings(preprocess_threads=1))
+    model.gate.clear()
+    on_the_device = engine.submit(item("device"))
+    assert model.is_entered.wait(10)
+    texts = ["preprocessed", "slow", "not yet", "nor this"]
+    with pytest.raises(DeadlineExceeded, match=r"^not done after 0.5 s"):
+        asyncio.run(embed_all(engine, [item(text) for text in texts], 0.5))
+    assert (len(engine._items), len(engine._inputs)) == (0, 0)
+    assert engine.pending_tokens == 31  # of "device"
+    model.gate.set()
+    assert on_the_device.result(10).num_tokens == 6
+    engine.close()
+    assert model.preprocessed == ["device", "preprocessed", "slow"]
+    assert model.batches == [1]
 
 
 def test_close_finishes_what_was_admitted_and_refuses_the_rest(model: FakeModel) -> None:

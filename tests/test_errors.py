@@ -7,6 +7,7 @@ import pytest
 from embedder import errors
 from embedder.errors import (
     DeadlineExceeded,
+    DeviceFailed,
     EmbedderError,
     EngineFailed,
     InvalidMedia,
@@ -65,7 +66,14 @@ def test_fault_of_an_item_gets_its_index(error: EmbedderError) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [Overloaded("x", retry_after_s=1), ShuttingDown("x"), DeadlineExceeded("x"), ModelUnavailable("x")]
+    "error",
+    [
+        Overloaded("x", retry_after_s=1),
+        ShuttingDown("x"),
+        DeadlineExceeded("x"),
+        DeviceFailed("x"),
+        ModelUnavailable("x"),
+    ],
 )
 def test_no_item_is_blamed_for_the_services_state(error: EmbedderError) -> None:
     with pytest.raises(type(error)), of_item(7):

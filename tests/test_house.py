@@ -112,7 +112,7 @@ def test_map_names_every_module_and_no_other() -> None:
 
 def test_path_has_its_steps_in_the_order_an_item_walks_them() -> None:
     assert " ".join(path_order()) == (
-        "settings errors request address fetch media video prompt preprocess scheduler packing model pooling "
+        "settings errors request address fetch media video prompt preprocess cache scheduler packing model pooling "
         "postprocess response"
     )
 

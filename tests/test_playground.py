@@ -194,7 +194,7 @@ class FakeEngine:
         self.outcomes = outcomes
         self.on_submit = on_submit
 
-    def submit(self, item: EmbeddingItem) -> Future[Embedding]:
+    def submit(self, item: EmbeddingItem, **_: object) -> Future[Embedding]:
         assert len(item.parts) == 1
         self.on_submit()
         outcome = self.outcomes.pop(0)

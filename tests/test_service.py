@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from embedder import Embedder
-from tests.conftest import Server, encoded, picture, start_server, words
+from tests.conftest import ROOT, Server, encoded, picture, start_server, words
 
 SAME = 1e-6  # float32, one content on two routes or in two batches
 
@@ -350,3 +350,53 @@ def test_missing_model_stops_the_start_with_one_line(tmp_path: Path) -> None:
         start_server(tmp_path, model="./no-such-folder")
     assert "the service does not start: EMBEDDER_MODEL='./no-such-folder' is neither a folder" in str(failure.value)
     assert "Traceback" not in str(failure.value)
+
+
+def test_cached_items_are_counted_in_a_header_and_equal_on_every_route(
+    random_checkpoint: Path, tmp_path: Path, client: httpx.Client
+) -> None:
+    assert "x-embedding-cache" not in client.post("/txt/embed", json={"input": "red"}).headers
+    server = start_server(tmp_path, model=str(random_checkpoint), device="cpu", cache_bytes="100000")
+    with httpx.Client(base_url=server.url, timeout=60) as cached:
+        answers = [
+            cached.post("/txt/embed", json={"input": ["red", "green", "red"]}),
+            cached.post("/embed", json={"items": ["red", "blue", {"image": "%%%"}]}),
+            cached.post("/v1/embeddings", json={"input": "red", "dimensions": 64}),
+            cached.post("/v2/embed", json={"model": "any", "texts": ["red"], "input_type": "search_document"}),
+        ]
+    assert server.stop() == 0
+    assert [answer.headers["x-embedding-cache"] for answer in answers] == ["hits=1", "hits=1", "hits=1", "hits=1"]
+    first, _, third = answers[0].json()["embedding"]
+    assert first == third == answers[1].json()["results"][0]["embedding"]
+
+
+LOSES_ITS_DEVICE = """
+from embedder.errors import DeviceFailed
+from embedder.library import Embedder
+from service import Qwen3VLEmbedding as Qwen3VLEmbedding
+
+run_batch = Embedder._run_batch
+
+def lose(self, inputs):
+    if max(one.num_tokens for one in inputs) > 500:
+        raise DeviceFailed("AcceleratorError: CUDA error: device-side assert triggered")
+    return run_batch(self, inputs)
+
+Embedder._run_batch = lose
+"""
+
+
+def test_worker_that_loses_its_device_answers_and_ends(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loses_its_device.py").write_text(LOSES_ITS_DEVICE)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("BENTOML_CONTAINERIZED", "true")  # where BentoML ends with its worker, and a supervisor acts
+    target = "loses_its_device:Qwen3VLEmbedding"
+    server = start_server(tmp_path, target=target, cwd=tmp_path, model=str(random_checkpoint), device="cpu")
+    response = httpx.post(f"{server.url}/txt/embed", json={"input": words(600)}, timeout=30)
+    body = error(response)
+    assert (response.status_code, body["code"], body["item"]) == (500, "device_failed", None)
+    assert httpx.get(f"{server.url}/readyz", timeout=5).status_code == 503
+    assert server.process.wait(60) != 0
+    assert "gives up with 1 items waiting: the device failed: AcceleratorError" in server.log.read_text()
