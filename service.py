@@ -32,6 +32,7 @@ from embedder.edge import Edge
 from embedder.engine import Engine
 from embedder.errors import EmbedderError
 from embedder.log import share_log
+from embedder.metrics import CONTENT_TYPE, CountRequests, Metrics
 from embedder.native import embed_body, parse_embed, whole_failure
 from embedder.openai import embeddings_body, models_body, parse_embeddings
 from embedder.openapi import openapi_document
@@ -48,7 +49,8 @@ from embedder.request import (
     parse_text_request,
 )
 from embedder.response import embedding_body, error_body, to_json
-from embedder.settings import Settings
+from embedder.settings import Settings, metrics_folder
+from embedder.tracing import Tracing, is_traced
 
 logger = logging.getLogger("embedder.service")
 
@@ -71,6 +73,9 @@ except ValueError as error:
 
 DEPENDENCIES = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text())["project"]["dependencies"]
 
+EMBEDDING_ROUTES = ("/txt/embed", "/img/embed", "/embed", "/v1/embeddings", "/v2/embed")
+METRICS = Metrics((*EMBEDDING_ROUTES, "/embed_texts", "/embed_images"), metrics_folder())
+
 app = Starlette()
 
 
@@ -81,6 +86,7 @@ app = Starlette()
     logging={"access": {"enabled": SETTINGS.access_log}},
     image=bentoml.images.Image(python_version="3.11", lock_python_packages=False).python_packages(*DEPENDENCIES),
     tracing={"excluded_urls": ".*"},  # BentoML's tracing costs 0.2 ms a request, with or without an exporter
+    metrics={"enabled": False},  # BentoML's keep 20 series for every path that anyone ever asked for
 )
 @bentoml.asgi_app(app)
 class Qwen3VLEmbedding:
@@ -98,7 +104,7 @@ class Qwen3VLEmbedding:
     def __init__(self) -> None:
         share_log()
         worker = (bentoml.server_context.worker_index or 1) - 1
-        self.embedder = embedder.Embedder(settings=SETTINGS, worker=worker)
+        self.embedder = embedder.Embedder(settings=SETTINGS, worker=worker, observer=METRICS)
         self.collection = Collection(SETTINGS, is_embedded_model=self.embedder.checkpoint.is_embedded)
         self.is_ready = False
         self.started_s = time.time()
@@ -109,6 +115,7 @@ class Qwen3VLEmbedding:
         """Embed something of each kind for real; only then is the service ready."""
         await _embed([EmbeddingItem((Text("ready?"),)), EmbeddingItem((Image(EXAMPLE_IMAGE),))])
         self.is_ready = True
+        METRICS.serving(SETTINGS, self.embedder.info(), embedder.__version__)
         self.building = asyncio.create_task(self.collection.build(_engine()))  # held, or it might be collected
 
     @bentoml.on_shutdown
@@ -250,6 +257,11 @@ async def info(_: Request) -> Response:
     return _json_response(to_json({**app.state.service.embedder.info(), "version": embedder.__version__}))
 
 
+@_route("/metrics", "GET")
+async def metrics(_: Request) -> Response:
+    return Response(await asyncio.to_thread(METRICS.exposition), media_type=CONTENT_TYPE)
+
+
 @_route("/playground/collection", "GET")
 async def collection(_: Request) -> Response:
     return _json_response(to_json(app.state.service.collection.fields()), headers=HEADERS)
@@ -302,6 +314,14 @@ def _error_response(error: EmbedderError) -> Response:
     return _json_response(error_body(error), _status(error), headers)
 
 
-Qwen3VLEmbedding.add_asgi_middleware(  # type: ignore[attr-defined]  # the decorator made a BentoML Service of it
-    Edge, max_body_bytes=SETTINGS.max_body_bytes
-)
+def _add_middleware(middleware: type, **options: Any) -> None:
+    """Inside those added before."""
+    Qwen3VLEmbedding.add_asgi_middleware(  # type: ignore[attr-defined]  # the decorator made a BentoML Service of it
+        middleware, **options
+    )
+
+
+_add_middleware(CountRequests, metrics=METRICS)
+if is_traced():
+    _add_middleware(Tracing, routes=EMBEDDING_ROUTES, version=embedder.__version__)
+_add_middleware(Edge, max_body_bytes=SETTINGS.max_body_bytes)

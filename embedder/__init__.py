@@ -24,6 +24,7 @@ Around it: `checkpoint` finds the model's folder; `engine` owns the queue and th
 checkpoint behind the engine (`Embedder`); `awaiting` puts items through it from an event loop. `native` (`/embed`),
 `openai` (`/v1`) and `cohere` (`/v2`) translate what those clients send into the same items, with `chat` for the forms
 they share; `openapi` describes the HTTP contract, `edge` guards it, `log` keeps callers' bodies out of the log.
+`observer` is what the engine tells of its work, which `metrics` counts for Prometheus and `tracing` draws as spans.
 `playground` is the page to look at, and the pictures that it searches.
 `verify` checks a checkpoint or a running service from outside; `random_checkpoint` writes checkpoints for tests and
 benchmarks; `torchvision_shim` lets torchvision load beside a CPU build of torch.

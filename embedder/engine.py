@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.errors import EmbedderError, EngineFailed, Overloaded, ShuttingDown
+from embedder.observer import Batch, Journey, Observer, begin_journey
 from embedder.postprocess import Embedding, check_dimensions, finish_vector
 from embedder.preprocess import ModelInput
 from embedder.request import EmbeddingItem, Image, Text, Video
@@ -35,20 +36,29 @@ class _Job:
     item: EmbeddingItem
     model_input: ModelInput
     future: Future[Embedding]
+    journey: Journey
 
 
 class Engine:
     """Items in, futures of embeddings out.
 
     `preprocess` turns one item into a ModelInput, in many threads at once. `run_batch` turns the inputs of a batch
-    into pooled rows, (num_items, hidden_size) float32, in one thread.
+    into pooled rows, (num_items, hidden_size) float32, in one thread. `observer` is told what becomes of the items.
     """
 
-    def __init__(self, preprocess: Preprocess, run_batch: RunBatch, hidden_size: int, settings: Settings) -> None:
+    def __init__(
+        self,
+        preprocess: Preprocess,
+        run_batch: RunBatch,
+        hidden_size: int,
+        settings: Settings,
+        observer: Observer | None = None,
+    ) -> None:
         self.hidden_size = hidden_size
         self.settings = settings
         self._preprocess = preprocess
         self._run_batch = run_batch
+        self._observer = observer or Observer()
         self._scheduler: Scheduler[_Job] = Scheduler(settings.max_batch_tokens)
         self._changed = threading.Condition()  # guards the scheduler, the token count and the flag
         self._pending_tokens = 0
@@ -75,8 +85,11 @@ class Engine:
         self._admit(estimate, wait)
         future: Future[Embedding] = Future()
         future.add_done_callback(lambda _: self._release(estimate))
+        journey = begin_journey(item, estimate)
+        self._observer.admitted(journey)
+        future.add_done_callback(lambda done: self._observer.answered(journey, done))
         try:
-            self._pool.submit(self._prepare, item, future, time.monotonic())
+            self._pool.submit(self._prepare, item, future, journey)
         except RuntimeError as error:  # `close` came between
             future.cancel()
             raise ShuttingDown("the service is shutting down") from error
@@ -113,22 +126,26 @@ class Engine:
             self._pending_tokens -= tokens
             self._changed.notify_all()
 
-    def _prepare(self, item: EmbeddingItem, future: Future[Embedding], arrival_s: float) -> None:
+    def _prepare(self, item: EmbeddingItem, future: Future[Embedding], journey: Journey) -> None:
         """One item's preprocessing, in a thread of the pool."""
         if future.cancelled():
             future.set_running_or_notify_cancel()  # whoever waits for several futures is told
             return
         try:
-            model_input = self._preprocess(item)
+            with journey.preprocessing():
+                model_input = self._preprocess(item)
         except EmbedderError as error:
             _fail(future, error)
         except Exception as error:
             logger.exception("preprocessing failed")
             _fail(future, _hidden(error))
         else:
+            journey.count(model_input)
             with self._changed:
-                self._scheduler.put(_Job(item, model_input, future), model_input.cost, arrival_s)
+                self._scheduler.put(_Job(item, model_input, future, journey), model_input.cost, journey.admitted_s)
                 self._changed.notify_all()
+        finally:
+            self._observer.preprocessed(journey)
 
     def _drive_device(self) -> None:
         while True:
@@ -158,9 +175,12 @@ class Engine:
             self._run(jobs[middle:])
             return
         tokens = sum(job.model_input.cost for job in jobs)
-        self._tokens_per_s += 0.2 * (tokens / max(time.monotonic() - start, 1e-6) - self._tokens_per_s)
+        batch = Batch(len(jobs), tokens, start, time.monotonic())
+        self._tokens_per_s += 0.2 * (tokens / max(batch.seconds, 1e-6) - self._tokens_per_s)
         for job, row in zip(jobs, rows, strict=True):
+            job.journey.batch = batch
             _finish(job, row)
+        self._observer.ran(batch, [job.journey for job in jobs])
 
 
 def _finish(job: _Job, row: NDArray[np.float32]) -> None:

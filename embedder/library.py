@@ -18,6 +18,7 @@ from embedder.engine import Engine
 from embedder.errors import InvalidRequest, of_item
 from embedder.model.forward import Forward
 from embedder.model.weights import choose_device, load_model
+from embedder.observer import Observer
 from embedder.packing import pack
 from embedder.pooling import pool
 from embedder.postprocess import Embedding
@@ -47,8 +48,8 @@ class Embedder:
     """A loaded checkpoint that embeds text, images, clips and mixtures of them.
 
     `model` is a checkpoint folder or hub id; without one the small model shipped in the package is used. Threads run
-    until `close` or the end of a `with` block. `worker` chooses the GPU where there are several. Other settings are
-    those of `Settings`, by name. Raises `ModelUnavailable`.
+    until `close` or the end of a `with` block. `worker` chooses the GPU where there are several; `observer` is told
+    what becomes of the items. Other settings are those of `Settings`, by name. Raises `ModelUnavailable`.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Embedder:
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         settings: Settings | None = None,
         worker: int = 0,
+        observer: Observer | None = None,
         **options: Any,
     ) -> None:
         start = time.monotonic()
@@ -69,7 +71,7 @@ class Embedder:
         vision = read_vision_config(self.checkpoint.folder, self.settings)
         self.preprocessor = Preprocessor(load_tokenizer(self.checkpoint.folder), vision, self.settings)
         self.forward = Forward(weights, vision, self.settings.attention)
-        self.engine = Engine(self.preprocessor, self._run_batch, self.forward.hidden_size, self.settings)
+        self.engine = Engine(self.preprocessor, self._run_batch, self.forward.hidden_size, self.settings, observer)
         self._announce(time.monotonic() - start)
 
     def embed(
