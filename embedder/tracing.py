@@ -14,6 +14,7 @@ BentoML's own adaptive-batching APIs mix callers and have no tree.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter
@@ -52,12 +53,12 @@ def is_traced() -> bool:
     return True
 
 
-def otlp_tracer(version: str) -> Tracer:
-    """Sends over HTTP in the background; what waits at exit is sent then."""
+def otlp_provider(version: str) -> TracerProvider:
+    """Sends over HTTP in the background."""
     ours = Resource({"service.name": "qwen3-vl-embedding", "service.version": version})
     provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))
     provider.add_span_processor(BatchSpanProcessor(_otlp_exporter()()))
-    return provider.get_tracer("embedder", version)
+    return provider
 
 
 def _otlp_exporter() -> type[SpanExporter]:
@@ -70,13 +71,19 @@ def _otlp_exporter() -> type[SpanExporter]:
 class Tracing:
     """ASGI middleware around the edge: a span for each request to one of `routes`, and those of its stages."""
 
-    def __init__(self, app: ASGIApp, routes: Collection[str], version: str, tracer: Tracer | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, routes: Collection[str], version: str, provider: TracerProvider | None = None
+    ) -> None:
         self.app = app
         self.routes = frozenset(routes)
-        self.tracer = tracer or otlp_tracer(version)
+        self.provider = provider or otlp_provider(version)
+        self.tracer = self.provider.get_tracer("embedder", version)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """One request, or the service's life."""
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
         if scope["type"] != "http" or scope["path"] not in self.routes:
             await self.app(scope, receive, send)
             return
@@ -100,6 +107,16 @@ class Tracing:
             JOURNEYS.reset(token)
             _Drawing(self.tracer, span).draw(journeys, answered_s)
             _end(span, status, journeys)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the last spans before the service says that it is done: no exit handler runs after that."""
+
+        async def watch(message: Message) -> None:
+            if message["type"].startswith("lifespan.shutdown"):
+                await asyncio.to_thread(self.provider.shutdown)
+            await send(message)
+
+        await self.app(scope, receive, watch)
 
     def _begin(self, scope: Scope) -> Span:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}

@@ -72,7 +72,7 @@ def spans_of(
     async def send(message: Any) -> None: ...
 
     scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
-    asyncio.run(Tracing(app, ["/embed"], "0", provider.get_tracer("test"))(scope, None, send))  # type: ignore[arg-type]
+    asyncio.run(Tracing(app, ["/embed"], "0", provider)(scope, None, send))  # type: ignore[arg-type]
     return list(exporter.get_finished_spans())
 
 
