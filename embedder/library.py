@@ -20,6 +20,7 @@ from embedder.errors import InvalidRequest, of_item
 from embedder.model.faults import device_faults
 from embedder.model.forward import Forward
 from embedder.model.weights import choose_device, load_model
+from embedder.observer import Observer
 from embedder.packing import pack
 from embedder.pooling import pool
 from embedder.postprocess import Embedding
@@ -53,9 +54,9 @@ class Embedder:
     """A loaded checkpoint that embeds text, images, clips and mixtures of them.
 
     `model` is a checkpoint folder or hub id; without one the small model shipped in the package is used. Threads run
-    until `close` or the end of a `with` block. `worker` chooses the GPU where there are several. `on_failure` is told
-    why, when the device is lost and nothing more can be embedded in this process (`Engine`). Other settings are those
-    of `Settings`, by name. Raises `ModelUnavailable`.
+    until `close` or the end of a `with` block. `worker` chooses the GPU where there are several; `observer` is told
+    what becomes of the items. `on_failure` is told why, when the device is lost and nothing more can be embedded in
+    this process (`Engine`). Other settings are those of `Settings`, by name. Raises `ModelUnavailable`.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Embedder:
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         settings: Settings | None = None,
         worker: int = 0,
+        observer: Observer | None = None,
         on_failure: Callable[[str], None] | None = None,
         **options: Any,
     ) -> None:
@@ -85,6 +87,7 @@ class Embedder:
             self._run_batch,
             self.forward.hidden_size,
             self.settings,
+            observer=observer,
             stuck_after_s=self.settings.stuck_after_s or (STUCK_AFTER_S if self.device.type == "cuda" else math.inf),
             on_failure=on_failure,
         )

@@ -120,6 +120,17 @@ class Settings(BaseModel):
             raise ValueError("; ".join(faults)) from error
 
 
+def metrics_folder() -> str | None:
+    """Where prometheus_client keeps the numbers of all worker processes: BentoML's doing, not an operator's choice."""
+    return os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+
+
+def trace_exporter_variable() -> str | None:
+    """The standard variable, if any, by which an operator names where OpenTelemetry sends traces."""
+    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    return next((name for name in names if os.environ.get(name)), None)
+
+
 def _fault(fault: dict[str, object]) -> str:
     location = fault["loc"]
     if not isinstance(location, tuple) or not location:
