@@ -10,13 +10,16 @@ from typing import Any
 import cohere
 import httpx
 import jsonschema
+import mteb
 import numpy as np
 import openai
 import PIL.Image
 import pytest
 from langchain_openai import OpenAIEmbeddings
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
+from mteb.models import OpenAIAPIEncodeWrapper
 
+from benchmarks.quality.tasks import LocalRetrieval
 from embedder import Embedder
 from embedder.chat import QUERY_INSTRUCTION
 from embedder.openapi import EXAMPLES
@@ -144,6 +147,28 @@ def test_llama_index_gets_the_librarys_vectors(server: Server, embedder: Embedde
     expected = embedder.embed(TEXTS, dimensions=64)
     assert_same(embeddings.get_text_embedding_batch(TEXTS), expected)
     assert_same([embeddings.get_query_embedding("red")], expected[:1])
+
+
+@pytest.mark.parametrize("use_chat_template", [True, False])
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_mteb_gets_the_librarys_vectors(kind: str, use_chat_template: bool, server: Server, embedder: Embedder) -> None:
+    """Its client of OpenAI's protocol, in a retrieval task that it evaluates; `messages` or `input`."""
+    documents = TEXTS if kind == "text" else [picture(40 + index, 60, index) for index in range(4)]
+    category = "t2t" if kind == "text" else "t2i"
+    task = LocalRetrieval("Tiny", category, {"text": TEXTS}, {kind: documents}, np.eye(4, dtype=bool), "Find it.", None)
+    vectors = []
+
+    class Recorded(OpenAIAPIEncodeWrapper):
+        def encode(self, *arguments: Any, **options: Any) -> Any:
+            vectors.append(super().encode(*arguments, **options))
+            return vectors[-1]
+
+    client = Recorded(server.url, embedder.checkpoint.name, use_chat_template=use_chat_template)
+    assert client.max_length == 8192
+    (result,) = mteb.evaluate(client, task, cache=None, co2_tracker=False).task_results
+    assert_same(np.concatenate(vectors), embedder.embed([*TEXTS, *documents]))
+    if kind == "text":
+        assert result.get_score() == 1.0
 
 
 def test_cohere_client_gets_the_librarys_vectors(cohere_client: cohere.ClientV2, embedder: Embedder) -> None:
