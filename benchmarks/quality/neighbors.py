@@ -21,7 +21,7 @@ NUM_OF_A_KIND = 16
 
 
 def pool() -> list[dict[str, Any]]:
-    """Texts of 1 to 60 words, pictures of several sizes, and both together."""
+    """Texts of 1 to 61 color names, pictures of several sizes, and both together."""
     names, pictures = drawings_of_the_demo()
     texts = [" ".join(NAMES[index : index + 1 + 4 * index]) for index in range(NUM_OF_A_KIND)]
     sized: list[PIL.Image.Image] = [

@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality mteb", description=__doc__)
-    add_target(parser)
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--url", help="of a running service of ours")
+    target.add_argument("--model", default="", help="folder or hub id, by the library; default: the embedded model")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--tasks", nargs="+", default=list(LOCAL_TASKS), help="default: those that need no hub")
     what.add_argument("--benchmark", help='of mteb, such as "MTEB(Multilingual, v2)"')
@@ -68,13 +70,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder of result files and vectors, for one model")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
-
-
-def add_target(parser: argparse.ArgumentParser) -> None:
-    """`--url` or `--model`, for every command that measures one model."""
-    target = parser.add_mutually_exclusive_group()
-    target.add_argument("--url", help="of a running service of ours")
-    target.add_argument("--model", default="", help="folder or hub id, by the library; default: the embedded model")
 
 
 def shown_target(chosen: argparse.Namespace) -> str:
@@ -133,7 +128,7 @@ def table(data: dict[str, Any]) -> str:
         lines = [[row["figure"], row["published"], *_difference(row)] for row in data["published"]]
         parts.append(report.table(("published", "theirs, %", "ours, %", "difference"), lines))
     else:
-        parts.append("Nobody published figures of this model.")
+        parts.append("No published figures of this model are known here.")
     parts += [f"NOT RUN: {task}: {reason}" for task, reason in data["not_run"].items()]
     return "\n\n".join(parts)
 
