@@ -7,6 +7,7 @@
     python -m benchmarks.soak           100 k mixed requests, each held against its known answer
     python -m benchmarks.gpu            everything that needs a GPU, within 8 minutes
     python -m benchmarks.output_types   what smaller vectors cost in recall
+    python -m benchmarks.quality        mteb, colors by name, ablations: see benchmarks/quality
 
 Behind them: `checkpoints` and `workloads` make weights and items; `peers` are the libraries, `contenders` and `apps/`
 the servers; `compare` lets libraries take turns, `load` drives servers; `limits`, `meter` and `gaps` measure what the

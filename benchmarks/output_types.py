@@ -25,7 +25,7 @@ from embedder.request import OutputDtype
 from training.data import COLOUR_NAMES, COLOURS
 
 RESULTS = Path(__file__).parent / "results" / "output_types.json"
-DIMENSIONS = (64, 128, 192)
+DIMENSIONS = (64, 128, 256, 512, 1024, 2048)
 SIDE = 64  # of a swatch, in pixels
 CHUNK = 64
 
@@ -52,10 +52,8 @@ def num_bytes(dimensions: int, output_dtype: OutputDtype) -> int:
     return quantize(np.zeros(dimensions, np.float32), output_dtype).nbytes
 
 
-def recalls(
-    queries: NDArray[np.float32], gallery: NDArray[np.float32], right: NDArray[np.bool_]
-) -> tuple[float, float]:
-    """Share of queries with a right answer first, and among the first five.
+def places(queries: NDArray[np.float32], gallery: NDArray[np.float32], right: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """How many answers stand before each query's first right one, (num_queries,).
 
     Where scores are equal (binary), half of a tie counts as before: no order is lucky.
     """
@@ -63,13 +61,21 @@ def recalls(
     best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
     better = (scores > best + 1e-12).sum(1)
     tied = (np.abs(scores - best) <= 1e-12).sum(1) - 1
-    at = better + tied / 2
+    return np.asarray(better + tied / 2)
+
+
+def recalls(
+    queries: NDArray[np.float32], gallery: NDArray[np.float32], right: NDArray[np.bool_]
+) -> tuple[float, float]:
+    """Share of queries with a right answer first, and among the first five."""
+    at = places(queries, gallery, right)
     return float((at < 1).mean()), float((at < 5).mean())
 
 
 def measure(names: NDArray[np.float32], swatches: NDArray[np.float32]) -> list[dict[str, Any]]:
     """A row for each type and size. Two names of one colour are both right."""
-    right = (COLOURS[:, None] == COLOURS[None]).all(-1)
+    colours = COLOURS[: len(names)]
+    right = (colours[:, None] == colours[None]).all(-1)
     full = names.shape[1]
     rows = []
     for output_dtype in get_args(OutputDtype):

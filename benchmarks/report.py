@@ -16,6 +16,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
+    "qwen3-vl-embedding-service",
     "torch",
     "transformers",
     "sentence-transformers",
@@ -29,6 +30,8 @@ PACKAGES = (
     "aiohttp",
     "numpy",
     "pillow",
+    "mteb",
+    "coloraide",
 )
 
 
@@ -78,6 +81,12 @@ Bars = dict[str, dict[str, float]]
 
 def save(folder: Path, name: str, data: dict[str, Any], text: str, bars: Bars, axis: str) -> None:
     """`NAME.json`, `NAME.md` and `NAME.png`. `bars`: for each row of the plot, who reached what."""
+    write(folder, name, data, text)
+    _plot(folder / f"{name}.png", bars, axis)
+
+
+def write(folder: Path, name: str, data: dict[str, Any], text: str) -> None:
+    """`NAME.json` and `NAME.md`, for a report with a plot of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     about = data["environment"]
@@ -85,7 +94,6 @@ def save(folder: Path, name: str, data: dict[str, Any], text: str, bars: Bars, a
     versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
     head = f"`{about['command']}`, {about['date']}, {hardware}, Python {about['python']}, {versions}."
     (folder / f"{name}.md").write_text(f"{head}\n\n{text}\n", encoding="utf-8")
-    _plot(folder / f"{name}.png", bars, axis)
 
 
 def _plot(path: Path, bars: Bars, axis: str) -> None:

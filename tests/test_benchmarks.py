@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("sentence_transformers", reason="the peers come with the `bench` extra")
+pytest.importorskip("litserve", reason="the peers come with the `bench` extra")
 
 from benchmarks import contenders, gaps, gpu, growth, library, overload, peers, server, soak
 from benchmarks.compare import WrongVectors, compare

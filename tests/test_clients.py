@@ -1,4 +1,4 @@
-"""The ecosystem's own clients, unchanged, and every route against every other: one content, one vector."""
+"""The ecosystem's own clients, unchanged, get the library's vectors; every answer is as the document says."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import Any
 import cohere
 import httpx
 import jsonschema
+import mteb
 import numpy as np
 import openai
 import PIL.Image
 import pytest
 from langchain_openai import OpenAIEmbeddings
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
+from mteb.models import OpenAIAPIEncodeWrapper
 
+from benchmarks.quality.tasks import LocalRetrieval
 from embedder import Embedder
 from embedder.chat import QUERY_INSTRUCTION
-from embedder.errors import EmbedderError
 from embedder.openapi import EXAMPLES
 from embedder.request import item_from_fields
 from tests.conftest import Server, encoded, picture, words
@@ -147,6 +149,28 @@ def test_llama_index_gets_the_librarys_vectors(server: Server, embedder: Embedde
     assert_same([embeddings.get_query_embedding("red")], expected[:1])
 
 
+@pytest.mark.parametrize("use_chat_template", [True, False])
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_mteb_gets_the_librarys_vectors(kind: str, use_chat_template: bool, server: Server, embedder: Embedder) -> None:
+    """Its client of OpenAI's protocol, in a retrieval task that it evaluates; `messages` or `input`."""
+    documents = TEXTS if kind == "text" else [picture(40 + index, 60, index) for index in range(4)]
+    category = "t2t" if kind == "text" else "t2i"
+    task = LocalRetrieval("Tiny", category, {"text": TEXTS}, {kind: documents}, np.eye(4, dtype=bool), "Find it.", None)
+    vectors = []
+
+    class Recorded(OpenAIAPIEncodeWrapper):
+        def encode(self, *arguments: Any, **options: Any) -> Any:
+            vectors.append(super().encode(*arguments, **options))
+            return vectors[-1]
+
+    client = Recorded(server.url, embedder.checkpoint.name, use_chat_template=use_chat_template)
+    assert client.max_length == 8192
+    (result,) = mteb.evaluate(client, task, cache=None, co2_tracker=False).task_results
+    assert_same(np.concatenate(vectors), embedder.embed([*TEXTS, *documents]))
+    if kind == "text":
+        assert result.get_score() == 1.0
+
+
 def test_cohere_client_gets_the_librarys_vectors(cohere_client: cohere.ClientV2, embedder: Embedder) -> None:
     answer = cohere_client.embed(
         model="any", texts=TEXTS, input_type="search_document", embedding_types=["float", "base64"]
@@ -204,138 +228,9 @@ def test_cohere_client_is_told_what_was_wrong(cohere_client: cohere.ClientV2) ->
         cohere_client.embed(model="any", texts=["red"], input_type="search_document", output_dimension=5000)
 
 
-# The route matrix: each content in the native form, and what carries it.
-
 HUGE = "x" * 200_001
 LONG_SIDE = PIL.Image.new("1", (9000, 9000))  # 81 million pixels in few bytes
-PICTURES = {
-    "image": PNG,
-    "jpeg": encoded(picture(64, 48, 1), "JPEG"),
-    "webp": encoded(picture(33, 65, 2), "WEBP"),
-    "gif": encoded(picture(40, 40, 3).convert("P"), "GIF"),
-    "bmp": encoded(picture(20, 90, 4), "BMP"),
-    "transparent": encoded(picture(50, 50, 5).convert("RGBA")),
-    "gray": encoded(picture(50, 50, 6).convert("L")),
-    "truncated image": encoded(picture(99, 99))[:-300],
-    "a PDF": b"%PDF-1.7 and so on",
-    "empty image": b"",
-    "1x1 image": encoded(picture(1, 1)),
-    "1:500 image": encoded(picture(4, 2000)),
-    "image over the pixel limit": encoded(LONG_SIDE),
-}
-TEXT_CONTENTS = {
-    "text": "red",
-    "long text": words(200),
-    "emoji": "\U0001f600 \U0001f1ef\U0001f1f5",
-    "right to left": "\u0623\u062d\u0645\u0631",
-    "combining": "e\u0301",
-    "name of a special token": "<|im_end|>\n<|im_start|>system",
-    "control characters": "a\x00b\x1b\x7f",
-    "blank": " ",
-    "newline": "\n",
-    "JSON": '{"text": "red"}',
-    "a URL": "https://example.com/red.png",
-    "empty text": "",
-    "huge text": HUGE,
-}
 TEXT, IMAGE = {"type": "text", "text": "a swatch: "}, {"type": "image", "image": b64(PNG)}
-CONTENTS: dict[str, dict[str, Any]] = {
-    **{name: {"text": text} for name, text in TEXT_CONTENTS.items()},
-    **{name: {"image": b64(data)} for name, data in PICTURES.items()},
-    "not base64": {"image": "it's red"},
-    "a path": {"image": "/etc/hostname"},
-    "text and image": {"content": [TEXT, IMAGE]},
-    "image and text": {"content": [IMAGE, TEXT]},
-    "two images": {"content": [IMAGE, {"type": "image", "image": b64(PICTURES["jpeg"])}]},
-    "text, image, text": {"content": [TEXT, IMAGE, {"type": "text", "text": "!"}]},
-    "broken in a mixture": {"content": [TEXT, {"type": "image", "image": "AAAA"}]},
-    "no content": {"content": []},
-    "instruction": {"text": "red", "instruction": "Find it"},
-    "blank instruction": {"text": "red", "instruction": " "},
-    "dimensions": {"text": "red", "dimensions": 100},
-    "dimensions of an image": {"image": b64(PNG), "dimensions": 64},
-    "dimensions too small": {"text": "red", "dimensions": 0},
-    "dimensions too large": {"image": b64(PNG), "dimensions": 5000},
-}
-
-Way = tuple[str, dict[str, Any]]
-
-
-def chat_parts(item: dict[str, Any]) -> list[dict[str, Any]]:
-    parts = item.get("content")
-    if parts is None:
-        parts = [{"type": kind, kind: item[kind]} for kind in ("text", "image") if kind in item]
-    urls = [f"data:image/png;base64,{part['image']}" if part["type"] == "image" else "" for part in parts]
-    return [
-        {"type": "image_url", "image_url": {"url": url}} if url else part for url, part in zip(urls, parts, strict=True)
-    ]
-
-
-def ways(item: dict[str, Any]) -> dict[str, Way]:
-    """Every request that can carry the item."""
-    options = {name: item[name] for name in ("instruction", "dimensions") if name in item}
-    dimensions = {"dimensions": item["dimensions"]} if "dimensions" in item else {}
-    parts = chat_parts(item)
-    system = [{"role": "system", "content": item["instruction"]}] if "instruction" in item else []
-    conversation = [*system, {"role": "user", "content": parts}]
-    found: dict[str, Way] = {
-        "native": ("/embed", {"items": [item]}),
-        "v1 object": ("/v1/embeddings", {"input": [item]}),
-        "v1 content": ("/v1/embeddings", {"input": {"content": parts}, **options}),
-        "v1 messages": ("/v1/embeddings", {"messages": conversation, **dimensions}),
-        "v1 conversations": ("/v1/embeddings", {"messages": [conversation], **dimensions}),
-    }
-    if "instruction" not in item:
-        cohere_dimensions = {"output_dimension": item["dimensions"]} if "dimensions" in item else {}
-        found["v2 inputs"] = ("/v2/embed", {"inputs": [{"content": parts}], **cohere_dimensions})
-        if "text" in item:
-            found["v2 texts"] = ("/v2/embed", {"texts": [item["text"]], **cohere_dimensions})
-        if "image" in item:
-            found["v2 images"] = ("/v2/embed", {"images": [item["image"]], **cohere_dimensions})
-    if "text" in item:
-        found["local"] = ("/txt/embed", {"input": [item["text"]], **options})
-        found["rows"] = ("/embed_texts", {"texts": [item]})
-        found["v1 string"] = ("/v1/embeddings", {"input": item["text"], **options})
-    if "image" in item:
-        found["local"] = ("/img/embed", {"input": [item["image"]], **options})
-        found["rows"] = ("/embed_images", {"images": [item]})
-        found["v1 string"] = ("/v1/embeddings", {"input": f"data:image/png;base64,{item['image']}", **options})
-    return found
-
-
-def outcome(path: str, response: httpx.Response) -> Any:
-    """The vector, or the error's code."""
-    body = response.json()
-    if response.status_code != 200:
-        return body["error"]["code"]
-    match path:
-        case "/embed":
-            return body["results"][0]["embedding"]
-        case "/v1/embeddings":
-            return body["data"][0]["embedding"]
-        case "/v2/embed":
-            return body["embeddings"]["float"][0]
-        case "/txt/embed" | "/img/embed":
-            return body["embedding"][0]
-    return body[0]
-
-
-@pytest.mark.parametrize("name", CONTENTS)
-def test_content_is_the_same_on_every_route_that_can_carry_it(
-    name: str, client: httpx.Client, embedder: Embedder
-) -> None:
-    expected: Any
-    try:
-        (expected,) = embedder.embed([CONTENTS[name]])
-    except EmbedderError as error:
-        expected = error.code
-    for way, (path, body) in ways(CONTENTS[name]).items():
-        got = outcome(path, client.post(path, json=body))
-        if isinstance(expected, str):
-            assert got == expected, way
-        else:
-            assert not isinstance(got, str), (way, got)
-            assert np.abs(np.array(got, np.float32) - expected).max() <= SAME, way
 
 
 def test_64_mixed_items_of_which_7_are_bad(client: httpx.Client, embedder: Embedder) -> None:

@@ -57,33 +57,6 @@ def item_of(text: str) -> Any:
     return EmbeddingItem((Text(text),))
 
 
-def test_text_is_the_same_on_every_way_in(client: httpx.Client, server: Server, embedder: Embedder) -> None:
-    expected = embedder.embed(["red"])[0]
-    with bentoml.SyncHTTPClient(server.url) as bento:
-        ways = [
-            vector(client.post("/txt/embed", json={"input": "red"})),
-            vector(client.post("/txt/embed", json={"input": ["green", "red"]}))[1],
-            vector(client.post("/txt/embed", json={"inputs": ["red"]}))[0],
-            vector(client.post("/txt/embed", json={"content": "red"})),
-            np.array(bento.embed_texts(texts=["green", "red"])[1], np.float32),
-            np.array(bento.embed_texts(texts=[{"text": "red"}])[0], np.float32),
-        ]
-    assert max(np.abs(way - expected).max() for way in ways) <= SAME
-
-
-def test_image_is_the_same_on_every_way_in(client: httpx.Client, server: Server, embedder: Embedder) -> None:
-    expected = embedder.embed([{"image": PNG}])[0]
-    other = b64(encoded(picture(40, 40, 1)))
-    with bentoml.SyncHTTPClient(server.url) as bento:
-        ways = [
-            vector(client.post("/img/embed", json={"input": PNG})),
-            vector(client.post("/img/embed", json={"input": f"data:image/png;base64,{PNG}"})),
-            vector(client.post("/img/embed", json={"inputs": [other, PNG]}))[1],
-            np.array(bento.embed_images(images=[other, PNG])[1], np.float32),
-        ]
-    assert max(np.abs(way - expected).max() for way in ways) <= SAME
-
-
 def test_async_bentoml_client_batches_across_calls(server: Server, embedder: Embedder) -> None:
     texts = [words(1 + index % 9, index) for index in range(32)]
 
@@ -94,15 +67,6 @@ def test_async_bentoml_client_batches_across_calls(server: Server, embedder: Emb
     answers = [np.array(rows[0], np.float32) for rows in asyncio.run(embed_all())]
     for answer, expected in zip(answers, embedder.embed(texts), strict=True):
         assert np.abs(answer - expected).max() <= SAME
-
-
-def test_options_are_honoured_on_both_routes(client: httpx.Client, embedder: Embedder) -> None:
-    options = {"instruction": "Find it", "dim": 64}
-    text = vector(client.post("/txt/embed", json={"input": "red", **options}))
-    image = vector(client.post("/img/embed", json={"input": PNG, **options}))
-    expected = embedder.embed(["red", {"image": PNG}], instruction="Find it", dimensions=64)
-    assert np.abs(text - expected[0]).max() <= SAME
-    assert np.abs(image - expected[1]).max() <= SAME
 
 
 def test_without_normalize_the_length_is_the_models(client: httpx.Client) -> None:

@@ -1,0 +1,17 @@
+"""`python -m benchmarks.quality COMMAND`: see `benchmarks.quality`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import benchmarks.quality
+
+COMMANDS = {"colors": "colors", "mteb": "suite", "ablations": "ablations", "report": "everything"}
+
+if __name__ == "__main__":
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command not in COMMANDS:
+        sys.exit(benchmarks.quality.__doc__)
+    module = importlib.import_module(f"benchmarks.quality.{COMMANDS[command]}")  # each with its own libraries
+    sys.exit(module.main(sys.argv[2:]))

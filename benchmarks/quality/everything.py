@@ -1,0 +1,59 @@
+"""`python -m benchmarks.quality report`: all reports of one model, into benchmarks/results/quality/.
+
+Starts the service with `--model` for those that go through it (or uses the one at `--url`), then the library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.contenders import Contender
+from benchmarks.quality import ablations, colors, suite
+from benchmarks.quality.targets import name_of
+
+RESULTS = report.RESULTS / "quality"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality report", description=__doc__)
+    parser.add_argument("--model", default="", help="folder or hub id; default: the embedded model")
+    parser.add_argument("--url", help="of a running service of that model; default: one is started")
+    parser.add_argument("--compositions", type=int, default=10_000, help="random batches for the neighbors")
+    parser.add_argument("--count", type=int, help="the first so many colors and drawings only, to try")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    chosen = parser.parse_args(arguments)
+    name = name_of({"model": chosen.model}) if chosen.model else "embedded"
+    results = ["--results", str(chosen.results)]
+    few = [] if chosen.count is None else ["--count", str(chosen.count)]
+    few_colors = [] if chosen.count is None else ["--colors", str(chosen.count)]
+    with service(chosen.url, chosen.model) as url, tempfile.TemporaryDirectory() as folder:
+        statuses = [
+            colors.main(["--url", f"{name}={url}", *few_colors, *results]),
+            suite.main(["--url", url, "--output", folder, *few, *results]),
+        ]
+    model = ["--model", chosen.model] if chosen.model else []
+    statuses.append(ablations.main([*model, "--compositions", str(chosen.compositions), *few, *results]))
+    return max(statuses)
+
+
+@contextlib.contextmanager
+def service(url: str | None, model: str) -> Iterator[str]:
+    """The one at `url`, or one that runs as long as the `with` block."""
+    if url:
+        yield url
+        return
+    command = [str(Path(sys.executable).parent / "bentoml"), "serve", ".", "--host", "127.0.0.1", "--port", "PORT"]
+    with tempfile.TemporaryDirectory() as home:
+        environment = {"EMBEDDER_MODEL": model, "BENTOML_HOME": home}
+        contender = Contender("the service", command, "/txt/embed", environment)
+        contender.start(b'{"input": "ready?"}')
+        try:
+            yield contender.url.removesuffix("/txt/embed")
+        finally:
+            contender.stop()

@@ -1,0 +1,85 @@
+"""mteb's model protocol over a target: batches of texts, pictures or both -> vectors, with the right instruction."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import PromptType
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from benchmarks.quality.targets import Item, name_of
+from benchmarks.quality.vectors import Vectors
+from embedder.chat import QUERY_INSTRUCTION
+
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+
+
+class EmbedderModel(AbsEncoder):
+    """What `mteb.evaluate` takes."""
+
+    def __init__(self, vectors: Vectors) -> None:
+        self.vectors = vectors
+        info = vectors.target.info
+        self.mteb_model_meta = ModelMeta.create_empty(
+            {
+                "name": name_of(info),
+                "revision": info["revision"] or None,
+                "modalities": ["text", "image"],
+                "embed_dim": info["hidden_size"],
+                "max_tokens": info["limits"]["max_input_tokens"],
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "use_instructions": True,
+            }
+        )
+
+    def encode(
+        self,
+        inputs: Iterable[dict[str, Any]],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **_: Any,
+    ) -> NDArray[np.float32]:
+        """(num_inputs, hidden_size). `inputs` are batches, each a mapping of `text` and `image` to lists."""
+        instruction = instruction_of(task_metadata, prompt_type)
+        what = f"{task_metadata.name} {hf_subset} {hf_split} {prompt_type.value if prompt_type else ''}"
+        batches = tqdm(inputs, desc=what, unit="batch")
+        return np.concatenate([self.vectors.embed(list(items_of(batch)), instruction) for batch in batches])
+
+
+def instruction_of(metadata: TaskMetadata, prompt_type: PromptType | None) -> str | None:
+    """As the model card has it: a query brings the task's own sentence, or the card's for queries; a document none.
+
+    Where mteb knows no sides (classification, clustering, similarity) the task's sentence goes with every input.
+    """
+    prompt = metadata.prompt
+    if isinstance(prompt, dict):
+        prompt = prompt.get(prompt_type.value if prompt_type else "query")
+    elif prompt_type == PromptType.document:
+        return None
+    return prompt or (QUERY_INSTRUCTION if prompt_type == PromptType.query else None)
+
+
+def items_of(batch: dict[str, Any]) -> Iterator[Item]:
+    """Columns of a batch -> items, pictures as PNG: service and library get the same bytes."""
+    columns = {name: batch[name] for name in ("text", "image") if name in batch}
+    for values in zip(*columns.values(), strict=True):
+        item = dict(zip(columns, values, strict=True))
+        yield {**item, "image": png(item["image"])} if "image" in item else item
+
+
+def png(image: PIL.Image.Image) -> bytes:
+    """Without loss, and fast rather than small."""
+    buffer = io.BytesIO()
+    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

@@ -1,0 +1,105 @@
+"""Does a vector depend on what is embedded beside it? Random companies of items against each item alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from benchmarks.quality.color_data import NAMES, swatch
+from benchmarks.quality.drawing_data import drawings_of_the_demo
+from embedder import Embedder
+
+ALLOWED = 1e-6  # largest difference of a value, float32
+MOST_ITEMS = 12  # in a composition
+NUM_OF_A_KIND = 16
+
+
+def pool() -> list[dict[str, Any]]:
+    """Texts of 1 to 61 color names, pictures of several sizes, and both together."""
+    names, pictures = drawings_of_the_demo()
+    texts = [" ".join(NAMES[index : index + 1 + 4 * index]) for index in range(NUM_OF_A_KIND)]
+    sized: list[PIL.Image.Image] = [
+        picture.resize((64 + 16 * (index % 5), 64 + 16 * (index % 3))) for index, picture in enumerate(pictures)
+    ][:NUM_OF_A_KIND]
+    mixed = [{"text": names[index], "image": swatch(index)} for index in range(NUM_OF_A_KIND)]
+    return [*({"text": text} for text in texts), *({"image": picture} for picture in sized), *mixed]
+
+
+class _Observed:
+    """The forward pass, and how many items each of its batches had."""
+
+    def __init__(self, forward: Any) -> None:
+        self._forward = forward
+        self.sizes: list[int] = []
+
+    def __call__(self, batch: Any) -> Any:
+        states = self._forward(batch)
+        self.sizes.append(len(states))
+        return states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._forward, name)
+
+
+@contextmanager
+def _in_place_of_forward(embedder: Embedder, observed: Any) -> Iterator[None]:
+    forward, embedder.forward = embedder.forward, observed
+    try:
+        yield
+    finally:
+        embedder.forward = forward
+
+
+def measure(embedder: Embedder, num_compositions: int, seed: int = 0) -> dict[str, Any]:
+    """Each composition is one call of the library with 2 to 12 items of the pool, drawn with repetition, in any order.
+
+    Which of them run together is the engine's choice, as in a service; `mean_together` says how many did.
+    """
+    random = np.random.default_rng(seed)
+    items = pool()
+    alone = np.stack([embedder.embed([item])[0] for item in items])
+    observed = _Observed(embedder.forward)
+    largest = np.zeros(num_compositions)
+    worst: dict[str, Any] = {}
+    with _in_place_of_forward(embedder, observed):
+        for number in tqdm(range(num_compositions), desc="compositions"):
+            chosen = random.integers(0, len(items), random.integers(2, MOST_ITEMS + 1))
+            together = np.stack(embedder.embed([items[index] for index in chosen]))
+            differences = np.abs(together - alone[chosen]).max(axis=1)
+            largest[number] = differences.max()
+            if not worst or largest[number] > worst["difference"]:
+                place = int(differences.argmax())
+                worst = {"difference": float(largest[number]), "items": chosen.tolist(), "place": place}
+                worst["number"] = number
+    return {
+        "num_compositions": num_compositions,
+        "mean_together": float(np.mean(observed.sizes)),
+        "most_together": max(observed.sizes),
+        "worst": worst,
+        "quantiles": _quantiles(largest),
+        "is_within": worst["difference"] <= ALLOWED,
+    }
+
+
+def _quantiles(largest: NDArray[np.float64]) -> dict[str, float]:
+    return {f"{share:g}": float(np.quantile(largest, share)) for share in (0.5, 0.9, 0.99, 0.999, 1.0)}
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """The finding in words."""
+    worst = found["worst"]
+    kinds = [("text", "picture", "mixture")[index // NUM_OF_A_KIND] for index in worst["items"]]
+    verdict = "within" if found["is_within"] else "NOT WITHIN"
+    return (
+        f"{found['num_compositions']} random compositions, float32; on average {found['mean_together']:.1f} and at "
+        f"most {found['most_together']} items ran together. Largest difference of any value from the item alone: "
+        f"{worst['difference']:.2e}, {verdict} {ALLOWED:g}. It was item {worst['place']} of composition "
+        f"{worst['number']}: {', '.join(kinds)}. Half of the compositions stay below "
+        f"{found['quantiles']['0.5']:.1e}, 99 % below {found['quantiles']['0.99']:.1e}."
+    )

@@ -1,0 +1,139 @@
+"""`python -m benchmarks.quality mteb`: mteb's tasks through the service or the library, beside published figures.
+
+`--tasks` takes mteb's names and those of `tasks.LOCAL_TASKS`; `--benchmark` one of mteb's benchmarks. mteb's own result
+files and every vector are kept under `--output`: the same command again goes on where it was ended. Tasks of mteb's
+read their data from the hub; where it cannot be reached they are listed as not run, and the command exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mteb
+
+from benchmarks import report
+from benchmarks.quality.mteb_model import EmbedderModel
+from benchmarks.quality.published import published_of
+from benchmarks.quality.targets import Library, Service, Target, name_of
+from benchmarks.quality.tasks import LOCAL_TASKS
+from benchmarks.quality.vectors import Vectors
+from embedder import Embedder
+
+RESULTS = report.RESULTS / "quality"
+LIBRARY, SERVICE = "library", "service"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    chosen = _parse(arguments)
+    what = f'--benchmark "{chosen.benchmark}"' if chosen.benchmark else f"--tasks {' '.join(chosen.tasks)}"
+    about = report.environment(f"python -m benchmarks.quality mteb{shown_target(chosen)} {what} --output FOLDER")
+    with target_of(chosen.url, chosen.model) as target, Vectors(target, chosen.output) as vectors:
+        tasks = find_tasks(chosen)
+        results = evaluate(EmbedderModel(vectors), tasks, chosen.output, chosen.batch_size)
+        info = target.info
+    metrics = {task.metadata.name: task.metadata.main_score for task in tasks}
+    rows = [
+        {"task": one.task_name, "metric": metrics[one.task_name], "score": 100 * one.get_score()}
+        for one in results.task_results
+    ]
+    failures = {failure.task_name: failure.exception for failure in results.exceptions or []}
+    figures = compare(name_of(info), rows, complete=chosen.benchmark if not failures else None)
+    data = {
+        "environment": about,
+        "model": name_of(info),
+        "through": SERVICE if chosen.url else LIBRARY,
+        "tasks": rows,
+        "published": figures,
+        "not_run": failures,
+    }
+    text = table(data)
+    bars = {row["task"]: {row["metric"]: row["score"]} for row in rows}
+    report.save(chosen.results, "mteb", data, text, bars, "score, %")
+    print(text)
+    return 1 if failures else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality mteb", description=__doc__)
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--url", help="of a running service of ours")
+    target.add_argument("--model", default="", help="folder or hub id, by the library; default: the embedded model")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--tasks", nargs="+", default=list(LOCAL_TASKS), help="default: those that need no hub")
+    what.add_argument("--benchmark", help='of mteb, such as "MTEB(Multilingual, v2)"')
+    parser.add_argument("--count", type=int, help="entries of a task of our own; default: all")
+    parser.add_argument("--batch-size", type=int, default=32, help="items sent together")
+    parser.add_argument("--output", type=Path, required=True, help="folder of result files and vectors, for one model")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args(arguments)
+
+
+def shown_target(chosen: argparse.Namespace) -> str:
+    """These arguments for a report, without addresses and paths of the machine."""
+    if chosen.url:
+        return " --url URL"
+    return f" --model {name_of({'model': chosen.model})}" if chosen.model else ""
+
+
+@contextmanager
+def target_of(url: str | None, model: str) -> Iterator[Target]:
+    """The service at `url`, or the library with `model`."""
+    if url:
+        with Service(url) as service:
+            yield service
+        return
+    with Embedder(model) as embedder:
+        yield Library(embedder)
+
+
+def find_tasks(chosen: argparse.Namespace) -> list[mteb.AbsTask]:
+    """Ours by their names, all others mteb's. Raises `KeyError` for a name that neither has."""
+    if chosen.benchmark:
+        return list(mteb.get_benchmark(chosen.benchmark).tasks)
+    ours = [LOCAL_TASKS[name](chosen.count) for name in chosen.tasks if name in LOCAL_TASKS]
+    return ours + [mteb.get_task(name) for name in chosen.tasks if name not in LOCAL_TASKS]
+
+
+def evaluate(model: EmbedderModel, tasks: Sequence[mteb.AbsTask], folder: Path, batch_size: int) -> Any:
+    """What mteb answers, a `ModelResult`. What it has in `folder` already is read instead of run."""
+    return mteb.evaluate(
+        model,
+        tasks,
+        cache=mteb.ResultCache(folder),
+        encode_kwargs={"batch_size": batch_size},
+        raise_error=False,
+        co2_tracker=False,
+    )
+
+
+def compare(name: str, rows: Sequence[dict[str, Any]], complete: str | None) -> list[dict[str, Any]]:
+    """Each published figure of the model, and ours where `complete` says that all tasks of a benchmark were run."""
+    mean = sum(row["score"] for row in rows) / max(len(rows), 1)
+    return [
+        {"figure": figure, "published": value, "ours": mean if figure == complete else None}
+        for figure, value in published_of(name).items()
+    ]
+
+
+def table(data: dict[str, Any]) -> str:
+    rows: list[list[object]] = [[row["task"], row["metric"], f"{row['score']:.2f}"] for row in data["tasks"]]
+    if len(rows) > 1:
+        rows.append([f"mean of {len(rows)}", "", f"{sum(row['score'] for row in data['tasks']) / len(rows):.2f}"])
+    parts = [f"{data['model']}, through the {data['through']}.", report.table(("task", "score", "%"), rows)]
+    if data["published"]:
+        lines = [[row["figure"], row["published"], *_difference(row)] for row in data["published"]]
+        parts.append(report.table(("published", "theirs, %", "ours, %", "difference"), lines))
+    else:
+        parts.append("No published figures of this model are known here.")
+    parts += [f"NOT RUN: {task}: {reason}" for task, reason in data["not_run"].items()]
+    return "\n\n".join(parts)
+
+
+def _difference(row: dict[str, Any]) -> tuple[str, str]:
+    if row["ours"] is None:
+        return "not run", ""
+    return f"{row['ours']:.1f}", f"{row['ours'] - row['published']:+.1f}"

@@ -1,0 +1,100 @@
+"""Tasks of mteb's kind that need no hub: colors and the demo's drawings, as texts, pictures and mixtures of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.ImageOps
+from datasets import Dataset
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.task_metadata import TaskMetadata
+
+from benchmarks.quality.color_data import COLORS, NAMES, color_differences, swatch
+from benchmarks.quality.drawing_data import drawings_of_the_demo
+from embedder import __version__
+
+ALIKE = 5.0  # CIEDE2000: two colors that differ at a glance, but would be called alike
+Columns = Mapping[str, Sequence[Any]]  # `text` or `image` or both, one value for each entry
+
+
+class LocalRetrieval(AbsTaskRetrieval):
+    """A retrieval task of given contents. `relevant`: (num_queries, num_documents) bool.
+
+    mteb knows results by the task's name, so one of the first `count` entries only has a name of its own.
+    """
+
+    def __init__(
+        self, name: str, category: str, queries: Columns, corpus: Columns, relevant: Any, prompt: str, count: int | None
+    ) -> None:
+        name = name if count is None else f"{name}-{count}"
+        self.metadata = TaskMetadata(
+            name=name,
+            description=f"{name}, from data in the package",
+            dataset={"path": "local", "revision": __version__},
+            type="Retrieval" if category == "t2t" else "Any2AnyRetrieval",
+            category=category,
+            modalities=["text"] if category == "t2t" else ["text", "image"],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+            prompt={"query": prompt},
+        )
+        super().__init__()
+        split = {
+            "queries": Dataset.from_dict({"id": _ids("q", queries), **queries}),
+            "corpus": Dataset.from_dict({"id": _ids("d", corpus), **corpus}),
+            "relevant_docs": {
+                f"q{row}": {f"d{column}": 1 for column in np.flatnonzero(found)} for row, found in enumerate(relevant)
+            },
+            "top_ranked": None,
+        }
+        self.dataset = {"default": {"test": split}}
+        self.data_loaded = True
+
+
+def _ids(letter: str, columns: Columns) -> list[str]:
+    return [f"{letter}{number}" for number in range(len(next(iter(columns.values()))))]
+
+
+def similar_colors(count: int | None) -> LocalRetrieval:
+    """A color's name -> names of colors that look alike, itself left out. Texts only."""
+    names = NAMES[:count]
+    alike = (color_differences(count) <= ALIKE) & ~np.eye(len(names), dtype=bool)
+    asked = np.flatnonzero(alike.any(axis=1))
+    queries = {"text": [f"a color like {names[index]}" for index in asked]}
+    prompt = "Find colors that look alike."
+    return LocalRetrieval("SimilarColors", "t2t", queries, {"text": names}, alike[asked], prompt, count)
+
+
+def swatches(count: int | None) -> LocalRetrieval:
+    """A color's name -> its swatch."""
+    same = (COLORS[:count, None] == COLORS[None, :count]).all(axis=-1)
+    pictures = {"image": [swatch(index) for index in range(len(same))]}
+    return LocalRetrieval("Swatches", "t2i", {"text": NAMES[:count]}, pictures, same, "Find the color.", count)
+
+
+def drawings(count: int | None) -> LocalRetrieval:
+    """A drawing's name -> the drawing."""
+    names, pictures = drawings_of_the_demo()
+    same = np.eye(len(names[:count]), dtype=bool)
+    gallery = {"image": pictures[:count]}
+    return LocalRetrieval("Drawings", "t2i", {"text": names[:count]}, gallery, same, "Find the drawing.", count)
+
+
+def mixtures(count: int | None) -> LocalRetrieval:
+    """A drawing seen in a mirror -> the drawing with its name. Pictures, and pictures with texts."""
+    names, pictures = drawings_of_the_demo()
+    mirrored = [PIL.ImageOps.mirror(picture) for picture in pictures[:count]]
+    documents = {"text": names[:count], "image": pictures[:count]}
+    same = np.eye(len(mirrored), dtype=bool)
+    prompt = "Find the same drawing."
+    return LocalRetrieval("MirroredDrawings", "i2it", {"image": mirrored}, documents, same, prompt, count)
+
+
+LOCAL_TASKS = {
+    "SimilarColors": similar_colors,
+    "Swatches": swatches,
+    "Drawings": drawings,
+    "MirroredDrawings": mixtures,
+}
