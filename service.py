@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 import bentoml
+import torch
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -76,7 +77,7 @@ app = Starlette()
 
 @bentoml.service(
     name="qwen3-vl-embedding",
-    workers=SETTINGS.workers,
+    workers=SETTINGS.num_workers(torch.cuda.device_count()),
     traffic={"timeout": SETTINGS.request_timeout_s + 30},  # ours answers first, in our shape
     logging={"access": {"enabled": SETTINGS.access_log}},
     image=bentoml.images.Image(python_version="3.11", lock_python_packages=False).python_packages(*DEPENDENCIES),
