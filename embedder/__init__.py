@@ -25,8 +25,9 @@ checkpoint behind the engine (`Embedder`); `awaiting` puts items through it from
 `openai` (`/v1`) and `cohere` (`/v2`) translate what those clients send into the same items, with `chat` for the forms
 they share; `openapi` describes the HTTP contract, `edge` guards it, `log` keeps callers' bodies out of the log.
 `playground` is the page to look at, and the pictures that it searches.
-`verify` checks a checkpoint or a running service from outside; `random_checkpoint` writes checkpoints for tests and
-benchmarks; `torchvision_shim` lets torchvision load beside a CPU build of torch.
+`bulk` embeds whole data sets on Ray. `verify` checks a checkpoint or a running service from outside;
+`random_checkpoint` writes checkpoints for tests and benchmarks; `torchvision_shim` lets torchvision load beside a CPU
+build of torch.
 """
 
 from __future__ import annotations

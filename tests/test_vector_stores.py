@@ -100,7 +100,7 @@ def test_store_finds_what_brute_force_finds(query: str, search: Search, expected
     """The first stage keeps 100 of 150, so a false first stage or metric would show."""
     found = search(query)
     assert len(found) == 5
-    assert [name for name, _ in found][0] == expected[query][0][0]
+    assert found[0][0] == expected[query][0][0]
     np.testing.assert_allclose(
         [cosine for _, cosine in found], [cosine for _, cosine in expected[query][:5]], atol=1e-5
     )

@@ -1,4 +1,4 @@
-"""Search a folder of pictures by text with LanceDB: `python deploy/vector_stores/search_lancedb.py FOLDER "red heart"`.
+"""Search a folder of pictures by text with LanceDB: `python search_lancedb.py FOLDER "red heart"`.
 
 Asks the service at EMBEDDINGS_URL (http://localhost:3000). pip install httpx lancedb. The table is a folder, `pictures`.
 """

@@ -1,4 +1,4 @@
-"""Search a folder of pictures by text with PostgreSQL: `python deploy/vector_stores/search_pgvector.py FOLDER "red heart"`.
+"""Search a folder of pictures by text with PostgreSQL: `python search_pgvector.py FOLDER "red heart"`.
 
 Asks the service at EMBEDDINGS_URL (http://localhost:3000) and the database at DATABASE_URL, with pgvector 0.7 or newer
 (Debian 13: apt-get install postgresql-17-pgvector). pip install httpx "psycopg[binary]" pgvector.

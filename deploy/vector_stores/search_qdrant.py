@@ -1,4 +1,4 @@
-"""Search a folder of pictures by text with Qdrant: `python deploy/vector_stores/search_qdrant.py FOLDER "red heart"`.
+"""Search a folder of pictures by text with Qdrant: `python search_qdrant.py FOLDER "red heart"`.
 
 Asks the service at EMBEDDINGS_URL (http://localhost:3000). pip install httpx qdrant-client.
 """

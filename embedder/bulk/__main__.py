@@ -7,6 +7,7 @@ goes on where it stood. Exit status: 0 all rows are in OUTPUT, 1 some are not ye
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -51,13 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = Source(job.input, job.columns, job.settings)
         parts = source.parts(chosen.rows_per_part)
         writer = Writer(job.output, job.output_format)
-        writer.notes.mkdir(parents=True, exist_ok=True)
-        note = (writer.notes / "job.json").open("a+")  # held open: the lock goes with this process
-        _begin(note, _identity(job, checkpoint, source, parts))
+        note = _begin(writer, _identity(job, checkpoint, source, parts))
     except (ValueError, OSError, ModelUnavailable, UnsupportedDimensions) as error:
         parser.error(str(error))
-    writer.remove_unfinished()
     with note:
+        writer.remove_unfinished()
         try:
             is_complete = _embed(job, parts, writer, chosen.address)
         except ray.exceptions.RayError as error:
@@ -123,20 +122,27 @@ def _identity(job: Job, checkpoint: Checkpoint, source: Source, parts: Sequence[
     }
 
 
-def _begin(note: TextIO, identity: dict[str, Any]) -> None:
-    """Take the output for this process. Raises `ValueError` where another has it, or it was begun otherwise."""
-    try:
-        fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{note.name}: another run is writing this output") from None
-    note.seek(0)
-    if text := note.read():
-        begun = json.loads(text)
-        if other := [name for name in identity if begun.get(name) != identity[name]]:
+def _begin(writer: Writer, identity: dict[str, Any]) -> TextIO:
+    """Take the output: the file's lock goes when it is closed, or with this process.
+
+    Raises `ValueError` where another run has it, or it was begun otherwise.
+    """
+    writer.notes.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as on_error:
+        note = on_error.enter_context((writer.notes / "job.json").open("a+"))
+        try:
+            fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{note.name}: another run is writing this output") from None
+        note.seek(0)
+        begun = json.loads(note.read() or "{}")
+        if begun and (other := [name for name in identity if begun.get(name) != identity[name]]):
             raise ValueError(f"the output was begun with another {', '.join(other)}: see {note.name}")
-    else:
-        note.write(json.dumps(identity, indent=1))
-        note.flush()
+        if not begun:
+            note.write(json.dumps(identity, indent=1))
+            note.flush()
+        on_error.pop_all()
+    return note
 
 
 def _embed(job: Job, parts: Sequence[Part], writer: Writer, address: str | None) -> bool:
@@ -191,7 +197,10 @@ def share_out(settings: Settings, num_gpus: int, cpus: Sequence[int]) -> tuple[i
     """
     num_workers = settings.num_workers(num_gpus or len(cpus))
     if num_gpus:
-        return num_workers, {"num_gpus": 1 / math.ceil(num_workers / num_gpus), "num_cpus": min(1, sum(cpus) / num_workers)}
+        return num_workers, {
+            "num_gpus": 1 / math.ceil(num_workers / num_gpus),
+            "num_cpus": min(1, sum(cpus) / num_workers),
+        }
     cores = min(cpus) / math.ceil(num_workers / len(cpus))
     return num_workers, {"num_cpus": cores if cores < 1 else int(cores)}
 

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Self
 
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedder.errors import EmbedderError, InvalidRequest, MediaTooLarge
@@ -24,6 +25,7 @@ VIDEOS = ("mp4", "mov", "webm", "mkv")
 MEMBERS = {**dict.fromkeys(IMAGES, "image"), **dict.fromkeys(VIDEOS, "video"), "txt": "text"}  # column by extension
 READ_ROWS = 64  # of Parquet at once: a row may be a picture of megabytes
 MAX_ROW_BYTES = 64 * 2**20  # of a line, or of a tar's member
+BROKEN_FILE = (OSError, pa.ArrowException, tarfile.TarError)  # what reading or writing one raises
 
 Record = tuple[str, Mapping[str, Any] | EmbedderError]  # the row's name, and its columns or why it has none
 

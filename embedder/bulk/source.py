@@ -70,7 +70,7 @@ class Source:
         return [Part(number, **fields) for number, fields in enumerate(planned)]
 
     def rows(self, part: Part) -> Iterator[Row]:
-        """The part's rows, in order. Raises `OSError` or pyarrow's errors where the file itself is broken."""
+        """The part's rows, in order. Raises one of `BROKEN_FILE` where the file itself is."""
         for name, record in self.format.read(self.folder, part, self._read):
             row_id = _plain(name)
             if self.columns.id and isinstance(record, Mapping):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedder.bulk.formats import Part
+from embedder.bulk.formats import BROKEN_FILE, Part
 from embedder.bulk.source import Columns, Row, Source
 from embedder.bulk.writer import OutputFormat, Writer, output_schema
 from embedder.errors import EmbedderError, EngineFailed
@@ -62,7 +62,7 @@ class Worker:
         counts = {"rows": 0, "errors": 0, "fault": ""}
         try:
             self.writer.write(part.number, self.schema, self._batches(part, counts))
-        except (OSError, pa.ArrowException) as error:
+        except BROKEN_FILE as error:
             counts["fault"] = f"{part.path or part.names[0]}: {type(error).__name__}: {error}"
         return counts
 
