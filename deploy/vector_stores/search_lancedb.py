@@ -1,6 +1,6 @@
 """Search a folder of pictures by text with LanceDB: `python search_lancedb.py FOLDER "red heart"`.
 
-Asks the service at EMBEDDINGS_URL (http://localhost:3000). pip install httpx lancedb. The table is a folder, `pictures`.
+Asks the service at EMBEDDINGS_URL (http://localhost:3000). pip install httpx lancedb. The folder `pictures` is made.
 """
 
 import base64

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         writer.remove_unfinished()
         try:
             is_complete = _embed(job, parts, writer, chosen.address)
-        except ray.exceptions.RayError as error:
+        except (ray.exceptions.RayError, ConnectionError) as error:
             print(f"stopped: {error}\nthe same command goes on where this one stood", file=sys.stderr)
             return 1
         if is_complete:
