@@ -17,6 +17,8 @@ import pytest
 from deploy.vector_stores.drawings import write_drawings
 from tests.conftest import Server, start_server
 
+pytestmark = pytest.mark.filterwarnings("ignore:XDG_RUNTIME_DIR is not set")  # of the PostgreSQL wheel's lock
+
 QUERIES = ("sunset", "volcano", "crescent moon", "snowman", "strawberry", "red heart")
 NUM_DRAWINGS = 150
 INSTRUCTION = "Retrieve images or text relevant to the user's query."
@@ -91,8 +93,10 @@ def postgres() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         database = pgserver.get_server(Path(folder) / "data")
-        yield database.get_uri()
-        database.cleanup()
+        try:
+            yield database.get_uri()
+        finally:
+            database.cleanup()
 
 
 @pytest.mark.parametrize("query", QUERIES)

@@ -163,7 +163,7 @@ def read_tar(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]:
                     opened = tar.extractfile(member)
                     assert opened is not None  # a regular file
                     record |= dict.fromkeys(wanted, opened.read())
-            tar.members.clear()  # or it remembers all that it has passed
+            tar.members.clear()  # type: ignore[attr-defined]  # or it remembers all that it has passed
             yield key, large or record | {"__key__": key}
 
 
