@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, SupportsIndex
 
 import bentoml
+import torch
 from bentoml.exceptions import BentoMLException
 from pydantic import AfterValidator
 from starlette.applications import Starlette
@@ -113,7 +114,7 @@ BentoRows = Annotated[list[Any], AfterValidator(_check_rows)]  # of one request:
 
 @bentoml.service(
     name="qwen3-vl-embedding",
-    workers=SETTINGS.workers,
+    workers=SETTINGS.num_workers(torch.cuda.device_count()),
     traffic={"timeout": SETTINGS.request_timeout_s + 30},  # ours answers first, in our shape
     logging={"access": {"enabled": False}},  # the edge writes ours
     # BentoML's defaults would leave compilers in the image, take any uv, and packages of the day it is built.

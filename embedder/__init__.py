@@ -30,8 +30,9 @@ they share; `openapi` describes the HTTP contract, `edge` guards it, with the ca
 what a body holds; `log` names the request in every line and keeps its body out; `lifecycle` starts and stops all that.
 `observer` is what the engine tells of its work, which `metrics` counts for Prometheus and `tracing` draws as spans.
 `playground` is the page to look at, and the pictures that it searches.
-`verify` checks a checkpoint or a running service from outside; `random_checkpoint` writes checkpoints for tests and
-benchmarks; `torchvision_shim` lets torchvision load beside a CPU build of torch.
+`bulk` embeds whole data sets on Ray. `verify` checks a checkpoint or a running service from outside;
+`random_checkpoint` writes checkpoints for tests and benchmarks; `torchvision_shim` lets torchvision load beside a CPU
+build of torch.
 """
 
 from __future__ import annotations

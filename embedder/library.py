@@ -76,7 +76,7 @@ class Embedder:
         self.checkpoint = find_checkpoint(self.settings)
         self.device = choose_device(self.settings, worker)
         if self.device.type == "cpu":  # torch would take every core of the machine, in each worker and under any quota
-            share = max(1, available_cores() // self.settings.workers)
+            share = max(1, available_cores() // self.settings.num_workers(torch.cuda.device_count()))
             torch.set_num_threads(min(torch.get_num_threads(), share))
         weights = load_model(self.checkpoint.folder, _choose_dtype(self.settings, self.device), self.device)
         vision = read_vision_config(self.checkpoint.folder, self.settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
@@ -77,9 +77,10 @@ class Settings(BaseModel):
         ge=1,
         description="Threads that decode, resize and tokenize.",
     )
-    workers: int = Field(
-        1, ge=1, description="Worker processes, each with its own copy of the model; they take the GPUs in turn."
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Processes, each with its own copy of the model, on the GPUs in turn; `auto`: one a GPU."
     )
+    replicas_per_gpu: int = Field(1, ge=1, description="With `auto` workers: as many on each GPU, or on the CPU.")
     demo_folder: str = Field(
         "", description="Folder of images that the playground searches; empty: with the small model its drawings."
     )
@@ -100,6 +101,20 @@ class Settings(BaseModel):
                 f"an item could wait for ever. Raise {PREFIX}MAX_BATCH_TOKENS or lower {PREFIX}MAX_INPUT_TOKENS."
             )
         return self
+
+    @model_validator(mode="after")
+    def _workers_are_counted_once(self) -> Self:
+        if self.workers != "auto" and self.replicas_per_gpu > 1:
+            raise ValueError(
+                f"workers ({self.workers}) and replicas_per_gpu ({self.replicas_per_gpu}) are both given. "
+                f"Unset {PREFIX}WORKERS, or give the number of all replicas there and unset {PREFIX}REPLICAS_PER_GPU."
+            )
+        return self
+
+    def num_workers(self, num_gpus: int) -> int:
+        """Worker processes on a machine with so many GPUs: `choose_device` puts them on these in turn."""
+        num_devices = max(num_gpus, 1) if self.device == "auto" else 1
+        return num_devices * self.replicas_per_gpu if self.workers == "auto" else self.workers
 
     @classmethod
     def from_environment(cls) -> Self:

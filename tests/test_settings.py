@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from embedder.model.weights import choose_device
 from embedder.settings import PREFIX, Settings, available_cores
 
 FIELDS = Settings.model_fields
@@ -112,6 +114,41 @@ def test_hosts_of_urls_are_names_with_or_without_a_scheme_and_port(hosts: str, m
 def test_hosts_of_urls_that_would_match_nothing_stop_the_start(hosts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDER_URL_HOSTS", hosts)
     with pytest.raises(ValueError, match=r"^EMBEDDER_URL_HOSTS='"):
+        Settings.from_environment()
+
+
+@pytest.mark.parametrize(
+    ("given", "num_gpus", "expected"),
+    [
+        ({}, 0, ["cpu"]),
+        ({}, 1, [0]),
+        ({}, 3, [0, 1, 2]),
+        ({"replicas_per_gpu": 2}, 0, ["cpu", "cpu"]),
+        ({"replicas_per_gpu": 2}, 3, [0, 1, 2, 0, 1, 2]),
+        ({"workers": 4}, 3, [0, 1, 2, 0]),
+        ({"workers": 2}, 0, ["cpu", "cpu"]),
+        ({"replicas_per_gpu": 2, "device": "cuda:1"}, 3, [1, 1]),
+        ({"replicas_per_gpu": 2, "device": "cpu"}, 3, ["cpu", "cpu"]),
+    ],
+)
+def test_workers_take_the_gpus_in_turn(
+    given: Any, num_gpus: int, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    settings = Settings(**given)
+    devices = [choose_device(settings, worker) for worker in range(settings.num_workers(num_gpus))]
+    assert [device.type if device.type == "cpu" else device.index for device in devices] == expected
+
+
+def test_replicas_are_not_counted_twice() -> None:
+    with pytest.raises(ValidationError, match=r"workers \(4\) and replicas_per_gpu \(2\) are both given"):
+        Settings(workers=4, replicas_per_gpu=2)
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "1.5"])
+def test_workers_are_auto_or_a_count(workers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDER_WORKERS", workers)
+    with pytest.raises(ValueError, match=f"^EMBEDDER_WORKERS='{workers}': Input should be 'auto'"):
         Settings.from_environment()
 
 

@@ -1,0 +1,156 @@
+"""Bulk embedding on Ray Data against the library alone: `python -m benchmarks.bulk [--rows 20000]`.
+
+Drawings of the demo and their names, each row different. The library embeds them in one call; then the bulk command
+does, is killed (SIGKILL) when half of its parts are there, and runs again. Ends with an error unless every row is there
+exactly once, with the library's vector. A rate is rows by seconds of embedding: `start_s`, in which Ray starts and the
+model is loaded, is left out, as loading is of the library's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import psutil
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+
+from benchmarks import report
+from embedder import Embedder
+
+DEMO = Path(__file__).parents[1] / "embedder" / "demo"
+MAX_DIFFERENCE = 1e-6
+NUM_PARTS = 80
+
+
+@dataclass
+class Run:
+    """One run of the command. `part_s`: when each part that it wrote was there, from its first row on."""
+
+    start_s: float
+    part_s: list[float]
+    peak_bytes: int
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+    chosen = parser.parse_args(arguments)
+    about = report.environment(f"python -m benchmarks.bulk --rows {chosen.rows}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pq.write_table(_rows(chosen.rows), folder / "in.parquet", row_group_size=1000)
+        items = [
+            {field: value for field, value in row.items() if field != "id" and value is not None}
+            for row in pq.read_table(folder / "in.parquet").to_pylist()
+        ]
+        with Embedder() as embedder:
+            start = time.monotonic()
+            vectors = np.stack(embedder.embed(items))
+            library_s = time.monotonic() - start
+        rows_per_part = -(-chosen.rows // NUM_PARTS)
+        num_parts = -(-chosen.rows // rows_per_part)
+        killed = _run(folder, rows_per_part, kill_at=num_parts // 2)
+        resumed = _run(folder, rows_per_part)
+        difference = _largest_difference(folder / "out", vectors)
+    bulk_rate = len(resumed.part_s) * rows_per_part / max(resumed.part_s)
+    data = {
+        "environment": about,
+        "rows": chosen.rows,
+        "rows_before_kill": len(killed.part_s) * rows_per_part,
+        "library_rows_per_s": chosen.rows / library_s,
+        "bulk_rows_per_s": bulk_rate,
+        "ratio": bulk_rate * library_s / chosen.rows,
+        "start_s": resumed.start_s,
+        "peak_gib": [run.peak_bytes / 2**30 for run in (killed, resumed)],
+        "largest_difference": difference,
+    }
+    lines = [[name, report.number(value)] for name, value in data.items() if isinstance(value, float | int)]
+    lines.append(["peak_gib, all processes", ", ".join(map(report.number, data["peak_gib"]))])
+    text = report.table(("what", "value"), lines)
+    rates = {"library": data["library_rows_per_s"], "bulk": bulk_rate}
+    report.save(chosen.results, "bulk", data, text, {"drawings and names": rates}, "rows a second")
+    print(text)
+    return data
+
+
+def _rows(count: int) -> pa.Table:
+    """By turns a drawing, moved and so different each time, and a name with a number."""
+    sheet_of = json.loads((DEMO / "drawings.json").read_text(encoding="utf-8"))
+    side, columns, drawings = sheet_of["tile_pixels"], sheet_of["columns"], sheet_of["drawings"]
+    texts: list[str | None] = []
+    images: list[bytes | None] = []
+    with PIL.Image.open(DEMO / sheet_of["sheet"]) as opened:
+        sheet = opened.convert("RGB")
+    for row in range(count):
+        place, turn = row // 2 % len(drawings), row // 2 // len(drawings)
+        left, top = place % columns * side + turn % 7, place // columns * side + turn // 7
+        buffer = io.BytesIO()
+        if row % 2 == 0:
+            sheet.crop((left, top, left + side, top + side)).save(buffer, "PNG", compress_level=1)
+        images.append(buffer.getvalue() or None)
+        texts.append(None if row % 2 == 0 else f"{drawings[place]['name']} {turn}")
+    return pa.table({"id": range(count), "text": pa.array(texts, pa.string()), "image": pa.array(images, pa.binary())})
+
+
+def _run(folder: Path, rows_per_part: int, kill_at: int | None = None) -> Run:
+    """The command, killed when `kill_at` parts are there."""
+    output = folder / "out"
+    command = [sys.executable, "-m", "embedder.bulk", str(folder / "in.parquet"), str(output), "--id", "id"]
+    command += ["--rows-per-part", str(rows_per_part)]
+    before = set(output.glob("*.parquet"))
+    begun_s, first_s, peak_bytes = time.time(), 0.0, 0
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        if not first_s and any(path.stat().st_ctime > begun_s for path in output.glob("_bulk/*.tmp")):
+            first_s = time.time()
+        peak_bytes = max(peak_bytes, _resident_bytes(process))
+        if kill_at and len(list(output.glob("*.parquet"))) >= kill_at:
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.05)
+    process.wait()
+    written = [path.stat().st_mtime - first_s for path in sorted(set(output.glob("*.parquet")) - before)]
+    expected = -signal.SIGKILL if kill_at else 0
+    if process.returncode != expected or not written:
+        raise SystemExit(f"the bulk command ended with {process.returncode}, {len(written)} parts were written")
+    return Run(first_s - begun_s, written, peak_bytes)
+
+
+def _resident_bytes(process: psutil.Popen) -> int:
+    """Of the command, Ray and its workers; shared pages count in each."""
+    total = 0
+    try:
+        for one in (process, *process.children(recursive=True)):
+            total += one.memory_info().rss
+    except psutil.NoSuchProcess:  # it ended between
+        return total
+    return total
+
+
+def _largest_difference(output: Path, vectors: Any) -> float:
+    table = pyarrow.dataset.dataset(output).to_table()
+    if table["id"].to_pylist() != list(range(len(vectors))) or table["error"].null_count != len(vectors):
+        raise SystemExit("a row is missing, there twice, out of order or has an error")
+    found = np.array(table["embedding"].combine_chunks().flatten()).reshape(vectors.shape)
+    difference = float(np.abs(found - vectors).max())
+    if difference > MAX_DIFFERENCE:
+        raise SystemExit(f"a vector differs from the library's by {difference}")
+    return difference
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Search a folder of pictures by text with PostgreSQL: `python search_pgvector.py FOLDER "red heart"`.
+
+Asks the service at EMBEDDINGS_URL (http://localhost:3000) and the database at DATABASE_URL, with pgvector 0.7 or newer
+(Debian 13: apt-get install postgresql-17-pgvector). pip install httpx "psycopg[binary]" pgvector.
+"""
+
+import base64
+import os
+import pathlib
+import sys
+
+import httpx
+import numpy as np
+import psycopg
+from pgvector.psycopg import register_vector
+
+URL = os.environ.get("EMBEDDINGS_URL", "http://localhost:3000")
+FOUND = "Retrieve images or text relevant to the user's query."
+SMALL = 64  # the first values of a vector are a smaller one; <=>, the cosine distance, needs no unit length
+
+
+def embed(path: str, inputs: list[str], **options: str) -> np.ndarray:
+    """Unit vectors, one a row."""
+    answer = httpx.post(f"{URL}{path}", json={"input": inputs, **options}, timeout=600)
+    return np.array(answer.raise_for_status().json()["embedding"], np.float32)
+
+
+def connect(url: str) -> psycopg.Connection:
+    """A connection that knows vectors."""
+    connection = psycopg.connect(url, autocommit=True)
+    connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+    register_vector(connection)
+    return connection
+
+
+def index(connection: psycopg.Connection, folder: pathlib.Path) -> None:
+    """The full vector of each picture; the index is over its first values (pgvector indexes 2000 at most)."""
+    pictures = sorted(folder.glob("*.png"))
+    connection.execute("DROP TABLE IF EXISTS pictures")
+    connection.execute("CREATE TABLE pictures (name text PRIMARY KEY, embedding vector)")
+    for start in range(0, len(pictures), 64):
+        batch = pictures[start : start + 64]
+        vectors = embed("/img/embed", [base64.b64encode(path.read_bytes()).decode() for path in batch])
+        rows = [(path.stem, vector) for path, vector in zip(batch, vectors, strict=True)]
+        connection.cursor().executemany("INSERT INTO pictures VALUES (%s, %s)", rows)
+    small = f"(subvector(embedding, 1, {SMALL})::vector({SMALL}))"
+    connection.execute(f"CREATE INDEX ON pictures USING hnsw ({small} vector_cosine_ops)")
+
+
+def search(connection: psycopg.Connection, query: str, limit: int = 5) -> list[tuple[str, float]]:
+    """Names and cosines: 20 times as many by the small vectors as are wanted, those ranked by the full ones."""
+    (vector,) = embed("/txt/embed", [query], instruction=FOUND)
+    connection.execute(f"SET hnsw.ef_search = {20 * limit}")
+    statement = f"""
+        SELECT name, 1 - (embedding <=> %s) AS cosine FROM (
+            SELECT * FROM pictures ORDER BY subvector(embedding, 1, {SMALL})::vector({SMALL}) <=> %s LIMIT %s
+        ) AS first_stage ORDER BY cosine DESC LIMIT %s"""
+    return connection.execute(statement, (vector, vector[:SMALL], 20 * limit, limit)).fetchall()
+
+
+if __name__ == "__main__":
+    with connect(os.environ["DATABASE_URL"]) as connection:
+        index(connection, pathlib.Path(sys.argv[1]))
+        for name, cosine in search(connection, sys.argv[2]):
+            print(f"{cosine:.3f} {name}")
