@@ -83,7 +83,7 @@ def main() -> None:
     chosen = parser.parse_args()
     check, seeds = CHECKS[chosen.what]
     for function in gc.get_objects():  # what is imported already; not torch
-        if isinstance(function, FunctionType) and function.__module__.startswith(("PIL.", "embedder.")):
+        if isinstance(function, FunctionType) and str(function.__module__).startswith(("PIL.", "embedder.")):
             atheris.instrument_func(function)
     with tempfile.TemporaryDirectory() as corpus:
         for number, seed in enumerate(seeds):

@@ -326,10 +326,10 @@ def test_small_file_that_took_gigabytes_is_refused_before_it_is_opened() -> None
     ],
 )
 def test_file_of_nothing_but_structure_is_refused_at_once(data: bytes) -> None:
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises((InvalidMedia, MediaTooLarge)):
         load(data)
-    assert time.monotonic() - start < 5
+    assert time.thread_time() - start < 5
 
 
 def test_same_bytes_named_often_count_as_often() -> None:
