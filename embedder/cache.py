@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,10 +96,10 @@ class Twins(Generic[Job]):
 def content_key(model_input: ModelInput) -> bytes:
     """Hash of all that the vector depends on: ids, positions, and each picture's grid and pixels."""
     digest = hashlib.blake2b(digest_size=32)
-    arrays = [model_input.input_ids, model_input.position_ids, model_input.visual_index]
+    arrays: list[NDArray[Any]] = [model_input.input_ids, model_input.position_ids, model_input.visual_index]
     for patches in model_input.patches:
         arrays += [np.array((*patches.grid_thw, patches.num_frames)), patches.pixels]
     for array in arrays:
         digest.update(repr((array.dtype.str, array.shape)).encode())  # so that no two lists of arrays look the same
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.digest()

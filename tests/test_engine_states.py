@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, wait
-from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -47,10 +46,10 @@ class EngineStates(RuleBasedStateMachine):
         except DeviceFailed:
             assert self.engine.failure
 
-    @rule(data=st.data())
-    def cancel(self, data: Any) -> None:
+    @rule(place=st.integers(0, 29))  # drawn from a fixed range: how many were admitted depends on the threads
+    def cancel(self, place: int) -> None:
         if self.submitted:
-            data.draw(st.sampled_from(self.submitted))[1].cancel()
+            self.submitted[place % len(self.submitted)][1].cancel()
 
     @rule(is_free=st.booleans())
     def hold_or_free_the_device(self, is_free: bool) -> None:
