@@ -298,7 +298,7 @@ def test_ablations_report_every_choice(tmp_path: Path) -> None:
         ("int8", 64, 64),
         ("binary", 128, 16),
     }
-    assert list(data["instructions"]) == list(ablations.INSTRUCTIONS)
+    assert list(data["instructions"]) == [ablations.DEFAULT, *ablations.INSTRUCTIONS]
     assert 0.99 < data["dtypes"]["least_cosine"] < 1 - 1e-7
     pixels = {row["regime"]: row for row in data["pixels"]}
     assert pixels[ablations.USUAL]["least_cosine"] == pytest.approx(1, abs=1e-6)

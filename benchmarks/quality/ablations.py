@@ -28,7 +28,8 @@ from embedder import Embedder
 from embedder.chat import QUERY_INSTRUCTION
 
 RESULTS = report.RESULTS / "quality"
-INSTRUCTIONS = {"none (the default)": None, "of the model card": QUERY_INSTRUCTION, "another": "Name what you see."}
+DEFAULT = "none (the service's default)"
+INSTRUCTIONS = {"of the model card": QUERY_INSTRUCTION, "another": "Name what you see."}
 REGIMES = {  # shares of what the checkpoint's own files allow a picture
     "a quarter": 1 / 4,
     "half": 1 / 2,
@@ -42,11 +43,15 @@ SHEET_CROP = 288  # pixels of the sheet, three drawings wide: enlarged, so that 
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parse(arguments)
     model = f" --model {name_of({'model': chosen.model})}" if chosen.model else ""
-    about = report.environment(f"python -m benchmarks.quality ablations{model} --compositions {chosen.compositions}")
+    few = "" if chosen.count is None else f" --count {chosen.count}"
+    about = report.environment(
+        f"python -m benchmarks.quality ablations{model} --compositions {chosen.compositions}{few}"
+    )
     with Embedder(chosen.model, dtype="float32") as embedder:
         info = embedder.info()
         whole = embed_all(embedder, chosen.count)
-        by_instruction = {
+        names = {kind: pair[0] for kind, pair in whole.items()}
+        by_instruction = {DEFAULT: names} | {
             label: embed_names(embedder, chosen.count, instruction) for label, instruction in INSTRUCTIONS.items()
         }
         found = neighbors.measure(embedder, chosen.compositions)

@@ -24,7 +24,7 @@ def swatch(index: int, side: int = SIDE) -> PIL.Image.Image:
 
 
 @cache
-def color_differences(count: int | None = None) -> NDArray[np.float64]:
+def color_differences(count: int) -> NDArray[np.float64]:
     """Of the first `count` colors to one another, (count, count). 13 s for all 949."""
     return ciede2000(COLORS[:count])
 

@@ -16,7 +16,7 @@ from benchmarks.quality.drawing_data import drawings_of_the_demo
 from embedder import Embedder
 
 ALLOWED = 1e-6  # largest difference of a value, float32
-MOST_ITEMS = 12  # in a composition
+MOST_ITEMS = 8  # in a composition
 NUM_OF_A_KIND = 16
 
 
@@ -57,7 +57,7 @@ def _in_place_of_forward(embedder: Embedder, observed: Any) -> Iterator[None]:
 
 
 def measure(embedder: Embedder, num_compositions: int, seed: int = 0) -> dict[str, Any]:
-    """Each composition is one call of the library with 2 to 12 items of the pool, drawn with repetition, in any order.
+    """Each composition is one call of the library with 2 to 8 items of the pool, drawn with repetition, in any order.
 
     Which of them run together is the engine's choice, as in a service; `mean_together` says how many did.
     """

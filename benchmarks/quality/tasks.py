@@ -60,7 +60,7 @@ def _ids(letter: str, columns: Columns) -> list[str]:
 def similar_colors(count: int | None) -> LocalRetrieval:
     """A color's name -> names of colors that look alike, itself left out. Texts only."""
     names = NAMES[:count]
-    alike = (color_differences(count) <= ALIKE) & ~np.eye(len(names), dtype=bool)
+    alike = (color_differences(len(names)) <= ALIKE) & ~np.eye(len(names), dtype=bool)
     asked = np.flatnonzero(alike.any(axis=1))
     queries = {"text": [f"a color like {names[index]}" for index in asked]}
     prompt = "Find colors that look alike."
