@@ -254,6 +254,7 @@ def _row_item(row: Any) -> EmbeddingItem | EmbedderError:
 
 
 async def _embed(items: Sequence[EmbeddingItem]) -> list[Embedding]:
+    _engine().check_size(items)
     embeddings = await embed_all(_engine(), items, SETTINGS.request_timeout_s)
     count_items(len(embeddings), sum(one.num_tokens for one in embeddings))
     return embeddings
@@ -300,6 +301,7 @@ async def embed_image(request: Request) -> Response:
 @_route("/embed", "POST")
 async def embed_items(request: Request) -> Response:
     parsed = parse_embed(await request.body(), SETTINGS)
+    _engine().check_size([item for item in parsed.items if isinstance(item, EmbeddingItem)])
     outcomes = await embed_each(_engine(), parsed.items, SETTINGS.request_timeout_s)
     for outcome in outcomes:
         if isinstance(outcome, EmbedderError) and not isinstance(outcome, errors.OF_AN_ITEM):

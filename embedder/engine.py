@@ -14,7 +14,7 @@ import math
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 
 from embedder.address import has_url
 from embedder.cache import Twins, VectorCache, content_key
-from embedder.errors import DeviceFailed, DeviceOutOfMemory, EmbedderError, EngineFailed, Overloaded, ShuttingDown
+from embedder.errors import (
+    DeviceFailed,
+    DeviceOutOfMemory,
+    EmbedderError,
+    EngineFailed,
+    Overloaded,
+    RequestTooLarge,
+    ShuttingDown,
+)
 from embedder.fetch import MAX_FETCHES, Fetcher
 from embedder.observer import Batch, Journey, Observer, begin_journey
 from embedder.postprocess import Embedding, check_dimensions, finish_vector
@@ -147,7 +155,7 @@ class Engine:
         full, unless `wait`: then it blocks until there is room.
         """
         check_dimensions(item.dimensions, self.hidden_size)
-        job = _Job(item, object() if request is None else request, _estimated_tokens(item))
+        job = _Job(item, object() if request is None else request, self._estimated_tokens(item))
         with self._lock:
             self._admit(job.num_tokens, wait)
             now_s = time.monotonic()
@@ -163,6 +171,15 @@ class Engine:
         job.future.add_done_callback(lambda _: self._answer(job, None))
         job.future.add_done_callback(lambda done: self._observer.answered(job.journey, done))
         return job.future
+
+    def check_size(self, items: Sequence[EmbeddingItem]) -> None:
+        """Raises `RequestTooLarge` for a request whose items would overfill even the empty queue."""
+        num_tokens, most = sum(map(self._estimated_tokens, items)), self.settings.max_queued_tokens
+        if len(items) > 1 and num_tokens > most:
+            raise RequestTooLarge(f"the items are about {num_tokens} tokens; allowed: up to {most} in one request")
+
+    def _estimated_tokens(self, item: EmbeddingItem) -> int:
+        return min(_estimated_tokens(item), self.settings.max_input_tokens)
 
     def close(self) -> None:
         """Finish what was admitted, take nothing more, end the threads."""

@@ -24,6 +24,7 @@ from embedder.errors import (
     EngineFailed,
     InvalidRequest,
     Overloaded,
+    RequestTooLarge,
     ShuttingDown,
     UnsupportedDimensions,
 )
@@ -362,3 +363,12 @@ def test_close_finishes_what_was_admitted_and_refuses_the_rest(model: FakeModel)
     assert [future.result().num_tokens for future in futures] == [6] * 10
     with pytest.raises(ShuttingDown):
         engine.submit(item("late"))
+
+
+def test_request_that_no_queue_could_hold_is_refused_for_good(model: FakeModel) -> None:
+    settings = Settings(max_queued_tokens=100, max_input_tokens=64)
+    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, settings)
+    engine.check_size([item("a" * 4000)])  # one item is always let in, and never counts for more than it is cut to
+    with pytest.raises(RequestTooLarge, match="about 128 tokens; allowed: up to 100"):
+        engine.check_size([item("a" * 4000)] * 2)
+    engine.close()

@@ -53,6 +53,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "model": "m",
         "revision": "r",
         "demo_folder": "f",
+        "workers": "auto",
         "url_hosts": "a.com, *.b.com",
         "api_key": "k",
         "api_key_file": "f",
