@@ -24,8 +24,7 @@ from tests.conftest import ROOT
 
 DEPLOY = ROOT / "deploy"
 OVERLAYS = sorted(path.name for path in (DEPLOY / "kubernetes" / "overlays").iterdir())
-PENDING = {"EMBEDDER_API_KEY_FILE"}  # settings that another branch adds; empty once it is merged
-SETTINGS = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | PENDING
+SETTINGS = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]["embedder"]
 
 Object = dict[str, Any]

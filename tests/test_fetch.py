@@ -576,9 +576,12 @@ def test_request_that_is_given_up_frees_the_thread_soon(site: Site) -> None:
 @pytest.fixture
 def engine(embedder: Embedder, site: Site) -> Iterator[Engine]:
     """The steps of `embedder`, with a way to the site."""
-    fetcher = site.fetcher(url_timeout_s=60)
     engine = Engine(
-        embedder.preprocessor, embedder._run_batch, embedder.forward.hidden_size, embedder.settings, fetcher
+        embedder.preprocessor,
+        embedder._run_batch,
+        embedder.forward.hidden_size,
+        embedder.settings.model_copy(update={"url_hosts": "http://*"}),
+        fetch=site.fetcher(url_timeout_s=60),
     )
     yield engine
     engine.close()

@@ -187,7 +187,7 @@ def gate() -> Iterator[threading.Event]:
 def test_items_that_are_given_up_or_fail_leave_the_queue(metrics: Metrics, gate: threading.Event) -> None:
     settings = Settings(max_batch_tokens=64, max_input_tokens=64, max_queued_tokens=4096)
     model = FakeModel(gate)
-    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, settings, metrics)
+    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, settings, observer=metrics)
     futures = [engine.submit(item(text)) for text in ("runs", "waits", "malformed", "bug", "infinite", "poison")]
     for index in (2, 3):
         assert isinstance(futures[index].exception(timeout=10), EmbedderError)
