@@ -50,6 +50,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "model": "m",
         "revision": "r",
         "demo_folder": "f",
+        "workers": "auto",
     }
     given |= {"default_instruction": "Find.", "access_log": "true", "request_timeout_s": "1.5"}
     for name in FIELDS:
