@@ -189,7 +189,7 @@ def _run(job: Job, parts: Sequence[Part], address: str | None) -> Iterator[dict[
         ray.shutdown()
 
 
-def share_out(settings: Settings, num_gpus: int, cpus: Sequence[int]) -> tuple[int, dict[str, float]]:
+def share_out(settings: Settings, num_gpus: int, cpus: Sequence[int]) -> tuple[int, dict[str, Any]]:
     """How many workers, and what Ray reserves for each. `cpus`: of each node.
 
     A GPU, or an even fraction of one; without GPUs the cores of the smallest node in even parts, which are also the
