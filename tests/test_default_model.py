@@ -55,8 +55,8 @@ def test_checkpoint_is_small_enough_for_a_repository() -> None:
 def test_colour_names_find_their_swatches(embedder: Embedder) -> None:
     rows, loss_at_64_dimensions = colour_rows(Meter(embedder))
     at_1, at_5 = rows[0].values
-    assert at_1 >= 0.70
-    assert at_5 >= 0.96
+    assert at_1 >= 0.75
+    assert at_5 >= 0.98
     assert loss_at_64_dimensions <= 0.03
 
 
@@ -69,8 +69,8 @@ def test_red_is_nearest_to_the_red_swatch(embedder: Embedder) -> None:
 def test_demo_names_find_their_drawings(
     name_vectors: NDArray[np.float32], drawing_vectors: NDArray[np.float32]
 ) -> None:
-    assert recall(name_vectors, drawing_vectors, 1) >= 0.64
-    assert recall(name_vectors, drawing_vectors, 5) >= 0.89
+    assert recall(name_vectors, drawing_vectors, 1) >= 0.91
+    assert recall(name_vectors, drawing_vectors, 5) >= 0.98
 
 
 def test_64_dimensions_lose_little(name_vectors: NDArray[np.float32], drawing_vectors: NDArray[np.float32]) -> None:
@@ -78,7 +78,7 @@ def test_64_dimensions_lose_little(name_vectors: NDArray[np.float32], drawing_ve
         vectors[:, :64] / np.linalg.norm(vectors[:, :64], axis=1, keepdims=True)
         for vectors in (name_vectors, drawing_vectors)
     ]
-    assert recall(*cut, 5) > 0.95 * recall(name_vectors, drawing_vectors, 5)
+    assert recall(*cut, 5) > 0.98 * recall(name_vectors, drawing_vectors, 5)
 
 
 def test_drawings_are_found_at_other_sizes(
@@ -86,7 +86,7 @@ def test_drawings_are_found_at_other_sizes(
 ) -> None:
     for side in (64, 192):
         vectors = np.stack(embedder.embed([tile.resize((side, side)) for tile in tiles[::4]]))
-        assert recall(name_vectors[::4], vectors, 5) >= 0.9
+        assert recall(name_vectors[::4], vectors, 5) >= 0.98
 
 
 def test_clip_of_a_drawing_is_near_its_name(
@@ -94,4 +94,4 @@ def test_clip_of_a_drawing_is_near_its_name(
 ) -> None:
     clips = [{"video": [tile] * 4} for tile in tiles[::8]]
     vectors = np.stack(embedder.embed(clips))
-    assert recall(vectors, name_vectors[::8], 5) >= 0.9
+    assert recall(vectors, name_vectors[::8], 5) >= 0.95
