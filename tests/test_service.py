@@ -301,20 +301,6 @@ def test_log_has_no_contents_of_requests_and_no_tracebacks(server: Server, clien
     assert "Traceback" not in log
 
 
-def test_unknown_setting_stops_the_start_with_one_line(random_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError) as failure:
-        start_server(tmp_path, model=str(random_checkpoint), max_itmes="5")
-    assert "the service does not start: unknown settings: EMBEDDER_MAX_ITMES" in str(failure.value)
-    assert "Traceback" not in str(failure.value)
-
-
-def test_missing_model_stops_the_start_with_one_line(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError) as failure:
-        start_server(tmp_path, model="./no-such-folder")
-    assert "the service does not start: EMBEDDER_MODEL='./no-such-folder' is neither a folder" in str(failure.value)
-    assert "Traceback" not in str(failure.value)
-
-
 def test_cached_items_are_counted_in_a_header_and_equal_on_every_route(
     random_checkpoint: Path, tmp_path: Path, client: httpx.Client
 ) -> None:
