@@ -171,13 +171,14 @@ def _run(job: Job, parts: Sequence[Part], address: str | None) -> Iterator[dict[
     else:
         ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
     DataContext.get_current().enable_progress_bars = False
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    alive = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in alive if node["Alive"] and node["Resources"].get("CPU")]
     gpus = 0 if job.settings.device == "cpu" else sum(int(node.get("GPU", 0)) for node in nodes)
     num_workers, resources = share_out(job.settings, gpus, [int(node["CPU"]) for node in nodes])
     try:
         items = ray.data.from_items([{"part": part.to_json()} for part in parts], override_num_blocks=len(parts))
         counted = items.map(
-            Worker,
+            Worker,  # type: ignore[arg-type]  # Ray makes one an actor
             fn_constructor_args=(job,),
             compute=ActorPoolStrategy(
                 size=num_workers, max_concurrent_calls_per_actor=PARTS_AT_ONCE, enable_true_multi_threading=True
