@@ -42,7 +42,10 @@ declare_torchvision_operators()
 
 from transformers import Qwen3VLModel  # noqa: E402 - after the declaration
 
-BACK_ENDS = {"cuda": ("varlen", "flash_attn"), "cpu": ("sdpa",)}
+BACK_ENDS: dict[str, tuple[dict[str, Any], ...]] = {
+    "cuda": ({"attention": "varlen"}, {"attention": "varlen", "cuda_graphs": True}, {"attention": "flash_attn"}),
+    "cpu": ({"attention": "sdpa"},),
+}
 ORACLE_SHAPES = ("tiny", "small")
 MIN_COSINE = 0.99  # between two bfloat16 forwards of up to 36 random layers; the oracle judges, this finds mix-ups
 MAX_BATCH_DIFFERENCE = {torch.bfloat16: 4e-3, torch.float32: 1e-6}
@@ -119,11 +122,12 @@ def _check_back_ends(shape: str, device: torch.device, dtype: torch.dtype) -> li
         expected = Oracle(folder).embed([_oracle_item(item) for item in items])
         theirs = peers.padded_transformers(folder, peers.load_model(folder, dtype, device)).embed(items)
         allowed = 1.5 * _distance(theirs, expected) + 1e-6
-        for name in BACK_ENDS[device.type]:
+        for options in BACK_ENDS[device.type]:
+            name = options["attention"]
             if name == "flash_attn" and not peers.is_installed("flash_attn"):
                 checks.append({"shape": shape, "attention": name, "result": library.NOT_INSTALLED})
                 continue
-            ours = peers.ours(folder, dtype, device, attention=name)
+            ours = peers.ours(folder, dtype, device, **options)
             together = ours.embed(items)
             alone = np.concatenate([ours.embed([item]) for item in items])
             ours.close()
@@ -132,7 +136,7 @@ def _check_back_ends(shape: str, device: torch.device, dtype: torch.dtype) -> li
             checks.append(
                 {
                     "shape": shape,
-                    "attention": name,
+                    "attention": f"{name}, graphs" if "cuda_graphs" in options else name,
                     "result": "right" if is_right else "WRONG",
                     "distance": distance,
                     "allowed": allowed,
@@ -215,7 +219,10 @@ def _run_shape(
 def _load(folder: Path, shape: str, device: torch.device, dtype: torch.dtype) -> tuple[list[peers.Peer], Weights, int]:
     """Two copies of the same weights: ours may rearrange its own."""
     model, theirs = _make_model(shape, device, dtype), _make_model(shape, device, dtype)
-    contestants = [peers.ours(folder, dtype, device, model), peers.padded_transformers(folder, theirs)]
+    contestants = [peers.ours(folder, dtype, device, model)]
+    if device.type == "cuda":
+        contestants.append(peers.ours(folder, dtype, device, model, cuda_graphs=True))
+    contestants.append(peers.padded_transformers(folder, theirs))
     if peers.is_installed("flash_attn"):
         flash = _make_model(shape, device, dtype)
         flash.set_attn_implementation("flash_attention_2")

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from embedder.checkpoint import find_checkpoint
 from embedder.engine import Engine
-from embedder.errors import InvalidRequest, of_item
+from embedder.errors import InvalidRequest, ModelUnavailable, of_item
 from embedder.model.faults import device_faults
 from embedder.model.forward import Forward
+from embedder.model.graphs import TextGraphs, graph_size
 from embedder.model.weights import choose_device, load_model
 from embedder.observer import Observer
 from embedder.packing import pack
@@ -82,6 +83,11 @@ class Embedder:
         vision = read_vision_config(self.checkpoint.folder, self.settings)
         self.preprocessor = Preprocessor(load_tokenizer(self.checkpoint.folder), vision, self.settings)
         self.forward = Forward(weights, vision, self.settings.attention)
+        self.graphs: TextGraphs | None = None
+        if self.settings.cuda_graphs:
+            if self.device.type != "cuda":
+                raise ModelUnavailable(f"EMBEDDER_CUDA_GRAPHS needs a GPU; the device is {self.device}")
+            self.graphs = TextGraphs(self.forward.language, self.device)
         self.engine = Engine(
             self.preprocessor,
             self._run_batch,
@@ -148,9 +154,14 @@ class Embedder:
     def _run_batch(self, inputs: list[ModelInput]) -> NDArray[np.float32]:
         order = sorted(range(len(inputs)), key=lambda index: inputs[index].num_tokens)
         with device_faults(self.device):
-            batch = pack([inputs[index] for index in order], self.preprocessor.vision.merge_size, self.device)
-            rows = pool(self.forward(batch))
+            rows = pool(self._forward([inputs[index] for index in order]))
         return rows[np.argsort(order)]
+
+    def _forward(self, inputs: list[ModelInput]) -> torch.Tensor:
+        """(num_items, hidden_size), on the device."""
+        if self.graphs and (num_tokens := graph_size(inputs)):
+            return self.graphs(inputs, num_tokens)
+        return self.forward(pack(inputs, self.preprocessor.vision.merge_size, self.device))
 
     def _announce(self, seconds: float) -> None:
         if self.checkpoint.is_embedded:

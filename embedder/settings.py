@@ -40,6 +40,7 @@ class Settings(BaseModel):
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
         "auto", description="Attention back end; `auto`: flash_attn if installed, else varlen on CUDA, sdpa on CPU."
     )
+    cuda_graphs: bool = Field(False, description="Replay small batches of texts as CUDA graphs; needs a GPU.")
     default_instruction: str = Field(
         "Represent the user's input.", min_length=1, description="Instruction of an item that brings none."
     )

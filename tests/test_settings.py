@@ -59,11 +59,11 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "api_key_file": "f",
         "log_format": "json",
     }
-    given |= {"default_instruction": "Find.", "access_log": "true", "request_timeout_s": "1.5"}
+    given |= {"default_instruction": "Find.", "access_log": "true", "cuda_graphs": "true", "request_timeout_s": "1.5"}
     for name in FIELDS:
         monkeypatch.setenv(f"{PREFIX}{name.upper()}", given.setdefault(name, "4096"))
     settings = Settings.from_environment().model_dump()
-    typed = {"access_log": True, "request_timeout_s": 1.5, "api_key": SecretStr("k")}
+    typed = {"access_log": True, "cuda_graphs": True, "request_timeout_s": 1.5, "api_key": SecretStr("k")}
     assert settings == {name: typed.get(name, 4096 if value == "4096" else value) for name, value in given.items()}
 
 
