@@ -112,15 +112,17 @@ def _run(folder: Path, rows_per_part: int, kill_at: int | None = None) -> Run:
     output = folder / "out"
     command = [sys.executable, "-m", "embedder.bulk", str(folder / "in.parquet"), str(output), "--id", "id"]
     command += ["--rows-per-part", str(rows_per_part)]
-    before = set(output.glob("*.parquet"))
+    before, stale = set(output.glob("*.parquet")), set(output.glob("_bulk/*.tmp"))
     begun_s, first_s, peak_bytes = time.time(), 0.0, 0
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        if not first_s and any(path.stat().st_ctime > begun_s for path in output.glob("_bulk/*.tmp")):
+        if not first_s and set(output.glob("_bulk/*.tmp")) - stale:
             first_s = time.time()
         peak_bytes = max(peak_bytes, _resident_bytes(process))
         if kill_at and len(list(output.glob("*.parquet"))) >= kill_at:
+            left = process.children(recursive=True)
             process.send_signal(signal.SIGKILL)
+            psutil.wait_procs(left, timeout=60)  # Ray's processes follow by themselves; what they finish counts
         time.sleep(0.05)
     process.wait()
     written = [path.stat().st_mtime - first_s for path in sorted(set(output.glob("*.parquet")) - before)]

@@ -328,6 +328,7 @@ def test_machine_is_shared_out_among_the_workers(workers: Any, gpus: int, cpus: 
     assert share_out(Settings(**workers), gpus, cpus) == expected
 
 
+@pytest.mark.timeout(900)  # Ray starts twice; a busy machine is slow at that
 def test_every_row_is_there_once_after_a_kill(tmp_path: Path, embedder: Embedder) -> None:
     """SIGKILL in the middle, then the same command again; two workers, in a process of root's, without a terminal."""
     texts = [words(300, seed) for seed in range(300)]
