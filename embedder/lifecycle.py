@@ -78,11 +78,11 @@ def check_port() -> None:
     command = click.get_current_context(silent=True)  # none where a program serves, which sees the error itself
     if command is None or command.info_name != "serve":
         return
-    host, port = command.params["host"], command.params["port"]
+    host, port = command.params["host"] or "", command.params["port"]  # without one: on every address
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
+        raise ValueError(f"cannot listen on {host or 'any address'}, port {port}: {error.strerror}") from error
 
 
 def end_with_workers() -> None:

@@ -55,6 +55,7 @@ class Metrics(Observer):
             "route",
             "status",
         )
+        self.requests_in_progress = self._gauge("requests_in_progress", "Requests begun and not answered yet.")
         request_seconds = self._histogram(
             "request_duration_seconds",
             "Time from a request's head to the end of its answer, by `route`.",
@@ -210,6 +211,7 @@ class CountRequests:
             return
         start = time.monotonic()
         status, body = NO_ANSWER, b""
+        self.metrics.requests_in_progress.inc()
 
         async def watch(message: Message) -> None:
             nonlocal status, body
@@ -222,6 +224,7 @@ class CountRequests:
         try:
             await self.app(scope, receive, watch)
         finally:
+            self.metrics.requests_in_progress.dec()
             code = json.loads(body)["error"]["code"] if body else None  # the edge gives every error this shape
             self.metrics.answered_request(scope["path"], status, time.monotonic() - start, code)
 

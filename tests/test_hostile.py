@@ -64,7 +64,7 @@ def unharmed(server: Server, known: Any) -> Iterator[None]:
     yield
     stopped.set()
     thread.join()
-    assert max(slowest) < 0.5 + 20 * idle_s
+    assert max(slowest) < 2 + 20 * idle_s  # beside bodies of 64 MB
     with httpx.Client(base_url=server.url, timeout=60) as client:
         _check_good(client, known)
     deadline = time.monotonic() + 10

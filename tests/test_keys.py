@@ -158,7 +158,7 @@ def test_promise_of_keys_without_keys_stops_the_start(settings: dict[str, str], 
 def test_key_is_not_in_any_text_made_of_the_settings() -> None:
     settings = Settings(api_key="s3cret")
     shown = f"{settings} {settings!r} {settings.model_dump()} {settings.model_dump_json()} {Keys(settings).__dict__}"
-    with pytest.raises(ValueError, match="2 validation errors") as caught:
+    with pytest.raises(ValueError, match="validation errors") as caught:
         Settings(api_key="s3cret", workers=0, max_pixels=1)
     assert "s3cret" not in shown + str(caught.value)
 

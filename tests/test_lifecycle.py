@@ -91,8 +91,8 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 def under_way(server: Server) -> int:
     """Requests that the worker has taken and not answered, this question left out."""
     text = httpx.get(f"{server.url}/metrics", timeout=60).text
-    lines = [line for line in text.splitlines() if line.startswith("bentoml_service_request_in_progress{")]
-    return sum(int(float(line.rpartition(" ")[2])) for line in lines if '"/metrics"' not in line)
+    (line,) = [line for line in text.splitlines() if line.startswith("embedder_requests_in_progress ")]
+    return int(float(line.rpartition(" ")[2])) - 1
 
 
 def half_sent(server: Server) -> list[http.client.HTTPConnection]:

@@ -292,7 +292,7 @@ def test_missing_weight_stops_the_start_by_name(name: str, damaged: Any) -> None
 
 def test_weight_of_another_shape_stops_the_start(damaged: Any) -> None:
     folder = damaged(lambda weights: weights.update({"model.visual.merger.norm.weight": torch.ones(3)}))
-    with pytest.raises(ModelUnavailable, match=r"^cannot load "):
+    with pytest.raises(ModelUnavailable, match=r"^cannot (load|read the weights of) "):
         load_model(folder, torch.float32, CPU)
 
 
@@ -303,7 +303,7 @@ def test_weights_that_are_missing_or_cut_short_stop_the_start(length: int | None
     (folder / "model.safetensors").unlink()
     if length is not None:
         (folder / "model.safetensors").write_bytes(data[:length])
-    with pytest.raises(ModelUnavailable, match=r"^cannot load "):
+    with pytest.raises(ModelUnavailable, match=r"^cannot (load|read the weights of) "):
         load_model(folder, torch.float32, CPU)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import pickle
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str, str]] = {
     "a PDF": ("/img/embed", {"input": b64(b"%PDF-1.7 and so on")}, 400, "invalid_media", "PDF document"),
     "too many batch rows": ("/embed_texts", {"texts": ["a"] * 513}, 413, "request_too_large", "got 513 items; allowed: 1 to 512"),
     "too many values": ("/embed_images", {"images": [["a"] * 51_300]}, 413, "request_too_large", "more than 51200 JSON values"),
-    "too deep for a message": ("/txt/embed", b'{"input":' + b"[" * 1000 + b"]" * 1000 + b"}", 400, "invalid_request", "input: got [[["),
+    "too deep for a message": ("/txt/embed", b'{"input":' + b"[" * 1000 + b"]" * 1000 + b"}", 400, "invalid_request", "got [[["),
     "batch row of a wrong type": ("/embed_texts", {"texts": ["a", 5]}, 400, "invalid_request", "item 1: got 5 (a number)"),
     "batch row empty": ("/embed_texts", {"texts": ["a", ""]}, 400, "invalid_request", "item 1: text is empty"),
     "batch not a list": ("/embed_texts", {"texts": "a"}, 400, "invalid_request", "texts: Input should be a valid array"),
@@ -202,11 +202,17 @@ def test_body_over_the_limit_is_413_even_without_a_content_length(random_checkpo
 def test_full_queue_is_429_with_a_time_to_come_back(random_checkpoint: Path, tmp_path: Path) -> None:
     server = start_server(tmp_path, model=str(random_checkpoint), max_queued_tokens="2000")
     try:
-        response = httpx.post(f"{server.url}/txt/embed", json={"input": [words(300, seed) for seed in range(60)]})
-        assert response.status_code == 429
-        assert int(response.headers["retry-after"]) >= 1
-        assert error(response)["code"] == "overloaded"
-        time.sleep(1)
+        body = {"input": [words(300, seed) for seed in range(2)]}  # fits the queue, but not twice
+        with ThreadPoolExecutor(16) as pool:
+            responses = list(
+                pool.map(lambda _: httpx.post(f"{server.url}/txt/embed", json=body, timeout=60), range(16))
+            )
+        assert {response.status_code for response in responses} == {200, 429}
+        refused = next(response for response in responses if response.status_code == 429)
+        assert int(refused.headers["retry-after"]) >= 1
+        assert error(refused)["code"] == "overloaded"
+        too_much = httpx.post(f"{server.url}/txt/embed", json={"input": body["input"] * 20}, timeout=60)
+        assert (too_much.status_code, error(too_much)["code"]) == (413, "request_too_large")
         assert httpx.post(f"{server.url}/txt/embed", json={"input": "red"}).status_code == 200
     finally:
         assert server.stop() == 0
