@@ -155,7 +155,7 @@ class Engine:
         full, unless `wait`: then it blocks until there is room.
         """
         check_dimensions(item.dimensions, self.hidden_size)
-        job = _Job(item, object() if request is None else request, self._estimated_tokens(item))
+        job = _Job(item, object() if request is None else request, _estimated_tokens(item, self.settings))
         with self._lock:
             self._admit(job.num_tokens, wait)
             now_s = time.monotonic()
@@ -174,12 +174,10 @@ class Engine:
 
     def check_size(self, items: Sequence[EmbeddingItem]) -> None:
         """Raises `RequestTooLarge` for a request whose items would overfill even the empty queue."""
-        num_tokens, most = sum(map(self._estimated_tokens, items)), self.settings.max_queued_tokens
+        num_tokens = sum(_estimated_tokens(item, self.settings) for item in items)
+        most = self.settings.max_queued_tokens
         if len(items) > 1 and num_tokens > most:
             raise RequestTooLarge(f"the items are about {num_tokens} tokens; allowed: up to {most} in one request")
-
-    def _estimated_tokens(self, item: EmbeddingItem) -> int:
-        return min(_estimated_tokens(item), self.settings.max_input_tokens)
 
     def close(self) -> None:
         """Finish what was admitted, take nothing more, end the threads."""
@@ -411,9 +409,10 @@ def _hidden(error: BaseException) -> EngineFailed:
     return failed
 
 
-def _estimated_tokens(item: EmbeddingItem) -> int:
+def _estimated_tokens(item: EmbeddingItem, settings: Settings) -> int:
     """A guess at admission, before anything is decoded: four characters a token, 300 tokens a picture or frame.
 
+    Never more than what an item is cut to.
     An encoded clip counts as the longest: its frames together keep 7,864,320 pixels (`video`), two share a token.
     """
     estimate = 30
@@ -425,4 +424,4 @@ def _estimated_tokens(item: EmbeddingItem) -> int:
                 estimate += 300
             case Video():
                 estimate += 300 * len(part.source) if isinstance(part.source, tuple) else 7680
-    return estimate
+    return min(estimate, settings.max_input_tokens)

@@ -76,6 +76,8 @@ class Embedder:
         self.settings = settings or Settings(model=str(model or ""), device=device, dtype=dtype, **options)
         self.checkpoint = find_checkpoint(self.settings)
         self.device = choose_device(self.settings, worker)
+        if self.settings.cuda_graphs and self.device.type != "cuda":
+            raise ModelUnavailable(f"EMBEDDER_CUDA_GRAPHS needs a GPU; the device is {self.device}")
         if self.device.type == "cpu":  # torch would take every core of the machine, in each worker and under any quota
             share = max(1, available_cores() // self.settings.num_workers(torch.cuda.device_count()))
             torch.set_num_threads(min(torch.get_num_threads(), share))
@@ -83,11 +85,7 @@ class Embedder:
         vision = read_vision_config(self.checkpoint.folder, self.settings)
         self.preprocessor = Preprocessor(load_tokenizer(self.checkpoint.folder), vision, self.settings)
         self.forward = Forward(weights, vision, self.settings.attention)
-        self.graphs: TextGraphs | None = None
-        if self.settings.cuda_graphs:
-            if self.device.type != "cuda":
-                raise ModelUnavailable(f"EMBEDDER_CUDA_GRAPHS needs a GPU; the device is {self.device}")
-            self.graphs = TextGraphs(self.forward.language, self.device)
+        self.graphs = TextGraphs(self.forward.language, self.device) if self.settings.cuda_graphs else None
         self.engine = Engine(
             self.preprocessor,
             self._run_batch,
