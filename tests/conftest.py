@@ -25,6 +25,7 @@ import torch
 
 from embedder import Embedder
 from embedder.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
+from tests.fake_model import FakeModel
 
 # the same examples in every run, and no folder that remembers them
 hypothesis.settings.register_profile("house", database=None, derandomize=True, deadline=None)
@@ -139,6 +140,22 @@ def server(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     server = start_server(tmp_path_factory.mktemp("server"), model=str(random_checkpoint), device="cpu")
     yield server
     assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The service with the model of the package, and its drawings."""
+    server = start_server(tmp_path_factory.mktemp("server"))
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def model() -> FakeModel:
+    """One that does not wait."""
+    model = FakeModel()
+    model.gate.set()
+    return model
 
 
 @pytest.fixture

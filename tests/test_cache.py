@@ -14,8 +14,7 @@ from embedder.cache import ENTRY_BYTES, VectorCache, content_key
 from embedder.engine import Engine
 from embedder.errors import EngineFailed
 from embedder.preprocess import ModelInput, Patches
-from embedder.settings import Settings
-from tests.test_engine import HIDDEN_SIZE, FakeModel, held_back, item, row, unit
+from tests.fake_model import HIDDEN_SIZE, FakeModel, held_back, item, row, running, unit
 
 ROW = np.arange(HIDDEN_SIZE, dtype=np.float32)
 ROW_BYTES = ROW.nbytes + ENTRY_BYTES
@@ -81,18 +80,9 @@ def test_key_depends_on_everything_that_the_vector_depends_on_and_on_nothing_els
 
 
 @pytest.fixture
-def model() -> FakeModel:
-    model = FakeModel()
-    model.gate.set()
-    return model
-
-
-@pytest.fixture
 def engine(model: FakeModel) -> Iterator[Engine]:
-    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, Settings(cache_bytes=100 * ROW_BYTES))
-    yield engine
-    model.gate.set()
-    engine.close()
+    with running(model, cache_bytes=100 * ROW_BYTES) as engine:
+        yield engine
 
 
 def test_same_content_is_computed_once_whatever_is_made_of_its_row(engine: Engine, model: FakeModel) -> None:

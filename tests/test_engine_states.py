@@ -14,7 +14,7 @@ from embedder.engine import Engine
 from embedder.errors import DeviceFailed, EmbedderError, Overloaded, ShuttingDown
 from embedder.postprocess import Embedding
 from embedder.settings import Settings
-from tests.test_engine import HIDDEN_SIZE, FakeModel, item, unit
+from tests.fake_model import HIDDEN_SIZE, FakeModel, item, unit
 
 TEXTS = ["red", "green", "blue", "x" * 80, "malformed", "bug", "panic", "infinite", "poison"]
 

@@ -27,7 +27,7 @@ from embedder.errors import EmbedderError
 from embedder.metrics import CountRequests, Metrics
 from embedder.settings import Settings
 from tests.conftest import ROOT, Server, encoded, picture, start_server, words
-from tests.test_engine import HIDDEN_SIZE, FakeModel, item
+from tests.fake_model import HIDDEN_SIZE, FakeModel, item
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PNG = base64.b64encode(encoded(picture(70, 50))).decode()

@@ -59,14 +59,6 @@ FIRST_PICTURES_ARE_SEEN = """
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The small model and its drawings."""
-    server = start_server(tmp_path_factory.mktemp("server"))
-    yield server
-    assert server.stop() == 0
-
-
-@pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
     options.binary_location = str(BROWSER)
@@ -131,9 +123,9 @@ class Page:
 
 
 @pytest.fixture
-def page(chromium: webdriver.Chrome, small: Server) -> Iterator[Page]:
+def page(chromium: webdriver.Chrome, small_server: Server) -> Iterator[Page]:
     """The page, newly opened. At the end the browser has complained of nothing but what tests provoke."""
-    page = Page(chromium, small.url)
+    page = Page(chromium, small_server.url)
     page.open()
     yield page
     complaints = [entry["message"] for entry in chromium.get_log("browser")]  # type: ignore[no-untyped-call]
@@ -156,14 +148,16 @@ def vectors(server: Server, items: list[Any], **options: Any) -> NDArray[np.floa
     return np.array([result["embedding"] for result in answer["results"]])
 
 
-def test_texts_and_a_chosen_image_make_a_matrix(page: Page, small: Server, swatch: bytes, tmp_path: Path) -> None:
+def test_texts_and_a_chosen_image_make_a_matrix(
+    page: Page, small_server: Server, swatch: bytes, tmp_path: Path
+) -> None:
     assert page.one("#compare-empty").is_displayed()
     (tmp_path / "swatch.png").write_bytes(swatch)
     page.add_text("red")
     page.add_text("green")
     page.one("#images").send_keys(str(tmp_path / "swatch.png"))
     shown = page.matrix(3)
-    expected = vectors(small, ["red", "green", {"image": base64.b64encode(swatch).decode()}])
+    expected = vectors(small_server, ["red", "green", {"image": base64.b64encode(swatch).decode()}])
     np.testing.assert_allclose(shown, expected @ expected.T, atol=0.0051)
     assert np.diag(shown).tolist() == [1, 1, 1]
     assert page.texts("#items .what") == ["red", "green", "swatch.png"]
@@ -184,14 +178,14 @@ def test_dropped_images_and_removal(page: Page, swatch: bytes) -> None:
     assert page.texts("#items .key") == ["A", "C", "B"]
 
 
-def test_fewer_dimensions_and_an_instruction_change_the_matrix(page: Page, small: Server) -> None:
+def test_fewer_dimensions_and_an_instruction_change_the_matrix(page: Page, small_server: Server) -> None:
     page.add_text("red")
     page.add_text("green")
     whole = page.matrix(2)[0, 1]
     page.choose_dimensions(64)
     page.one("#compare .more summary").click()
     page.one("#compare-instruction").send_keys("Find the colour.", Keys.TAB)
-    first, second = vectors(small, ["red", "green"], dimensions=64, instruction="Find the colour.")
+    first, second = vectors(small_server, ["red", "green"], dimensions=64, instruction="Find the colour.")
     page.wait(lambda: abs(page.matrix(2)[0, 1] - first @ second) <= 0.0051)
     assert abs(whole - first @ second) > 0.0051
 
@@ -206,15 +200,15 @@ def test_broken_image_has_the_services_message_and_costs_no_other(page: Page, sw
     assert page.texts(".item.failed .what") == ["<b>broken</b>.png"]
 
 
-def test_search_ranks_as_the_service_does_at_every_size(page: Page, small: Server) -> None:
+def test_search_ranks_as_the_service_does_at_every_size(page: Page, small_server: Server) -> None:
     page.open_search()
     page.one("#query").send_keys("red", Keys.ENTER)
-    collection = httpx.get(f"{small.url}/playground/collection").json()["pictures"]
+    collection = httpx.get(f"{small_server.url}/playground/collection").json()["pictures"]
     whole = np.array([np.frombuffer(base64.b64decode(entry["vector"]), "<f4") for entry in collection], np.float64)
     seen = []
     for size in (192, 128, 64):
         page.choose_dimensions(size)
-        (query,) = vectors(small, ["red"], dimensions=size)
+        (query,) = vectors(small_server, ["red"], dimensions=size)
         rows = whole[:, :size] / np.linalg.norm(whole[:, :size], axis=1, keepdims=True)
         scores = rows @ query
         shown = page.ranking()
@@ -230,9 +224,9 @@ def test_search_ranks_as_the_service_does_at_every_size(page: Page, small: Serve
     assert "Noto Emoji" in page.one("#attribution").text
 
 
-def test_a_drawing_finds_itself(page: Page, small: Server) -> None:
+def test_a_drawing_finds_itself(page: Page, small_server: Server) -> None:
     page.open_search()
-    name = httpx.get(f"{small.url}/playground/collection").json()["pictures"][9]["name"]
+    name = httpx.get(f"{small_server.url}/playground/collection").json()["pictures"][9]["name"]
     described = json.loads(Path("embedder/demo/drawings.json").read_text(encoding="utf-8"))
     side = described["tile_pixels"]
     tile = PIL.Image.open("embedder/demo/drawings.png").crop((9 * side, 0, 10 * side, side))
@@ -319,14 +313,14 @@ def test_refused_request_is_told_in_the_services_words_and_tried_again(page: Pag
     page.matrix(2)
 
 
-def test_copied_requests_run(page: Page, small: Server, swatch: bytes, tmp_path: Path) -> None:
+def test_copied_requests_run(page: Page, small_server: Server, swatch: bytes, tmp_path: Path) -> None:
     name, text = "it's $5.png", 'red "$HOME" `id` \\ ü'
     (tmp_path / name).write_bytes(swatch)
     page.add_text(text)
     page.one("#images").send_keys(str(tmp_path / name))
     page.matrix(2)
     page.choose_dimensions(64)
-    expected = vectors(small, [text, {"image": base64.b64encode(swatch).decode()}], dimensions=64)
+    expected = vectors(small_server, [text, {"image": base64.b64encode(swatch).decode()}], dimensions=64)
     curl = subprocess.run(["bash", "-c", page.code("curl")], cwd=tmp_path, capture_output=True, text=True, check=True)
     results = json.loads(curl.stdout)["results"]
     np.testing.assert_allclose([result["embedding"] for result in results], expected, atol=1e-6)

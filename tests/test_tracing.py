@@ -24,28 +24,18 @@ from opentelemetry.trace import StatusCode
 from embedder.awaiting import embed_each
 from embedder.engine import Engine
 from embedder.errors import DeadlineExceeded
-from embedder.settings import Settings
 from embedder.tracing import MAX_DRAWN_ITEMS, Tracing, is_traced
 from tests.conftest import start_server
-from tests.test_engine import HIDDEN_SIZE, FakeModel, item
+from tests.fake_model import FakeModel, item, running
 
 TRACE_ID, PARENT_ID = 0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331
 TRACEPARENT = (b"traceparent", f"00-{TRACE_ID:032x}-{PARENT_ID:016x}-01".encode())
 
 
 @pytest.fixture
-def model() -> FakeModel:
-    model = FakeModel()
-    model.gate.set()
-    return model
-
-
-@pytest.fixture
 def engine(model: FakeModel) -> Iterator[Engine]:
-    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, Settings())
-    yield engine
-    model.gate.set()
-    engine.close()
+    with running(model) as engine:
+        yield engine
 
 
 def spans_of(

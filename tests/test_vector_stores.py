@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from deploy.vector_stores.drawings import write_drawings
-from tests.conftest import Server, start_server
+from tests.conftest import Server
 
 pytestmark = pytest.mark.filterwarnings("ignore:XDG_RUNTIME_DIR is not set")  # of the PostgreSQL wheel's lock
 
@@ -27,14 +27,6 @@ Search = Callable[[str], list[tuple[str, float]]]
 
 
 @pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The service with the model of the package."""
-    server = start_server(tmp_path_factory.mktemp("server"))
-    yield server
-    assert server.stop() == 0
-
-
-@pytest.fixture(scope="module")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawings in a folder, more than two of the examples' batches."""
     folder = tmp_path_factory.mktemp("drawings")
@@ -43,12 +35,12 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(small_model: Server, drawings: Path) -> dict[str, list[tuple[str, float]]]:
+def expected(small_server: Server, drawings: Path) -> dict[str, list[tuple[str, float]]]:
     """By brute force: for each query all drawings, best first, with their cosines."""
     paths = sorted(drawings.glob("*.png"))
 
     def embed(path: str, inputs: list[str], **options: str) -> np.ndarray[Any, Any]:
-        answer = httpx.post(f"{small_model.url}{path}", json={"input": inputs, **options}, timeout=300)
+        answer = httpx.post(f"{small_server.url}{path}", json={"input": inputs, **options}, timeout=300)
         return np.array(answer.raise_for_status().json()["embedding"], np.float32)
 
     pictures = embed("/img/embed", [base64.b64encode(path.read_bytes()).decode() for path in paths])
@@ -62,7 +54,7 @@ def expected(small_model: Server, drawings: Path) -> dict[str, list[tuple[str, f
 
 @pytest.fixture(scope="module", params=["qdrant", "lancedb", "pgvector"])
 def search(
-    request: pytest.FixtureRequest, small_model: Server, drawings: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, small_server: Server, drawings: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Search]:
     """The example's `search`, over the drawings."""
     folder = tmp_path_factory.mktemp("store")
@@ -70,7 +62,7 @@ def search(
     pytest.importorskip(library, reason="comes with the `stores` extra")
     example = importlib.import_module(f"deploy.vector_stores.search_{request.param}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(example, "URL", small_model.url)
+        patch.setattr(example, "URL", small_server.url)
         match request.param:
             case "qdrant":
                 client = importlib.import_module("qdrant_client").QdrantClient(":memory:")
