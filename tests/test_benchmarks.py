@@ -72,7 +72,7 @@ def test_server_answers_right_under_load(tmp_path: Path) -> None:
 
 
 def test_overload_is_refused_and_nothing_else_happens(tmp_path: Path) -> None:
-    few = ["--seconds", "4", "--capacity-seconds", "2", "--queued-tokens", "2000"]
+    few = ["--seconds", "4", "--capacity-seconds", "2", "--queued-tokens", "4000"]
     overload.main([*few, "--results", str(tmp_path)])
     data = saved(tmp_path, "overload")
     assert set(data["statuses"]) == {"200", "429"}
