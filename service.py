@@ -426,6 +426,7 @@ _add_middleware(
     Edge,
     max_body_bytes=SETTINGS.max_body_bytes,
     max_values=VALUES_PER_ITEM * SETTINGS.max_items_per_request,
+    max_read_s=SETTINGS.request_timeout_s,
     keys=KEYS,
     drain=DRAIN,
     open_paths=OPEN_PATHS,

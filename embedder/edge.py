@@ -15,7 +15,14 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embedder.errors import EmbedderError, InvalidKey, RequestTooLarge, ShuttingDown, UnsupportedContentType
+from embedder.errors import (
+    DeadlineExceeded,
+    EmbedderError,
+    InvalidKey,
+    RequestTooLarge,
+    ShuttingDown,
+    UnsupportedContentType,
+)
 from embedder.keys import Keys
 from embedder.lifecycle import Drain
 from embedder.log import begin_request
@@ -31,6 +38,7 @@ _REFUSALS: dict[type[EmbedderError], tuple[int, tuple[bytes, bytes]]] = {  # bef
     RequestTooLarge: (413, _CLOSE),
     UnsupportedContentType: (415, _CLOSE),
     ShuttingDown: (503, _CLOSE),
+    DeadlineExceeded: (504, _CLOSE),
 }
 _CODES = {
     404: "not_found",
@@ -54,6 +62,7 @@ _OF_A_PAGE = [  # that brings no such headers of its own
 class Edge:
     """ASGI middleware. Reads a request's body whole, counting as it comes, and gives error answers our shape.
 
+    A body that takes longer than `max_read_s` would hold its connection, and a worker that drains, for ever.
     Probes and `open_paths` need no key; probes are also answered while the worker drains, and not logged.
     """
 
@@ -62,6 +71,7 @@ class Edge:
         app: ASGIApp,
         max_body_bytes: int,
         max_values: int,
+        max_read_s: float,
         *,
         keys: Keys,
         drain: Drain,
@@ -71,6 +81,7 @@ class Edge:
         self.app = app
         self.max_body_bytes = max_body_bytes
         self.max_values = max_values
+        self.max_read_s = max_read_s
         self.keys = keys
         self.drain = drain
         self.open_paths = open_paths | PROBES
@@ -96,7 +107,7 @@ class Edge:
             self._check(scope)
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 _check_content_type(scope)
-                body = await _read(receive, self.max_body_bytes)
+                body = await _read(receive, self.max_body_bytes, self.max_read_s)
                 await _check_values(body, self.max_values)
                 receive = _replay(body, receive)
         except tuple(_REFUSALS) as error:
@@ -217,18 +228,22 @@ def _check_content_type(scope: Scope) -> None:
             raise UnsupportedContentType(f"content encoding: got {given[:60]}; allowed: none")
 
 
-async def _read(receive: Receive, max_bytes: int) -> bytes:
-    """The whole body. Raises `RequestTooLarge`, and `ClientDisconnect` if the client went away."""
+async def _read(receive: Receive, max_bytes: int, max_s: float) -> bytes:
+    """The whole body. Raises `RequestTooLarge`, `DeadlineExceeded`, and `ClientDisconnect` if the client went away."""
     body = bytearray()  # however small its pieces
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        body += message.get("body", b"")
-        if len(body) > max_bytes:
-            raise RequestTooLarge(f"the body is larger than {max_bytes} bytes; allowed: up to that")
-        if not message.get("more_body", False):
-            return bytes(body)
+    try:
+        async with asyncio.timeout(max_s):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
+                if len(body) > max_bytes:
+                    raise RequestTooLarge(f"the body is larger than {max_bytes} bytes; allowed: up to that")
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"of the body came {len(body)} bytes in {max_s:g} s, and not its end") from error
 
 
 async def _check_values(body: bytes, most: int) -> None:

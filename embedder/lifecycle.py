@@ -19,6 +19,7 @@ from types import FrameType
 from typing import NoReturn
 
 import click
+from bentoml._internal.configuration.containers import BentoMLContainer  # what `bentoml serve` itself asks
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ def check_port() -> None:
     command = click.get_current_context(silent=True)  # none where a program serves, which sees the error itself
     if command is None or command.info_name != "serve":
         return
-    host, port = command.params["host"] or "", command.params["port"]  # without one: on every address
+    host = command.params["host"] or ""  # without one: on every address
+    port = command.params["port"] or BentoMLContainer.http.port.get()
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:

@@ -67,7 +67,9 @@ class Settings(BaseModel):
         description="Hosts that URLs may name: `a.com, *.b.com, http://c.com:8080`, or `*`; empty: no URL is fetched.",
     )
     url_timeout_s: float = Field(10.0, gt=0, description="Seconds that fetching one URL may take in all.")
-    request_timeout_s: float = Field(60.0, gt=0, description="Seconds a request may take in all (504 after that).")
+    request_timeout_s: float = Field(
+        60.0, gt=0, description="Seconds for a body to come, and again for its items (504)."
+    )
     stuck_after_s: float | None = Field(
         None,
         gt=0,

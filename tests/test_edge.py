@@ -16,13 +16,14 @@ from embedder.keys import Keys
 from embedder.lifecycle import Drain
 from embedder.settings import Settings
 
-LIMIT, MAX_VALUES = 10, 3
+LIMIT, MAX_VALUES, MAX_READ_S = 10, 3, 0.05
 MADE_ID = re.compile(rb"[0-9a-f]{32}")
 
 
 def edge(app: ASGIApp, *, api_key: str | None = None, drain: Drain | None = None) -> Edge:
     keys, drain = Keys(Settings(api_key=api_key)), drain or Drain()
-    return Edge(app, LIMIT, MAX_VALUES, keys=keys, drain=drain, open_paths=frozenset({"/page"}), is_logged=False)
+    opened = frozenset({"/page"})
+    return Edge(app, LIMIT, MAX_VALUES, MAX_READ_S, keys=keys, drain=drain, open_paths=opened, is_logged=False)
 
 
 def call(

@@ -45,7 +45,7 @@ AROUND = {
 DOORS = {  # each outside library, and every module that imports it when it runs
     "PIL": {"library", "media", "playground", "verify"},
     "av": {"video"},
-    "bentoml": {"log"},  # and service.py
+    "bentoml": {"lifecycle", "log"},  # and service.py
     "click": {"lifecycle"},
     "flash_attn": {"model"},
     "httpcore": {"fetch"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -40,11 +41,11 @@ def without_its_end(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("fault", ["variable", "key file", "model", "port", "device", "weights"])
+@pytest.mark.parametrize("fault", ["variable", "key file", "model", "port", "usual port", "device", "weights"])
 def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path, tmp_path: Path) -> None:
     settings, reason = {"model": str(random_checkpoint), "device": "cpu"}, ""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1] if fault == "port" else 0
+    options: list[str] = ["--port", "0"]
+    with contextlib.ExitStack() as listeners:
         match fault:
             case "variable":
                 settings, reason = {"max_itmes": "5"}, "unknown settings: EMBEDDER_MAX_ITMES; known are: "
@@ -54,14 +55,19 @@ def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path
             case "model":
                 settings["model"] = "./no-such-folder"
                 reason = "EMBEDDER_MODEL='./no-such-folder' is neither a folder nor a hub id"
-            case "port":
+            case "port" | "usual port":
+                port = 0 if fault == "port" else 3000
+                with contextlib.suppress(OSError):  # of the usual one, where somebody else listens on it
+                    taken = listeners.enter_context(socket.create_server(("127.0.0.1", port)))
+                    port = taken.getsockname()[1]
+                options = ["--port", str(port)] if fault == "port" else []
                 reason = f"cannot listen on 127.0.0.1, port {port}: Address already in use"
             case "device":
                 settings["device"], reason = "cuda:99", "EMBEDDER_DEVICE='cuda:99', but this machine has "
             case "weights":
                 settings["model"] = str(without_its_end(random_checkpoint, tmp_path))
                 reason = f"cannot read the weights of {tmp_path}: "
-        run = serve(tmp_path, "--port", str(port), **settings)
+        run = serve(tmp_path, *options, **settings)
     output = run.stdout + run.stderr
     assert run.returncode == 1, output
     assert [line for line in output.splitlines() if f"the service does not start: {reason}" in line], output
