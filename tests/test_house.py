@@ -174,6 +174,17 @@ def test_environment_is_read_by_settings_and_checkpoint_alone() -> None:
     assert readers == {"settings", "checkpoint", "bulk"}
 
 
+def test_wall_clock_is_not_read() -> None:
+    """It jumps; every deadline is of the monotonic clock."""
+    readers = {
+        module_name(path)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if ast.unparse(node) in ("time.time", "datetime.now", "datetime.datetime.now", "datetime.utcnow")
+    }
+    assert readers == set()
+
+
 def test_exception_is_caught_whole_at_the_engines_boundary_alone() -> None:
     catchers = {
         module_name(path)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from tests.conftest import ROOT, Server, start_server
 
 NUM_CLIENTS = 6
 BODY = b'{"input": ["red", "green"]}'
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 
 def serve(folder: Path, *options: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -163,6 +165,47 @@ def test_sigterm_in_a_crowd_leaves_nobody_waiting(lone: Server) -> None:
         last = [client.result()[-1] for client in clients]
     assert all(outcome == 503 or isinstance(outcome, httpx.TransportError) for outcome in last), last
     assert lone.process.wait(60) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime: Debian's package faketime")
+def test_clock_that_jumps_costs_no_answer(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day forth and back, with requests on their way: nothing hangs, and no deadline passes that did not."""
+    shift = tmp_path / "shift"
+    shift.write_text("+0")
+    monkeypatch.setenv("LD_PRELOAD", str(FAKETIME))
+    monkeypatch.setenv("FAKETIME_TIMESTAMP_FILE", str(shift))
+    monkeypatch.setenv("FAKETIME_NO_CACHE", "1")
+    monkeypatch.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+    server = start_server(tmp_path, model=str(random_checkpoint), device="cpu")
+    monkeypatch.delenv("LD_PRELOAD")
+    bodies = {
+        "/txt/embed": {"input": "red"},
+        "/embed_texts": {"texts": [{"text": "red"}]},
+    }  # BentoML batches the second
+    days = set[str]()
+    is_over = threading.Event()
+
+    def ask(path: str) -> None:
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            while not is_over.is_set():
+                answer = client.post(path, json=bodies[path])
+                assert answer.status_code == 200, answer.text
+                days.add(answer.headers["date"][:16])
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(ask, path) for path in (*bodies, *bodies)]
+        try:
+            for seen, jump in enumerate(("+0", "+1d", "-1d"), 1):
+                shift.write_text(jump)
+                wait_for(lambda seen=seen: len(days) == seen or any(client.done() for client in clients), 60)
+        finally:
+            is_over.set()
+        for client in clients:
+            client.result()
+    assert server.stop() == 0
 
 
 def worker_of(server: Server) -> int:
