@@ -39,7 +39,7 @@ PACKAGES = {
 SKIN_TONE = re.compile("[\U0001f3fb-\U0001f3ff]")
 WORDS = re.compile(r"[a-z0-9][a-z0-9 '&.,:!-]*")
 
-Caption = dict[str, Any]  # emoji, name, keywords, held_out_keywords, icons: style -> icon name
+Caption = dict[str, Any]  # emoji, name, keywords, late_keywords, held_out_keywords, icons: style -> icon name
 
 
 def main() -> None:
@@ -93,16 +93,34 @@ def read_captions(npm: Path) -> list[Caption]:
                 "emoji": emoji,
                 "name": names[emoji].replace("’", "'"),
                 "keywords": [word for word in keywords if word not in held_out],
+                "late_keywords": [],
                 "held_out_keywords": held_out,
                 "icons": {style: table[emoji] for style, table in icons.items() if emoji in table},
             }
         )
+    release_late_keywords(captions)
     return captions
+
+
+def release_late_keywords(captions: list[Caption]) -> None:
+    """Move half of the drawings of each held-out keyword (rounded down, chosen by hash) to its `late_keywords`."""
+    for keyword in {word for caption in captions for word in caption["held_out_keywords"]}:
+        having = [caption for caption in captions if keyword in caption["held_out_keywords"]]
+        having.sort(key=lambda caption: _hash(caption["emoji"] + keyword))
+        for caption in having[: len(having) // 2]:
+            caption["held_out_keywords"].remove(keyword)
+            caption["late_keywords"].append(keyword)
+    for caption in captions:
+        caption["late_keywords"].sort()
 
 
 def is_held_out(keyword: str) -> bool:
     """A stable choice of HELD_OUT_PERCENT of all keywords, the same on every machine."""
-    return int(hashlib.sha256(keyword.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
+    return _hash(keyword) % 100 < HELD_OUT_PERCENT
+
+
+def _hash(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 
 def render_style(data: Path, style: str, captions: list[Caption]) -> None:

@@ -77,6 +77,8 @@ class Stage:
     clips: float = 0.0
     pairs: float = 0.0
     with_language: bool = True  # False: the vision tower alone, from the mean of its outputs
+    late_keywords: bool = False  # False: no keyword that is held out from any drawing is read
+    smaller: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)  # how often each smaller Matryoshka size is drawn
 
 
 MOSTLY_SMALL = {size: share * (1.0 if max(size) <= 128 else 0.4) for size, share in SIZES.items()}
@@ -87,6 +89,19 @@ STAGES = {
         2600, 6e-4, 3072, MOSTLY_SMALL, swatches=0.1, shapes=0.04, strength=0.6, last_rate=0.5, clips=0.06, pairs=0.06
     ),
     "finish": Stage(1400, 3e-4, 3072, SIZES, swatches=0.15, shapes=0.04, strength=0.4, clips=0.08, pairs=0.08),
+    "late": Stage(
+        2400,
+        5e-4,
+        3072,
+        MOSTLY_SMALL,
+        swatches=0.12,
+        shapes=0.04,
+        strength=0.5,
+        clips=0.08,
+        pairs=0.08,
+        late_keywords=True,
+        smaller=(0.15, 0.7, 0.15),
+    ),
 }
 # What people ask for most, so seen more often than the other 938.
 BASIC = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "grey")
@@ -98,25 +113,29 @@ WORDS = re.compile(r"[a-z0-9'-]+")
 
 
 class Captions:
-    """Texts to train on and the proxies that each of them means."""
+    """Texts to train on and the proxies that each of them means.
 
-    def __init__(self, folder: Path) -> None:
+    Without `late`, the keywords that are held out from any drawing are held out from all of them.
+    """
+
+    def __init__(self, folder: Path, late: bool = False) -> None:
         self.captions = pictures.read_captions(folder)
         self.names = [caption["name"] for caption in self.captions]
-        self.keywords = [caption["keywords"] for caption in self.captions]
+        self.keywords = [caption["keywords"] + caption["late_keywords"] * late for caption in self.captions]
         self.num_drawings = len(self.captions)
         self.num_proxies = self.num_drawings + len(COLOURS)
-        held_out = {word for caption in self.captions for word in caption["held_out_keywords"]}
+        held_out = [{*c["held_out_keywords"], *([] if late else c["late_keywords"])} for c in self.captions]
         self.meanings: dict[str, set[int]] = defaultdict(set)
         for row, name in enumerate(self.names):
-            words = {word for word in name.lower().replace(":", " ").replace(",", " ").split() if len(word) > 2}
+            words = {word for word in _words_of(name) if len(word) > 2 and not (late and word in held_out[row])}
             for text in (name.lower(), *self.keywords[row], *words):
                 self.meanings[text].add(row)
         for colour, name in enumerate(COLOUR_NAMES):
             same = (COLOURS[colour] == COLOURS).all(1).nonzero()[0]
             self.meanings[name].update(int(other) + self.num_drawings for other in same)
-        for word in held_out - {name.lower() for name in self.names} - set(COLOUR_NAMES):
-            self.meanings.pop(word, None)
+        if not late:
+            for word in set().union(*held_out) - {name.lower() for name in self.names} - set(COLOUR_NAMES):
+                self.meanings.pop(word, None)
         self.drawings_by_word: dict[str, set[int]] = defaultdict(set)
         self.phrase_words: list[list[str]] = []
         for row, name in enumerate(self.names):
@@ -126,8 +145,8 @@ class Captions:
                 self.drawings_by_word[word].add(row)
         self.may_be_mirrored = [not SIDED.search(name.lower()) for name in self.names]
         self.words = [
-            [word for word in name.lower().replace(":", " ").replace(",", " ").split() if word in self.meanings]
-            for name in self.names
+            [word for word in _words_of(name) if row in self.meanings.get(word, ())]
+            for row, name in enumerate(self.names)
         ]
 
     def every_text(self) -> list[str]:
@@ -161,6 +180,10 @@ class Captions:
         return self.text_for(example.target, random)[0] if example.target < self.num_proxies else example.text
 
 
+def _words_of(name: str) -> list[str]:
+    return name.lower().replace(":", " ").replace(",", " ").split()
+
+
 def _varied(text: str, random: Generator) -> str:
     """As people type it: mostly as it is, sometimes capitalised or in a phrase."""
     chance = random.random()
@@ -186,6 +209,7 @@ class Training:
     def __init__(self, folder: Path, run: Path, seed: int) -> None:
         torch.manual_seed(seed)
         self.random = np.random.default_rng(seed)
+        self.folder = folder
         self.captions = Captions(folder)
         self.styles = {style: pictures.read_drawings(folder, style) for style in TRAINED_STYLES}
         self.watched = {"noto": self.styles["noto"], HELD_OUT_STYLE: pictures.read_drawings(folder, HELD_OUT_STYLE)}
@@ -246,7 +270,7 @@ class Training:
         patches = size[0] // 16 * (size[1] // 16) * (2 if kind == "clip" else 1)
         examples = [self.example(stage, size, 4 if kind == "clip" else 1) for _ in range(stage.patches // patches)]
         features = self.see([example.frames for example in examples])
-        self.directions = [(size, F.normalize(self.proxies[:, :size]), scale) for size, scale in self.matryoshka()]
+        self.directions = [(size, F.normalize(self.proxies[:, :size]), scale) for size, scale in self.matryoshka(stage)]
         targets = self.shares([{example.target} for example in examples])
         paired = examples[: stage.texts]
         more = random.integers(self.captions.num_proxies, size=stage.texts - len(paired))
@@ -349,9 +373,9 @@ class Training:
             total = total - (by_text * F.log_softmax(logits.T, dim=1)).sum(1).mean() / 2
         return total / 2
 
-    def matryoshka(self) -> list[tuple[int, Tensor]]:
+    def matryoshka(self, stage: Stage) -> list[tuple[int, Tensor]]:
         """The full size and one smaller, each with its learned scale: all four every time would cost twice as much."""
-        smaller = int(self.random.integers(len(MATRYOSHKA) - 1))
+        smaller = int(self.random.choice(len(stage.smaller), p=stage.smaller))
         return [(MATRYOSHKA[place], self.log_scale[place].exp()) for place in (smaller, -1)]
 
     def state(self) -> dict[str, Any]:
@@ -494,6 +518,7 @@ def drawing_recall(training: Training, drawings: pictures.Drawings, at: int) -> 
 
 def run_stage(training: Training, name: str, stage: Stage, run: Path) -> None:
     file = run / f"{name}.pt"
+    training.captions = Captions(training.folder, stage.late_keywords)
     step = 0
     if file.exists():
         saved = torch.load(file, weights_only=False)
