@@ -56,8 +56,9 @@ def _download(name: str, revision: str) -> Checkpoint:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         wanted = f"{name} at revision {revision}" if revision else name
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        reason = (isinstance(error, OSError) and error.strerror) or type(error).__name__  # "No space left on device"
         raise ModelUnavailable(
-            f"model {wanted} is not in the local cache and could not be downloaded{offline}: {type(error).__name__}. "
+            f"model {wanted} is not in the local cache and could not be downloaded{offline}: {reason}. "
             "Make the hub reachable, or mount a checkpoint and set EMBEDDER_MODEL to its folder"
         ) from error
     return Checkpoint(folder, name, folder.name, is_embedded=False)

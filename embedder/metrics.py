@@ -47,6 +47,8 @@ class Metrics(Observer):
         self._define_requests()
         self._define_items()
         self._define_work()
+        if folder is not None:
+            _fill_holes(Path(folder))
 
     def _define_requests(self) -> None:
         self.requests = self._counter(
@@ -237,6 +239,15 @@ def _begin(family: Series, values: Iterable[str]) -> dict[str, Series]:
 def _codes(kind: type[EmbedderError] = EmbedderError) -> list[str]:
     """Of all errors there are."""
     return sorted({kind.code, *(code for child in kind.__subclasses__() for code in _codes(child))})
+
+
+def _fill_holes(folder: Path) -> None:
+    """Give this process's files all their blocks: on a disk that fills up later, a write into a hole would kill it."""
+    for path in folder.glob(f"*_{os.getpid()}.db"):
+        with path.open("r+b") as file:
+            content = file.read()
+            file.seek(0)
+            file.write(content)
 
 
 def _forget_dead_processes(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -61,3 +62,12 @@ def test_hub_id_that_cannot_be_fetched_says_what_to_do(revision: str, tmp_path: 
     wanted = "model owner/name at revision abc123" if revision else "model owner/name"
     assert run.stdout.startswith(f"{wanted} is not in the local cache and could not be downloaded (HF_HUB_OFFLINE is")
     assert run.stdout.endswith("mount a checkpoint and set EMBEDDER_MODEL to its folder\n")
+
+
+def test_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/blobs/1.incomplete")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ModelUnavailable, match=r"could not be downloaded: No space left on device\. Make"):
+        find_checkpoint(Settings(model="owner/name"))

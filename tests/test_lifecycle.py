@@ -208,6 +208,49 @@ def test_clock_that_jumps_costs_no_answer(
     assert server.stop() == 0
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 20 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(folder)]
+    if os.geteuid() or subprocess.run(mount, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_full_disk_costs_no_answer(random_checkpoint: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log too is on it: lines are lost, requests are not."""
+    for name in ("TMPDIR", "BENTOML_HOME", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(small_disk))
+    server = start_server(small_disk, model=str(random_checkpoint), device="cpu")
+    try:
+        fill(small_disk)
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            for _ in range(30):
+                for path, body in {
+                    "/txt/embed": {"input": "red"},
+                    "/embed_texts": {"texts": [{"text": "red"}]},
+                }.items():
+                    assert client.post(path, json=body).status_code == 200
+                assert client.post("/embed", json={"items": []}).status_code == 400
+                assert client.get("/nosuch").status_code == 404
+            assert 'embedder_requests_total{route="other",status="404"}' in client.get("/metrics").text
+            assert client.get("/readyz").status_code == 200
+    finally:
+        status = server.stop()
+    assert status == 0
+
+
+def fill(folder: Path) -> None:
+    """Until its file system has no room."""
+    with (folder / "rest").open("wb", buffering=0) as rest, contextlib.suppress(OSError):
+        while True:
+            rest.write(bytes(4096))
+
+
 def worker_of(server: Server) -> int:
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
     (worker,) = [int(pid) for pid in children if b"_bentoml_impl.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]

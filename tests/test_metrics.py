@@ -9,6 +9,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -59,6 +61,16 @@ def moved(client: httpx.Client, act: Callable[[], object]) -> Numbers:
     time.sleep(0.2)
     after = scraped(client)
     return defaultdict(float, {name: value - before.get(name, 0) for name, value in after.items()})
+
+
+def test_files_of_the_numbers_have_no_holes(tmp_path: Path) -> None:
+    """A write into one, on a disk that is full by then, would kill the worker."""
+    folder = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    code = f"from embedder.metrics import Metrics; Metrics(('/embed',), {str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | folder)
+    sizes = [path.stat() for path in tmp_path.iterdir()]
+    assert len(sizes) >= 3
+    assert all(size.st_blocks * 512 >= size.st_size for size in sizes)
 
 
 def test_requests_items_and_tokens_are_counted_by_kind(client: httpx.Client) -> None:
