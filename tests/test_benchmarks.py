@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("litserve", reason="the peers come with the `bench` extra")
 
-from benchmarks import contenders, gaps, gpu, growth, library, overload, peers, server, soak
+from benchmarks import contenders, gaps, gpu, growth, library, overload, peers, preprocessing, server, soak
 from benchmarks.compare import WrongVectors, compare
 from benchmarks.peers import Peer
 from benchmarks.workloads import WORKLOADS, Item, make_items
@@ -52,6 +52,16 @@ def test_gpu_script_runs_on_the_cpu_without_faults(tmp_path: Path) -> None:
     data = saved(tmp_path, "gpu-script-on-cpu")
     assert [check["result"] for check in data["checks"]] == ["right"]
     assert data["shapes"]["tiny"]["rows"][0]["who"][peers.OURS]["ratio"] >= SLOWEST
+
+
+def test_preprocessing_says_how_many_cores_feed_a_gpu(tmp_path: Path) -> None:
+    preprocessing.main(["--rounds", "1", "--results", str(tmp_path)])
+    data = saved(tmp_path, "preprocessing")
+    for rates in data["images_per_s"].values():
+        assert rates[preprocessing.OURS] >= SLOWEST / 2 * rates[preprocessing.RESIZE]
+    per_core = data["images_per_s"]["image-448"][preprocessing.OURS]
+    assert data["gpu_images_per_s"]["2b"] == pytest.approx(data["cores"]["2b"] * per_core)
+    assert data["gpu_images_per_s"]["8b"] < data["gpu_images_per_s"]["2b"] / 3
 
 
 def test_growth_says_whether_it_is_flat(tmp_path: Path) -> None:
