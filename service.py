@@ -14,6 +14,7 @@ import math
 import os
 import threading
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -276,6 +277,7 @@ def _route(path: str, method: str) -> Callable[[Handler], Handler]:
             try:
                 return await handler(request)
             except EmbedderError as error:
+                traceback.clear_frames(error.__traceback__)  # they hold the request's items, which hold the error
                 return _error_response(error)
             except Exception:
                 logger.exception("an error of ours at %s", path)

@@ -35,7 +35,7 @@ async def _outcome(future: Future[Embedding]) -> Outcome:
     try:
         return await asyncio.wrap_future(future)
     except EmbedderError as error:
-        return error
+        return error.with_traceback(None)
 
 
 @asynccontextmanager
@@ -57,11 +57,12 @@ async def _submitted(
 
 def _submit(engine: Engine, item: EmbeddingItem | EmbedderError, request: object) -> Future[Embedding]:
     """An item's future, which has failed already where the item is refused."""
+    refused: Future[Embedding] = Future()
+    if isinstance(item, EmbedderError):
+        refused.set_exception(item)
+        return refused
     try:
-        if isinstance(item, EmbedderError):
-            raise item
         return engine.submit(item, request=request)
     except EmbedderError as error:
-        refused: Future[Embedding] = Future()
-        refused.set_exception(error)
+        refused.set_exception(error.with_traceback(None))
         return refused

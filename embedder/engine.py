@@ -14,6 +14,7 @@ import math
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -168,8 +169,9 @@ class Engine:
             is_fetched = self.settings.url_hosts and has_url(item)
             (self._fetches if is_fetched else self._items).put(job, job.num_tokens, job.request, now_s)
             (self._has_fetches if is_fetched else self._has_items).notify()
-        job.future.add_done_callback(lambda _: self._answer(job, None))
-        job.future.add_done_callback(lambda done: self._observer.answered(job.journey, done))
+        reference, journey = weakref.ref(job), job.journey  # the caller's future must not hold the item's pixels
+        job.future.add_done_callback(lambda _: self._forget(reference()))
+        job.future.add_done_callback(lambda done: self._observer.answered(journey, done))
         return job.future
 
     def check_size(self, items: Sequence[EmbeddingItem]) -> None:
@@ -228,13 +230,19 @@ class Engine:
             return
         if isinstance(outcome, Embedding):
             job.future.set_result(outcome)
-        else:
-            job.future.set_exception(outcome)
+        elif outcome:
+            job.future.set_exception(outcome.with_traceback(None))  # its frames hold the job, which holds the future
+
+    def _forget(self, job: _Job | None) -> None:
+        """Its future is done: where that was the caller's doing, nobody waits for the job."""
+        if job:
+            self._answer(job, None)
 
     def _prepare_items(self, queue: Scheduler[_Job], has_jobs: threading.Condition) -> None:
         """One of the threads that preprocess."""
         while job := self._next_item(queue, has_jobs):
             job.context.run(self._prepare, job)
+            del job  # while it waits for the next
 
     def _next_item(self, queue: Scheduler[_Job], has_jobs: threading.Condition) -> _Job | None:
         """Waits for work. None when it is over."""
@@ -277,6 +285,7 @@ class Engine:
         try:
             while jobs := self._next_batch():
                 self._run(jobs)
+                del jobs
         except DeviceFailed as error:
             self._give_up(f"the device failed: {error}")
         except BaseException:
@@ -405,7 +414,7 @@ def _lost() -> DeviceFailed:
 def _hidden(error: BaseException) -> EngineFailed:
     """What a caller may know of an error that is ours."""
     failed = EngineFailed("the item could not be embedded; the service's log has the reason")
-    failed.__cause__ = error
+    failed.__cause__ = error.with_traceback(None)
     return failed
 
 

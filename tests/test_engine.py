@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import wait
 
@@ -243,6 +245,32 @@ def test_failed_and_cancelled_items_free_their_place(engine: Engine, model: Fake
     wait(futures, timeout=10)
     engine.submit(item("last")).result(10)
     assert engine.pending_tokens == 0
+
+
+@pytest.mark.parametrize("text", ["good", "malformed", "bug", "panic", "infinite", "poison", "cancelled"])
+def test_answered_item_is_let_go_of_while_its_future_is_kept(
+    text: str, engine: Engine, model: FakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, not when garbage is collected: a picture's pixels are megabytes."""
+    caplog.set_level(logging.CRITICAL + 1)  # pytest would keep what is logged, with its tracebacks
+    model.gate.clear()
+    one = item(text)
+    reference = weakref.ref(one)
+    gc.disable()
+    try:
+        future = engine.submit(one)
+        del one
+        if text == "cancelled":
+            future.cancel()
+        model.gate.set()
+        wait([future], timeout=10)
+        engine.submit(item("last")).result(10)
+        deadline = time.monotonic() + 5
+        while reference() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_deadline_empties_both_queues_at_once(model: FakeModel) -> None:
