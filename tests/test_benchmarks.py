@@ -13,9 +13,13 @@ import pytest
 pytest.importorskip("litserve", reason="the peers come with the `bench` extra")
 
 from benchmarks import contenders, gaps, gpu, growth, library, overload, peers, preprocessing, server, soak
+from benchmarks.checkpoints import random_folder
 from benchmarks.compare import WrongVectors, compare
 from benchmarks.peers import Peer
+from benchmarks.protocols import VLLMProtocol
 from benchmarks.workloads import WORKLOADS, Item, make_items
+from embedder.preprocess import load_tokenizer
+from embedder.request import item_from_fields
 
 # of sentence-transformers, LitServe and what they bring
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -79,6 +83,18 @@ def test_server_answers_right_under_load(tmp_path: Path) -> None:
     for name in servers:
         assert who[name]["num_checked"] > 0
         assert who[name]["num_refused"] == who[name]["num_unfinished"] == 0
+
+
+def test_vllm_is_asked_for_the_same_tokens() -> None:
+    with random_folder("tiny") as folder:
+        preprocess = library.load_preprocessor(folder)
+        tokenizer = load_tokenizer(folder)
+    (body,) = VLLMProtocol().bodies([{"text": "red"}, {"text": "blue"}], 2)
+    for prompt, text in zip(json.loads(body)["input"], ("red", "blue"), strict=True):
+        expected = preprocess(item_from_fields({"text": text})).input_ids
+        assert tokenizer.encode(prompt).ids == expected.tolist()
+    assert len(VLLMProtocol().bodies([{"image": b"a"}, {"image": b"b"}], 1)) == 2
+    assert VLLMProtocol().bodies([{"image": b"a"}, {"image": b"b"}], 2) == []
 
 
 def test_overload_is_refused_and_nothing_else_happens(tmp_path: Path) -> None:
