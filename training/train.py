@@ -102,6 +102,20 @@ STAGES = {
         late_keywords=True,
         smaller=(0.15, 0.7, 0.15),
     ),
+    "last": Stage(
+        1200,
+        4e-4,
+        3072,
+        MOSTLY_SMALL,
+        swatches=0.1,
+        shapes=0.03,
+        texts=320,
+        strength=0.5,
+        clips=0.06,
+        pairs=0.06,
+        late_keywords=True,
+        smaller=(0.1, 0.8, 0.1),
+    ),
 }
 # What people ask for most, so seen more often than the other 938.
 BASIC = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "grey")
