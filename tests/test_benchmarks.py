@@ -98,7 +98,7 @@ def test_vllm_is_asked_for_the_same_tokens() -> None:
 
 
 def test_overload_is_refused_and_nothing_else_happens(tmp_path: Path) -> None:
-    few = ["--seconds", "4", "--capacity-seconds", "2", "--queued-tokens", "4000"]
+    few = ["--shape", "tiny", "--seconds", "4", "--capacity-seconds", "2"]
     overload.main([*few, "--results", str(tmp_path)])
     data = saved(tmp_path, "overload")
     assert set(data["statuses"]) == {"200", "429"}
