@@ -1,5 +1,6 @@
 """Training computes what the product computes: its fast forward pass equals plain transformers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from transformers import Qwen3VLModel, Qwen3VLProcessor
 from embedder.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
 from training import data as pictures
 from training import forward
-from training.prepare import is_held_out
+from training.evaluate import held_out_keywords
+from training.prepare import is_held_out, release_late_keywords
 from training.prompt import DEFAULT_INSTRUCTION, TAIL, prefix_ids, text_tokens, visual_tokens
+from training.train import Captions
 
 PREFIX = f"<|im_start|>system\n{DEFAULT_INSTRUCTION}<|im_end|>\n<|im_start|>user\n"
 
@@ -94,3 +97,35 @@ def test_shapes_keep_their_colour() -> None:
     for shape in pictures.SHAPES:
         picture = pictures.shape_picture(5, shape, (64, 96), np.random.default_rng(1))
         assert (picture == pictures.COLOURS[5]).all(-1).mean() > 0.02
+
+
+def captions_of(names: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """Name -> keywords, each held out where the hash says so."""
+    return [
+        {
+            "emoji": name,
+            "name": name,
+            "keywords": [word for word in words if not is_held_out(word)],
+            "late_keywords": [],
+            "held_out_keywords": [word for word in words if is_held_out(word)],
+        }
+        for name, words in names.items()
+    ]
+
+
+def test_held_out_keyword_is_read_late_and_for_half_of_its_drawings(tmp_path: Path) -> None:
+    captions = captions_of({"one": ["heart", "cat"], "two": ["heart"], "three": ["heart", "angry"], "four": ["sea"]})
+    release_late_keywords(captions)
+    late = [caption["name"] for caption in captions if caption["late_keywords"] == ["heart"]]
+    assert len(late) == 1
+    assert sorted(word for caption in captions for word in caption["held_out_keywords"]) == ["angry", "heart", "heart"]
+    (tmp_path / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+    names = [caption["name"] for caption in captions]
+    assert "heart" not in Captions(tmp_path).meanings
+    meanings = Captions(tmp_path, late=True).meanings
+    assert meanings["heart"] == {names.index(late[0])}
+    assert "angry" not in meanings
+    assert meanings["cat"] == {names.index("one")}
+    found = held_out_keywords(captions)
+    assert found["half of its drawings"] == {"heart": {0, 1, 2}}
+    assert found["all drawings"] == {}  # "angry" stands in no text that was trained on
