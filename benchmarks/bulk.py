@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
-    about = report.environment(f"python -m benchmarks.bulk --rows {chosen.rows}")
+    about = report.environment(report.command("bulk", chosen))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pq.write_table(_rows(chosen.rows), folder / "in.parquet", row_group_size=1000)

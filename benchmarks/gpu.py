@@ -56,7 +56,7 @@ PROFILED = ("query", "text-64", "text-512", "image-448")  # whose launch gaps ar
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     chosen = _parse(arguments)
-    about = report.environment(f"python -m benchmarks.gpu --device {chosen.device} --shapes {' '.join(chosen.shapes)}")
+    about = report.environment(report.command("gpu", chosen))
     deadline = time.monotonic() + chosen.seconds
     device = torch.device(chosen.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

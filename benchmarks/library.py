@@ -33,11 +33,7 @@ NOT_INSTALLED = "not installed"
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     chosen = _parse(arguments)
-    command = (
-        f"python -m benchmarks.library --shape {chosen.shape} --dtype {chosen.dtype} "
-        f"--workloads {' '.join(chosen.workloads)} --rounds {chosen.rounds} --seconds {chosen.seconds:g}"
-    )
-    about = report.environment(command)
+    about = report.environment(report.command("library", chosen))
     dtype, device = DTYPES[chosen.dtype], torch.device("cpu")
     with random_folder(chosen.shape) as folder:
         contestants, weights = _load(folder, dtype, device)

@@ -17,14 +17,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 0) -> float:
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of a size x size product of random values, the median of 5 after a warm-up."""
-    size = size or (8192 if device.type == "cuda" else 2048)
+    size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / _median_s(lambda: left @ right, device)
 
 
-def copy_rate(device: torch.device, num_bytes: int = 2**31) -> float:
+def copy_rate(device: torch.device, num_bytes: int) -> float:
     """Bytes/s, read and written, of a large copy on the device."""
     source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -32,10 +32,6 @@ class Meter:
         self._thread.join()
         self.cpu_s += self._cpu_s()
 
-    @property
-    def grown_bytes(self) -> int:
-        return self.peak_bytes - self.start_bytes
-
     def _sample(self) -> None:
         while not self._stopped.wait(PERIOD_S):
             self.peak_bytes = max(self.peak_bytes, self._bytes())

@@ -56,11 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--deadline", type=float, default=10, help="seconds, the service's request_timeout_s")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
-    about = report.environment(
-        f"python -m benchmarks.overload --shape {chosen.shape} --seconds {chosen.seconds:g} "
-        f"--capacity-seconds {chosen.capacity_seconds:g} --queued-tokens {chosen.queued_tokens} "
-        f"--deadline {chosen.deadline:g}"
-    )
+    about = report.environment(report.command("overload", chosen))
     with random_folder(chosen.shape) as folder:
         bodies = LocalProtocol().bodies(make_items("text-mixed", 64, read_words(folder)), 1)
         service = contenders.service(contenders.OURS, ".", folder, "/txt/embed")

@@ -47,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tflops", type=float, default=H200_TFLOPS, help="matrix rate of the GPU to be fed")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
-    command = f"python -m benchmarks.preprocessing --rounds {chosen.rounds} --tflops {chosen.tflops:g}"
-    about = report.environment(command)
+    about = report.environment(report.command("preprocessing", chosen))
     with random_folder("tiny") as folder:
         preprocess = load_preprocessor(folder)
     rates = {size: _rates(size, preprocess, chosen.rounds) for size in tqdm(SIZES, desc="sizes", unit="size")}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,18 @@ PACKAGES = (
     "pillow",
     "mteb",
     "coloraide",
+    "pyarrow",
+    "ray",
 )
+
+
+def command(module: str, chosen: argparse.Namespace) -> str:
+    """What to type to measure it again. Without folders, which are of one machine."""
+    words = ["python", "-m", f"benchmarks.{module}"]
+    for name, value in vars(chosen).items():
+        if value is not None and not isinstance(value, Path):
+            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return shlex.join(words)
 
 
 def environment(command: str) -> dict[str, Any]:
@@ -71,9 +84,9 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def number(value: float, unit: str = "") -> str:
+def number(value: float) -> str:
     """Three figures: 12300, 123, 12.3, 0.123."""
-    return f"{float(f'{value:.3g}'):.10g}{unit}" if value < 1e6 else f"{value:.3g}{unit}"
+    return f"{float(f'{value:.3g}'):.10g}" if value < 1e6 else f"{value:.3g}"
 
 
 Bars = dict[str, dict[str, float]]

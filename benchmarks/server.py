@@ -47,12 +47,7 @@ FIGURES = {
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     chosen = _parse(arguments)
-    command = (
-        f"python -m benchmarks.server --shape {chosen.shape} --workload {chosen.workload} --sizes "
-        f"{' '.join(map(str, chosen.sizes))} --callers {' '.join(map(str, chosen.callers))} "
-        f"--rounds {chosen.rounds} --seconds {chosen.seconds:g}"
-    )
-    about = report.environment(command)
+    about = report.environment(report.command("server", chosen))
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(random_folder(chosen.shape))
         items = make_items(chosen.workload, NUM_ITEMS, read_words(folder))

@@ -1,7 +1,7 @@
 """Many mixed requests, each held against its known answer, while memory and open files must stay flat.
 
 `python -m benchmarks.soak`, the `tiny` shape: texts, pictures, clips and mixtures, alone and several at once, over
-every route and encoding; one request in ten is faulty, and must be refused. Answers are known from the library, which
+the routes that embed; one request in ten is faulty, and must be refused. Answers are known from the library, which
 embeds the same items alone.
 """
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
-    about = report.environment(f"python -m benchmarks.soak --requests {chosen.requests}")
+    about = report.environment(report.command("soak", chosen))
     with random_folder("tiny") as folder:
         requests = _requests(folder)
         service = contenders.service(contenders.OURS, ".", folder, "/txt/embed")

@@ -48,7 +48,7 @@ class Row:
 
 
 class Meter:
-    """Embeds through the product and remembers galleries by name."""
+    """Embeds through the product, with a progress bar."""
 
     def __init__(self, embedder: Embedder) -> None:
         self.embedder = embedder

@@ -85,7 +85,7 @@ def read_captions(npm: Path) -> list[Caption]:
     captions = []
     for emoji in sorted(names):
         candidates = [*annotations[emoji].get("default", []), *more_keywords.get(emoji, [])]
-        cleaned = {word.lower().replace("_", " ").replace("’", "'") for word in candidates}
+        cleaned = {word.strip().lower().replace("_", " ").replace("’", "'") for word in candidates}
         keywords = sorted(word for word in cleaned if WORDS.fullmatch(word) and word != names[emoji].lower())
         held_out = [word for word in keywords if is_held_out(word) and word not in known_names]
         captions.append(
@@ -135,7 +135,8 @@ def render_style(data: Path, style: str, captions: list[Caption]) -> None:
     for place, row in enumerate(tqdm(rows, desc=style)):
         drawings[place] = render(icon_set, captions[row]["icons"][style])
     np.save(target.with_name(f"{style}.rows.npy"), np.array(rows))
-    np.save(target, drawings)
+    np.save(target.with_suffix(".partial.npy"), drawings)
+    target.with_suffix(".partial.npy").rename(target)
 
 
 def render(icon_set: dict[str, Any], icon: str) -> np.ndarray:

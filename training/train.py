@@ -121,7 +121,7 @@ STAGES = {
 BASIC = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "grey")
 BASIC_COLOURS = [COLOUR_NAMES.index(name) for name in BASIC]
 # Names of drawings that mean something else in a mirror, or are writing.
-SIDED = re.compile("left|right|arrow|clock|button|mark|sign|symbol|input|keycap|letter|flag|play|button|moon|hand|fist")
+SIDED = re.compile("left|right|arrow|clock|button|mark|sign|symbol|input|keycap|letter|flag|play|moon|hand|fist")
 
 WORDS = re.compile(r"[a-z0-9'-]+")
 
@@ -139,6 +139,7 @@ class Captions:
         self.num_drawings = len(self.captions)
         self.num_proxies = self.num_drawings + len(COLOURS)
         held_out = [{*c["held_out_keywords"], *([] if late else c["late_keywords"])} for c in self.captions]
+        self.held_out = set().union(*held_out)
         self.meanings: dict[str, set[int]] = defaultdict(set)
         for row, name in enumerate(self.names):
             words = {word for word in _words_of(name) if len(word) > 2 and not (late and word in held_out[row])}
@@ -148,7 +149,7 @@ class Captions:
             same = (COLOURS[colour] == COLOURS).all(1).nonzero()[0]
             self.meanings[name].update(int(other) + self.num_drawings for other in same)
         if not late:
-            for word in set().union(*held_out) - {name.lower() for name in self.names} - set(COLOUR_NAMES):
+            for word in self.held_out - {name.lower() for name in self.names} - set(COLOUR_NAMES):
                 self.meanings.pop(word, None)
         self.drawings_by_word: dict[str, set[int]] = defaultdict(set)
         self.phrase_words: list[list[str]] = []
@@ -187,6 +188,8 @@ class Captions:
     def phrase_for(self, drawing: int, random: Generator) -> tuple[str, set[int]]:
         """Two words of its name and keywords in any order, and all drawings that have both."""
         one, other = random.choice(self.phrase_words[drawing], 2, replace=False)
+        if f"{one} {other}" in self.held_out:
+            one, other = other, one
         return f"{one} {other}", self.drawings_by_word[one] & self.drawings_by_word[other]
 
     def another_text(self, example: "Example", random: Generator) -> str:
@@ -499,7 +502,10 @@ def colour_recall(training: Training, at: int) -> float:
 
 @torch.no_grad()
 def drawing_recall(training: Training, drawings: pictures.Drawings, at: int) -> float:
-    """Share of 300 names whose drawing (96x96, plain) is among the first `at` of all in this style."""
+    """Share of some names whose drawing (96x96, plain) is among the first `at` of all in this style.
+
+    By the vectors or by the vision tower's pooled outputs, whichever finds more: before the joint stage these alone do.
+    """
     ids, rows = prefix_ids(training.tokenizer, DEFAULT_INSTRUCTION), sorted(drawings.place)
     prefix = forward.read_prefix(training.model, ids)
     asked = rows[:: len(rows) // 300]
@@ -564,14 +570,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--run", type=Path, help="where training saves itself; DATA/run if not given")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     run: Path = chosen.run or chosen.data / "run"
     training = Training(chosen.data, run, chosen.seed)
-    for name in chosen.stages:
-        run_stage(training, name, STAGES[name], run)
+    for name, stage in STAGES.items():
+        run_stage(training, name, stage, run)
     training.write(chosen.out)
     report(training)
 
