@@ -14,7 +14,6 @@ import math
 import os
 import threading
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -41,7 +40,7 @@ from embedder.engine import Engine
 from embedder.errors import EmbedderError
 from embedder.keys import Keys
 from embedder.lifecycle import Drain, check_port, end_with_arbiter, end_with_workers, give_up
-from embedder.log import count_items, leave_request, request_id, share_log
+from embedder.log import count_items, request_id, share_log
 from embedder.metrics import CONTENT_TYPE, CountRequests, Metrics
 from embedder.native import embed_body, parse_embed, whole_failure
 from embedder.openai import embeddings_body, models_body, parse_embeddings
@@ -79,19 +78,19 @@ STATUS: dict[type[EmbedderError], int] = {
     errors.DeadlineExceeded: 504,
 }
 
+EMBEDDING_ROUTES = ("/txt/embed", "/img/embed", "/embed", "/v1/embeddings", "/v2/embed")
+
 try:
     SETTINGS = Settings.from_environment()
     KEYS = Keys(SETTINGS)
-except ValueError as error:
+    METRICS = Metrics((*EMBEDDING_ROUTES, "/embed_texts", "/embed_images"), metrics_folder())
+except (ValueError, OSError) as error:
     raise SystemExit(f"the service does not start: {error}") from None
 
 REQUIREMENTS = Path(__file__).with_name("deploy").joinpath("requirements.txt").read_text(encoding="utf-8")
 
 DRAIN = Drain()
 OPEN_PATHS = frozenset({"/playground", "/playground/", *(f"/playground/{name}" for name in PAGE)})
-
-EMBEDDING_ROUTES = ("/txt/embed", "/img/embed", "/embed", "/v1/embeddings", "/v2/embed")
-METRICS = Metrics((*EMBEDDING_ROUTES, "/embed_texts", "/embed_images"), metrics_folder())
 
 app = Starlette()
 
@@ -187,12 +186,12 @@ class Qwen3VLEmbedding:
     @bentoml.api(batchable=True, max_batch_size=1_000_000, max_latency_ms=3_600_000)
     async def embed_texts(self, texts: BentoRows) -> list[list[float]]:
         """One vector per text. A text is a string, or an object with `text`, `instruction`, `dimensions`."""
-        return await _embed_rows([{"text": row} if isinstance(row, str) else row for row in texts])
+        return Rows({"text": row} if isinstance(row, str) else row for row in texts)
 
     @bentoml.api(batchable=True, max_batch_size=1_000_000, max_latency_ms=3_600_000)
     async def embed_images(self, images: BentoRows) -> list[list[float]]:
         """One vector per image. An image is base64, or an object with `image`, `instruction`, `dimensions`."""
-        return await _embed_rows([{"image": row} if isinstance(row, str) else row for row in images])
+        return Rows({"image": row} if isinstance(row, str) else row for row in images)
 
 
 @contextmanager
@@ -209,53 +208,43 @@ def _or_give_up() -> Iterator[None]:
 
 
 class Rows(list[Any]):
-    """Rows of a batch, each an Embedding or an EmbedderError.
-
-    BentoML cuts it in slices, one a request; a slice is that request's whole answer.
-    """
+    """Rows that BentoML has gathered of several requests. It cuts them in slices, one a request: its whole answer."""
 
     def __getitem__(self, key: SupportsIndex | slice) -> Any:
         rows = super().__getitem__(key)
-        if not isinstance(key, slice):
-            return rows
-        for index, row in enumerate(rows):
-            if isinstance(row, EmbedderError):
-                row.item = index if isinstance(row, errors.OF_AN_ITEM) else None
-                return _error_response(row)
-        return Counted(rows)
+        return Vectors(rows) if isinstance(key, slice) else rows
 
 
-class Counted(Response):
-    """Vectors of a batching call. BentoML sends it in its own request's context; the batch ran in no request's."""
+class Vectors(Response):
+    """The vectors of one request's rows, embedded as it is sent.
 
-    def __init__(self, rows: Sequence[Embedding]) -> None:
-        super().__init__(to_json([row.vector for row in rows]), media_type="application/json")
-        self.num_items, self.num_tokens = len(rows), sum(row.num_tokens for row in rows)
+    So in that request's own context, line and time: BentoML runs one gathered batch after the other.
+    """
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        super().__init__()
+        self.rows = rows
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        count_items(self.num_items, self.num_tokens)
-        await super().__call__(scope, receive, send)
+        """Embed and send them."""
+        response = await _answered(self._embed(), scope["path"])
+        response.background = self.background
+        await response(scope, receive, send)
 
-
-async def _embed_rows(rows: Sequence[Any]) -> list[Any]:
-    """Every row its own fate: an Embedding or its error."""
-    leave_request()
-    try:
-        return Rows(await embed_each(_engine(), [_row_item(row) for row in rows], SETTINGS.request_timeout_s))
-    except errors.DeadlineExceeded as error:
-        return Rows([error] * len(rows))
+    async def _embed(self) -> Response:
+        embeddings = await _embed([_row_item(row) for row in self.rows])
+        return _json_response(to_json([one.vector for one in embeddings]), headers=_cache_headers(embeddings))
 
 
 def _row_item(row: Any) -> EmbeddingItem | EmbedderError:
     try:
         return item_from_fields(row)
     except EmbedderError as error:
-        return error
+        return errors.to_keep(error)
 
 
-async def _embed(items: Sequence[EmbeddingItem]) -> list[Embedding]:
-    _engine().check_size(items)
+async def _embed(items: Sequence[EmbeddingItem | EmbedderError]) -> list[Embedding]:
+    _engine().check_size([item for item in items if isinstance(item, EmbeddingItem)])
     embeddings = await embed_all(_engine(), items, SETTINGS.request_timeout_s)
     count_items(len(embeddings), sum(one.num_tokens for one in embeddings))
     return embeddings
@@ -270,24 +259,28 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 def _route(path: str, method: str) -> Callable[[Handler], Handler]:
-    """Serve a handler at `path`. What it raises becomes an answer; nothing escapes into BentoML's middlewares."""
+    """Serve a handler at `path`."""
 
     def register(handler: Handler) -> Handler:
         async def guarded(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except EmbedderError as error:
-                traceback.clear_frames(error.__traceback__)  # they hold the request's items, which hold the error
-                return _error_response(error)
-            except Exception:
-                logger.exception("an error of ours at %s", path)
-                text = f"internal error; the service's log has the reason at request {request_id()}"
-                return _error_response(EmbedderError(text))
+            return await _answered(handler(request), path)
 
         app.router.routes.append(Route(path, guarded, methods=[method]))
         return handler
 
     return register
+
+
+async def _answered(work: Awaitable[Response], path: str) -> Response:
+    """What it raises becomes an answer; nothing escapes into BentoML's middlewares."""
+    try:
+        return await work
+    except EmbedderError as error:
+        return _error_response(errors.to_keep(error))  # its frames hold the items, whose futures hold the error
+    except Exception:
+        logger.exception("an error of ours at %s", path)
+        text = f"internal error; the service's log has the reason at request {request_id()}"
+        return _error_response(EmbedderError(text))
 
 
 @_route("/txt/embed", "POST")
@@ -358,9 +351,11 @@ async def collection(_: Request) -> Response:
     return _json_response(to_json(app.state.service.collection.fields()), headers=HEADERS)
 
 
-@_route("/playground/thumbnails/{index:int}", "GET")
+@_route("/playground/thumbnails/{index}", "GET")
 async def thumbnail(request: Request) -> Response:
-    picture = app.state.service.collection.thumbnail(request.path_params["index"])
+    index = request.path_params["index"]
+    is_number = index.isdecimal() and len(index) < 10  # a route of `int` would convert any number of digits
+    picture = app.state.service.collection.thumbnail(int(index)) if is_number else None
     return _file_response(picture and (picture, "image/webp"))
 
 

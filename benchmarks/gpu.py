@@ -6,9 +6,10 @@
    against transformers and sentence-transformers; shares of the matrix rate and of the copy rate measured in the run;
    how long the GPU waits between kernels; peak memory.
 
-Needs torch >= 2.11, transformers >= 5.17, sentence-transformers and the small dependencies (av, httpcore, matplotlib, orjson,
-psutil, pybase64, pydantic, qwen-vl-utils, tqdm), not BentoML. A machine without registries gets those as wheels. A fault
-in one part is recorded, the rest goes on, and the exit status is 1. `--device cpu --shapes tiny` tries the script itself.
+Needs torch >= 2.11, transformers >= 5.17, sentence-transformers and the small dependencies (av, httpcore, matplotlib,
+orjson, psutil, pybase64, pydantic, qwen-vl-utils, tqdm), not BentoML. A machine without registries gets those as
+wheels. A fault in one part is recorded, the rest goes on, and the exit status is 1. `--device cpu --shapes tiny` tries
+the script itself.
 """
 
 from __future__ import annotations

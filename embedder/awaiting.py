@@ -8,14 +8,16 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 
 from embedder.engine import Engine
-from embedder.errors import DeadlineExceeded, EmbedderError, of_item
+from embedder.errors import DeadlineExceeded, EmbedderError, of_item, to_keep
 from embedder.postprocess import Embedding
 from embedder.request import EmbeddingItem
 
 Outcome = Embedding | EmbedderError
 
 
-async def embed_all(engine: Engine, items: Sequence[EmbeddingItem], timeout_s: float) -> list[Embedding]:
+async def embed_all(
+    engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float
+) -> list[Embedding]:
     """Every item's Embedding, in order. Raises the first error in order, with its index, and gives up the others."""
     embeddings = []
     async with _submitted(engine, items, timeout_s) as futures:
@@ -35,7 +37,7 @@ async def _outcome(future: Future[Embedding]) -> Outcome:
     try:
         return await asyncio.wrap_future(future)
     except EmbedderError as error:
-        return error.with_traceback(None)
+        return to_keep(error)
 
 
 @asynccontextmanager
@@ -64,5 +66,5 @@ def _submit(engine: Engine, item: EmbeddingItem | EmbedderError, request: object
     try:
         return engine.submit(item, request=request)
     except EmbedderError as error:
-        refused.set_exception(error.with_traceback(None))
+        refused.set_exception(to_keep(error))
         return refused

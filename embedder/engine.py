@@ -32,6 +32,7 @@ from embedder.errors import (
     Overloaded,
     RequestTooLarge,
     ShuttingDown,
+    to_keep,
 )
 from embedder.fetch import MAX_FETCHES, Fetcher
 from embedder.observer import Batch, Journey, Observer, begin_journey
@@ -231,7 +232,7 @@ class Engine:
         if isinstance(outcome, Embedding):
             job.future.set_result(outcome)
         elif outcome:
-            job.future.set_exception(outcome.with_traceback(None))  # its frames hold the job, which holds the future
+            job.future.set_exception(to_keep(outcome))
 
     def _forget(self, job: _Job | None) -> None:
         """Its future is done: where that was the caller's doing, nobody waits for the job."""
@@ -259,10 +260,10 @@ class Engine:
         except EmbedderError as error:
             self._observer.preprocessed(job.journey)
             self._answer(job, error)
-        except BaseException as error:  # a panic in a library written in Rust is no Exception
+        except BaseException:  # a panic in a library written in Rust is no Exception
             logger.exception("preprocessing failed")
             self._observer.preprocessed(job.journey)
-            self._answer(job, _hidden(error))
+            self._answer(job, _hidden())
         else:
             job.journey.count(job.model_input)
             self._observer.preprocessed(job.journey)
@@ -404,18 +405,16 @@ def _of_one_item(error: Exception, job: _Job) -> EngineFailed:
     if isinstance(error, DeviceOutOfMemory):
         num_tokens = job.model_input.num_tokens
         return DeviceOutOfMemory(f"an item of {num_tokens} tokens does not fit the device's memory, even alone")
-    return _hidden(error)
+    return _hidden()
 
 
 def _lost() -> DeviceFailed:
     return DeviceFailed("the service cannot embed any more and ends; its log has the reason")
 
 
-def _hidden(error: BaseException) -> EngineFailed:
+def _hidden() -> EngineFailed:
     """What a caller may know of an error that is ours."""
-    failed = EngineFailed("the item could not be embedded; the service's log has the reason")
-    failed.__cause__ = error.with_traceback(None)
-    return failed
+    return EngineFailed("the item could not be embedded; the service's log has the reason")
 
 
 def _estimated_tokens(item: EmbeddingItem, settings: Settings) -> int:

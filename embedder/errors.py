@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 
 class EmbedderError(Exception):
@@ -145,6 +145,15 @@ class ModelUnavailable(EmbedderError):
 
 
 OF_AN_ITEM = (InvalidRequest, MediaUnavailable, EngineFailed)  # what one item can be to blame for
+
+
+Raised = TypeVar("Raised", bound="EmbedderError")
+
+
+def to_keep(error: Raised) -> Raised:
+    """The error without the frames it came through, for those who keep it: frames hold a caller's bytes, in cycles."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 @contextmanager

@@ -61,11 +61,6 @@ def begin_request(headers: Iterable[tuple[bytes, bytes]]) -> RequestLog:
     return request
 
 
-def leave_request() -> None:
-    """From now on there is no current request: what follows is done for several."""
-    _current.set(None)
-
-
 def count_items(num_items: int, num_tokens: int) -> None:
     """What the current request, if there is one, embedded."""
     if request := _current.get():

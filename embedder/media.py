@@ -143,7 +143,8 @@ def _from_base64(text: str, what: str, max_bytes: int) -> bytes:
     if len(text) // 4 * 3 > max_bytes + 2:
         raise MediaTooLarge(f"{what} of about {len(text) // 4 * 3} bytes; allowed: up to {max_bytes}")
     try:
-        return pybase64.b64decode("".join(text.split()) if "\n" in text else text, validate=True)
+        data = text.encode("ascii").translate(None, b" \t\r\n\v\f") if "\n" in text else text
+        return pybase64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidMedia(f"{what} is not valid base64 ({error}); starts with {text[:20]!r}") from error
 

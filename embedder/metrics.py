@@ -33,6 +33,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 ITEMS = tuple(2**power for power in range(10))  # 1 to 512
 TOKENS = tuple(2**power for power in range(6, 18))  # 64 to 131072
 NO_ANSWER = 499  # as nginx says it
+FILE_BYTES = 2**17  # the largest, of the histograms, is filled to 56,144
 
 Series = TypeVar("Series", Counter, Histogram)
 
@@ -44,11 +45,11 @@ class Metrics(Observer):
         self.routes = frozenset(routes)
         self._folder = folder
         self._registry = CollectorRegistry()
+        if folder is not None:
+            _make_files(Path(folder))
         self._define_requests()
         self._define_items()
         self._define_work()
-        if folder is not None:
-            _fill_holes(Path(folder))
 
     def _define_requests(self) -> None:
         self.requests = self._counter(
@@ -241,13 +242,12 @@ def _codes(kind: type[EmbedderError] = EmbedderError) -> list[str]:
     return sorted({kind.code, *(code for child in kind.__subclasses__() for code in _codes(child))})
 
 
-def _fill_holes(folder: Path) -> None:
-    """Give this process's files all their blocks: on a disk that fills up later, a write into a hole would kill it."""
-    for path in folder.glob(f"*_{os.getpid()}.db"):
-        with path.open("r+b") as file:
-            content = file.read()
-            file.seek(0)
-            file.write(content)
+def _make_files(folder: Path) -> None:
+    """The files of this process's numbers, before prometheus_client makes them, with holes: on a disk that is full by
+    then, a write into one ends the process (SIGBUS). Here it is an OSError, and only at the start.
+    """
+    for kind in ("counter", "histogram", "gauge_livesum", "gauge_livemax"):
+        (folder / f"{kind}_{os.getpid()}.db").write_bytes(bytes(FILE_BYTES))
 
 
 def _forget_dead_processes(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from embedder.errors import EmbedderError, InvalidRequest
+from embedder.errors import EmbedderError, InvalidRequest, to_keep
 from embedder.postprocess import Embedding, quantize
 from embedder.request import (
     EmbeddingItem,
@@ -118,7 +118,7 @@ def _read(entry: Any, wire: EmbedRequest) -> tuple[Id, EmbeddingItem | InvalidRe
         item = item_from_fields(entry)
         check_output_dtype(wire.output_dtype, item.normalize)
     except InvalidRequest as error:
-        return name, error
+        return name, to_keep(error)
     return name, item
 
 

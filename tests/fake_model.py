@@ -46,6 +46,11 @@ class FakeModel:
         self.preprocessed.append(part.text)
         if part.text == "malformed":
             raise InvalidRequest("malformed")
+        if part.text == "undecodable":
+            try:
+                int("x")
+            except ValueError as error:
+                raise InvalidRequest("undecodable") from error
         if part.text == "bug":
             raise ZeroDivisionError("a bug in preprocessing")
         if part.text == "panic":

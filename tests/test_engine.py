@@ -247,7 +247,9 @@ def test_failed_and_cancelled_items_free_their_place(engine: Engine, model: Fake
     assert engine.pending_tokens == 0
 
 
-@pytest.mark.parametrize("text", ["good", "malformed", "bug", "panic", "infinite", "poison", "cancelled"])
+@pytest.mark.parametrize(
+    "text", ["good", "malformed", "undecodable", "bug", "panic", "infinite", "poison", "cancelled"]
+)
 def test_answered_item_is_let_go_of_while_its_future_is_kept(
     text: str, engine: Engine, model: FakeModel, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import io
 import json
 import logging
@@ -18,7 +19,7 @@ from embedder.edge import Edge
 from embedder.engine import Engine
 from embedder.keys import Keys
 from embedder.lifecycle import Drain
-from embedder.log import begin_request, count_items, leave_request, request_id, share_log
+from embedder.log import begin_request, count_items, request_id, share_log
 from embedder.preprocess import ModelInput
 from embedder.request import EmbeddingItem, Text
 from embedder.settings import Settings
@@ -82,12 +83,14 @@ def test_failure_in_the_engines_threads_names_its_request(where: str, lines: io.
 
 @pytest.mark.parametrize("lines", ["json"], indirect=True)
 def test_json_line_holds_message_request_and_traceback(lines: io.StringIO) -> None:
-    begin_request([(b"x-request-id", b"mine")])
-    try:
-        raise ValueError('a "quoted"\nreason')
-    except ValueError:
-        logging.getLogger("embedder.x").exception("it %s", "broke")
-    leave_request()
+    def request() -> None:
+        begin_request([(b"x-request-id", b"mine")])
+        try:
+            raise ValueError('a "quoted"\nreason')
+        except ValueError:
+            logging.getLogger("embedder.x").exception("it %s", "broke")
+
+    contextvars.Context().run(request)
     logging.getLogger("bentoml.y").warning("theirs")
     first, second = map(json.loads, lines.getvalue().splitlines())
     assert first.pop("time") <= second.pop("time")
@@ -111,7 +114,7 @@ def ask(path: str, *, is_logged: bool = True, status: int | None = 200) -> None:
     async def send(message: Message) -> None:
         pass
 
-    edge = Edge(app, 99, 99, keys=Keys(Settings()), drain=Drain(), open_paths=frozenset(), is_logged=is_logged)
+    edge = Edge(app, 99, 99, 9, keys=Keys(Settings()), drain=Drain(), open_paths=frozenset(), is_logged=is_logged)
     headers = [(b"x-request-id", b"mine"), (b"authorization", SECRET.encode())]
     query = {"query_string": SECRET.encode()}
     asyncio.run(edge({"type": "http", "method": "POST", "path": path, "headers": headers, **query}, receive, send))
@@ -160,6 +163,6 @@ def test_no_line_where_none_is_asked_for_nor_for_probes(lines: io.StringIO) -> N
 
 
 def test_outside_requests_there_is_no_id_and_nothing_to_count_for() -> None:
-    leave_request()
-    count_items(1, 2)
-    assert request_id() == ""
+    nowhere = contextvars.Context()
+    nowhere.run(count_items, 1, 2)
+    assert nowhere.run(request_id) == ""

@@ -7,6 +7,7 @@ import io
 import random
 import struct
 import time
+import tracemalloc
 import warnings
 from typing import Any
 
@@ -188,6 +189,96 @@ def test_exif_orientation_is_not_applied() -> None:
 
 
 # Base64
+
+
+def test_every_format_is_as_in_the_reference(file_format: str, options: dict[str, Any]) -> None:
+    data = encoded(picture(50, 70), file_format, **options)
+    assert np.array_equal(load(data), reference(PIL.Image.open(io.BytesIO(data))))
+
+
+def test_cmyk_jpeg_is_as_in_the_reference() -> None:
+    data = encoded(picture(50, 70).convert("CMYK"), "JPEG")
+    assert PIL.Image.open(io.BytesIO(data)).mode == "CMYK"
+    assert np.array_equal(load(data), reference(PIL.Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_transparency_lies_on_white_as_in_the_reference(file_format: str) -> None:
+    data = encoded(with_alpha(), file_format, **({"lossless": True} if file_format == "WEBP" else {}))
+    assert np.array_equal(load(data), reference(PIL.Image.open(io.BytesIO(data))))
+    clear = PIL.Image.new("RGBA", (32, 32), (10, 20, 30, 0))
+    assert (load(encoded(clear, file_format)) == 255).all()
+
+
+def test_other_ways_to_be_transparent_lie_on_white_too() -> None:
+    """The reference drops their transparency; ours treats the same picture the same in every mode."""
+    gray = PIL.Image.new("LA", (64, 64), (40, 0))
+    palette = PIL.Image.new("P", (64, 64), 0)
+    palette.putpalette([9, 9, 9])
+    with_palette_alpha = encoded(palette, "PNG", transparency=b"\x00")
+    keyed = encoded(PIL.Image.new("RGB", (64, 64), (1, 2, 3)), "PNG", transparency=(1, 2, 3))
+    gif = encoded(palette, "GIF", transparency=0)
+    for source in (encoded(gray), palette.convert("PA"), with_palette_alpha, keyed, gif):
+        if isinstance(source, PIL.Image.Image):
+            source.putalpha(0)
+        assert (load(source) == 255).all()
+    assert (load(encoded(palette)) == 9).all()
+
+
+def test_half_transparent_gray_is_half_way_to_white() -> None:
+    # 128 / 255 of 40 on white: 40 * 0.502 + 255 * 0.498 = 147.1
+    assert (abs(load(PIL.Image.new("LA", (64, 64), (40, 128))).astype(int) - 147) <= 1).all()
+
+
+def test_16_bit_gray_is_scaled_not_clipped() -> None:
+    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    loaded = load(encoded(PIL.Image.fromarray(values)))
+    assert np.array_equal(loaded, np.repeat((values // 257).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_transparent_value_of_16_bit_gray_lies_on_white() -> None:
+    values = np.full((64, 64), 5140, np.uint16)  # 20 of 255
+    values[:, :32] = 1000
+    loaded = load(encoded(PIL.Image.fromarray(values), transparency=1000))
+    assert (loaded[:, :32] == 255).all()
+    assert (loaded[:, 32:] == 20).all()
+
+
+def test_16_bit_color_keeps_its_upper_byte() -> None:
+    row = b"\x00" + struct.pack(">HHH", 0x1234, 0x8000, 0xFFFF) * 64
+    assert (load(png(64, 64, row * 64, bit_depth=16)) == (0x12, 0x80, 0xFF)).all()
+
+
+def test_animation_gives_its_first_frame() -> None:
+    frames = [PIL.Image.new("RGB", (64, 64), color) for color in ("red", "blue", "green")]
+    for file_format in ("GIF", "PNG", "WEBP"):
+        data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:])
+        assert getattr(PIL.Image.open(io.BytesIO(data)), "n_frames", 1) == 3
+        assert (abs(load(data).astype(int) - (255, 0, 0)) < 8).all()  # WebP loses a little
+
+
+def test_exif_orientation_is_not_applied() -> None:
+    image = picture(96, 64)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turn a quarter
+    data = encoded(image, exif=exif)
+    assert PIL.Image.open(io.BytesIO(data)).getexif()[0x0112] == 6
+    assert np.array_equal(load(data), load(image))
+
+
+# Base64
+
+
+def test_base64_in_short_lines_costs_little_memory() -> None:
+    text = "AB\n" * 3_000_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidMedia, match="not a known image"):
+            load_image(text, CHECKPOINT, SETTINGS.model_copy(update={"max_image_bytes": len(text)}))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * len(text)  # a list of the lines would be 20 times as large
 
 
 def test_every_form_of_base64_is_the_same_picture() -> None:

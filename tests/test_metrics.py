@@ -66,10 +66,19 @@ def moved(client: httpx.Client, act: Callable[[], object]) -> Numbers:
 def test_files_of_the_numbers_have_no_holes(tmp_path: Path) -> None:
     """A write into one, on a disk that is full by then, would kill the worker."""
     folder = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    code = f"from embedder.metrics import Metrics; Metrics(('/embed',), {str(tmp_path)!r})"
+    code = (
+        f"from embedder.metrics import Metrics; metrics = Metrics(('/embed',), {str(tmp_path)!r})\n"
+        "from embedder.settings import Settings\n"
+        "metrics.serving(Settings(), dict.fromkeys(('model', 'revision', 'device', 'dtype')), '1')"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | folder)
     sizes = [path.stat() for path in tmp_path.iterdir()]
-    assert len(sizes) >= 3
+    assert {path.name.rpartition("_")[0] for path in tmp_path.iterdir()} == {
+        "counter",
+        "histogram",
+        "gauge_livesum",
+        "gauge_livemax",
+    }
     assert all(size.st_blocks * 512 >= size.st_size for size in sizes)
 
 

@@ -29,6 +29,13 @@ def answer(request: NativeRequest, *outcomes: Any) -> dict[str, Any]:
     return body
 
 
+def test_entrys_error_holds_nothing_of_the_body() -> None:
+    """Frames do, and a request that is refused for another reason would leave them to the garbage collector."""
+    (failed,) = parse({"text": 5}).items
+    assert isinstance(failed, InvalidRequest)
+    assert (failed.__traceback__, failed.__cause__, failed.__context__) == (None, None, None)
+
+
 def test_string_object_and_mixture_are_items() -> None:
     content = [{"type": "text", "text": "a"}, {"type": "image", "image": "AAAA"}]
     request = parse("red", {"image": "AAAA"}, {"content": content})

@@ -120,6 +120,7 @@ def test_page_names_no_host_and_has_nothing_inline() -> None:
         "/playground/thumbnails/1.0",
         "/playground/thumbnails/3",
         "/playground/thumbnails/99999999999999999999",
+        f"/playground/thumbnails/{'1' * 5000}",
     ],
 )
 def test_nothing_else_can_be_opened(path: str, folder_server: Server) -> None:

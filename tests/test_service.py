@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,27 @@ def test_async_bentoml_client_batches_across_calls(server: Server, embedder: Emb
     answers = [np.array(rows[0], np.float32) for rows in asyncio.run(embed_all())]
     for answer, expected in zip(answers, embedder.embed(texts), strict=True):
         assert np.abs(answer - expected).max() <= SAME
+
+
+def test_callers_of_a_batching_api_do_not_wait_for_each_other(random_checkpoint: Path, tmp_path: Path) -> None:
+    """BentoML runs one gathered batch after the other; what they hold runs together."""
+    limits = {"max_batch_tokens": "1024", "max_input_tokens": "1024"}
+    server = start_server(tmp_path, model=str(random_checkpoint), device="cpu", **limits)
+
+    async def quick_beside_slow() -> tuple[float, float]:
+        async with bentoml.AsyncHTTPClient(server.url, timeout=120) as bento:
+            slow = asyncio.create_task(bento.embed_texts(texts=[words(1000, seed) for seed in range(12)]))
+            await asyncio.sleep(0.5)
+            start = time.monotonic()
+            await bento.embed_texts(texts=["quick"])
+            quick_s = time.monotonic() - start
+            assert not slow.done()
+            await slow
+            return quick_s, time.monotonic() - start
+
+    quick_s, slow_s = asyncio.run(quick_beside_slow())
+    assert server.stop() == 0
+    assert quick_s < slow_s / 2
 
 
 def test_without_normalize_the_length_is_the_models(client: httpx.Client) -> None:
