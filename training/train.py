@@ -117,6 +117,7 @@ STAGES = {
         smaller=(0.1, 0.8, 0.1),
     ),
 }
+AVERAGED = ("late", "last")  # stages, each of which ends at a low learning rate
 # What people ask for most, so seen more often than the other 938.
 BASIC = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "grey")
 BASIC_COLOURS = [COLOUR_NAMES.index(name) for name in BASIC]
@@ -416,6 +417,12 @@ class Training:
         self.random.bit_generator.state = state["random"]
         self.queue = state["queue"]
 
+    def average(self, states: list[dict[str, Any]]) -> None:
+        """Take the mean of the weights that these states have: it finds more than each (model soups, Wortsman 2022)."""
+        with torch.no_grad():
+            for place, weight in enumerate(self.weights):
+                weight.copy_(torch.stack([state["masters"][place] for state in states]).mean(0))
+
     def write(self, out: Path) -> None:
         """The checkpoint folder as the product loads it, from the bfloat16 weights."""
         weights = {name: weight.detach() for name, weight in self.model.state_dict().items()}
@@ -577,6 +584,7 @@ def main() -> None:
     training = Training(chosen.data, run, chosen.seed)
     for name, stage in STAGES.items():
         run_stage(training, name, stage, run)
+    training.average([torch.load(run / f"{name}.pt", weights_only=False)["state"] for name in AVERAGED])
     training.write(chosen.out)
     report(training)
 
