@@ -2,8 +2,9 @@
 
 Threads preprocess items (decoding, resizing and tokenizing release the GIL); others do so with items that have
 something to fetch first, so that a slow address holds up no text. One thread drives the device, taking whatever waits
-each time the device is free. All take from a `Scheduler`, so that a large request holds up others in no place. Every
-item has a future of its own: it fails alone, and a request may span batches.
+each time the device is free, or, where it computes by itself, one batch ahead. All take from a `Scheduler`, so that a
+large request holds up others in no place. Every item has a future of its own: it fails alone, and a request may span
+batches.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import threading
 import time
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +50,8 @@ logger = logging.getLogger(__name__)
 
 Fetch = Callable[[EmbeddingItem, Callable[[], bool]], EmbeddingItem]
 Preprocess = Callable[[EmbeddingItem], ModelInput]
-RunBatch = Callable[[list[ModelInput]], NDArray[np.float32]]
+WaitForRows = Callable[[], NDArray[np.float32]]
+Launch = Callable[[list[ModelInput]], WaitForRows]
 
 # Of preprocessing: a picture (300 tokens) is overtaken by texts that come up to 0.3 s later, and 1000 of those cost it
 # about as long
@@ -76,13 +81,26 @@ class _Job:
         self.context.copy().run(logger.log, level, message, *values, exc_info=error)
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """A batch that was launched, and how to wait for its rows."""
+
+    jobs: list[_Job]
+    wait: WaitForRows
+    started_s: float
+
+
 class Engine:
     """Items in, futures of embeddings out.
 
-    `preprocess` turns one item into a ModelInput, in many threads at once. `run_batch` turns the inputs of a batch
-    into pooled rows, (num_items, hidden_size) float32, in one thread; it raises `DeviceOutOfMemory` where they do not
-    fit, and `DeviceFailed` where the device is lost. In that case, where a batch takes longer than `stuck_after_s`, and
-    after a bug of ours, whatever waits fails, `failure` says why, and `on_failure` is called with it, once.
+    `preprocess` turns one item into a ModelInput, in many threads at once. `launch` starts a batch of inputs, and what
+    it gives waits for their pooled rows, (num_items, hidden_size) float32; both run in one thread, and raise
+    `DeviceOutOfMemory` where the batch does not fit, and `DeviceFailed` where the device is lost. In that case, where a
+    batch takes longer than `stuck_after_s`, and after a bug of ours, whatever waits fails, `failure` says why, and
+    `on_failure` is called with it, once.
+
+    `max_flights` batches are launched before the first is waited for, if so many wait: 2 where `launch` returns while
+    the device computes, which then computes without a break; 1 where `launch` itself computes.
 
     `fetch` puts bytes in the place of an item's URLs, or raises, soon once its second argument has turned true; by
     default as the settings say. `observer` is told what becomes of the items.
@@ -94,12 +112,13 @@ class Engine:
     def __init__(
         self,
         preprocess: Preprocess,
-        run_batch: RunBatch,
+        launch: Launch,
         hidden_size: int,
         settings: Settings,
         *,
         fetch: Fetch | None = None,
         observer: Observer | None = None,
+        max_flights: int = 1,
         stuck_after_s: float = math.inf,
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
@@ -108,8 +127,9 @@ class Engine:
         self.failure: str | None = None
         self._fetch = fetch or Fetcher(settings)
         self._preprocess = preprocess
-        self._run_batch = run_batch
+        self._launch = launch
         self._observer = observer or Observer()
+        self._max_flights = max_flights
         self._stuck_after_s = stuck_after_s
         self._on_failure = on_failure
         self._lock = threading.RLock()  # guards all that follows
@@ -128,7 +148,9 @@ class Engine:
         self._device_rate = Rate(self._inputs.seconds_per_token)
         self._answer_rate = Rate(0.001)
         self._answered_at_s = 0.0  # the last answer, or when there began to be something to answer
+        self._flights: deque[_Flight] = deque()  # launched and not yet waited for; of the engine's thread alone
         self._batch_since_s = math.inf  # when the batch on the device began
+        self._landed_s = 0.0  # when the last one ended
         self._is_closed = False
         self._is_over = False
         self._threads: list[threading.Thread] = []
@@ -284,31 +306,65 @@ class Engine:
 
     def _drive_device(self) -> None:
         try:
-            while jobs := self._next_batch():
-                self._run(jobs)
-                del jobs
+            while self._launch_next() or self._land_next():
+                pass
         except DeviceFailed as error:
             self._give_up(f"the device failed: {error}")
         except BaseException:
             logger.exception("a bug ended the engine's thread")
             self._give_up("a bug ended the engine's thread")
 
-    def _next_batch(self) -> list[_Job]:
-        """Waits for work. Empty when it is over."""
-        with self._lock:
-            self._has_inputs.wait_for(lambda: len(self._inputs) or self._is_over)
-            return [job for job in self._inputs.take(time.monotonic()) if self._twins.start(job.key, job)]
+    def _launch_next(self) -> bool:
+        """Launch the next batch. False: nothing waits, or enough is launched."""
+        jobs = self._next_batch() if len(self._flights) < self._max_flights else []
+        if jobs:
+            self._flights.append(self._start_flight(jobs))
+        return bool(jobs)
 
-    def _run(self, jobs: list[_Job]) -> None:
-        """One batch. If it fails it is split, until whoever spoils it fails alone."""
-        jobs = [job for job in jobs if self._is_wanted(job)]
-        if not jobs:
-            return
+    def _land_next(self) -> bool:
+        """Answer the batch that was launched first. False: there is none, for it is all over."""
+        if self._flights:
+            self._land(self._flights.popleft())
+            return True
+        return False
+
+    def _next_batch(self) -> list[_Job]:
+        """What is still wanted of it; while nothing is launched, waits for work. Empty: nothing waits."""
+        with self._lock:
+            while True:
+                if not self._flights:
+                    self._has_inputs.wait_for(lambda: len(self._inputs) or self._is_over)
+                taken = self._inputs.take(time.monotonic())
+                jobs = self._wanted([job for job in taken if self._twins.start(job.key, job)])
+                if jobs or not taken:
+                    return jobs
+
+    def _wanted(self, jobs: list[_Job]) -> list[_Job]:
+        """Without those that were given up, unless somebody else waits for the same content."""
+        with self._lock:
+            wanted = [job for job in jobs if job in self._pending or self._twins.is_awaited(job.key)]
+            for job in set(jobs) - set(wanted):
+                self._twins.finish(job.key)
+            return wanted
+
+    def _start_flight(self, jobs: list[_Job]) -> _Flight:
+        start_s = time.monotonic()
+        self._batch_since_s = min(self._batch_since_s, start_s)
         try:
-            rows, batch = self._timed_rows(jobs)
+            wait = self._launch([job.model_input for job in jobs])
+        except Exception as error:
+            return _Flight(jobs, partial(_raise, error), start_s)  # in its turn
+        return _Flight(jobs, wait, start_s)
+
+    def _land(self, flight: _Flight) -> None:
+        """Answer a batch. If it failed it is split, until whoever spoils it fails alone."""
+        jobs = flight.jobs
+        try:
+            rows, batch = self._timed_rows(flight)
         except DeviceFailed:
             raise
         except Exception as error:
+            del flight  # which holds the error, as the error holds this frame
             traceback.clear_frames(error.__traceback__)  # or what they hold would be there while the halves run
             if len(jobs) == 1:
                 text = "the forward pass failed for one item of %d tokens"
@@ -328,25 +384,20 @@ class Engine:
             self._observer.ran(batch, [job.journey for job in jobs])
             return
         middle = len(jobs) // 2
-        self._run(jobs[:middle])
-        self._run(jobs[middle:])
+        for half in (jobs[:middle], jobs[middle:]):
+            if wanted := self._wanted(half):
+                self._land(self._start_flight(wanted))
 
-    def _is_wanted(self, job: _Job) -> bool:
-        """False if it was given up, and nobody else waits for the same content."""
-        with self._lock:
-            if job in self._pending or self._twins.is_awaited(job.key):
-                return True
-            self._twins.finish(job.key)
-            return False
-
-    def _timed_rows(self, jobs: list[_Job]) -> tuple[NDArray[np.float32], Batch]:
-        self._batch_since_s = start_s = time.monotonic()
+    def _timed_rows(self, flight: _Flight) -> tuple[NDArray[np.float32], Batch]:
         try:
-            rows = self._run_batch([job.model_input for job in jobs])
+            rows = flight.wait()
         finally:
-            self._batch_since_s = math.inf
+            end_s = time.monotonic()
+            start_s, self._landed_s = max(flight.started_s, self._landed_s), end_s
+            self._batch_since_s = end_s if self._flights else math.inf
+        jobs = flight.jobs
         assert rows.shape == (len(jobs), self.hidden_size)
-        batch = Batch(len(jobs), sum(job.model_input.cost for job in jobs), start_s, time.monotonic())
+        batch = Batch(len(jobs), sum(job.model_input.cost for job in jobs), start_s, end_s)
         self._device_rate.add(batch.num_tokens, batch.seconds)
         self._inputs.seconds_per_token = self._device_rate.seconds_per_token
         return rows, batch
@@ -398,6 +449,10 @@ class Engine:
             self._answer(job, _lost())
         if self._on_failure:
             self._on_failure(reason)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def _of_one_item(error: Exception, job: _Job) -> EngineFailed:

@@ -14,13 +14,14 @@ import PIL.Image
 import torch
 from numpy.typing import NDArray
 
+from embedder.budget import find_budget
 from embedder.checkpoint import find_checkpoint
-from embedder.engine import Engine
+from embedder.engine import Engine, WaitForRows
 from embedder.errors import InvalidRequest, ModelUnavailable, of_item
 from embedder.model.faults import device_faults
 from embedder.model.forward import Forward
 from embedder.model.graphs import TextGraphs, graph_size
-from embedder.model.weights import choose_device, load_model
+from embedder.model.weights import choose_device, load_model, visual_cost
 from embedder.observer import Observer
 from embedder.packing import pack
 from embedder.pooling import pool
@@ -83,15 +84,18 @@ class Embedder:
             torch.set_num_threads(min(torch.get_num_threads(), share))
         weights = load_model(self.checkpoint.folder, _choose_dtype(self.settings, self.device), self.device)
         vision = read_vision_config(self.checkpoint.folder, self.settings)
-        self.preprocessor = Preprocessor(load_tokenizer(self.checkpoint.folder), vision, self.settings)
+        self.preprocessor = Preprocessor(
+            load_tokenizer(self.checkpoint.folder), vision, self.settings, visual_cost=visual_cost(weights)
+        )
         self.forward = Forward(weights, vision, self.settings.attention)
         self.graphs = TextGraphs(self.forward.language, self.device) if self.settings.cuda_graphs else None
         self.engine = Engine(
             self.preprocessor,
-            self._run_batch,
+            self._launch,
             self.forward.hidden_size,
-            self.settings,
+            self._within_memory() if self.device.type == "cuda" else self.settings,
             observer=observer,
+            max_flights=2 if self.device.type == "cuda" else 1,
             stuck_after_s=self.settings.stuck_after_s or (STUCK_AFTER_S if self.device.type == "cuda" else math.inf),
             on_failure=on_failure,
         )
@@ -149,11 +153,28 @@ class Embedder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run_batch(self, inputs: list[ModelInput]) -> NDArray[np.float32]:
+    def _within_memory(self) -> Settings:
+        """The settings, with batches that the GPU holds beside all that will be kept there."""
+
+        def run(inputs: list[ModelInput]) -> None:
+            with device_faults(self.device):
+                kept = torch.empty(self.forward.language.max_kept_bytes, dtype=torch.uint8, device=self.device)
+            self._launch(inputs)()
+            del kept
+
+        budget = find_budget(self.preprocessor, run)
+        return self.settings.model_copy(update={"max_batch_tokens": budget})
+
+    def _launch(self, inputs: list[ModelInput]) -> WaitForRows:
         order = sorted(range(len(inputs)), key=lambda index: inputs[index].num_tokens)
         with device_faults(self.device):
-            rows = pool(self._forward([inputs[index] for index in order]))
-        return rows[np.argsort(order)]
+            wait_for_rows = pool(self._forward([inputs[index] for index in order]))
+
+        def wait() -> NDArray[np.float32]:
+            with device_faults(self.device):
+                return wait_for_rows()[np.argsort(order)]
+
+        return wait
 
     def _forward(self, inputs: list[ModelInput]) -> torch.Tensor:
         """(num_items, hidden_size), on the device."""

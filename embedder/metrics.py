@@ -108,7 +108,7 @@ class Metrics(Observer):
         self.batch_items = self._histogram("batch_items", "Items that run together.", ITEMS)
         self.batch_tokens = self._histogram(
             "batch_tokens",
-            "Tokens that run together, visual ones twice, as `EMBEDDER_MAX_BATCH_TOKENS` counts.",
+            "Tokens that run together as `EMBEDDER_MAX_BATCH_TOKENS` counts: visual ones also for the vision tower.",
             TOKENS,
         )
         self.threads = self._gauge("preprocess_threads", "Threads that preprocess, of all workers.")

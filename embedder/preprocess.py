@@ -7,6 +7,7 @@ be the state at the last token, whatever that is.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -84,11 +85,17 @@ class ModelInput:
 
 
 class Preprocessor:
-    """Holds the tokenizer and the geometry of one checkpoint; its calls may run in many threads at once."""
+    """Holds the tokenizer and the geometry of one checkpoint; its calls may run in many threads at once.
 
-    def __init__(self, tokenizer: Tokenizer, vision: VisionConfig, settings: Settings) -> None:
+    `visual_cost`: what the vision tower computes for one visual token, in tokens of the language tower.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, vision: VisionConfig, settings: Settings, *, visual_cost: float = 1.0
+    ) -> None:
         self.vision = vision
         self.settings = settings
+        self.visual_cost = visual_cost
         self.geometry = ImageGeometry(vision.factor, vision.min_pixels, vision.max_pixels)
         self._tokenizer = tokenizer
         self._tail_ids = self._appended_ids()
@@ -109,7 +116,7 @@ class Preprocessor:
         runs: list[list[int] | Pads] = [list(prefix_ids), *encoded, list(self._tail_ids)]
         num_patches = sum(len(one.pixels) for one in patches)
         model_input = self._model_input(runs)
-        cost = model_input.num_tokens + num_patches // merge**2  # a visual token costs the language and vision towers
+        cost = model_input.num_tokens + math.ceil(self.visual_cost * num_patches / merge**2)
         return replace(
             model_input,
             patches=patches,

@@ -48,7 +48,9 @@ class Settings(BaseModel):
         None, ge=4096, description="Pixels an image keeps after resizing; empty: as the checkpoint says."
     )
     max_input_tokens: int = Field(8192, ge=64, description="Tokens of one item; longer text is cut.")
-    max_batch_tokens: int = Field(16384, ge=64, description="Tokens (text + visual) that run together.")
+    max_batch_tokens: int = Field(
+        16384, ge=64, description="Tokens (text + visual) that run together; fewer where a GPU's memory holds no more."
+    )
     max_queued_tokens: int = Field(524_288, ge=64, description="Estimated tokens that may wait; more is refused (429).")
     cache_bytes: int = Field(0, ge=0, description="Bytes of vectors kept for equal content; 0: every item is computed.")
     max_items_per_request: int = Field(512, ge=1, description="Items in one request.")

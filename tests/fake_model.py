@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.engine import Engine
+from embedder.engine import Engine, WaitForRows
 from embedder.errors import DeviceFailed, DeviceOutOfMemory, InvalidRequest
 from embedder.postprocess import Embedding
 from embedder.preprocess import ModelInput
@@ -37,6 +37,8 @@ class FakeModel:
     capacity: int = 1_000_000
     seconds_per_item: float = 0.0
     preprocessed: list[str] = field(default_factory=list)
+    num_launched: int = 0
+    stream: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def preprocess(self, item: EmbeddingItem) -> ModelInput:
         (part,) = item.parts
@@ -58,7 +60,16 @@ class FakeModel:
         ids = np.frombuffer(part.text.encode(), np.uint8).astype(np.int64)
         return ModelInput(ids, np.zeros((3, len(ids)), np.int64), np.empty(0, np.int64), (), 0, 0, len(ids))
 
-    def run_batch(self, inputs: list[ModelInput]) -> NDArray[np.float32]:
+    def launch(self, inputs: list[ModelInput]) -> WaitForRows:
+        rows = self.run(inputs)
+        return lambda: rows
+
+    def launch_ahead(self, inputs: list[ModelInput]) -> WaitForRows:
+        """As on a GPU: batches queue up there, and are computed one after the other."""
+        self.num_launched += 1
+        return self.stream.submit(self.run, inputs).result
+
+    def run(self, inputs: list[ModelInput]) -> NDArray[np.float32]:
         self.is_entered.set()
         self.gate.wait(timeout=30)
         self.batches.append(len(inputs))
@@ -87,15 +98,18 @@ def item(text: str, **options: Any) -> EmbeddingItem:
     return EmbeddingItem((Text(text),), **options)
 
 
-def held_back(engine: Engine, model: FakeModel, texts: list[str]) -> list[Future[Embedding]]:
-    """Submit behind an item that holds the device until all of them wait, so that they run together."""
+def held_back(engine: Engine, model: FakeModel, texts: list[str], num_launched: int = 0) -> list[Future[Embedding]]:
+    """Submit behind an item that holds the device until all of them wait, so that they run together.
+
+    `num_launched`: of an engine that launches ahead, how many of them at the most do not wait.
+    """
     model.gate.clear()
     model.is_entered.clear()
     holder = engine.submit(item("holder"))
     assert model.is_entered.wait(10)
     futures = [engine.submit(item(text)) for text in texts]
     deadline = time.monotonic() + 10
-    while len(engine._inputs) < len(texts) and time.monotonic() < deadline:
+    while len(engine._inputs) < len(texts) - num_launched and time.monotonic() < deadline:
         time.sleep(0.001)
     model.gate.set()
     wait([holder], timeout=10)
@@ -105,7 +119,7 @@ def held_back(engine: Engine, model: FakeModel, texts: list[str]) -> list[Future
 @contextmanager
 def running(model: FakeModel, **settings: Any) -> Iterator[Engine]:
     """An engine with this model; at the end the model waits no more, and the engine is closed."""
-    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, Settings(**settings))
+    engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, Settings(**settings))
     yield engine
     model.gate.set()
     engine.close()

@@ -268,7 +268,7 @@ def test_engine_that_embeds_nothing_any_more_is_no_rows_error(
     def lost(_: object) -> Any:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(worker.embedder.engine, "_run_batch", lost)
+    monkeypatch.setattr(worker.embedder.engine, "_launch", lost)
     with pytest.raises(EngineFailed):
         worker({"part": worker.source.parts(10)[0].to_json()})
     assert not worker.writer.is_written(0)

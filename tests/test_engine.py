@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from embedder.awaiting import embed_all
-from embedder.engine import Engine
+from embedder.engine import Engine, WaitForRows
 from embedder.errors import (
     DeadlineExceeded,
     DeviceFailed,
@@ -27,6 +27,7 @@ from embedder.errors import (
     ShuttingDown,
     UnsupportedDimensions,
 )
+from embedder.preprocess import ModelInput
 from embedder.settings import Settings
 from tests.fake_model import HIDDEN_SIZE, FakeModel, held_back, item, running, unit
 
@@ -57,7 +58,7 @@ def test_items_that_wait_while_the_device_is_busy_run_together(engine: Engine, m
 
 def test_large_request_holds_up_nobody_in_either_queue(model: FakeModel) -> None:
     settings = Settings(preprocess_threads=1, max_batch_tokens=64, max_input_tokens=64)
-    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, settings)
+    engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, settings)
     model.gate.clear()
     slow = engine.submit(item("slow"))
     bulk = [engine.submit(item(f"{index:50}"), request="bulk") for index in range(100)]
@@ -140,9 +141,73 @@ def test_item_that_does_not_fit_alone_fails_alone(engine: Engine, model: FakeMod
     np.testing.assert_allclose(after.result(10).vector, unit("after"), atol=1e-7)
 
 
+@pytest.fixture
+def ahead(model: FakeModel) -> Iterator[Engine]:
+    """An engine that launches one batch ahead; a batch has room for two of `x` * 50."""
+    settings = Settings(max_batch_tokens=100, max_input_tokens=100)
+    engine = Engine(model.preprocess, model.launch_ahead, HIDDEN_SIZE, settings, max_flights=2)
+    yield engine
+    model.gate.set()
+    engine.close()
+
+
+def test_one_batch_is_launched_ahead_and_no_more(ahead: Engine, model: FakeModel) -> None:
+    model.gate.clear()
+    futures = [ahead.submit(item(f"{index:50}")) for index in range(9)]
+    deadline = time.monotonic() + 10
+    while model.num_launched < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.2)
+    assert model.num_launched == 2
+    model.gate.set()
+    for index, future in enumerate(futures):
+        np.testing.assert_allclose(future.result(10).vector, unit(f"{index:50}"), atol=1e-7)
+
+
+def test_device_waits_for_no_launch_while_work_waits() -> None:
+    """Launching takes 10 ms, computing 20: of ten batches the device waits for the first alone."""
+    seconds = {}
+    for max_flights in (1, 2):
+        model = FakeModel(seconds_per_item=0.01)
+        model.gate.set()
+
+        def launch(inputs: list[ModelInput], model: FakeModel = model) -> WaitForRows:
+            time.sleep(0.01)
+            return model.launch_ahead(inputs)
+
+        settings = Settings(max_batch_tokens=100, max_input_tokens=100)
+        engine = Engine(model.preprocess, launch, HIDDEN_SIZE, settings, max_flights=max_flights)
+        start = time.monotonic()
+        wait([engine.submit(item(f"{index:50}")) for index in range(20)], timeout=10)
+        seconds[max_flights] = time.monotonic() - start
+        engine.close()
+    assert seconds[2] < 0.85 * seconds[1]  # 0.21 of 0.3 s
+
+
+def test_batch_that_fails_ahead_of_another_costs_nobody_else(ahead: Engine, model: FakeModel) -> None:
+    model.capacity = 90
+    texts = [f"{index:40}" for index in range(6)]
+    futures = held_back(ahead, model, [*texts[:1], "poison", *texts[1:]], num_launched=2)
+    with pytest.raises(EngineFailed):
+        futures[1].result(10)
+    for text, future in zip(texts, [futures[0], *futures[2:]], strict=True):
+        np.testing.assert_allclose(future.result(10).vector, unit(text), atol=1e-7)
+
+
+def test_device_that_hangs_with_two_batches_is_given_up(model: FakeModel) -> None:
+    settings = Settings(max_batch_tokens=100, max_input_tokens=100)
+    engine = Engine(model.preprocess, model.launch_ahead, HIDDEN_SIZE, settings, max_flights=2, stuck_after_s=0.3)
+    model.gate.clear()
+    futures = [engine.submit(item(f"{index:50}")) for index in range(9)]
+    for future in futures:
+        with pytest.raises(DeviceFailed):
+            future.result(10)
+    model.gate.set()
+
+
 def test_lost_device_fails_whoever_waits_and_says_so_once(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
     reasons: list[str] = []
-    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, Settings(), on_failure=reasons.append)
+    engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, Settings(), on_failure=reasons.append)
     futures = held_back(engine, model, ["assert", *(f"text {index}" for index in range(20))])
     for future in futures:
         with pytest.raises(DeviceFailed, match="log has the reason"):
@@ -158,9 +223,7 @@ def test_lost_device_fails_whoever_waits_and_says_so_once(model: FakeModel, capl
 def test_device_that_hangs_is_given_up(model: FakeModel) -> None:
     reasons: list[str] = []
     settings = Settings(max_queued_tokens=64)
-    engine = Engine(
-        model.preprocess, model.run_batch, HIDDEN_SIZE, settings, stuck_after_s=0.3, on_failure=reasons.append
-    )
+    engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, settings, stuck_after_s=0.3, on_failure=reasons.append)
     assert engine.submit(item("an idle device is not stuck")).result(10).num_tokens == 27
     time.sleep(0.5)
     model.gate.clear()
@@ -276,7 +339,7 @@ def test_answered_item_is_let_go_of_while_its_future_is_kept(
 
 
 def test_deadline_empties_both_queues_at_once(model: FakeModel) -> None:
-    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, Settings(preprocess_threads=1))
+    engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, Settings(preprocess_threads=1))
     model.gate.clear()
     on_the_device = engine.submit(item("device"))
     assert model.is_entered.wait(10)
@@ -294,7 +357,7 @@ def test_deadline_empties_both_queues_at_once(model: FakeModel) -> None:
 
 def test_close_finishes_what_was_admitted_and_refuses_the_rest(model: FakeModel) -> None:
     model.gate.clear()
-    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, Settings())
+    engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, Settings())
     futures = [engine.submit(item(f"text {index}")) for index in range(10)]
     threading.Timer(0.2, model.gate.set).start()
     engine.close()
@@ -306,7 +369,7 @@ def test_close_finishes_what_was_admitted_and_refuses_the_rest(model: FakeModel)
 
 def test_request_that_no_queue_could_hold_is_refused_for_good(model: FakeModel) -> None:
     settings = Settings(max_queued_tokens=100, max_input_tokens=64)
-    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, settings)
+    engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, settings)
     engine.check_size([item("a" * 4000)])  # one item is always let in, and never counts for more than it is cut to
     with pytest.raises(RequestTooLarge, match="about 128 tokens; allowed: up to 100"):
         engine.check_size([item("a" * 4000)] * 2)

@@ -22,8 +22,12 @@ TEXTS = ["red", "green", "blue", "x" * 80, "malformed", "bug", "panic", "infinit
 class EngineStates(RuleBasedStateMachine):
     """Its model is a list of what was submitted: a text, and the future."""
 
-    @initialize(cache_bytes=st.sampled_from([0, 1000]), is_sound=st.sampled_from([True, True, False]))
-    def start(self, cache_bytes: int, is_sound: bool) -> None:
+    @initialize(
+        cache_bytes=st.sampled_from([0, 1000]),
+        is_sound=st.sampled_from([True, True, False]),
+        max_flights=st.integers(1, 3),
+    )
+    def start(self, cache_bytes: int, is_sound: bool, max_flights: int) -> None:
         self.is_sound = is_sound
         self.model = FakeModel(capacity=100)
         self.model.gate.set()
@@ -34,7 +38,8 @@ class EngineStates(RuleBasedStateMachine):
             max_input_tokens=256,
             cache_bytes=cache_bytes,
         )
-        self.engine = Engine(self.model.preprocess, self.model.run_batch, HIDDEN_SIZE, choice)
+        launch = self.model.launch if max_flights == 1 else self.model.launch_ahead
+        self.engine = Engine(self.model.preprocess, launch, HIDDEN_SIZE, choice, max_flights=max_flights)
         self.submitted: list[tuple[str, Future[Embedding]]] = []
 
     @rule(text=st.sampled_from(TEXTS), request=st.sampled_from(["bulk", None]))

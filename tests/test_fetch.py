@@ -578,7 +578,7 @@ def engine(embedder: Embedder, site: Site) -> Iterator[Engine]:
     """The steps of `embedder`, with a way to the site."""
     engine = Engine(
         embedder.preprocessor,
-        embedder._run_batch,
+        embedder._launch,
         embedder.forward.hidden_size,
         embedder.settings.model_copy(update={"url_hosts": "http://*"}),
         fetch=site.fetcher(url_timeout_s=60),

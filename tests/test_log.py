@@ -11,12 +11,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from starlette.types import Message, Receive, Scope, Send
 
 from embedder.awaiting import embed_each
 from embedder.edge import Edge
-from embedder.engine import Engine
+from embedder.engine import Engine, WaitForRows
 from embedder.keys import Keys
 from embedder.lifecycle import Drain
 from embedder.log import begin_request, count_items, request_id, share_log
@@ -53,10 +52,10 @@ class Fails:
             raise RuntimeError("out of memory at 0x7f")
         return ModelInput(np.zeros(3, np.int64), np.zeros((3, 3), np.int64), np.empty(0, np.int64), (), 0, 0, 3)
 
-    def run_batch(self, inputs: list[ModelInput]) -> NDArray[np.float32]:
+    def launch(self, inputs: list[ModelInput]) -> WaitForRows:
         if self.where == "forward":
             raise RuntimeError("out of memory at 0x7f")
-        return np.full((len(inputs), 8), np.inf, np.float32)
+        return lambda: np.full((len(inputs), 8), np.inf, np.float32)
 
 
 async def embed_one(engine: Engine, name: str) -> None:
@@ -69,7 +68,7 @@ async def embed_one(engine: Engine, name: str) -> None:
 @pytest.mark.parametrize("where", ["preprocess", "forward", "finish"])
 def test_failure_in_the_engines_threads_names_its_request(where: str, lines: io.StringIO) -> None:
     model = Fails(where)
-    engine = Engine(model.preprocess, model.run_batch, 8, Settings())
+    engine = Engine(model.preprocess, model.launch, 8, Settings())
 
     async def both() -> None:
         await asyncio.gather(embed_one(engine, "first"), embed_one(engine, "second"))

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from embedder import Embedder
 from embedder.engine import Engine
 from embedder.errors import EmbedderError
 from embedder.metrics import CountRequests, Metrics
@@ -82,7 +84,7 @@ def test_files_of_the_numbers_have_no_holes(tmp_path: Path) -> None:
     assert all(size.st_blocks * 512 >= size.st_size for size in sizes)
 
 
-def test_requests_items_and_tokens_are_counted_by_kind(client: httpx.Client) -> None:
+def test_requests_items_and_tokens_are_counted_by_kind(client: httpx.Client, embedder: Embedder) -> None:
     mixed = {"content": [{"type": "text", "text": "red"}, {"type": "image", "image": PNG}]}
     bodies: list[dict[str, Any]] = []
 
@@ -101,7 +103,8 @@ def test_requests_items_and_tokens_are_counted_by_kind(client: httpx.Client) -> 
     assert visual > 0
     assert 0 < numbers["embedder_prefix_tokens_total"] < text
     assert numbers["embedder_batch_items_sum"] == numbers['embedder_queue_wait_seconds_count{stage="device"}'] == 4
-    assert numbers["embedder_batch_tokens_sum"] == text + 2 * visual
+    of_vision = 2 * math.ceil(embedder.preprocessor.visual_cost * visual / 2)  # two equal pictures
+    assert numbers["embedder_batch_tokens_sum"] == text + visual + of_vision
     assert numbers['embedder_queue_wait_seconds_count{stage="preprocess"}'] == 5
     assert numbers['embedder_preprocess_seconds_count{kind="image"}'] == 2
     assert numbers["embedder_forward_seconds_count"] == numbers["embedder_batch_items_count"] >= 1
@@ -208,7 +211,7 @@ def gate() -> Iterator[threading.Event]:
 def test_items_that_are_given_up_or_fail_leave_the_queue(metrics: Metrics, gate: threading.Event) -> None:
     settings = Settings(max_batch_tokens=64, max_input_tokens=64, max_queued_tokens=4096)
     model = FakeModel(gate)
-    engine = Engine(model.preprocess, model.run_batch, HIDDEN_SIZE, settings, observer=metrics)
+    engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, settings, observer=metrics)
     futures = [engine.submit(item(text)) for text in ("runs", "waits", "malformed", "bug", "infinite", "poison")]
     for index in (2, 3):
         assert isinstance(futures[index].exception(timeout=10), EmbedderError)

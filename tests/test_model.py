@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen3_vl import modeling_qwen3_vl as reference
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
@@ -22,7 +23,7 @@ from embedder.model.forward import Forward
 from embedder.model.language import MAX_KEPT_TOKENS
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 from embedder.model.vision import ROPE_THETA
-from embedder.model.weights import choose_device, load_model
+from embedder.model.weights import choose_device, load_model, visual_cost
 from embedder.packing import Run, Sequences, pack
 from embedder.preprocess import Preprocessor, load_tokenizer, read_vision_config
 from embedder.request import EmbeddingItem, Image, Text, Video
@@ -178,6 +179,23 @@ def test_cuda_takes_a_packed_kernel_without_asking() -> None:
 def preprocessor(random_checkpoint: Path) -> Preprocessor:
     settings = Settings()
     return Preprocessor(load_tokenizer(random_checkpoint), read_vision_config(random_checkpoint, settings), settings)
+
+
+def test_visual_cost_is_what_the_towers_multiply(model: Any, preprocessor: Preprocessor) -> None:
+    """By torch's own count, without attention; norms, which do no products, are the percents between."""
+    (patches,) = preprocessor(EmbeddingItem((Image(picture(128, 128)),))).patches
+    pixels = torch.zeros(len(patches.pixels), 2 * patches.pixels.shape[1])
+
+    def products(call: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            call()
+        return sum(n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
+
+    of_vision = products(lambda: model.visual(pixels, grid_thw=torch.tensor([patches.grid_thw])))
+    embedded = torch.zeros(1, 16, model.config.text_config.hidden_size)
+    of_language = products(lambda: model.language_model(inputs_embeds=embedded))
+    expected = (of_vision / (len(pixels) / 4)) / (of_language / 16)
+    assert visual_cost(model) == pytest.approx(expected, rel=0.05)
 
 
 def test_packed_vision_tower_is_transformers(model: Any, preprocessor: Preprocessor) -> None:

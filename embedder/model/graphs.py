@@ -44,12 +44,13 @@ class TextGraphs:
     @torch.inference_mode()
     def __call__(self, inputs: Sequence[ModelInput], num_tokens: int) -> Tensor:
         """(num_items, hidden_size), after the final norm. `num_tokens` is what `graph_size` gave."""
-        if num_tokens not in self._recorded:
-            self._recorded[num_tokens] = self._record(num_tokens)
-        recorded = self._recorded[num_tokens]
-        _copy(pack(filled(inputs, num_tokens), 1, CPU), recorded.batch)
-        recorded.graph.replay()
-        return recorded.rows[: len(inputs)].clone()
+        with torch.cuda.device(self.device):  # a graph is recorded and replayed on the thread's own device
+            if num_tokens not in self._recorded:
+                self._recorded[num_tokens] = self._record(num_tokens)
+            recorded = self._recorded[num_tokens]
+            _copy(pack(filled(inputs, num_tokens), 1, CPU), recorded.batch)
+            recorded.graph.replay()
+            return recorded.rows[: len(inputs)].clone()
 
     def _record(self, num_tokens: int) -> _Recorded:
         batch = _blank(num_tokens, self.device)

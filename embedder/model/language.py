@@ -34,6 +34,12 @@ class Language:
         self.head_dim: int = tower.layers[0].self_attn.head_dim
         self._kept: OrderedDict[Prefix, list[KeyValue]] = OrderedDict()  # by layer; least recently used first
 
+    @property
+    def max_kept_bytes(self) -> int:
+        """Device memory that the prefixes will take."""
+        projection = self.tower.layers[0].self_attn.k_proj.weight
+        return int(2 * MAX_KEPT_TOKENS * len(self.tower.layers) * projection.shape[0] * projection.element_size())
+
     def __call__(self, batch: PackedBatch, visual_tokens: Tensor | None, deepstack: list[Tensor]) -> Tensor:
         """(num_items, hidden_size), after the final norm."""
         prefixes = self._prefix_key_values(batch)

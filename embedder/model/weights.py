@@ -35,6 +35,23 @@ def choose_device(settings: Settings, worker: int = 0) -> torch.device:
     return device
 
 
+def visual_cost(model: PreTrainedModel) -> float:
+    """What the vision tower computes for one visual token, in tokens of the language tower.
+
+    Both do two operations with each weight for each row: patches in the blocks, `merge_size`^2 of them a token, tokens
+    in the mergers and in the language layers. Attention, some percent at these lengths, is left out.
+    """
+    vision: Any = model.visual
+    blocks, mergers = (vision.patch_embed, vision.blocks), (vision.merger, vision.deepstack_merger_list)
+    of_vision = vision.spatial_merge_size**2 * sum(map(_num_weights, blocks)) + sum(map(_num_weights, mergers))
+    language: Any = model.language_model
+    return float(of_vision / _num_weights(language.layers))
+
+
+def _num_weights(module: torch.nn.Module) -> int:
+    return sum(one.numel() for one in module.parameters())
+
+
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Weights in `dtype` on `device`, for inference (`from_pretrained` leaves the model in eval mode).
 
