@@ -12,7 +12,21 @@ import pytest
 
 pytest.importorskip("litserve", reason="the peers come with the `bench` extra")
 
-from benchmarks import contenders, gaps, gpu, growth, library, overload, peers, preprocessing, server, soak
+from benchmarks import (
+    choices,
+    contenders,
+    gaps,
+    goals,
+    gpu,
+    growth,
+    library,
+    overload,
+    peers,
+    preprocessing,
+    report,
+    server,
+    soak,
+)
 from benchmarks.checkpoints import random_folder
 from benchmarks.compare import WrongVectors, compare
 from benchmarks.peers import Peer
@@ -151,3 +165,40 @@ def test_workload_is_the_same_every_time(name: str) -> None:
 def test_gaps_are_those_between_kernels_of_any_stream() -> None:
     found = gaps.summarize([(30.0, 40.0), (0.0, 10.0), (5.0, 15.0)])
     assert found == {"num_kernels": 3, "span_ms": 0.04, "busy": "62.5%", "num_gaps": 1, "longest_us": 15.0}
+
+
+def test_variants_of_the_forward_pass_give_the_same_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices.shutil, "which", lambda _: None)  # compiling takes as long as all the rest
+    with random_folder("tiny") as folder:
+        times = choices._forward_times(folder, rounds=1)
+    assert set(times) == set(choices.BATCHES)
+    assert all(len(of_one) == 5 and of_one[choices.OURS] == 1 for of_one in times.values())
+
+
+def test_variant_with_other_vectors_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_norm(embedder: Any) -> Any:
+        return choices._patched(embedder, _normalize=lambda _, states: states)
+
+    variants = {choices.OURS: choices._as_it_is, "wrong": without_norm}
+    monkeypatch.setattr(choices, "_variants", variants.items)
+    with random_folder("tiny") as folder, pytest.raises(SystemExit, match="wrong gives other vectors"):
+        choices._forward_times(folder, rounds=1)
+
+
+def test_frozen_heap_is_not_walked() -> None:
+    as_it_is, frozen = choices._pauses_ms().values()
+    assert frozen < as_it_is
+
+
+def test_documented_goals_are_those_of_the_recorded_results() -> None:
+    documented = (report.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert goals.table(report.RESULTS) in documented
+
+
+def test_goal_is_met_missed_or_not_measured(tmp_path: Path) -> None:
+    goal = goals.Goal("speed", "file", lambda data: float(data["speed"]), 2)
+    most = goals.Goal("share", "file", lambda data: float(data["speed"]), 2, "%", is_most=True)
+    assert goal.row(tmp_path) == ("speed", ">= 2x", "not measured yet", "")
+    (tmp_path / "file.json").write_text('{"speed": 2.5}')
+    assert goal.row(tmp_path) == ("speed", ">= 2x", "2.5x", "yes")
+    assert most.row(tmp_path) == ("share", "<= 200%", "250%", "**no**")

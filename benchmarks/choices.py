@@ -1,0 +1,252 @@
+"""What each choice of ours brings, against what else could be done: `python -m benchmarks.choices`.
+
+The forward pass on the CPU, one batch of three workloads, in turns with variants of it over the same weights, each
+held to the same vectors: times relative to ours, above 1 is slower. Then the pause of a garbage collection with and
+without what was loaded, and requests through the service (with a model that computes nothing) with Python's switch
+interval as it is and shorter. The variant with torch.compile wants a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks import contenders, report
+from benchmarks.checkpoints import random_folder
+from benchmarks.load import drive
+from benchmarks.protocols import LocalProtocol
+from benchmarks.workloads import make_items, read_words
+from embedder.library import Embedder
+from embedder.model import language
+from embedder.preprocess import ModelInput
+from embedder.request import item_from_fields
+
+BATCHES = {"text-16": 64, "text-512": 8, "image-448": 4}  # items of each workload
+OURS = "ours"
+MAX_DIFFERENCE = 1e-4  # between rows before they are cut to unit length, of some units
+SWITCH_INTERVALS_S = (0.005, 0.001, 0.0002)  # the first is Python's
+CALLERS = 64
+
+Run = Callable[[list[ModelInput]], NDArray[np.float32]]
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description="What each choice brings.")
+    parser.add_argument("--shape", choices=("tiny", "small"), default="small")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=5, help="for one switch interval in one of three rounds")
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+    chosen = parser.parse_args(arguments)
+    about = report.environment(report.command("choices", chosen))
+    with random_folder(chosen.shape) as folder:
+        times = _forward_times(folder, chosen.rounds)
+        pauses_ms = _pauses_ms()
+        requests_per_s = asyncio.run(_switch_intervals(folder, chosen.seconds))
+    data = {"environment": about, "times": times, "pauses_ms": pauses_ms, "requests_per_s": requests_per_s}
+    variants = list(next(iter(times.values())))
+    parts = [
+        report.table(
+            ("forward pass, time relative to ours", *times),
+            [[name, *(f"{of_one[name]:.2f}" for of_one in times.values())] for name in variants],
+        ),
+        report.table(("a full garbage collection", "ms"), [[name, f"{ms:.1f}"] for name, ms in pauses_ms.items()]),
+        report.table(
+            ("switch interval, ms", f"requests/s, null model, {CALLERS} callers"),
+            [[name, f"{rate:.0f}"] for name, rate in requests_per_s.items()],
+        ),
+    ]
+    text = "\n\n".join(parts)
+    report.save(chosen.results, "choices", data, text, times, "time relative to ours")
+    print(text)
+    return data
+
+
+def _forward_times(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
+    """By workload and variant, relative to ours."""
+    with contextlib.ExitStack() as stack:
+        variants = {name: make(stack.enter_context(Embedder(str(folder), device="cpu"))) for name, make in _variants()}
+        preprocess = stack.enter_context(Embedder(str(folder), device="cpu")).preprocessor
+        words = read_words(folder)
+        relative = {}
+        for workload, count in tqdm(BATCHES.items(), desc="forward passes", unit="workload"):
+            inputs = [preprocess(item_from_fields(item)) for item in make_items(workload, count, words)]
+            expected = variants[OURS](inputs)
+            for name, run in variants.items():
+                difference = float(np.abs(run(inputs) - expected).max())
+                if not difference <= MAX_DIFFERENCE:
+                    raise SystemExit(f"{name} gives other vectors: {difference}")
+            seconds: dict[str, list[float]] = {name: [] for name in variants}
+            for _ in range(rounds):
+                for name, run in variants.items():
+                    start = time.perf_counter()
+                    run(inputs)
+                    seconds[name].append(time.perf_counter() - start)
+            ours = statistics.median(seconds[OURS])
+            relative[workload] = {name: statistics.median(one) / ours for name, one in seconds.items()}
+    return relative
+
+
+def _variants() -> Iterator[tuple[str, Callable[[Embedder], Run]]]:
+    yield OURS, _as_it_is
+    yield "prefixes computed for each item", _without_prefixes
+    yield "norms as transformers' modules", _with_norm_modules
+    yield "query, key and value in one product", _with_joined_projections
+    yield "gate and up in one product", _with_joined_mlp
+    if shutil.which("c++"):
+        yield "norms, rotary and MLP by torch.compile", _compiled
+
+
+def _as_it_is(embedder: Embedder) -> Run:
+    return lambda inputs: embedder._launch(inputs)()
+
+
+def _without_prefixes(embedder: Embedder) -> Run:
+    return lambda inputs: embedder._launch([replace(one, num_prefix_tokens=0) for one in inputs])()
+
+
+def _with_norm_modules(embedder: Embedder) -> Run:
+    return _patched(embedder, _normalize=lambda norm, states: norm(states))
+
+
+def _patched(embedder: Embedder, **functions: Callable[..., Tensor]) -> Run:
+    def run(inputs: list[ModelInput]) -> NDArray[np.float32]:
+        with mock.patch.multiple(language, **functions):
+            return embedder._launch(inputs)()
+
+    return run
+
+
+class _Joined:
+    """Several linear layers of one input as one product; the first is asked first, and the others have its input."""
+
+    def __init__(self, layers: Sequence[torch.nn.Linear]) -> None:
+        self.weight = torch.cat([layer.weight for layer in layers])
+        self.sizes = [len(layer.weight) for layer in layers]
+        self.outputs: list[Tensor] = []
+
+    def part(self, index: int) -> Callable[[Tensor], Tensor]:
+        def call(states: Tensor) -> Tensor:
+            if index == 0:
+                self.outputs = list(F.linear(states, self.weight).split(self.sizes, -1))
+            return self.outputs[index]
+
+        return call
+
+
+class _Projections:
+    """The attention module as `language` reads it, its three projections in one."""
+
+    def __init__(self, attention: Any) -> None:
+        joined = _Joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.q_proj, self.k_proj, self.v_proj = map(joined.part, range(3))
+        self.q_norm, self.k_norm, self.o_proj = attention.q_norm, attention.k_norm, attention.o_proj
+        self.head_dim = attention.head_dim
+
+
+class _Layer:
+    """A layer as `language` reads it, with another attention module or MLP."""
+
+    def __init__(self, layer: Any, **others: Any) -> None:
+        self.input_layernorm = layer.input_layernorm
+        self.post_attention_layernorm = layer.post_attention_layernorm
+        self.self_attn, self.mlp = others.get("self_attn", layer.self_attn), others.get("mlp", layer.mlp)
+
+
+class _Tower:
+    def __init__(self, tower: Any, layers: Sequence[Any]) -> None:
+        self.embed_tokens, self.rotary_emb, self.norm, self.layers = (
+            tower.embed_tokens,
+            tower.rotary_emb,
+            tower.norm,
+            layers,
+        )
+
+
+def _with_layers(embedder: Embedder, make: Callable[[Any], Any]) -> Run:
+    """But the last one, which computes its parts of different tokens."""
+    tower = embedder.forward.language.tower
+    *layers, last = tower.layers
+    embedder.forward.language.tower = _Tower(tower, [*map(make, layers), last])
+    return _as_it_is(embedder)
+
+
+def _with_joined_projections(embedder: Embedder) -> Run:
+    return _with_layers(embedder, lambda layer: _Layer(layer, self_attn=_Projections(layer.self_attn)))
+
+
+def _with_joined_mlp(embedder: Embedder) -> Run:
+    def mlp(layer: Any) -> Callable[[Tensor], Tensor]:
+        weight, down = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]), layer.mlp.down_proj
+
+        def call(states: Tensor) -> Tensor:
+            gate, up = F.linear(states, weight).chunk(2, -1)
+            return down(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+        return call
+
+    return _with_layers(embedder, lambda layer: _Layer(layer, mlp=mlp(layer)))
+
+
+def _compiled(embedder: Embedder) -> Run:
+    for layer in embedder.forward.language.tower.layers:
+        layer.mlp = torch.compile(layer.mlp, dynamic=True)
+    functions = {name: torch.compile(getattr(language, name), dynamic=True) for name in ("_normalize", "apply_rotary")}
+    return _patched(embedder, **functions)
+
+
+def _pauses_ms() -> dict[str, float]:
+    def collection_ms() -> float:
+        start = time.perf_counter()
+        gc.collect()
+        return (time.perf_counter() - start) * 1e3
+
+    gc.collect()
+    as_it_is = statistics.median(collection_ms() for _ in range(5))
+    gc.freeze()
+    frozen = statistics.median(collection_ms() for _ in range(5))
+    gc.unfreeze()
+    return {"of all that is loaded": as_it_is, "ours: frozen after loading": frozen}
+
+
+async def _switch_intervals(folder: Path, seconds: float) -> dict[str, float]:
+    """Requests a second through the service, by switch interval in ms: medians of three rounds."""
+    bodies = LocalProtocol().bodies(make_items("text-16", 64, read_words(folder)), 1)
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for interval_s in SWITCH_INTERVALS_S:
+            startup = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            (startup / "sitecustomize.py").write_text(f"import sys; sys.setswitchinterval({interval_s})\n")
+            one = contenders.service(contenders.NULL, "benchmarks.null_service:Qwen3VLEmbedding", folder, "/txt/embed")
+            one.environment = {**one.environment, "PYTHONPATH": os.pathsep.join((str(startup), str(contenders.ROOT)))}
+            stack.callback(one.stop)
+            one.start(bodies[0])
+            servers[f"{interval_s * 1e3:g}"] = one
+        rates: dict[str, list[float]] = {name: [] for name in servers}
+        for _ in range(3):
+            for name, one in servers.items():
+                load = await drive(one.url, bodies, concurrency=CALLERS, seconds=seconds)
+                rates[name].append(len(load.latencies_s) / load.wall_s)
+    return {name: statistics.median(found) for name, found in rates.items()}
+
+
+if __name__ == "__main__":
+    main()

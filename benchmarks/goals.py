@@ -1,0 +1,161 @@
+"""What was reached of the goals, as the table in `benchmarks/README.md`: `python -m benchmarks.goals`.
+
+A goal is checked against the file of the benchmark that measures it; where there is none, it was not measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import contenders, peers, report
+
+NOT_MEASURED = "not measured yet"
+LIBRARY, TEXTS, PICTURES, GPU = "library-small-float32", "server-small-text-mixed", "server-small-image-448", "gpu"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`reached`: the results of `file` -> a figure; at the least `goal`, or at the most where `is_most`."""
+
+    what: str
+    file: str
+    reached: Callable[[dict[str, Any]], float]
+    goal: float
+    unit: str = "x"
+    is_most: bool = False
+
+    def row(self, folder: Path) -> tuple[str, str, str, str]:
+        """What, goal, reached, and whether that is enough."""
+        sign = "<=" if self.is_most else ">="
+        goal = f"{sign} {self._shown(self.goal)}"
+        path = folder / f"{self.file}.json"
+        if not path.is_file():
+            return self.what, goal, NOT_MEASURED, ""
+        figure = self.reached(json.loads(path.read_text(encoding="utf-8")))
+        is_met = figure <= self.goal if self.is_most else figure >= self.goal
+        return self.what, goal, self._shown(figure), "yes" if is_met else "**no**"
+
+    def _shown(self, figure: float) -> str:
+        if self.unit == "%":
+            return f"{figure:.0%}"
+        return f"{report.number(figure)} {self.unit}" if self.unit != "x" else f"{report.number(figure)}x"
+
+
+def main() -> None:
+    print(table(report.RESULTS))
+
+
+def table(folder: Path) -> str:
+    """Markdown."""
+    return report.table(("what", "goal", "reached", "met"), [goal.row(folder) for goal in GOALS])
+
+
+def _workload(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    (row,) = [one for one in rows if one["workload"] == name]
+    who: dict[str, Any] = row["who"]
+    return who
+
+
+def _against(name: str, peer: str) -> Callable[[dict[str, Any]], float]:
+    def ratio(data: dict[str, Any]) -> float:
+        who = _workload(data["workloads"], name)
+        return float(who[peers.OURS]["items_per_s"] / who[peer]["items_per_s"])
+
+    return ratio
+
+
+def _share(name: str) -> Callable[[dict[str, Any]], float]:
+    return lambda data: float(_workload(data["workloads"], name)[peers.OURS]["share_of_limit"])
+
+
+def _on_gpu(shape: str, name: str, figure: str) -> Callable[[dict[str, Any]], float]:
+    return lambda data: float(_workload(data["shapes"][shape]["rows"], name)[peers.OURS][figure])
+
+
+def _cell(data: dict[str, Any], callers: int) -> dict[str, Any]:
+    (cell,) = [one for one in data["cells"] if (one["size"], one["callers"]) == (1, callers)]
+    who: dict[str, Any] = cell["who"]
+    return who
+
+
+def _served(callers: int, figure: str, who: str, peer: str) -> Callable[[dict[str, Any]], float]:
+    return lambda data: float(_cell(data, callers)[who][figure] / _cell(data, callers)[peer][figure])
+
+
+OURS, FASTAPI, VLLM, NULL, BARE = (
+    contenders.OURS,
+    contenders.FASTAPI,
+    contenders.VLLM,
+    contenders.NULL,
+    contenders.BARE,
+)
+
+GOALS = (
+    *(
+        goal
+        for shape, most_ms in (("2b", 2.0), ("8b", 6.0))
+        for goal in (
+            Goal(
+                f"GPU, {shape}: text of 64 tokens, share of the matrix rate",
+                GPU,
+                _on_gpu(shape, "text-64", "share_of_limit"),
+                0.65,
+                "%",
+            ),
+            Goal(
+                f"GPU, {shape}: 448x448 JPEGs, share of the matrix rate",
+                GPU,
+                _on_gpu(shape, "image-448", "share_of_limit"),
+                0.5,
+                "%",
+            ),
+            Goal(
+                f"GPU, {shape}: one short query", GPU, _on_gpu(shape, "query", "call_ms"), most_ms, "ms", is_most=True
+            ),
+        )
+    ),
+    Goal("CPU, mixed text, engine against padded transformers", LIBRARY, _against("text-mixed", peers.TRANSFORMERS), 2),
+    Goal(
+        "CPU, mixed text, engine against sentence-transformers",
+        LIBRARY,
+        _against("text-mixed", peers.SENTENCE_TRANSFORMERS),
+        3,
+    ),
+    Goal("CPU, mixed text, share of the matrix rate", LIBRARY, _share("text-mixed"), 0.6, "%"),
+    Goal("CPU, text of 512 tokens, share of the matrix rate", LIBRARY, _share("text-512"), 0.6, "%"),
+    Goal(
+        "service against FastAPI with sentence-transformers, 64 callers: requests/s",
+        TEXTS,
+        _served(64, "requests_per_s", OURS, FASTAPI),
+        4,
+    ),
+    Goal("the same: p99", TEXTS, _served(64, "p99_ms", OURS, FASTAPI), 1, is_most=True),
+    Goal(
+        "service with a null model against bare Starlette, 64 callers: requests/s",
+        TEXTS,
+        _served(64, "requests_per_s", NULL, BARE),
+        0.7,
+    ),
+    Goal(
+        "service beside the engine, 1 caller: p50 with a null model",
+        TEXTS,
+        lambda data: float(_cell(data, 1)[NULL]["p50_ms"]),
+        2,
+        "ms",
+        is_most=True,
+    ),
+    Goal("service against vLLM, texts, 64 callers: requests/s", TEXTS, _served(64, "requests_per_s", OURS, VLLM), 1.2),
+    Goal(
+        "service against vLLM, 448x448 JPEGs, 16 callers: requests/s",
+        PICTURES,
+        _served(16, "requests_per_s", OURS, VLLM),
+        1.5,
+    ),
+)
+
+if __name__ == "__main__":
+    main()
