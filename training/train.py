@@ -116,8 +116,22 @@ STAGES = {
         late_keywords=True,
         smaller=(0.1, 0.8, 0.1),
     ),
+    "again": Stage(
+        1200,
+        4e-4,
+        3072,
+        MOSTLY_SMALL,
+        swatches=0.08,
+        shapes=0.03,
+        texts=320,
+        strength=0.7,
+        clips=0.05,
+        pairs=0.05,
+        late_keywords=True,
+        smaller=(0.08, 0.86, 0.06),
+    ),
 }
-AVERAGED = ("late", "last")  # stages, each of which ends at a low learning rate
+AVERAGED = ("late", "last", "again")  # stages, each of which ends at a low learning rate
 # What people ask for most, so seen more often than the other 938.
 BASIC = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "grey")
 BASIC_COLOURS = [COLOUR_NAMES.index(name) for name in BASIC]
