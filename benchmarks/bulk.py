@@ -42,16 +42,20 @@ NUM_PARTS = 80
 
 @dataclass
 class Run:
-    """One run of the command. `part_s`: when each part that it wrote was there, after it was started."""
+    """One run of the command. `part_s`: when each part that it wrote was there, after it was started; ascending."""
 
     start_s: float
     part_s: list[float]
     peak_bytes: int
 
+    @property
+    def first_parts_s(self) -> float:
+        """The first parts are written at once."""
+        return self.part_s[PARTS_AT_ONCE - 1]
+
     def parts_per_s(self) -> float:
-        """From the first parts on, which are written at once, to the last."""
-        seconds = sorted(self.part_s)
-        return (len(seconds) - PARTS_AT_ONCE) / (seconds[-1] - seconds[PARTS_AT_ONCE - 1])
+        """From the first parts on, to the last."""
+        return (len(self.part_s) - PARTS_AT_ONCE) / (self.part_s[-1] - self.first_parts_s)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -83,8 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "bulk_rows_per_s": bulk_rate,
         "ratio": bulk_rate * library_s / chosen.rows,
         "start_s": resumed.start_s,
-        "first_parts_s": sorted(resumed.part_s)[PARTS_AT_ONCE - 1],
-        "resumed_s": max(resumed.part_s),
+        "first_parts_s": resumed.first_parts_s,
+        "resumed_s": resumed.part_s[-1],
         "peak_gib": [run.peak_bytes / 2**30 for run in (killed, resumed)],
         "largest_difference": difference,
     }
@@ -143,7 +147,7 @@ def _run(folder: Path, rows_per_part: int, kill_at: int | None = None) -> Run:
                 time.sleep(0.05)
         time.sleep(0.05)
     process.wait()
-    written = [path.stat().st_mtime - begun_s for path in sorted(set(output.glob("*.parquet")) - before)]
+    written = sorted(path.stat().st_mtime - begun_s for path in set(output.glob("*.parquet")) - before)
     expected = -signal.SIGKILL if kill_at else 0
     if process.returncode != expected or not written:
         raise SystemExit(f"the bulk command ended with {process.returncode}, {len(written)} parts were written")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ CALLERS = 16
 NUM_ITEMS = 48  # distinct ones
 MAX_ITEMS = 4  # in a request
 MAX_DIFFERENCE = 1e-5  # of a value, float32: neighbours change the order of sums
-MAX_GROWTH_MB, MAX_GROWTH_FILES = 64, 8  # between the first tenth and the end
+MAX_GROWTH_MB, MAX_GROWTH_FILES = 64, 8  # from the second tenth to the last, of the medians
+NUM_SAMPLES = 200  # of memory and files: a single one differs by some 50 MB from the next, as batches do
 SEED = 11
 FAULTS: tuple[tuple[str, bytes], ...] = (
     ("/txt/embed", b'{"input": ["red", 5]}'),
@@ -138,14 +140,17 @@ async def _soak(service: contenders.Contender, requests: list[Request], count: i
                 request = requests[number % len(requests)]
                 async with session.post(base + request.path, data=request.body) as response:
                     outcomes[_outcome(request, response.status, await response.read())] += 1
-                if number % max(1, count // 20) == 0:
+                if number % max(1, count // NUM_SAMPLES) == 0:
                     footprints.append(footprint(pid))
                 bar.update()
 
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=JSON) as session:
             await asyncio.gather(*(call(session) for _ in range(CALLERS)))
-            footprints.append(footprint(pid))
-    (start_bytes, start_files), (end_bytes, end_files) = footprints[2], footprints[-1]  # a tenth has warmed it up
+    tenth = len(footprints) // 10
+    (start_bytes, start_files), (end_bytes, end_files) = (
+        tuple(map(statistics.median, zip(*samples, strict=True)))
+        for samples in (footprints[tenth : 2 * tenth], footprints[-tenth:])
+    )
     return {
         "answered": outcomes["answered"],
         "refused": outcomes["refused"],
@@ -155,6 +160,7 @@ async def _soak(service: contenders.Contender, requests: list[Request], count: i
         "growth_mb": (end_bytes - start_bytes) / 1e6,
         "growth_files": end_files - start_files,
         "requests_per_s": count / (time.perf_counter() - start),
+        "memory_mb": [round(size / 1e6, 1) for size, _ in footprints],
     }
 
 
