@@ -115,7 +115,7 @@ BentoRows = Annotated[list[Any], AfterValidator(_check_rows)]  # of one request:
 @bentoml.service(
     name="qwen3-vl-embedding",
     workers=SETTINGS.num_workers(torch.cuda.device_count()),
-    traffic={"timeout": SETTINGS.request_timeout_s + 30},  # ours answers first, in our shape
+    traffic={"timeout": 2 * SETTINGS.request_timeout_s + 30},  # ours, one for each, answer first
     logging={"access": {"enabled": False}},  # the edge writes ours
     # BentoML's defaults would leave compilers in the image, take any uv, and packages of the day it is built.
     image=bentoml.images.Image(base_image="python:3.11-slim-bookworm", distro="", lock_python_packages=False)
