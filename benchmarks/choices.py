@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from benchmarks import contenders, report
 from benchmarks.checkpoints import random_folder
+from benchmarks.library import load_preprocessor
 from benchmarks.load import drive
 from benchmarks.protocols import LocalProtocol
 from benchmarks.workloads import make_items, read_words
@@ -84,8 +85,7 @@ def _forward_times(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     """By workload and variant, relative to ours."""
     with contextlib.ExitStack() as stack:
         variants = {name: make(stack.enter_context(Embedder(str(folder), device="cpu"))) for name, make in _variants()}
-        preprocess = stack.enter_context(Embedder(str(folder), device="cpu")).preprocessor
-        words = read_words(folder)
+        preprocess, words = load_preprocessor(folder), read_words(folder)
         relative = {}
         for workload, count in tqdm(BATCHES.items(), desc="forward passes", unit="workload"):
             inputs = [preprocess(item_from_fields(item)) for item in make_items(workload, count, words)]
@@ -244,7 +244,7 @@ async def _switch_intervals(folder: Path, seconds: float) -> dict[str, float]:
         for _ in range(3):
             for name, one in servers.items():
                 load = await drive(one.url, bodies, concurrency=CALLERS, seconds=seconds)
-                rates[name].append(len(load.latencies_s) / load.wall_s)
+                rates[name].append(load.requests_per_s)
     return {name: statistics.median(found) for name, found in rates.items()}
 
 

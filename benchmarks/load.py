@@ -32,6 +32,11 @@ class Load:
     wall_s: float = 0.0
     driver_cpu_s: float = 0.0
 
+    @property
+    def requests_per_s(self) -> float:
+        """Those that were answered."""
+        return len(self.latencies_s) / self.wall_s
+
 
 async def drive(
     url: str, bodies: Sequence[bytes], *, concurrency: int, seconds: float, max_requests: int = 1_000_000

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import psutil
 
 PERIOD_S = 0.1
@@ -52,6 +54,11 @@ def footprint(pid: int) -> tuple[int, int]:
     root = psutil.Process(pid)
     tree = [root, *root.children(recursive=True)]
     return sum(_resident(process) for process in tree), sum(process.num_fds() for process in tree)
+
+
+def medians(samples: Sequence[float], parts: int) -> list[float]:
+    """Of samples in the order of time, of each part of it: what a batch takes comes and goes."""
+    return [float(np.median(part)) for part in np.array_split(samples, min(parts, len(samples)))]
 
 
 def _resident(process: psutil.Process) -> int:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks import contenders, report
 from benchmarks.checkpoints import random_folder
 from benchmarks.load import JSON, drive
-from benchmarks.meter import footprint
+from benchmarks.meter import footprint, medians
 from benchmarks.protocols import LocalProtocol
 from benchmarks.workloads import make_items, read_words
 
@@ -90,9 +90,7 @@ async def _run(service: contenders.Contender, bodies: list[bytes], chosen: argpa
     flood = await _flood(service.url, service.process.pid, bodies, TIMES * max(before), chosen.seconds)
     after = await drive(service.url, bodies[:1], concurrency=1, seconds=60, max_requests=NUM_AFTER)
     tries = before + [await _capacity(service.url, bodies, chosen) for _ in range(CAPACITY_TRIES)]
-    held = [held for held, _ in flood.footprints]
-    fifth = len(held) // 5 or 1
-    held_mb = [statistics.median(held[start : start + fifth]) / 1e6 for start in range(0, len(held), fifth)]
+    held_mb = medians([held / 1e6 for held, _ in flood.footprints], 5)
     return {
         "capacity": statistics.median(tries),
         "capacity_tries": tries,
@@ -113,7 +111,7 @@ async def _capacity(url: str, bodies: list[bytes], chosen: argparse.Namespace) -
     full = await drive(url, bodies, concurrency=CALLERS, seconds=chosen.capacity_seconds)
     if full.num_refused:
         raise SystemExit(f"{CALLERS} callers overfill the queue of {chosen.queued_tokens} tokens: capacity unknown")
-    return len(full.latencies_s) / full.wall_s
+    return full.requests_per_s
 
 
 async def _flood(url: str, pid: int, bodies: list[bytes], rate: float, seconds: float) -> Flood:

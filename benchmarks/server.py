@@ -150,7 +150,7 @@ def _drive(
         one.start(bodies[0])
     num_items = len(load.latencies_s) * size
     return {
-        "requests_per_s": len(load.latencies_s) / load.wall_s,
+        "requests_per_s": load.requests_per_s,
         "items_per_s": num_items / load.wall_s,
         "p50_ms": float(np.percentile(load.latencies_s, 50)) * 1e3 if load.latencies_s else float("inf"),
         "p99_ms": float(np.percentile(load.latencies_s, 99)) * 1e3 if load.latencies_s else float("inf"),

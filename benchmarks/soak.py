@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from benchmarks import contenders, report
 from benchmarks.checkpoints import random_folder
 from benchmarks.load import JSON
-from benchmarks.meter import footprint
+from benchmarks.meter import footprint, medians
 from benchmarks.workloads import Item, make_items, read_words
 from embedder.library import Embedder
 
@@ -146,21 +145,19 @@ async def _soak(service: contenders.Contender, requests: list[Request], count: i
 
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=JSON) as session:
             await asyncio.gather(*(call(session) for _ in range(CALLERS)))
-    tenth = len(footprints) // 10
-    (start_bytes, start_files), (end_bytes, end_files) = (
-        tuple(map(statistics.median, zip(*samples, strict=True)))
-        for samples in (footprints[tenth : 2 * tenth], footprints[-tenth:])
-    )
+    memory_mb = [round(size / 1e6, 1) for size, _ in footprints]
+    _, start_mb, *_, end_mb = medians(memory_mb, 10)
+    _, start_files, *_, end_files = medians([files for _, files in footprints], 10)
     return {
         "answered": outcomes["answered"],
         "refused": outcomes["refused"],
         "wrong": outcomes["wrong"],
-        "start_mb": start_bytes / 1e6,
-        "end_mb": end_bytes / 1e6,
-        "growth_mb": (end_bytes - start_bytes) / 1e6,
+        "start_mb": start_mb,
+        "end_mb": end_mb,
+        "growth_mb": end_mb - start_mb,
         "growth_files": end_files - start_files,
         "requests_per_s": count / (time.perf_counter() - start),
-        "memory_mb": [round(size / 1e6, 1) for size, _ in footprints],
+        "memory_mb": memory_mb,
     }
 
 

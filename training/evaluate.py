@@ -113,10 +113,8 @@ def drawing_rows(meter: Meter, data: Path) -> tuple[list[Row], dict[str, Loss], 
         losses[f"name -> {style}"] = Loss(len(rows), loss_at_small(by_style[style][1], small))
     trained = tuple(float(np.mean([by_style[style][place] for style in FULL_STYLES])) for place in (0, 1))
     by_keyword: dict[str, dict[str, float]] = {}
-    num_keywords = {}
     for held_out, keywords in held_out_keywords(captions).items():
         words = meter.embed(sorted(keywords), f"keywords held out from {held_out}")
-        num_keywords[held_out] = len(keywords)
         by_keyword[held_out] = {}
         for style in ("noto", HELD_OUT_STYLE):
             rows = sorted(styles[style].place)
@@ -156,7 +154,6 @@ def drawing_rows(meter: Meter, data: Path) -> tuple[list[Row], dict[str, Loss], 
     figures = {
         "by_style": by_style,
         "by_size": by_size,
-        "held_out_keywords": num_keywords,
         "drawings": len(captions),
     }
     return rows_of_table, losses, figures
