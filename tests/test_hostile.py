@@ -145,7 +145,8 @@ def test_what_a_large_body_took_is_taken_again(server: Server, client: httpx.Cli
     for _ in range(10):
         assert_refused(client.post("/txt/embed", content=body, headers={"content-type": "application/json"}), "again")
         num_bytes.append(_memory(process))
-    assert max(num_bytes[5:]) - max(num_bytes[:5]) < len(body)
+    # A sample may catch a body that is being put away; five more that are kept show in every one of the later half.
+    assert min(num_bytes[5:]) - min(num_bytes[:5]) < 2 * len(body)
 
 
 def test_flood_without_an_end_is_cut_off(server: Server) -> None:
