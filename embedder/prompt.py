@@ -48,7 +48,12 @@ IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
 _START, _END = Special("<|im_start|>"), Special("<|im_end|>")
 _VISION_START, _VISION_END = Special("<|vision_start|>"), Special("<|vision_end|>")
-_TAIL = (_END, Words("\n"), _START, Words("assistant\n"))
+TAIL: tuple[Piece, ...] = (
+    _END,
+    Words("\n"),
+    _START,
+    Words("assistant\n"),
+)  # behind the user's turn
 
 
 def complete_instruction(instruction: str | None, default: str) -> str:
@@ -67,7 +72,7 @@ def prefix(instruction: str) -> tuple[Piece, ...]:
 def user_turn(
     item: EmbeddingItem, grids: Sequence[tuple[int, int, int]], seconds: Sequence[Sequence[float]] = ()
 ) -> tuple[Piece, ...]:
-    r"""The pieces from `user\n` to the end of the prompt.
+    r"""The pieces from `user\n` to the end of the caller's content; `TAIL` follows.
 
     `grids` has (frames, rows, columns) in tokens for each picture and clip of the item, in order; `seconds`, for each
     clip, has the time of each of its frames. A clip is, for each two frames, `<{seconds} seconds>` and a picture of
@@ -95,7 +100,7 @@ def user_turn(
             words, start, end = "", 0, 0
     if words:
         pieces.append(Words(words, start, end))
-    return (*pieces, *_TAIL)
+    return tuple(pieces)
 
 
 def _middle(times: Sequence[float], pair: int) -> float:
