@@ -49,7 +49,10 @@ class Settings(BaseModel):
     )
     max_input_tokens: int = Field(8192, ge=64, description="Tokens of one item; longer text is cut.")
     max_batch_tokens: int = Field(
-        16384, ge=64, description="Tokens (text + visual) that run together; fewer where a GPU's memory holds no more."
+        16384,
+        ge=64,
+        description="Tokens (text + visual) that run together; fewer where a GPU's memory holds no more, "
+        "and not many more than a slow device computes in a second.",
     )
     max_queued_tokens: int = Field(524_288, ge=64, description="Estimated tokens that may wait; more is refused (429).")
     cache_bytes: int = Field(0, ge=0, description="Bytes of vectors kept for equal content; 0: every item is computed.")

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from embedder.scheduler import HALF_LIFE_S, STRETCH, Rate, Scheduler
+from embedder.scheduler import BATCH_S, HALF_LIFE_S, LEAST_TOKENS, STRETCH, Rate, Scheduler
 
 AGEING = 0.0002  # seconds of waiting that make up for a token
 SECONDS_PER_TOKEN = AGEING / STRETCH
@@ -45,6 +45,16 @@ def test_budget_is_used_to_the_last_token() -> None:
     for job in "abc":
         put_alone(queue, job, 50)
     assert drain(queue) == [["a", "b"], ["c"]]
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_s", "most"), [(100_000, 16_384), (4096, 4096 * BATCH_S), (1000, LEAST_TOKENS), (1, LEAST_TOKENS)]
+)
+def test_batch_of_a_slow_device_is_cut_to_about_a_second(tokens_per_s: int, most: float) -> None:
+    queue: Scheduler[object] = Scheduler(16_384, 1 / tokens_per_s)
+    for number in range(1000):
+        put_alone(queue, number, 64)
+    assert len(queue.take(0.0)) == most // 64
 
 
 def test_cheap_jobs_go_first() -> None:
