@@ -14,6 +14,8 @@ from embedder.request import EmbeddingItem
 
 Outcome = Embedding | EmbedderError
 
+SUBMITTED_AT_ONCE = 16  # items: some 2 ms of texts; then the event loop looks after others
+
 
 async def embed_all(
     engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float
@@ -46,9 +48,13 @@ async def _submitted(
 ) -> AsyncIterator[list[Future[Embedding]]]:
     """A future for each item. Raises `DeadlineExceeded`; those not done at the end are given up."""
     request = object()
-    futures = [_submit(engine, item, request) for item in items]
+    futures: list[Future[Embedding]] = []
     try:
         async with asyncio.timeout(timeout_s):
+            for item in items:
+                futures.append(_submit(engine, item, request))
+                if len(futures) % SUBMITTED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
             yield futures
     except TimeoutError as error:
         raise DeadlineExceeded(f"not done after {timeout_s:g} s, the limit") from error

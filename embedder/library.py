@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any, Literal, Self
@@ -111,17 +112,24 @@ class Embedder:
         order), and optionally its own `instruction`, `dimensions` and `truncate`; those given here serve the others.
         Raises the first faulty item's `EmbedderError`, with its index.
         """
-        futures: list[Future[Embedding]] = []
+        vectors: list[NDArray[np.float32]] = []
+        futures: deque[Future[Embedding]] = deque()  # of the items behind those whose vectors are there
         request = object()
+
+        def take_first() -> None:
+            with of_item(len(vectors)):
+                vectors.append(futures[0].result().vector)
+            futures.popleft()
+
         try:
             for index, item in enumerate(items):
                 with of_item(index):
                     one = _to_item(item, instruction, dimensions)
                     futures.append(self.engine.submit(one, request=request, wait=True))
-            vectors = []
-            for index, future in enumerate(futures):
-                with of_item(index):
-                    vectors.append(future.result().vector)
+                while futures and futures[0].done():
+                    take_first()
+            while futures:
+                take_first()
         finally:
             for future in futures:
                 future.cancel()  # those still waiting, after an error

@@ -9,12 +9,13 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
+from typing import Any
 
 import numpy as np
 import pytest
 
-from embedder.awaiting import embed_all
+from embedder.awaiting import SUBMITTED_AT_ONCE, embed_all
 from embedder.engine import Engine, WaitForRows
 from embedder.errors import (
     DeadlineExceeded,
@@ -27,6 +28,7 @@ from embedder.errors import (
     ShuttingDown,
     UnsupportedDimensions,
 )
+from embedder.postprocess import Embedding
 from embedder.preprocess import ModelInput
 from embedder.settings import Settings
 from tests.fake_model import HIDDEN_SIZE, FakeModel, held_back, item, running, unit
@@ -353,6 +355,32 @@ def test_deadline_empties_both_queues_at_once(model: FakeModel) -> None:
     engine.close()
     assert model.preprocessed == ["device", "preprocessed", "slow"]
     assert model.batches == [1]
+
+
+def test_submitting_many_items_lets_others_run_in_between(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def turns_of_others(engine: Engine) -> list[int]:
+        turns = 0
+        turns_at_submit = []
+        submit = engine.submit
+
+        async def take_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        def count(*arguments: Any, **options: Any) -> Future[Embedding]:
+            turns_at_submit.append(turns)
+            return submit(*arguments, **options)
+
+        monkeypatch.setattr(engine, "submit", count)
+        others = asyncio.create_task(take_turns())
+        await embed_all(engine, [item("one")] * 10 * SUBMITTED_AT_ONCE, 30)
+        others.cancel()
+        return turns_at_submit
+
+    with running(model) as engine:
+        assert asyncio.run(turns_of_others(engine))[-1] >= 9
 
 
 def test_close_finishes_what_was_admitted_and_refuses_the_rest(model: FakeModel) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +68,19 @@ def test_error_names_the_item(embedder: Embedder) -> None:
 def test_more_items_than_the_queue_holds_are_embedded(random_checkpoint: Path) -> None:
     with Embedder(str(random_checkpoint), device="cpu", max_queued_tokens=200) as embedder:
         assert len(embedder.embed([f"text {index}" for index in range(100)])) == 100
+
+
+def test_of_what_was_embedded_only_vectors_are_kept(random_checkpoint: Path) -> None:
+    num_futures = []
+
+    def texts() -> Iterator[str]:
+        yield from ["red"] * 599
+        num_futures.append(sum(type(one) is Future for one in gc.get_objects()))
+        yield "red"
+
+    with Embedder(str(random_checkpoint), device="cpu", max_queued_tokens=2048, max_input_tokens=1024) as small:
+        assert len(small.embed(texts())) == 600
+    assert num_futures[0] < 200  # a queue holds 68 of them
 
 
 @pytest.mark.parametrize(
