@@ -27,7 +27,6 @@ from embedder.library import Embedder
 SIZES = (1_000, 10_000, 100_000)
 NUM_TEXTS = 1_000  # distinct ones
 PER_REQUEST, CALLERS = 32, 16
-WARM_UP_ITEMS = 1_000
 MAX_TIME_RATIO = 1.2  # per item, largest size over smallest
 MAX_GROWTH_MB = 64  # of the largest size over the smallest, vectors subtracted
 HEADERS = ("where", "items", "seconds", "ms an item", "memory at start MB", "peak MB", "vectors MB")
@@ -37,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Time and memory per item as the number of items grows.")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--where", nargs="+", choices=("library", "server"), default=["library", "server"])
+    parser.add_argument("--warm-up", type=int, default=10_000, help="items, until the allocator has what it keeps")
     parser.add_argument("--seconds", type=float, default=900, help="for one size")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         texts = [item["text"] for item in make_items("text-mixed", NUM_TEXTS, read_words(folder))]
         rows: list[dict[str, Any]] = []
         if "library" in chosen.where:
-            rows += _library(folder, texts, chosen.sizes)
+            rows += _library(folder, texts, chosen.sizes, chosen.warm_up)
         if "server" in chosen.where:
-            rows += _server(folder, texts, chosen.sizes, chosen.seconds)
+            rows += _server(folder, texts, chosen.sizes, chosen.warm_up, chosen.seconds)
     verdicts = {where: _verdict([row for row in rows if row["where"] == where]) for where in chosen.where}
     data = {"environment": about, "rows": rows, "verdicts": verdicts}
     text = _table(rows) + "\n\n" + "\n".join(f"{where}: {one['text']}" for where, one in verdicts.items())
@@ -57,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return data
 
 
-def _library(folder: Path, texts: list[str], sizes: list[int]) -> Iterator[dict[str, Any]]:
+def _library(folder: Path, texts: list[str], sizes: list[int], warm_up: int) -> Iterator[dict[str, Any]]:
     with Embedder(str(folder), device="cpu") as embedder:
-        first = embedder.embed(_repeat(texts, WARM_UP_ITEMS))
+        first = embedder.embed(_repeat(texts, warm_up))
         for size in sizes:
             with Meter() as meter:
                 start = time.perf_counter()
@@ -77,7 +77,7 @@ def _repeat(texts: list[str], count: int) -> Iterator[str]:
     return (texts[index % len(texts)] for index in range(count))
 
 
-def _server(folder: Path, texts: list[str], sizes: list[int], seconds: float) -> Iterator[dict[str, Any]]:
+def _server(folder: Path, texts: list[str], sizes: list[int], warm_up: int, seconds: float) -> Iterator[dict[str, Any]]:
     service = contenders.service(contenders.OURS, ".", folder, "/txt/embed")
     groups = [
         texts[start : start + PER_REQUEST] for start in range(0, len(texts) // PER_REQUEST * PER_REQUEST, PER_REQUEST)
@@ -85,7 +85,7 @@ def _server(folder: Path, texts: list[str], sizes: list[int], seconds: float) ->
     bodies = [orjson.dumps({"input": group}) for group in groups]
     try:
         service.start(bodies[0])
-        asyncio.run(drive(service.url, bodies, concurrency=CALLERS, seconds=60, max_requests=len(bodies)))
+        asyncio.run(drive(service.url, bodies, concurrency=CALLERS, seconds=60, max_requests=warm_up // PER_REQUEST))
         assert service.process is not None
         for size in tqdm(sizes, desc="server", unit="size"):
             wanted = size // PER_REQUEST
