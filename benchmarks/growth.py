@@ -1,7 +1,8 @@
 """1 k, 10 k and 100 k items through the library and through the server: time per item and memory must stay flat.
 
 `python -m benchmarks.growth`, the `tiny` shape. In the library a run is one call of `embed`, whose answer itself takes
-memory: that of the vectors is subtracted.
+memory: that of the vectors is subtracted. Time is judged by the process's own, as a shared machine's clock also counts
+its neighbours.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from embedder.library import Embedder
 SIZES = (1_000, 10_000, 100_000)
 NUM_TEXTS = 1_000  # distinct ones
 PER_REQUEST, CALLERS = 32, 16
-MAX_TIME_RATIO = 1.2  # per item, largest size over smallest
+MAX_TIME_RATIO = 1.2  # CPU time per item, largest size over smallest
 MAX_GROWTH_MB = 64  # of the largest size over the smallest, vectors subtracted
-HEADERS = ("where", "items", "seconds", "ms an item", "memory at start MB", "peak MB", "vectors MB")
+HEADERS = ("where", "items", "seconds", "ms an item", "CPU ms an item", "memory at start MB", "peak MB", "vectors MB")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -51,8 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     verdicts = {where: _verdict([row for row in rows if row["where"] == where]) for where in chosen.where}
     data = {"environment": about, "rows": rows, "verdicts": verdicts}
     text = _table(rows) + "\n\n" + "\n".join(f"{where}: {one['text']}" for where, one in verdicts.items())
-    bars = {f"{size}": {row["where"]: row["item_ms"] for row in rows if row["items"] == size} for size in chosen.sizes}
-    report.save(chosen.results, "growth", data, text, bars, "ms an item")
+    bars = {
+        f"{size}": {row["where"]: row["item_cpu_ms"] for row in rows if row["items"] == size} for size in chosen.sizes
+    }
+    report.save(chosen.results, "growth", data, text, bars, "CPU ms an item")
     print(text)
     return data
 
@@ -105,6 +108,7 @@ def _row(where: str, num_items: int, seconds: float, meter: Meter, vectors_mb: f
         "items": size or num_items,
         "seconds": seconds,
         "item_ms": seconds / num_items * 1e3,
+        "item_cpu_ms": meter.cpu_s / num_items * 1e3,
         "start_mb": meter.start_bytes / 1e6,
         "peak_mb": meter.peak_bytes / 1e6,
         "vectors_mb": vectors_mb,
@@ -113,19 +117,19 @@ def _row(where: str, num_items: int, seconds: float, meter: Meter, vectors_mb: f
 
 def _verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Largest size against smallest."""
-    time_ratio = rows[-1]["item_ms"] / rows[0]["item_ms"]
+    time_ratio = rows[-1]["item_cpu_ms"] / rows[0]["item_cpu_ms"]
     beyond = [row["peak_mb"] - row["vectors_mb"] for row in rows]
     growth_mb = beyond[-1] - beyond[0]
     is_flat = time_ratio <= MAX_TIME_RATIO and growth_mb <= MAX_GROWTH_MB
     text = (
-        f"{'flat' if is_flat else 'NOT flat'}: time per item {time_ratio:.2f}x (allowed {MAX_TIME_RATIO}x), "
+        f"{'flat' if is_flat else 'NOT flat'}: CPU time per item {time_ratio:.2f}x (allowed {MAX_TIME_RATIO}x), "
         f"memory beyond the vectors {growth_mb:+.0f} MB (allowed {MAX_GROWTH_MB} MB)"
     )
     return {"time_ratio": time_ratio, "growth_mb": growth_mb, "is_flat": is_flat, "text": text}
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    keys = ("seconds", "item_ms", "start_mb", "peak_mb", "vectors_mb")
+    keys = ("seconds", "item_ms", "item_cpu_ms", "start_mb", "peak_mb", "vectors_mb")
     return report.table(
         HEADERS, [[row["where"], row["items"], *(report.number(row[key]) for key in keys)] for row in rows]
     )
