@@ -14,7 +14,8 @@ from typing import Any
 from benchmarks import contenders, peers, report
 
 NOT_MEASURED = "not measured yet"
-LIBRARY, TEXTS, PICTURES, GPU = "library-small-float32", "server-small-text-mixed", "server-small-image-448", "gpu"
+LIBRARY, GPU = "library-small-float32", "gpu"
+TEXTS, SHORT_TEXTS, PICTURES = "server-small-text-mixed", "server-small-text-16", "server-small-image-448"
 
 
 @dataclass(frozen=True)
@@ -135,14 +136,14 @@ GOALS = (
     ),
     Goal("the same: p99", TEXTS, _served(64, "p99_ms", OURS, FASTAPI), 1, is_most=True),
     Goal(
-        "service with a null model against bare Starlette, 64 callers: requests/s",
-        TEXTS,
+        "service with a null model against bare Starlette, short texts, 64 callers: requests/s",
+        SHORT_TEXTS,
         _served(64, "requests_per_s", NULL, BARE),
         0.7,
     ),
     Goal(
-        "service beside the engine, 1 caller: p50 with a null model",
-        TEXTS,
+        "service beside the engine, a short text, 1 caller: p50 with a null model",
+        SHORT_TEXTS,
         lambda data: float(_cell(data, 1)[NULL]["p50_ms"]),
         2,
         "ms",

@@ -128,6 +128,6 @@ def _plot(path: Path, bars: Bars, axis: str) -> None:
     shown = [value for row in bars.values() for value in row.values() if value]
     if shown and max(shown) > 100 * min(shown):
         axes.set_xscale("log")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=6)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
