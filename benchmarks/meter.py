@@ -19,13 +19,13 @@ class Meter:
     def __init__(self, pid: int | None = None) -> None:
         self.root = psutil.Process(pid)
         self.cpu_s = 0.0
-        self.peak_bytes = self.start_bytes = 0
+        self.samples: list[int] = []  # of memory, bytes, in the order of time
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Self:
         self.cpu_s = -self._cpu_s()
-        self.start_bytes = self.peak_bytes = self._bytes()
+        self.samples.append(self._bytes())
         self._thread.start()
         return self
 
@@ -36,7 +36,12 @@ class Meter:
 
     def _sample(self) -> None:
         while not self._stopped.wait(PERIOD_S):
-            self.peak_bytes = max(self.peak_bytes, self._bytes())
+            self.samples.append(self._bytes())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most there was."""
+        return max(self.samples)
 
     def _tree(self) -> list[psutil.Process]:
         return [self.root, *self.root.children(recursive=True)]
