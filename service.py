@@ -59,7 +59,7 @@ from embedder.request import (
     parse_text_request,
 )
 from embedder.response import embedding_body, error_body, to_json
-from embedder.settings import Settings, metrics_folder
+from embedder.settings import Settings, make_metrics_folder, metrics_folder
 from embedder.tracing import Tracing, is_traced
 from embedder.values import VALUES_PER_ITEM
 
@@ -137,6 +137,7 @@ class Qwen3VLEmbedding:
         """Once, before the workers start: what is named is there, or the service says why not and does not start."""
         share_log(SETTINGS.log_format)
         end_with_workers()
+        make_metrics_folder()
         try:
             check_port()
             Collection(SETTINGS, is_embedded_model=find_checkpoint(SETTINGS).is_embedded)

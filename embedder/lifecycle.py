@@ -89,11 +89,18 @@ def check_port() -> None:
 
 def end_with_workers() -> None:
     """In the arbiter: when a worker gives up, stop the others and exit with status 1."""
+    has_failed = False
 
     def stop(_: int, __: FrameType | None) -> None:
-        atexit.register(os._exit, 1)  # the arbiter, once stopped, would end with 0
+        nonlocal has_failed
+        has_failed = True
         signal.raise_signal(signal.SIGTERM)
 
+    def end() -> None:
+        if has_failed:
+            os._exit(1)  # the arbiter, once stopped, would end with 0
+
+    atexit.register(end)  # runs after all that is registered later
     signal.signal(signal.SIGUSR1, stop)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 PREFIX = "EMBEDDER_"
+METRICS_FOLDER, OF_PROMETHEUS = "QWEN3_VL_EMBEDDING_METRICS", "PROMETHEUS_MULTIPROC_DIR"
 _URL_HOST = r"(https?://)?(\*|(\*\.)?[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
 _URL_HOSTS = rf"^({_URL_HOST}( *, *{_URL_HOST})*)?$"
 
@@ -143,9 +147,21 @@ class Settings(BaseModel):
             raise ValueError("; ".join(faults)) from error
 
 
+def make_metrics_folder() -> None:
+    """In the arbiter, before its workers start: a folder of this service alone, taken away at its end.
+
+    BentoML's is one for all services of a user, and is emptied whenever one of them starts (BentoML 1.4.39).
+    """
+    folder = tempfile.mkdtemp(prefix="qwen3-vl-embedding-metrics-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[METRICS_FOLDER] = folder
+
+
 def metrics_folder() -> str | None:
-    """Where prometheus_client keeps the numbers of all worker processes: BentoML's doing, not an operator's choice."""
-    return os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    """Where prometheus_client keeps the numbers of all worker processes, from now on; None outside of such a one."""
+    if OF_PROMETHEUS in os.environ and METRICS_FOLDER in os.environ:
+        os.environ[OF_PROMETHEUS] = os.environ[METRICS_FOLDER]
+    return os.environ.get(OF_PROMETHEUS)
 
 
 def trace_exporter_variable() -> str | None:

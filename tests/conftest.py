@@ -102,6 +102,12 @@ class Server:
     process: subprocess.Popen[bytes]
     log: Path
 
+    @property
+    def workers(self) -> list[int]:
+        """Their process ids."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"_bentoml_impl.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
     def stop(self) -> int:
         """SIGTERM; its exit status."""
         self.process.terminate()
@@ -116,7 +122,7 @@ def start_server(folder: Path, *, target: str = ".", cwd: Path = ROOT, **setting
     environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
     environment |= {f"EMBEDDER_{name.upper()}": value for name, value in settings.items()}
     environment |= {"BENTOML_DO_NOT_TRACK": "True", "PYTHONUNBUFFERED": "1"}
-    environment.setdefault("BENTOML_HOME", str(folder / "bentoml"))  # servers that share one empty each other's metrics
+    environment.setdefault("BENTOML_HOME", str(folder / "bentoml"))
     log = folder / f"server-{port}.log"
     bentoml = Path(sys.executable).parent / "bentoml"
     command = [str(bentoml), "serve", target, "--host", "127.0.0.1", "--port", str(port)]

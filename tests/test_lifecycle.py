@@ -30,7 +30,9 @@ def serve(folder: Path, *options: str, **settings: str) -> subprocess.CompletedP
     """`bentoml serve` that is expected to end by itself."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
     environment |= {f"EMBEDDER_{name.upper()}": value for name, value in settings.items()}
+    (folder / "temporary").mkdir(exist_ok=True)
     environment |= {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(folder / "bentoml")}
+    environment |= {"TMPDIR": str(folder / "temporary")}
     command = [str(Path(sys.executable).parent / "bentoml"), "serve", "--host", "127.0.0.1", *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
@@ -74,6 +76,7 @@ def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path
     assert run.returncode == 1, output
     assert [line for line in output.splitlines() if f"the service does not start: {reason}" in line], output
     assert "Traceback" not in output
+    assert not list((tmp_path / "temporary").glob("*metrics*"))
 
 
 @pytest.fixture
@@ -251,12 +254,6 @@ def fill(folder: Path) -> None:
             rest.write(bytes(4096))
 
 
-def worker_of(server: Server) -> int:
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    (worker,) = [int(pid) for pid in children if b"_bentoml_impl.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return worker
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "lone", [{}, {"BENTOML_CONTAINERIZED": "true"}], ids=["elsewhere", "in a container"], indirect=True
@@ -264,7 +261,7 @@ def worker_of(server: Server) -> int:
 def test_killed_worker_fails_its_requests_at_once(lone: Server) -> None:
     """Then BentoML starts another; in a container it ends, for whoever started the container."""
     taken = half_sent(lone)
-    os.kill(worker_of(lone), signal.SIGKILL)
+    os.kill(lone.workers[0], signal.SIGKILL)
     for connection in taken:
         connection.sock.settimeout(5)
         with pytest.raises(ConnectionError):
@@ -278,7 +275,7 @@ def test_killed_worker_fails_its_requests_at_once(lone: Server) -> None:
 
 @pytest.mark.slow
 def test_worker_whose_arbiter_was_killed_finishes_and_ends(lone: Server) -> None:
-    worker = worker_of(lone)
+    (worker,) = lone.workers
     taken = half_sent(lone)
     lone.process.kill()
     wait_for(lambda: httpx.get(f"{lone.url}/readyz", timeout=60).status_code == 503, 20)

@@ -30,7 +30,7 @@ from embedder.engine import Engine
 from embedder.errors import EmbedderError
 from embedder.metrics import CountRequests, Metrics
 from embedder.settings import Settings
-from tests.conftest import ROOT, Server, encoded, picture, start_server, words
+from tests.conftest import ROOT, encoded, picture, start_server, words
 from tests.fake_model import HIDDEN_SIZE, FakeModel, item
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -172,7 +172,7 @@ def test_two_workers_count_together_and_one_that_was_killed_is_not_counted(
             assert numbers["embedder_cut_items_total"] == 40
             limit = scraped(client)["embedder_queue_limit_tokens"]
             assert limit == 2 * Settings().max_queued_tokens
-        os.kill(_worker_pids(server)[0], signal.SIGKILL)
+        os.kill(server.workers[0], signal.SIGKILL)
         with httpx.Client(base_url=server.url, timeout=60) as client:
             after = _wait_for(client, "embedder_workers", 1)
         assert after['embedder_items_total{kind="text"}'] >= 40
@@ -181,9 +181,26 @@ def test_two_workers_count_together_and_one_that_was_killed_is_not_counted(
         server.stop()
 
 
-def _worker_pids(server: Server) -> list[int]:
-    folder = server.log.parent / "bentoml" / "prometheus_multiproc_dir"
-    return sorted(int(path.stem.rpartition("_")[2]) for path in folder.glob("counter_*.db"))
+def test_services_of_one_user_count_apart(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leave nothing behind; BentoML has one folder for all, which the start of each empties."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    name = 'embedder_requests_total{route="/txt/embed",status="200"}'
+    servers = []
+    try:
+        for number in (1, 2):  # both of one BENTOML_HOME
+            servers.append(start_server(tmp_path, model=str(random_checkpoint), device="cpu"))
+            for _ in range(number):
+                httpx.post(f"{servers[-1].url}/txt/embed", json={"input": "red"}, timeout=60).raise_for_status()
+        for number, server in enumerate(servers, 1):
+            with httpx.Client(base_url=server.url, timeout=60) as client:
+                assert scraped(client)[name] == number
+                assert scraped(client)["embedder_workers"] == 1
+    finally:
+        assert [server.stop() for server in servers] == [0] * len(servers)
+    assert not list((tmp_path / "temporary").glob("*metrics*"))
 
 
 def _wait_for(client: httpx.Client, name: str, value: float) -> Numbers:
