@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedder.preprocess import ModelInput, Patches
+
+MAX_SHARED_TOKENS = 1024  # of the distinct prefixes of a batch
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def pack(inputs: Sequence[ModelInput], merge_size: int, device: torch.device) ->
 
     Sorted by length they make fewer and longer runs, which attention on the CPU likes.
     """
+    inputs = _with_few_prefixes(inputs)
     shared = np.array([one.num_prefix_tokens for one in inputs])
     lengths = np.array([one.num_tokens for one in inputs]) - shared
     starts = np.cumsum(lengths) - lengths
@@ -124,6 +127,27 @@ def pack_prefixes(prefixes: Sequence[tuple[int, ...]], device: torch.device) -> 
         position_ids=_to_device(np.tile(positions, (3, 1)), device),
         sequences=_sequences(lengths, _run_lengths(lengths.tolist()), device),
     )
+
+
+def _with_few_prefixes(inputs: Sequence[ModelInput]) -> list[ModelInput]:
+    """Past `MAX_SHARED_TOKENS` of distinct ones in a batch, prefixes are laid out as tokens like others.
+
+    Where every item has an instruction of its own nothing is shared, and keys and values that are kept take memory in
+    every layer.
+    """
+    known: set[bytes] = set()
+    left = MAX_SHARED_TOKENS
+    bounded = []
+    for one in inputs:
+        prefix = one.input_ids[: one.num_prefix_tokens].tobytes()
+        if prefix and prefix not in known:
+            if one.num_prefix_tokens > left:
+                bounded.append(replace(one, num_prefix_tokens=0))
+                continue
+            known.add(prefix)
+            left -= one.num_prefix_tokens
+        bounded.append(one)
+    return bounded
 
 
 def _share_prefixes(
@@ -173,7 +197,7 @@ def _rows(pixels: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return np.concatenate(pixels) if pixels else np.empty((0, 0), np.uint8)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def _coordinates(grid_thw: tuple[int, int, int], merge_size: int) -> NDArray[np.int64]:
     """Row and column of each patch of a grid, in the order of `preprocess.patchify`: (t * h * w, 2)."""
     grid_t, grid_h, grid_w = grid_thw

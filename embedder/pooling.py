@@ -18,7 +18,8 @@ def pool(hidden_states: Tensor) -> Callable[[], NDArray[np.float32]]:
     rows = hidden_states.float().to("cpu", non_blocking=True)  # pinned, and filled when the device comes to it
     if hidden_states.device.type != "cuda":
         return rows.numpy
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    # blocking: else the wait spins on a core that preprocessing wants
+    copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     copied.record(torch.cuda.current_stream(hidden_states.device))
 
     def wait() -> NDArray[np.float32]:

@@ -101,7 +101,7 @@ class Preprocessor:
         appended_ids = self._appended_ids()
         tokenizer.encode_special_tokens = True  # from here on a special token's name in a text is only text
         self._tail_ids = (*self._encode_fixed(prompt.TAIL), *appended_ids)
-        self._prefix_ids = lru_cache(maxsize=256)(lambda instruction: self._encode_fixed(prompt.prefix(instruction)))
+        self._prefix_ids = lru_cache(maxsize=64)(lambda instruction: self._encode_fixed(prompt.prefix(instruction)))
 
     def __call__(self, item: EmbeddingItem) -> ModelInput:
         """Decode, resize, tokenize. Raises `InvalidRequest` and its kinds."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +20,13 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as reference
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from embedder.errors import ModelUnavailable
-from embedder.model.attention import choose_attention, sdpa_attention
+from embedder.model.attention import choose_attention, lower_right, sdpa_attention
 from embedder.model.forward import Forward
 from embedder.model.language import MAX_KEPT_TOKENS
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 from embedder.model.vision import ROPE_THETA
 from embedder.model.weights import choose_device, load_model, visual_cost
-from embedder.packing import Run, Sequences, pack
+from embedder.packing import MAX_SHARED_TOKENS, Run, Sequences, pack
 from embedder.preprocess import Preprocessor, load_tokenizer, read_vision_config
 from embedder.request import EmbeddingItem, Image, Text, Video
 from embedder.settings import Settings
@@ -154,22 +156,44 @@ def test_pooled_last_token_is_the_last_row_of_causal_attention() -> None:
 
 
 def test_cpu_takes_sdpa() -> None:
-    assert choose_attention("auto", CPU) == choose_attention("sdpa", CPU) == ("sdpa", sdpa_attention)
+    for name in ("auto", "sdpa"):
+        assert choose_attention(name, CPU, torch.float32) == ("sdpa", sdpa_attention)
 
 
 @pytest.mark.parametrize("name", ["varlen", "flash_attn"])
 def test_cuda_back_ends_are_refused_on_the_cpu(name: str) -> None:
     with pytest.raises(ModelUnavailable, match=f"^attention back end {name} needs CUDA; on cpu use sdpa$"):
-        choose_attention(name, CPU)
+        choose_attention(name, CPU, torch.bfloat16)
 
 
-def test_sdpa_is_refused_on_cuda() -> None:
-    with pytest.raises(ModelUnavailable, match="sdpa serves the CPU; on CUDA use varlen or flash_attn"):
-        choose_attention("sdpa", torch.device("cuda"))
+@pytest.mark.parametrize(
+    ("name", "dtype", "capability", "reason"),
+    [
+        ("sdpa", torch.bfloat16, (9, 0), "sdpa serves the CPU; on CUDA use varlen or flash_attn"),
+        ("varlen", torch.float32, (9, 0), "computes in 16 bits; EMBEDDER_DTYPE=float32 is for the CPU"),
+        ("varlen", torch.bfloat16, (7, 5), r"has compute capability \(7, 5\); allowed: \(8, 0\) or newer"),
+        ("flash_attn", torch.bfloat16, (9, 0), "the package flash-attn is not installed; use varlen"),
+    ],
+)
+def test_what_a_gpu_cannot_serve_is_refused(
+    name: str, dtype: torch.dtype, capability: tuple[int, int], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ModelUnavailable, match=reason):
+        choose_attention(name, torch.device("cuda"), dtype)
 
 
-def test_cuda_takes_a_packed_kernel_without_asking() -> None:
-    assert choose_attention("auto", torch.device("cuda"))[0] in ("varlen", "flash_attn")
+def test_cuda_takes_a_packed_kernel_without_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert choose_attention("auto", torch.device("cuda"), torch.bfloat16)[0] in ("varlen", "flash_attn")
+
+
+@pytest.mark.parametrize(("num_queries", "is_kept"), [(40, True), (2000, False)])
+def test_large_masks_are_not_kept(num_queries: int, is_kept: bool) -> None:
+    """Every length of a text has one of its own, of up to 64 MB."""
+    mask = weakref.ref(lower_right(num_queries, num_queries + 20))
+    assert (mask() is not None) == is_kept
 
 
 # The whole, step by step
@@ -262,6 +286,17 @@ def test_kept_prefixes_are_bounded_and_the_oldest_goes_first(model: Any, preproc
     assert MAX_KEPT_TOKENS / 2 < sum(map(len, kept)) <= MAX_KEPT_TOKENS
     newest = preprocessor(EmbeddingItem((Text("red"),), instruction=words(60, 59)))
     assert kept[-1] == tuple(newest.input_ids[: newest.num_prefix_tokens].tolist())
+
+
+def test_batch_of_many_instructions_keeps_the_first_of_them(model: Any, preprocessor: Preprocessor) -> None:
+    """And gives the same rows; keys and values of each would take memory in every layer."""
+    forward = Forward(model, preprocessor.vision, "sdpa")
+    items = [EmbeddingItem((Text(words(5, seed)),), instruction=words(60, seed)) for seed in range(20)]
+    together = rows_of(forward, preprocessor, items)
+    assert MAX_SHARED_TOKENS / 2 < sum(map(len, forward.language._kept)) <= MAX_SHARED_TOKENS
+    for item, row in zip(items, together, strict=True):
+        alone = rows_of(Forward(model, preprocessor.vision, "sdpa"), preprocessor, [item])[0]
+        assert torch.allclose(row, alone, rtol=0, atol=1e-5 * float(row.abs().max()))
 
 
 def test_very_long_instruction_is_not_kept(model: Any, preprocessor: Preprocessor) -> None:

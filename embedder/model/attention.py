@@ -19,6 +19,9 @@ from torch import Tensor
 from embedder.errors import ModelUnavailable
 from embedder.packing import Sequences
 
+LEAST_CAPABILITY = (8, 0)  # Ampere, of flash attention in bfloat16
+MAX_KEPT_MASK = 2**16  # bytes of a mask that is kept; making a larger one is little beside the attention itself
+
 
 class Attention(Protocol):
     """Signature of a back end."""
@@ -28,16 +31,31 @@ class Attention(Protocol):
     ) -> Tensor: ...
 
 
-def choose_attention(name: str, device: torch.device) -> tuple[str, Attention]:
-    """The back end called `name` for `device`, and its name; `auto` takes the fastest there is."""
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
+    """The back end called `name` for `device`, and its name; `auto` takes the fastest there is.
+
+    Raises `ModelUnavailable` where it cannot serve that device or dtype.
+    """
+    has_flash = importlib.util.find_spec("flash_attn") is not None
     if name == "auto":
-        has_flash = importlib.util.find_spec("flash_attn") is not None
         name = ("flash_attn" if has_flash else "varlen") if device.type == "cuda" else "sdpa"
     if name != "sdpa" and device.type != "cuda":
         raise ModelUnavailable(f"attention back end {name} needs CUDA; on {device.type} use sdpa")
     if name == "sdpa" and device.type != "cpu":
         raise ModelUnavailable("attention back end sdpa serves the CPU; on CUDA use varlen or flash_attn")
+    if name == "flash_attn" and not has_flash:
+        raise ModelUnavailable("EMBEDDER_ATTENTION=flash_attn, but the package flash-attn is not installed; use varlen")
+    if device.type == "cuda":
+        _check_gpu(device, dtype)
     return name, {"flash_attn": flash_attention, "varlen": varlen_attention, "sdpa": sdpa_attention}[name]
+
+
+def _check_gpu(device: torch.device, dtype: torch.dtype) -> None:
+    if dtype == torch.float32:
+        raise ModelUnavailable("attention on a GPU computes in 16 bits; EMBEDDER_DTYPE=float32 is for the CPU")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        raise ModelUnavailable(f"{device} has compute capability {capability}; allowed: {LEAST_CAPABILITY} or newer")
 
 
 def sdpa_attention(
@@ -52,7 +70,7 @@ def sdpa_attention(
             query_run.of(query).transpose(1, 2),  # (count, num_heads, length, head_dim)
             key_run.of(key).transpose(1, 2),
             key_run.of(value).transpose(1, 2),
-            attn_mask=None if is_square or not causal else _lower_right(query_run.length, key_run.length),
+            attn_mask=None if is_square or not causal else lower_right(query_run.length, key_run.length),
             is_causal=causal and is_square,
             enable_gqa=is_grouped,
         )
@@ -60,10 +78,17 @@ def sdpa_attention(
     return attended
 
 
-@lru_cache(maxsize=1024)
-def _lower_right(num_queries: int, num_keys: int) -> Tensor:
+def lower_right(num_queries: int, num_keys: int) -> Tensor:
     """Which key each query may attend, (num_queries, num_keys), where both end together."""
+    is_small = num_queries * num_keys <= MAX_KEPT_MASK
+    return _kept_mask(num_queries, num_keys) if is_small else _mask(num_queries, num_keys)
+
+
+def _mask(num_queries: int, num_keys: int) -> Tensor:
     return torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+
+
+_kept_mask = lru_cache(maxsize=1024)(_mask)  # every layer asks again
 
 
 def varlen_attention(

@@ -21,7 +21,7 @@ class Forward:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.hidden_size: int = model.config.text_config.hidden_size
-        self.attention_name, back_end = choose_attention(attention, self.device)
+        self.attention_name, back_end = choose_attention(attention, self.device, self.dtype)
         self.vision = Vision(model.visual, vision, back_end)
         self.language = Language(model.language_model, back_end)
 

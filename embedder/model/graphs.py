@@ -33,20 +33,19 @@ class _Recorded:
 
 
 class TextGraphs:
-    """Graphs of one tower, each recorded at its first use, all in one pool of memory."""
+    """Graphs of one tower, recorded at the start, before the memory for batches is measured; all in one pool."""
 
     def __init__(self, language: Language, device: torch.device) -> None:
         self.language = language
         self.device = device
-        self._recorded: dict[int, _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device), torch.inference_mode():
+            self._recorded = {num_tokens: self._record(num_tokens) for num_tokens in SIZES}
 
     @torch.inference_mode()
     def __call__(self, inputs: Sequence[ModelInput], num_tokens: int) -> Tensor:
         """(num_items, hidden_size), after the final norm. `num_tokens` is what `graph_size` gave."""
         with torch.cuda.device(self.device):  # a graph is recorded and replayed on the thread's own device
-            if num_tokens not in self._recorded:
-                self._recorded[num_tokens] = self._record(num_tokens)
             recorded = self._recorded[num_tokens]
             _copy(pack(filled(inputs, num_tokens), 1, CPU), recorded.batch)
             recorded.graph.replay()
@@ -106,10 +105,13 @@ def _blank(num_tokens: int, device: torch.device) -> PackedBatch:
 
 def _copy(batch: PackedBatch, target: PackedBatch) -> None:
     """Into the tensors that the graph reads. Items of none keep the end of the row as theirs."""
-    target.input_ids.copy_(batch.input_ids)
-    target.position_ids.copy_(batch.position_ids)
-    target.pooled_index[: len(batch.pooled_index)].copy_(batch.pooled_index)
     ends = target.sequences.cu_seqlens
     num_ends = len(batch.sequences.cu_seqlens)
-    ends[:num_ends].copy_(batch.sequences.cu_seqlens)
+    for values, place in (
+        (batch.input_ids, target.input_ids),
+        (batch.position_ids, target.position_ids),
+        (batch.pooled_index, target.pooled_index[: len(batch.pooled_index)]),
+        (batch.sequences.cu_seqlens, ends[:num_ends]),
+    ):
+        place.copy_(values.pin_memory(), non_blocking=True)  # pageable memory would wait for the batch before
     ends[num_ends:].fill_(len(batch.input_ids))

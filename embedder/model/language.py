@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embedder.model.attention import Attention
 from embedder.model.positions import apply_rotary
-from embedder.packing import PackedBatch, PackedPrefixes, pack_prefixes
+from embedder.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, pack_prefixes
 
 Module = Any  # transformers' modules, whose attributes torch leaves untyped
 Prefix = tuple[int, ...]
@@ -36,9 +36,10 @@ class Language:
 
     @property
     def max_kept_bytes(self) -> int:
-        """Device memory that the prefixes will take."""
+        """Device memory that the prefixes will take: those kept, and those of one batch, twice, before others go."""
         projection = self.tower.layers[0].self_attn.k_proj.weight
-        return int(2 * MAX_KEPT_TOKENS * len(self.tower.layers) * projection.shape[0] * projection.element_size())
+        num_tokens = MAX_KEPT_TOKENS + 2 * MAX_SHARED_TOKENS
+        return int(2 * num_tokens * len(self.tower.layers) * projection.shape[0] * projection.element_size())
 
     def __call__(self, batch: PackedBatch, visual_tokens: Tensor | None, deepstack: list[Tensor]) -> Tensor:
         """(num_items, hidden_size), after the final norm."""
