@@ -25,7 +25,7 @@ import torch
 from bentoml.exceptions import BentoMLException
 from pydantic import AfterValidator
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -162,7 +162,7 @@ class Qwen3VLEmbedding:
             await _embed([EmbeddingItem((Text("ready?"),)), EmbeddingItem((Image(EXAMPLE_IMAGE),))])
         gc.freeze()  # what stays anyway: half a million objects, whose collection would stop every answer for 0.3 s
         if bentoml.server_context.worker_index:  # none where a program, not BentoML's arbiter, runs this
-            DRAIN.begin_at_sigterm()
+            DRAIN.begin_at_sigterm(2 * SETTINGS.request_timeout_s)  # for a body, and again for its items
             end_with_arbiter(self.arbiter)
         self.is_ready = True
         METRICS.serving(SETTINGS, self.embedder.info(), embedder.__version__)
@@ -228,7 +228,7 @@ class Vectors(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Embed and send them."""
-        response = await _answered(self._embed(), scope["path"])
+        response = await _answered(self._embed(), scope["path"], receive)
         response.background = self.background
         await response(scope, receive, send)
 
@@ -245,7 +245,7 @@ def _row_item(row: Any) -> EmbeddingItem | EmbedderError:
 
 
 async def _embed(items: Sequence[EmbeddingItem | EmbedderError]) -> list[Embedding]:
-    _engine().check_size([item for item in items if isinstance(item, EmbeddingItem)])
+    _engine().check_room([item for item in items if isinstance(item, EmbeddingItem)])
     embeddings = await embed_all(_engine(), items, SETTINGS.request_timeout_s)
     count_items(len(embeddings), sum(one.num_tokens for one in embeddings))
     return embeddings
@@ -264,7 +264,8 @@ def _route(path: str, method: str) -> Callable[[Handler], Handler]:
 
     def register(handler: Handler) -> Handler:
         async def guarded(request: Request) -> Response:
-            return await _answered(handler(request), path)
+            await request.body()  # what comes behind it is that the caller has gone away
+            return await _answered(handler(request), path, request.receive)
 
         app.router.routes.append(Route(path, guarded, methods=[method]))
         return handler
@@ -272,16 +273,37 @@ def _route(path: str, method: str) -> Callable[[Handler], Handler]:
     return register
 
 
-async def _answered(work: Awaitable[Response], path: str) -> Response:
+async def _answered(work: Awaitable[Response], path: str, receive: Receive) -> Response:
     """What it raises becomes an answer; nothing escapes into BentoML's middlewares."""
     try:
-        return await work
+        return await _while_wanted(work, receive)
+    except ClientDisconnect:
+        return Response(status_code=errors.NO_ANSWER)
     except EmbedderError as error:
         return _error_response(errors.to_keep(error))  # its frames hold the items, whose futures hold the error
     except Exception:
         logger.exception("an error of ours at %s", path)
         text = f"internal error; the service's log has the reason at request {request_id()}"
         return _error_response(EmbedderError(text))
+
+
+async def _while_wanted(work: Awaitable[Response], receive: Receive) -> Response:
+    """What `work` gives. Cancelled, raising `ClientDisconnect`, once the caller has gone away."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = asyncio.ensure_future(receive())
+    is_over = False
+    gone.add_done_callback(lambda _: is_over or gone.cancelled() or task.cancel())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if gone.cancelled() or not gone.done():
+            raise
+        task.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        is_over = True
+        gone.cancel()
 
 
 @_route("/txt/embed", "POST")
@@ -297,7 +319,7 @@ async def embed_image(request: Request) -> Response:
 @_route("/embed", "POST")
 async def embed_items(request: Request) -> Response:
     parsed = parse_embed(await request.body(), SETTINGS)
-    _engine().check_size([item for item in parsed.items if isinstance(item, EmbeddingItem)])
+    _engine().check_room([item for item in parsed.items if isinstance(item, EmbeddingItem)])
     outcomes = await embed_each(_engine(), parsed.items, SETTINGS.request_timeout_s)
     for outcome in outcomes:
         if isinstance(outcome, EmbedderError) and not isinstance(outcome, errors.OF_AN_ITEM):
@@ -423,6 +445,7 @@ if is_traced():
 _add_middleware(
     Edge,
     max_body_bytes=SETTINGS.max_body_bytes,
+    max_held_bytes=SETTINGS.max_held_bytes,
     max_values=VALUES_PER_ITEM * SETTINGS.max_items_per_request,
     max_read_s=SETTINGS.request_timeout_s,
     keys=KEYS,

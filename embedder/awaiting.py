@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 
 from embedder.engine import Engine
-from embedder.errors import DeadlineExceeded, EmbedderError, of_item, to_keep
+from embedder.errors import OF_AN_ITEM, DeadlineExceeded, EmbedderError, of_item, to_keep
 from embedder.postprocess import Embedding
 from embedder.request import EmbeddingItem
 
@@ -46,7 +46,10 @@ async def _outcome(future: Future[Embedding]) -> Outcome:
 async def _submitted(
     engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float
 ) -> AsyncIterator[list[Future[Embedding]]]:
-    """A future for each item. Raises `DeadlineExceeded`; those not done at the end are given up."""
+    """A future for each item. Those not done at the end are given up.
+
+    Raises `DeadlineExceeded`, and what concerns the request and no single item: `Overloaded`, `ShuttingDown`.
+    """
     request = object()
     futures: list[Future[Embedding]] = []
     try:
@@ -57,20 +60,20 @@ async def _submitted(
                     await asyncio.sleep(0)
             yield futures
     except TimeoutError as error:
-        raise DeadlineExceeded(f"not done after {timeout_s:g} s, the limit") from error
+        raise DeadlineExceeded(f"timeout: not done after {timeout_s:g} s, the limit") from error
     finally:
         for future in futures:
             future.cancel()  # those still waiting, after an error or when the caller went away
 
 
 def _submit(engine: Engine, item: EmbeddingItem | EmbedderError, request: object) -> Future[Embedding]:
-    """An item's future, which has failed already where the item is refused."""
+    """An item's future, which has failed already where that item is refused."""
     refused: Future[Embedding] = Future()
     if isinstance(item, EmbedderError):
         refused.set_exception(item)
         return refused
     try:
         return engine.submit(item, request=request)
-    except EmbedderError as error:
+    except OF_AN_ITEM as error:
         refused.set_exception(to_keep(error))
         return refused

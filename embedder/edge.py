@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -16,9 +17,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedder.errors import (
+    NO_ANSWER,
     DeadlineExceeded,
     EmbedderError,
     InvalidKey,
+    Overloaded,
     RequestTooLarge,
     ShuttingDown,
     UnsupportedContentType,
@@ -33,12 +36,13 @@ from embedder.values import has_more_values
 PROBES = frozenset({"/livez", "/healthz", "/readyz", "/health"})
 
 _CLOSE = (b"connection", b"close")
-_REFUSALS: dict[type[EmbedderError], tuple[int, tuple[bytes, bytes]]] = {  # before the body is read, or all of it
-    InvalidKey: (401, (b"www-authenticate", b"Bearer")),
-    RequestTooLarge: (413, _CLOSE),
-    UnsupportedContentType: (415, _CLOSE),
-    ShuttingDown: (503, _CLOSE),
-    DeadlineExceeded: (504, _CLOSE),
+_REFUSALS: dict[type[EmbedderError], tuple[int, list[tuple[bytes, bytes]]]] = {  # before the body is read, or all of it
+    InvalidKey: (401, [(b"www-authenticate", b"Bearer")]),
+    RequestTooLarge: (413, [_CLOSE]),
+    UnsupportedContentType: (415, [_CLOSE]),
+    Overloaded: (429, [_CLOSE, (b"retry-after", b"1")]),
+    ShuttingDown: (503, [_CLOSE]),
+    DeadlineExceeded: (504, [_CLOSE]),
 }
 _CODES = {
     404: "not_found",
@@ -62,7 +66,8 @@ _OF_A_PAGE = [  # that brings no such headers of its own
 class Edge:
     """ASGI middleware. Reads a request's body whole, counting as it comes, and gives error answers our shape.
 
-    A body that takes longer than `max_read_s` would hold its connection, and a worker that drains, for ever.
+    A body that takes longer than `max_read_s` would hold its connection, and a worker that drains, for ever. All bodies
+    together are bounded from their first bytes to their answers: a picture takes about three times its body's memory.
     Probes and `open_paths` need no key; probes are also answered while the worker drains, and not logged.
     """
 
@@ -70,6 +75,7 @@ class Edge:
         self,
         app: ASGIApp,
         max_body_bytes: int,
+        max_held_bytes: int,
         max_values: int,
         max_read_s: float,
         *,
@@ -80,6 +86,8 @@ class Edge:
     ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.max_held_bytes = max_held_bytes
+        self.held_bytes = 0
         self.max_values = max_values
         self.max_read_s = max_read_s
         self.keys = keys
@@ -103,19 +111,38 @@ class Edge:
                 log.write(scope["method"], path, answer.status)
 
     async def _pass_on(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        with self._holding() as hold:
+            try:
+                self._check(scope)
+                if scope["method"] in ("POST", "PUT", "PATCH"):
+                    _check_content_type(scope)
+                    body = await _read(receive, self.max_body_bytes, self.max_read_s, hold)
+                    await _check_values(body, self.max_values)
+                    receive = _replay(body, receive)
+            except tuple(_REFUSALS) as error:
+                await answer.refuse(error)
+            except ClientDisconnect:  # while sending
+                return
+            else:
+                await self.app(scope, receive, answer.send)
+
+    @contextmanager
+    def _holding(self) -> Iterator[Callable[[int], None]]:
+        """Around a request: counts its body's bytes as they come. Raises `Overloaded` where all are too many."""
+        held = 0
+
+        def hold(num_bytes: int) -> None:
+            nonlocal held
+            if self.held_bytes + num_bytes > self.max_held_bytes:
+                text = f"bodies of {self.held_bytes} bytes wait; allowed: up to {self.max_held_bytes}"
+                raise Overloaded(text, retry_after_s=1)
+            held += num_bytes
+            self.held_bytes += num_bytes
+
         try:
-            self._check(scope)
-            if scope["method"] in ("POST", "PUT", "PATCH"):
-                _check_content_type(scope)
-                body = await _read(receive, self.max_body_bytes, self.max_read_s)
-                await _check_values(body, self.max_values)
-                receive = _replay(body, receive)
-        except tuple(_REFUSALS) as error:
-            await answer.refuse(error)
-        except ClientDisconnect:  # while sending
-            return
-        else:
-            await self.app(scope, receive, answer.send)
+            yield hold
+        finally:
+            self.held_bytes -= held
 
     def _check(self, scope: Scope) -> None:
         """Raises `ShuttingDown` and `InvalidKey`."""
@@ -140,7 +167,7 @@ class _Answer:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            if message["status"] < 400:
+            if message["status"] < 400 or message["status"] == NO_ANSWER:
                 await self._send_start(message["status"], message.get("headers", ()))
             else:
                 self._start = message
@@ -152,8 +179,8 @@ class _Answer:
                 await self._send_error()
 
     async def refuse(self, error: EmbedderError) -> None:
-        status, header = _REFUSALS[type(error)]
-        self._start = {"type": "http.response.start", "status": status, "headers": [header]}
+        status, headers = _REFUSALS[type(error)]
+        self._start = {"type": "http.response.start", "status": status, "headers": headers}
         self._body = error_body(error)
         await self._send_error()
 
@@ -228,8 +255,11 @@ def _check_content_type(scope: Scope) -> None:
             raise UnsupportedContentType(f"content encoding: got {given[:60]}; allowed: none")
 
 
-async def _read(receive: Receive, max_bytes: int, max_s: float) -> bytes:
-    """The whole body. Raises `RequestTooLarge`, `DeadlineExceeded`, and `ClientDisconnect` if the client went away."""
+async def _read(receive: Receive, max_bytes: int, max_s: float, hold: Callable[[int], None]) -> bytes:
+    """The whole body, each piece told to `hold` first.
+
+    Raises `RequestTooLarge`, `DeadlineExceeded`, and `ClientDisconnect` if the client went away.
+    """
     body = bytearray()  # however small its pieces
     try:
         async with asyncio.timeout(max_s):
@@ -237,6 +267,7 @@ async def _read(receive: Receive, max_bytes: int, max_s: float) -> bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
+                hold(len(message.get("body", b"")))
                 body += message.get("body", b"")
                 if len(body) > max_bytes:
                     raise RequestTooLarge(f"the body is larger than {max_bytes} bytes; allowed: up to that")

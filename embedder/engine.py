@@ -43,7 +43,7 @@ from embedder.observer import Batch, Journey, Observer, begin_journey
 from embedder.postprocess import Embedding, check_dimensions, finish_vector
 from embedder.preprocess import ModelInput
 from embedder.request import EmbeddingItem, Image, Text, Video
-from embedder.scheduler import Rate, Scheduler
+from embedder.scheduler import LEAST_TOKENS, Rate, Scheduler
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ Fetch = Callable[[EmbeddingItem, Callable[[], bool]], EmbeddingItem]
 Preprocess = Callable[[EmbeddingItem], ModelInput]
 WaitForRows = Callable[[], NDArray[np.float32]]
 Launch = Callable[[list[ModelInput]], WaitForRows]
+
+FITTING_BATCHES = 100  # without a full memory, after which larger ones are tried again
 
 # Of preprocessing: a picture (300 tokens) is overtaken by texts that come up to 0.3 s later, and 1000 of those cost it
 # about as long
@@ -151,6 +153,7 @@ class Engine:
         self._flights: deque[_Flight] = deque()  # launched and not yet waited for; of the engine's thread alone
         self._batch_since_s = math.inf  # when the batch on the device began
         self._landed_s = 0.0  # when the last one ended
+        self._num_fitting = 0  # batches since the last that did not fit the device's memory
         self._is_closed = False
         self._is_over = False
         self._threads: list[threading.Thread] = []
@@ -197,12 +200,17 @@ class Engine:
         job.future.add_done_callback(lambda done: self._observer.answered(journey, done))
         return job.future
 
-    def check_size(self, items: Sequence[EmbeddingItem]) -> None:
-        """Raises `RequestTooLarge` for a request whose items would overfill even the empty queue."""
+    def check_room(self, items: Sequence[EmbeddingItem]) -> None:
+        """Raises `RequestTooLarge` for a request that would overfill even the empty queue, `Overloaded` if now it does.
+
+        Let in by halves it would be computed for nothing.
+        """
         num_tokens = sum(_estimated_tokens(item, self.settings) for item in items)
         most = self.settings.max_queued_tokens
         if len(items) > 1 and num_tokens > most:
             raise RequestTooLarge(f"the items are about {num_tokens} tokens; allowed: up to {most} in one request")
+        if not self._has_room_for(num_tokens):
+            raise self._overloaded()
 
     def close(self) -> None:
         """Finish what was admitted, take nothing more, end the threads."""
@@ -221,20 +229,23 @@ class Engine:
             condition.notify_all()
 
     def _admit(self, num_tokens: int, wait: bool) -> None:
-        def has_room() -> bool:
-            return not self._pending or self._pending_tokens + num_tokens <= self.settings.max_queued_tokens
-
         if wait:
-            self._has_room.wait_for(lambda: has_room() or self._is_closed)
+            self._has_room.wait_for(lambda: self._has_room_for(num_tokens) or self._is_closed)
         if self.failure:
             raise _lost()
         if self._is_closed:
             raise ShuttingDown("the service is shutting down")
-        if not has_room():
-            raise Overloaded(
-                f"{self._pending_tokens} tokens wait; allowed: up to {self.settings.max_queued_tokens}",
-                retry_after_s=max(1.0, self._pending_tokens * self._answer_rate.seconds_per_token),
-            )
+        if not self._has_room_for(num_tokens):
+            raise self._overloaded()
+
+    def _has_room_for(self, num_tokens: int) -> bool:
+        return not self._pending or self._pending_tokens + num_tokens <= self.settings.max_queued_tokens
+
+    def _overloaded(self) -> Overloaded:
+        return Overloaded(
+            f"{self._pending_tokens} tokens wait; allowed: up to {self.settings.max_queued_tokens}",
+            retry_after_s=max(1.0, self._pending_tokens * self._answer_rate.seconds_per_token),
+        )
 
     def _answer(self, job: _Job, outcome: Embedding | EmbedderError | None) -> None:
         """Free the job's place and answer it, once: of several answers the first counts. None: it was cancelled."""
@@ -376,12 +387,13 @@ class Engine:
                 return
             logger.warning("a batch of %d items failed (%s); splitting it", len(jobs), type(error).__name__)
             if isinstance(error, DeviceOutOfMemory):
-                self._learn_limit(jobs)
+                self._shrink_batches(jobs)
         else:
             for job, row in zip(jobs, rows, strict=True):
                 job.journey.batch = batch
                 self._finish(job, row)
             self._observer.ran(batch, [job.journey for job in jobs])
+            self._grow_batches()
             return
         middle = len(jobs) // 2
         for half in (jobs[:middle], jobs[middle:]):
@@ -402,12 +414,22 @@ class Engine:
         self._inputs.seconds_per_token = self._device_rate.seconds_per_token
         return rows, batch
 
-    def _learn_limit(self, jobs: list[_Job]) -> None:
-        """From a batch that did not fit: from now on batches are half as large, for as long as the process lives."""
-        limit = sum(job.model_input.cost for job in jobs) // 2
+    def _shrink_batches(self, jobs: list[_Job]) -> None:
+        """After a batch that did not fit: somebody else has the memory, perhaps for a moment only."""
+        limit = max(LEAST_TOKENS, sum(job.model_input.cost for job in jobs) // 2)
+        self._num_fitting = 0
         if limit < self._inputs.max_batch_tokens:
             self._inputs.max_batch_tokens = limit
-            logger.warning("the device's memory is full: batches have at most %d tokens from now on", limit)
+            logger.warning("the device's memory is full: batches have at most %d tokens for now", limit)
+
+    def _grow_batches(self) -> None:
+        """After a batch that did fit: once many have, twice as large ones are tried, up to what the settings say."""
+        self._num_fitting += 1
+        limit = self._inputs.max_batch_tokens
+        if limit < self.settings.max_batch_tokens and self._num_fitting >= FITTING_BATCHES:
+            self._num_fitting = 0
+            self._inputs.max_batch_tokens = min(2 * limit, self.settings.max_batch_tokens)
+            logger.info("batches may have %d tokens again", self._inputs.max_batch_tokens)
 
     def _finish(self, job: _Job, row: NDArray[np.float32]) -> None:
         with self._lock:

@@ -144,6 +144,8 @@ class ModelUnavailable(EmbedderError):
     code = "model_unavailable"
 
 
+NO_ANSWER = 499  # status of a request whose caller went away, as nginx says it
+
 OF_AN_ITEM = (InvalidRequest, MediaUnavailable, EngineFailed)  # what one item can be to blame for
 
 

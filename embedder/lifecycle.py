@@ -43,20 +43,23 @@ class Drain:
         finally:
             self._num_requests -= 1
 
-    def begin_at_sigterm(self) -> None:
-        """In the worker's event loop: from now on SIGTERM reaches its server when no request is left."""
+    def begin_at_sigterm(self, max_s: float) -> None:
+        """In the worker's event loop: from now on SIGTERM reaches its server when no request is left.
+
+        Or after `max_s`: who does not read an answer must not hold the worker until it is killed.
+        """
         loop, stop_server = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
         assert callable(stop_server)
 
-        def drain(signum: int) -> None:
-            if self._num_requests:
-                loop.call_later(_POLL_S, drain, signum)
+        def drain(signum: int, until_s: float) -> None:
+            if self._num_requests and loop.time() < until_s:
+                loop.call_later(_POLL_S, drain, signum, until_s)
             else:
                 stop_server(signum, None)
 
         def begin(signum: int, _: FrameType | None) -> None:
             self.is_draining = True
-            loop.call_soon_threadsafe(drain, signum)
+            loop.call_soon_threadsafe(drain, signum, loop.time() + max_s)
 
         signal.signal(signal.SIGTERM, begin)
 

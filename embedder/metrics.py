@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from embedder.errors import EmbedderError
+from embedder.errors import NO_ANSWER, EmbedderError
 from embedder.observer import KINDS, Batch, Journey, Observer
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 ITEMS = tuple(2**power for power in range(10))  # 1 to 512
 TOKENS = tuple(2**power for power in range(6, 18))  # 64 to 131072
-NO_ANSWER = 499  # as nginx says it
 FILE_BYTES = 2**17  # the largest, of the histograms, is filled to 56,144
 
 Series = TypeVar("Series", Counter, Histogram)

@@ -62,6 +62,9 @@ class Settings(BaseModel):
     cache_bytes: int = Field(0, ge=0, description="Bytes of vectors kept for equal content; 0: every item is computed.")
     max_items_per_request: int = Field(512, ge=1, description="Items in one request.")
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes of one request body.")
+    max_held_bytes: int = Field(
+        2**30, ge=1024, description="Bytes of the bodies of all requests that wait; more is refused (429)."
+    )
     max_text_chars: int = Field(200_000, ge=1, description="Characters of one item's text, before it is cut to tokens.")
     max_image_bytes: int = Field(20 * 2**20, ge=64, description="Bytes of one encoded image.")
     max_image_pixels: int = Field(50_000_000, ge=4096, description="Pixels of one image, checked before decoding.")
@@ -111,6 +114,15 @@ class Settings(BaseModel):
             raise ValueError(
                 f"max_input_tokens ({self.max_input_tokens}) exceeds max_batch_tokens ({self.max_batch_tokens}): "
                 f"an item could wait for ever. Raise {PREFIX}MAX_BATCH_TOKENS or lower {PREFIX}MAX_INPUT_TOKENS."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_body_may_be_held(self) -> Self:
+        if self.max_body_bytes > self.max_held_bytes:
+            raise ValueError(
+                f"max_body_bytes ({self.max_body_bytes}) exceeds max_held_bytes ({self.max_held_bytes}). "
+                f"Raise {PREFIX}MAX_HELD_BYTES or lower {PREFIX}MAX_BODY_BYTES."
             )
         return self
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,14 +17,16 @@ from embedder.keys import Keys
 from embedder.lifecycle import Drain
 from embedder.settings import Settings
 
-LIMIT, MAX_VALUES, MAX_READ_S = 10, 3, 0.05
+LIMIT, MAX_HELD, MAX_VALUES, MAX_READ_S = 10, 15, 3, 0.05
 MADE_ID = re.compile(rb"[0-9a-f]{32}")
 
 
 def edge(app: ASGIApp, *, api_key: str | None = None, drain: Drain | None = None) -> Edge:
     keys, drain = Keys(Settings(api_key=api_key)), drain or Drain()
     opened = frozenset({"/page"})
-    return Edge(app, LIMIT, MAX_VALUES, MAX_READ_S, keys=keys, drain=drain, open_paths=opened, is_logged=False)
+    return Edge(
+        app, LIMIT, MAX_HELD, MAX_VALUES, MAX_READ_S, keys=keys, drain=drain, open_paths=opened, is_logged=False
+    )
 
 
 def call(
@@ -120,6 +123,43 @@ def test_body_of_one_byte_more_is_refused_before_the_app_sees_it(parts: tuple[by
         },
     )
     assert app.calls == 0
+
+
+def test_bodies_that_wait_are_bounded_together_until_their_answers() -> None:
+    """15 bytes may be held: while one of 8 waits, another of 8 is refused, and let in afterwards."""
+    statuses = []
+
+    async def receive_of(messages: Iterator[Message]) -> Message:
+        return next(messages, {"type": "http.disconnect"})
+
+    async def run() -> None:
+        may_answer = asyncio.Event()
+
+        async def app(_: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            await may_answer.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append((message["status"], dict(message["headers"]).get(b"retry-after")))
+
+        one = edge(app)
+        scope = {"type": "http", "path": "/embed", "method": "POST", "headers": []}
+
+        def ask() -> Coroutine[Any, Any, None]:
+            return one(scope, partial(receive_of, iter(chunks(b"x" * 4, b"x" * 4))), send)
+
+        first = asyncio.create_task(ask())
+        await asyncio.sleep(0)
+        await ask()
+        may_answer.set()
+        await first
+        await ask()
+
+    asyncio.run(run())
+    assert statuses == [(429, b"1"), (200, None), (200, None)]
 
 
 @pytest.mark.parametrize("body", [b"[1,2,3,4]", b"[[[[]]]]", b"[{},{}]"])
@@ -235,7 +275,7 @@ SHAPES = {  # status and body of BentoML's own errors (1.4.39), or of anything e
     "blank": (500, b" \n", "internal_error", "Internal Server Error"),
     "not UTF-8": (400, b"caf\xe9", "invalid_request", "caf\ufffd"),
     "other status": (418, b"", "invalid_request", "I'm a Teapot"),
-    "no known status": (499, b"", "invalid_request", "error 499"),
+    "no known status": (498, b"", "invalid_request", "error 498"),
 }
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedder.awaiting import SUBMITTED_AT_ONCE, embed_all
+import embedder.engine
+from embedder.awaiting import SUBMITTED_AT_ONCE, embed_all, embed_each
 from embedder.engine import Engine, WaitForRows
 from embedder.errors import (
     DeadlineExceeded,
@@ -123,7 +124,11 @@ def test_value_that_is_not_finite_is_an_error_never_an_answer(engine: Engine, mo
     assert model.batches == [1, 3]
 
 
-def test_batch_that_does_not_fit_is_split_and_the_next_one_is_smaller(engine: Engine, model: FakeModel) -> None:
+def test_batch_that_does_not_fit_is_split_and_the_next_ones_are_smaller_for_a_while(
+    engine: Engine, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedder.engine, "LEAST_TOKENS", 64)
+    monkeypatch.setattr(embedder.engine, "FITTING_BATCHES", 12)
     model.capacity = 450
     texts = [f"{index:100}" for index in range(10)]
     for text, future in zip(texts, held_back(engine, model, texts), strict=True):
@@ -132,6 +137,23 @@ def test_batch_that_does_not_fit_is_split_and_the_next_one_is_smaller(engine: En
     model.batches.clear()
     wait(held_back(engine, model, texts), timeout=10)
     assert model.batches == [1, 2, 2, 2, 2, 2]  # half of 500, which did not fit, each
+    model.capacity = 2000  # somebody else has let go of the memory
+    for _ in range(30):
+        engine.submit(item("fits")).result(10)
+    model.batches.clear()
+    wait(held_back(engine, model, texts), timeout=10)
+    assert model.batches == [1, 10]
+
+
+def test_batches_never_shrink_to_single_texts(engine: Engine, model: FakeModel) -> None:
+    """A memory that is full for a moment must not cost the process its throughput."""
+    model.capacity = 450
+    texts = [f"{index:100}" for index in range(10)]
+    wait(held_back(engine, model, texts), timeout=10)
+    model.capacity = 2000
+    model.batches.clear()
+    wait(held_back(engine, model, texts), timeout=10)
+    assert model.batches == [1, 10]
 
 
 def test_item_that_does_not_fit_alone_fails_alone(engine: Engine, model: FakeModel) -> None:
@@ -346,7 +368,7 @@ def test_deadline_empties_both_queues_at_once(model: FakeModel) -> None:
     on_the_device = engine.submit(item("device"))
     assert model.is_entered.wait(10)
     texts = ["preprocessed", "slow", "not yet", "nor this"]
-    with pytest.raises(DeadlineExceeded, match=r"^not done after 0.5 s"):
+    with pytest.raises(DeadlineExceeded, match=r"^timeout: not done after 0.5 s"):
         asyncio.run(embed_all(engine, [item(text) for text in texts], 0.5))
     assert (len(engine._items), len(engine._inputs)) == (0, 0)
     assert engine.pending_tokens == 31  # of "device"
@@ -398,7 +420,26 @@ def test_close_finishes_what_was_admitted_and_refuses_the_rest(model: FakeModel)
 def test_request_that_no_queue_could_hold_is_refused_for_good(model: FakeModel) -> None:
     settings = Settings(max_queued_tokens=100, max_input_tokens=64)
     engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, settings)
-    engine.check_size([item("a" * 4000)])  # one item is always let in, and never counts for more than it is cut to
+    engine.check_room([item("a" * 4000)])  # one item is always let in, and never counts for more than it is cut to
     with pytest.raises(RequestTooLarge, match="about 128 tokens; allowed: up to 100"):
-        engine.check_size([item("a" * 4000)] * 2)
+        engine.check_room([item("a" * 4000)] * 2)
     engine.close()
+
+
+def test_request_that_does_not_fit_now_is_refused_whole(model: FakeModel) -> None:
+    """Let in by halves, its first items would be computed for nothing."""
+    model.gate.clear()
+    with running(model, max_queued_tokens=200, max_input_tokens=64) as engine:
+        first = engine.submit(item("runs"))
+        pending_tokens = engine.pending_tokens
+        with pytest.raises(Overloaded):
+            asyncio.run(embed_all(engine, [item("waits")] * 10, 30))
+        with pytest.raises(Overloaded):
+            asyncio.run(embed_each(engine, [item("waits")] * 10, 30))
+        assert engine.pending_tokens == pending_tokens
+        with pytest.raises(Overloaded):
+            engine.check_room([item("waits")] * 6)
+        engine.check_room([item("waits")])
+        model.gate.set()
+        assert first.result(10)
+    assert model.batches == [1]

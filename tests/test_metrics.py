@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ from embedder.engine import Engine
 from embedder.errors import EmbedderError
 from embedder.metrics import CountRequests, Metrics
 from embedder.settings import Settings
-from tests.conftest import ROOT, encoded, picture, start_server, words
+from tests.conftest import ROOT, Server, encoded, picture, start_server, words
 from tests.fake_model import HIDDEN_SIZE, FakeModel, item
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -181,6 +182,27 @@ def test_two_workers_count_together_and_one_that_was_killed_is_not_counted(
         server.stop()
 
 
+@pytest.mark.parametrize("path", ["/txt/embed", "/embed", "/embed_texts"])
+def test_items_of_a_caller_who_has_gone_away_are_given_up(path: str, client: httpx.Client, server: Server) -> None:
+    names = {"/txt/embed": "input", "/embed": "items", "/embed_texts": "texts"}
+    body = json.dumps({names[path]: [words(400, seed) for seed in range(200)]}).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    before = scraped(client)
+    with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as connection:
+        connection.sendall(head.encode() + body)
+        _wait_for(client, "embedder_queue_items", 200)
+    start = time.monotonic()
+    after = _wait_for(client, "embedder_queue_items", 0)
+    assert after["embedder_cancelled_items_total"] - before.get("embedder_cancelled_items_total", 0) > 100
+    assert time.monotonic() - start < 5
+    name = series("embedder_requests_total", {"route": path, "status": "499"})
+    assert after[name] - before.get(name, 0) == 1
+    assert after.get('embedder_errors_total{code="invalid_request"}') == before.get(
+        'embedder_errors_total{code="invalid_request"}'
+    )
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_services_of_one_user_count_apart(
     random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,7 +302,7 @@ def expressions() -> dict[str, str]:
 
 @pytest.mark.parametrize("title", expressions())
 def test_dashboard_and_alerts_ask_for_what_the_service_has(title: str, client: httpx.Client) -> None:
-    """Names, labels and the values that labels are compared with; `instance` and `job` are Prometheus' own."""
+    """Names, labels and the values that labels are compared with; `instance`, `job` and `up` are Prometheus' own."""
     exposed: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for family in text_string_to_metric_families(client.get("/metrics").text):
         for sample in family.samples:
@@ -291,7 +313,7 @@ def test_dashboard_and_alerts_ask_for_what_the_service_has(title: str, client: h
     selectors = [node for node in nodes if isinstance(node, promql_parser.VectorSelector)]
     assert selectors
     for selector in selectors:
-        assert selector.name in exposed
+        assert selector.name in {"up", *exposed}
         for matcher in selector.matchers.matchers:
             if matcher.name != "instance":
                 assert matcher.name in exposed[selector.name]
