@@ -163,7 +163,8 @@ def check_sbom() -> None:
 
 def main() -> None:
     if reason := missing():
-        sys.exit(print(f"skipped: {reason}"))
+        print(f"not tested: {reason}", file=sys.stderr)
+        sys.exit(2)
     with workspace() as folder:
         began = time.monotonic()
         options = prepare_build(folder)

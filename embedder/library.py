@@ -45,6 +45,7 @@ LIMITS = (
     "max_queued_tokens",
     "url_hosts",
     "url_timeout_s",
+    "decode_timeout_s",
     "request_timeout_s",
 )
 

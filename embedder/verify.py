@@ -1,6 +1,6 @@
 """A checkpoint or a running service -> a table of what was checked, and an exit status.
 
-    python -m embedder.verify MODEL [--url URL] [--image demo.jpeg]
+    python -m embedder.verify MODEL [--url URL [--key-file FILE]] [--image demo.jpeg]
 
 MODEL is a folder, a hub id, or `embedded`, the small model of the package. It is held to three things: what any
 checkpoint must do, plain transformers on the same checkpoint (where that is on this machine), and the values
@@ -133,8 +133,9 @@ PROBES = TEXT_PROBES + IMAGE_PROBES
 class Service:
     """A running service, asked as any of its clients would. Has the two methods of `Embedder` that are needed here."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str = "") -> None:
         self.url = url.rstrip("/")
+        self.headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
 
     def info(self) -> Mapping[str, Any]:
         """What the service says of itself."""
@@ -166,7 +167,7 @@ class Service:
     def _ask(self, path: str, body: object = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(  # noqa: S310 - main lets no address through but http and https
-            f"{self.url}{path}", data, {"content-type": "application/json"}
+            f"{self.url}{path}", data, self.headers
         )
         try:
             with urllib.request.urlopen(request, timeout=600) as response:  # noqa: S310 - likewise
@@ -181,9 +182,17 @@ class Service:
 
 
 def verify(
-    model: str, *, url: str = "", image: bytes | None = None, max_pixels: int | None = None, **options: Any
+    model: str,
+    *,
+    url: str = "",
+    key: str = "",
+    image: bytes | None = None,
+    max_pixels: int | None = None,
+    **options: Any,
 ) -> list[Check]:
-    """All checks that can be made, and the names of those that cannot. `options`: device and dtype of the Embedder.
+    """All checks that can be made, and the names of those that cannot.
+
+    `key`: one that the service at `url` takes. `options`: device and dtype of the Embedder.
 
     Raises `ModelUnavailable`, `ServiceUnreachable`; `InvalidRequest` if `image` is not a picture.
     """
@@ -210,7 +219,7 @@ def verify(
         reference = Reference(info, token_ids, "".join(tail[1:]), ours, *plain, why_not)
     if not url:
         return [*checks, *_reference_checks(None, reference), _not_checked("service = library", "no --url was given")]
-    return checks + _service_checks(Service(url), model, reference, image)
+    return checks + _service_checks(Service(url, key), model, reference, image)
 
 
 def _service_checks(service: Service, model: str, reference: Reference | None, image: bytes | None) -> list[Check]:
@@ -423,6 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", help="checkpoint folder, hub id, or `embedded`: the small model of the package")
     parser.add_argument("--url", default="", help="a running service that serves MODEL; asked by HTTP alone")
+    parser.add_argument("--key-file", type=Path, help="its first line is sent as the service's API key")
     parser.add_argument("--image", type=Path, help="demo.jpeg of the Qwen-VL assets, for the published values")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N, for what runs here")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
@@ -431,8 +441,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen["url"] and not chosen["url"].startswith(("http://", "https://")):
         parser.error(f"--url: got {chosen['url']}; allowed: an address that starts with http:// or https://")
     try:
-        path = chosen.pop("image")
-        checks = verify(image=path.read_bytes() if path else None, **chosen)
+        path, key_file = chosen.pop("image"), chosen.pop("key_file")
+        key = key_file.read_text(encoding="utf-8").partition("\n")[0].strip() if key_file else ""
+        checks = verify(key=key, image=path.read_bytes() if path else None, **chosen)
     except (ModelUnavailable, ServiceUnreachable, InvalidRequest, OSError, ValueError) as error:
         parser.error(str(error))
     print(table(checks))

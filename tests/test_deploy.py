@@ -107,9 +107,19 @@ def test_settings_are_accepted_by_the_service(overlay: dict[str, Object], monkey
 
 
 def test_stop_waits_for_the_longest_request(overlay: dict[str, Object]) -> None:
-    stop_s = container_of(overlay)["lifecycle"]["preStop"]["sleep"]["seconds"] + Settings().request_timeout_s
+    longest_s = 2 * Settings().request_timeout_s  # for its body, and again for its items
+    stop_s = container_of(overlay)["lifecycle"]["preStop"]["sleep"]["seconds"] + longest_s
     assert overlay["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > stop_s + 10
-    assert int(COMPOSE["stop_grace_period"].removesuffix("s")) > Settings().request_timeout_s + 10
+    assert int(COMPOSE["stop_grace_period"].removesuffix("s")) > longest_s + 10
+
+
+def test_model_is_fetched_where_the_service_runs(overlay: dict[str, Object]) -> None:
+    """Its volume can be mounted on one node only."""
+    service, fetch = (overlay[kind]["spec"]["template"] for kind in ("Deployment", "Job"))
+    assert fetch["spec"]["tolerations"] == service["spec"]["tolerations"]
+    (term,) = fetch["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert term["topologyKey"] == "kubernetes.io/hostname"
+    assert term["labelSelector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
 
 
 def test_pods_are_as_hardened_as_the_container_test(overlay: dict[str, Object]) -> None:

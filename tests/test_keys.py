@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from embedder import keys as keys_module
+from embedder import verify
 from embedder.keys import Keys
 from embedder.settings import Settings
 from tests.conftest import Server, start_server
@@ -236,6 +237,13 @@ def test_clients_send_their_key_as_they_always_do(guarded: Server) -> None:
         assert refused.value.code == "invalid_api_key"
     with bentoml.SyncHTTPClient(guarded.url, token="s3cret-file") as bento:
         assert len(bento.embed_texts(texts=["red"])) == 1
+
+
+def test_service_with_keys_is_verified_with_one(guarded: Server, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("s3cret-one\nanother\n")
+    command = ["any", "--url", guarded.url]
+    assert verify.main([*command, "--key-file", str(tmp_path / "keys")]) == 0
+    assert verify.main(command) == 1
 
 
 def test_document_says_that_one_is_needed(guarded: Server) -> None:
