@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from embedder.lifecycle import Drain
 from tests.conftest import ROOT, Server, start_server
 
 NUM_CLIENTS = 6
@@ -90,6 +92,38 @@ def lone(
     yield server
     server.process.kill()  # its worker sees to itself
     server.process.wait(10)
+
+
+@pytest.mark.parametrize(("request_s", "least_s", "most_s"), [(0.1, 0.1, 0.3), (5.0, 0.5, 0.9)])
+def test_server_is_stopped_when_no_request_is_left_or_the_time_is_over(
+    request_s: float, least_s: float, most_s: float
+) -> None:
+    """Who does not read its answer must not hold the worker."""
+    drain = Drain()
+
+    async def stopped_after_s() -> float:
+        stopped = asyncio.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+        drain.begin_at_sigterm(0.5)
+
+        async def answer() -> None:
+            with drain.request():
+                await asyncio.sleep(request_s)
+
+        request = asyncio.create_task(answer())
+        await asyncio.sleep(0)
+        start = time.monotonic()
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.wait_for(stopped.wait(), 5)
+        request.cancel()
+        return time.monotonic() - start
+
+    usual = signal.getsignal(signal.SIGTERM)
+    try:
+        assert least_s <= asyncio.run(stopped_after_s()) < most_s
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    assert drain.is_draining
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
