@@ -28,7 +28,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 import embedder
 from embedder import errors
@@ -88,6 +88,8 @@ except (ValueError, OSError) as error:
     raise SystemExit(f"the service does not start: {error}") from None
 
 REQUIREMENTS = Path(__file__).with_name("deploy").joinpath("requirements.txt").read_text(encoding="utf-8")
+
+WATCHED_AFTER_S = 0.1  # a request that is not answered by then: whether its caller is still there
 
 DRAIN = Drain()
 OPEN_PATHS = frozenset({"/playground", "/playground/", *(f"/playground/{name}" for name in PAGE)})
@@ -289,11 +291,17 @@ async def _answered(work: Awaitable[Response], path: str, receive: Receive) -> R
 
 async def _while_wanted(work: Awaitable[Response], receive: Receive) -> Response:
     """What `work` gives. Cancelled, raising `ClientDisconnect`, once the caller has gone away."""
-    task = asyncio.current_task()
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
-    gone = asyncio.ensure_future(receive())
+    gone: asyncio.Future[Message] = loop.create_future()
     is_over = False
-    gone.add_done_callback(lambda _: is_over or gone.cancelled() or task.cancel())
+
+    def watch() -> None:
+        nonlocal gone
+        gone = asyncio.ensure_future(receive())
+        gone.add_done_callback(lambda _: is_over or gone.cancelled() or task.cancel())
+
+    timer = loop.call_later(WATCHED_AFTER_S, watch)
     try:
         return await work
     except asyncio.CancelledError:
@@ -303,6 +311,7 @@ async def _while_wanted(work: Awaitable[Response], receive: Receive) -> Response
         raise ClientDisconnect from None
     finally:
         is_over = True
+        timer.cancel()
         gone.cancel()
 
 
