@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def _library(folder: Path, texts: list[str], sizes: list[int], warm_up: int) -> 
             same = all(np.abs(vectors[index] - first[index]).max() <= 1e-5 for index in range(min(size, len(first))))
             assert same, "vectors changed"
             assert np.abs(vectors[-1] - vectors[(size - 1) % len(texts)]).max() <= 1e-5, "vectors changed"
-            vectors_mb = sum(vector.nbytes for vector in vectors) / 1e6
+            vectors_mb = sum(map(sys.getsizeof, vectors)) / 1e6
             del vectors
             yield _row("library", size, seconds, meter, vectors_mb)
 
