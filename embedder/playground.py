@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 
 from embedder.awaiting import embed_each
 from embedder.engine import Engine
-from embedder.errors import EmbedderError, InvalidMedia, Overloaded, ShuttingDown
+from embedder.errors import (
+    DeadlineExceeded,
+    DeviceFailed,
+    EmbedderError,
+    InvalidMedia,
+    Overloaded,
+    ShuttingDown,
+)
 from embedder.media import decode_image, open_image
 from embedder.request import EmbeddingItem, Image
 from embedder.response import to_base64
@@ -97,11 +104,14 @@ class Collection:
         while self._sources:
             opened = await asyncio.to_thread(_open_some, self._sources)
             items = [entry if isinstance(entry, EmbedderError) else _item(entry[0]) for entry in opened]
-            outcomes = await embed_each(engine, items, _PATIENCE_S)
-            if any(isinstance(outcome, ShuttingDown) for outcome in outcomes):
+            try:
+                outcomes = await embed_each(engine, items, _PATIENCE_S)
+            except (ShuttingDown, DeviceFailed):
                 return
-            if waits_s := [outcome.retry_after_s for outcome in outcomes if isinstance(outcome, Overloaded)]:
-                await asyncio.sleep(max(waits_s))
+            except Overloaded as error:
+                await asyncio.sleep(error.retry_after_s)
+                continue
+            except DeadlineExceeded:
                 continue
             for (name, _), entry, outcome in zip(self._sources, opened, outcomes, strict=False):
                 if isinstance(entry, EmbedderError) or isinstance(outcome, EmbedderError):

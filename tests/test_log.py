@@ -113,7 +113,8 @@ def ask(path: str, *, is_logged: bool = True, status: int | None = 200) -> None:
     async def send(message: Message) -> None:
         pass
 
-    edge = Edge(app, 99, 99, 9, keys=Keys(Settings()), drain=Drain(), open_paths=frozenset(), is_logged=is_logged)
+    keys, limits = Keys(Settings()), (99, 99, 9, 9.0)
+    edge = Edge(app, *limits, keys=keys, drain=Drain(), open_paths=frozenset(), is_logged=is_logged)
     headers = [(b"x-request-id", b"mine"), (b"authorization", SECRET.encode())]
     query = {"query_string": SECRET.encode()}
     asyncio.run(edge({"type": "http", "method": "POST", "path": path, "headers": headers, **query}, receive, send))

@@ -20,7 +20,7 @@ import PIL.Image
 import pytest
 
 from embedder import Embedder
-from embedder.errors import Overloaded, ShuttingDown
+from embedder.errors import DeadlineExceeded, Overloaded, ShuttingDown
 from embedder.playground import MAX_PICTURES, PAGE, Collection
 from embedder.postprocess import Embedding
 from embedder.request import EmbeddingItem
@@ -228,10 +228,11 @@ def test_full_queue_is_waited_for_and_the_end_of_the_service_ends_it(
 ) -> None:
     monkeypatch.setattr("embedder.playground._PIXELS_TOGETHER", 1)
     collection = Collection(Settings(demo_folder=str(pictures)), is_embedded_model=False)
-    engine: Any = FakeEngine([Overloaded("full", retry_after_s=0.01), DONE, ShuttingDown("over")])
+    full, slow = Overloaded("full", retry_after_s=0.01), DeadlineExceeded("slow")
+    engine: Any = FakeEngine([full, DONE, slow, DONE, ShuttingDown("over")])
     asyncio.run(collection.build(engine))
-    assert [picture.name for picture in collection.pictures] == ["beach.png"]
-    assert collection.status == "building 1 of 5"
+    assert [picture.name for picture in collection.pictures] == ["beach.png", "cliff.JPG"]
+    assert collection.status == "building 3 of 5"
 
 
 def test_large_folder_is_cut_and_says_how_much_was_left_out(tmp_path: Path) -> None:
