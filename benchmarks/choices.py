@@ -84,7 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def _forward_times(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     """By workload and variant, relative to ours."""
     with contextlib.ExitStack() as stack:
-        variants = {name: make(stack.enter_context(Embedder(str(folder), device="cpu"))) for name, make in _variants()}
+        variants = {
+            name: make(stack.enter_context(Embedder(str(folder), device="cpu", **options)))
+            for name, make, options in _variants()
+        }
         preprocess, words = load_preprocessor(folder), read_words(folder)
         relative = {}
         for workload, count in tqdm(BATCHES.items(), desc="forward passes", unit="workload"):
@@ -105,14 +108,15 @@ def _forward_times(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     return relative
 
 
-def _variants() -> Iterator[tuple[str, Callable[[Embedder], Run]]]:
-    yield OURS, _as_it_is
-    yield "prefixes computed for each item", _without_prefixes
-    yield "norms as transformers' modules", _with_norm_modules
-    yield "query, key and value in one product", _with_joined_projections
-    yield "gate and up in one product", _with_joined_mlp
+def _variants() -> Iterator[tuple[str, Callable[[Embedder], Run], dict[str, Any]]]:
+    """Names, what is done to an Embedder, and its settings."""
+    yield OURS, _as_it_is, {}
+    yield "prefixes computed for each item", _without_prefixes, {}
+    yield "norms as transformers' modules", _with_norm_modules, {}
+    yield "query, key and value in one product", _with_joined_projections, {}
+    yield "gate and up in one product", _with_joined_mlp, {}
     if shutil.which("c++"):
-        yield "norms, rotary and MLP by torch.compile", _compiled
+        yield "layers by torch.compile", _as_it_is, {"torch_compile": True}
 
 
 def _as_it_is(embedder: Embedder) -> Run:
@@ -204,13 +208,6 @@ def _with_joined_mlp(embedder: Embedder) -> Run:
         return call
 
     return _with_layers(embedder, lambda layer: _Layer(layer, mlp=mlp(layer)))
-
-
-def _compiled(embedder: Embedder) -> Run:
-    for layer in embedder.forward.language.tower.layers:
-        layer.mlp = torch.compile(layer.mlp, dynamic=True)
-    functions = {name: torch.compile(getattr(language, name), dynamic=True) for name in ("_normalize", "apply_rotary")}
-    return _patched(embedder, **functions)
 
 
 def _pauses_ms() -> dict[str, float]:

@@ -15,6 +15,7 @@ the script itself.
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import sys
 import time
@@ -44,7 +45,12 @@ declare_torchvision_operators()
 from transformers import Qwen3VLModel  # noqa: E402 - after the declaration
 
 BACK_ENDS: dict[str, tuple[dict[str, Any], ...]] = {
-    "cuda": ({"attention": "varlen"}, {"attention": "varlen", "cuda_graphs": True}, {"attention": "flash_attn"}),
+    "cuda": (
+        {"attention": "varlen"},
+        {"attention": "varlen", "cuda_graphs": True},
+        {"attention": "varlen", "torch_compile": True},
+        {"attention": "flash_attn"},
+    ),
     "cpu": ({"attention": "sdpa"},),
 }
 ORACLE_SHAPES = ("tiny", "small")
@@ -125,6 +131,8 @@ def _check_back_ends(shape: str, device: torch.device, dtype: torch.dtype) -> li
         allowed = 1.5 * _distance(theirs, expected) + 1e-6
         for options in BACK_ENDS[device.type]:
             name = options["attention"]
+            if "torch_compile" in options and not shutil.which("cc"):
+                continue
             if name == "flash_attn" and not peers.is_installed("flash_attn"):
                 checks.append({"shape": shape, "attention": name, "result": library.NOT_INSTALLED})
                 continue
@@ -137,7 +145,7 @@ def _check_back_ends(shape: str, device: torch.device, dtype: torch.dtype) -> li
             checks.append(
                 {
                     "shape": shape,
-                    "attention": f"{name}, graphs" if "cuda_graphs" in options else name,
+                    "attention": ", ".join([name, *(peers.OPTIONS[one] for one in options if one in peers.OPTIONS)]),
                     "result": "right" if is_right else "WRONG",
                     "distance": distance,
                     "allowed": allowed,
@@ -223,6 +231,8 @@ def _load(folder: Path, shape: str, device: torch.device, dtype: torch.dtype) ->
     contestants = [peers.ours(folder, dtype, device, model)]
     if device.type == "cuda":
         contestants.append(peers.ours(folder, dtype, device, model, cuda_graphs=True))
+        if shutil.which("cc"):  # which Triton wants
+            contestants.append(peers.ours(folder, dtype, device, model, torch_compile=True))
     contestants.append(peers.padded_transformers(folder, theirs))
     if peers.is_installed("flash_attn"):
         flash = _make_model(shape, device, dtype)

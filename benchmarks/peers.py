@@ -28,12 +28,8 @@ from transformers import Qwen3VLModel, Qwen3VLProcessor  # noqa: E402 - after th
 from transformers.utils import logging  # noqa: E402 - after the declaration
 
 BATCH_SIZE = 32  # of both peers, the default of sentence-transformers
-OURS, OURS_GRAPHS, TRANSFORMERS, SENTENCE_TRANSFORMERS = (
-    "ours",
-    "ours, CUDA graphs",
-    "transformers",
-    "sentence-transformers",
-)
+OURS, TRANSFORMERS, SENTENCE_TRANSFORMERS = "ours", "transformers", "sentence-transformers"
+OPTIONS = {"cuda_graphs": "CUDA graphs", "torch_compile": "compiled"}  # of ours, and what their peers are called by
 
 logging.disable_progress_bar()
 
@@ -63,11 +59,8 @@ def ours(folder: Path, dtype: torch.dtype, device: torch.device, model: Any = No
     loaded = mock.patch("embedder.library.load_model", return_value=model) if model is not None else nullcontext()
     with loaded:
         embedder = Embedder(str(folder), device=str(device), dtype=name, **options)
-    return Peer(
-        OURS_GRAPHS if options.get("cuda_graphs") else OURS,
-        lambda items: np.stack(embedder.embed(items)),
-        embedder.close,
-    )
+    full_name = ", ".join([OURS, *(OPTIONS[option] for option in options if option in OPTIONS)])
+    return Peer(full_name, lambda items: np.stack(embedder.embed(items)), embedder.close)
 
 
 def padded_transformers(folder: Path, model: Any, name: str = TRANSFORMERS) -> Peer:

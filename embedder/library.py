@@ -28,7 +28,7 @@ from embedder.packing import pack
 from embedder.pooling import pool
 from embedder.postprocess import Embedding
 from embedder.preprocess import ModelInput, Preprocessor, load_tokenizer, read_vision_config
-from embedder.request import EmbeddingItem, Image, Text, item_from_fields
+from embedder.request import EXAMPLE_IMAGE, EmbeddingItem, Image, Text, item_from_fields
 from embedder.settings import Settings, available_cores
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,9 @@ class Embedder:
         self.preprocessor = Preprocessor(
             load_tokenizer(self.checkpoint.folder), vision, self.settings, visual_cost=visual_cost(weights)
         )
-        self.forward = Forward(weights, vision, self.settings.attention)
+        self.forward = Forward(weights, vision, self.settings.attention, is_compiled=self.settings.torch_compile)
+        if self.settings.torch_compile:
+            self._compile()
         self.graphs = TextGraphs(self.forward.language, self.device) if self.settings.cuda_graphs else None
         self.engine = Engine(
             self.preprocessor,
@@ -173,6 +175,18 @@ class Embedder:
 
         budget = find_budget(self.preprocessor, run)
         return self.settings.model_copy(update={"max_batch_tokens": budget})
+
+    def _compile(self) -> None:
+        """Run each tower once. Raises `ModelUnavailable` where what torch.compile needs is missing."""
+        logger.info("compiling the layers; TORCHINDUCTOR_CACHE_DIR says where that is kept for the next start")
+        start = time.monotonic()
+        item = EmbeddingItem((Text("ready?"), Image(EXAMPLE_IMAGE)))
+        try:
+            self.forward(pack([self.preprocessor(item)], self.preprocessor.vision.merge_size, self.device))
+        except RuntimeError as error:
+            reason = " ".join(str(error).strip().partition("\n\n")[0].split())
+            raise ModelUnavailable(f"EMBEDDER_TORCH_COMPILE: the layers cannot be compiled: {reason}") from error
+        logger.info("compiled in %.0f s", time.monotonic() - start)
 
     def _launch(self, inputs: list[ModelInput]) -> WaitForRows:
         order = sorted(range(len(inputs)), key=lambda index: inputs[index].num_tokens)

@@ -45,6 +45,9 @@ class Settings(BaseModel):
         "auto", description="Attention back end; `auto`: flash_attn if installed, else varlen on CUDA, sdpa on CPU."
     )
     cuda_graphs: bool = Field(False, description="Replay small batches of texts as CUDA graphs; needs a GPU.")
+    torch_compile: bool = Field(
+        False, description="Compile the layers at start, for minutes; needs a C++ compiler, on a GPU a C compiler."
+    )
     default_instruction: str = Field(
         "Represent the user's input.", min_length=1, description="Instruction of an item that brings none."
     )

@@ -179,8 +179,8 @@ def test_variant_with_other_vectors_ends_the_run(monkeypatch: pytest.MonkeyPatch
     def without_norm(embedder: Any) -> Any:
         return choices._patched(embedder, _normalize=lambda _, states: states)
 
-    variants = {choices.OURS: choices._as_it_is, "wrong": without_norm}
-    monkeypatch.setattr(choices, "_variants", variants.items)
+    variants = [(choices.OURS, choices._as_it_is, {}), ("wrong", without_norm, {})]
+    monkeypatch.setattr(choices, "_variants", lambda: variants)
     with random_folder("tiny") as folder, pytest.raises(SystemExit, match="wrong gives other vectors"):
         choices._forward_times(folder, rounds=1)
 

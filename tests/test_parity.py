@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
+import torch._inductor.config
 from numpy.typing import NDArray
 
 from embedder import Embedder
+from embedder.errors import ModelUnavailable
 from tests.conftest import picture, words
 from tests.oracle import Oracle
 
@@ -156,6 +160,30 @@ def test_matryoshka_cut_is_the_first_values_at_unit_length(embedder: Embedder) -
     cut = embedder.embed([{"text": "red", "dimensions": 64}])[0]
     assert cut.shape == (64,)
     np.testing.assert_allclose(cut, whole[:64] / np.linalg.norm(whole[:64]), atol=1e-7)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
+def test_compiled_layers_equal_transformers_whatever_the_number_of_tokens(
+    random_checkpoint: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = list(ITEMS.values())
+    with Embedder(str(random_checkpoint), device="cpu", torch_compile=True) as embedder:
+        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)  # the start has compiled all
+        assert_equal(embedder.embed(items), oracle.embed(items))
+        alone = [embedder.embed([item])[0] for item in items]
+    assert_equal(alone, oracle.embed(items))
+
+
+def test_layers_that_cannot_be_compiled_stop_the_start(
+    random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()  # of what was compiled before
+    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    message = r"EMBEDDER_TORCH_COMPILE: the layers cannot be compiled: .*no-such-compiler"
+    with pytest.raises(ModelUnavailable, match=message):
+        Embedder(str(random_checkpoint), device="cpu", torch_compile=True)
 
 
 @pytest.mark.gpu

@@ -59,12 +59,13 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "api_key_file": "f",
         "log_format": "json",
     }
-    given |= {"default_instruction": "Find.", "access_log": "true", "cuda_graphs": "true", "request_timeout_s": "1.5"}
+    given |= dict.fromkeys(("access_log", "cuda_graphs", "torch_compile"), "true")
+    given |= {"default_instruction": "Find.", "request_timeout_s": "1.5"}
     for name in FIELDS:
         monkeypatch.setenv(f"{PREFIX}{name.upper()}", given.setdefault(name, "4096"))
     settings = Settings.from_environment().model_dump()
-    typed = {"access_log": True, "cuda_graphs": True, "request_timeout_s": 1.5, "api_key": SecretStr("k")}
-    assert settings == {name: typed.get(name, 4096 if value == "4096" else value) for name, value in given.items()}
+    typed = {"true": True, "4096": 4096, "1.5": 1.5}
+    assert settings == {name: typed.get(value, value) for name, value in given.items()} | {"api_key": SecretStr("k")}
 
 
 def test_unknown_variable_is_named_beside_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:

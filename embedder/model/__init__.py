@@ -4,6 +4,7 @@ memory        checkpoint folder -> whether its weights can fit the device
 weights       checkpoint folder -> transformers' Qwen3VLModel on the device
 positions     coordinates -> rotary angles and the resampled position grid
 attention     one function over packed sequences, three back ends
+fusion        what stands between the products of a layer -> fewer passes, by torch.compile
 vision        patches -> visual tokens and deepstack features
 language      tokens -> the state of each item's last token
 forward       the two in order

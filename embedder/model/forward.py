@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from embedder.model.attention import choose_attention
+from embedder.model.fusion import as_it_is, compiled
 from embedder.model.language import Language
 from embedder.model.vision import Vision
 from embedder.packing import PackedBatch
@@ -15,15 +16,19 @@ from embedder.preprocess import VisionConfig
 
 
 class Forward:
-    """The forward pass of one loaded checkpoint (transformers' Qwen3VLModel) on its device."""
+    """The forward pass of one loaded checkpoint (transformers' Qwen3VLModel) on its device.
 
-    def __init__(self, model: Any, vision: VisionConfig, attention: str) -> None:
+    With `is_compiled` its layers go through torch.compile at the first call.
+    """
+
+    def __init__(self, model: Any, vision: VisionConfig, attention: str, *, is_compiled: bool = False) -> None:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.hidden_size: int = model.config.text_config.hidden_size
         self.attention_name, back_end = choose_attention(attention, self.device, self.dtype)
-        self.vision = Vision(model.visual, vision, back_end)
-        self.language = Language(model.language_model, back_end)
+        fuse = compiled if is_compiled else as_it_is
+        self.vision = Vision(model.visual, vision, back_end, fuse)
+        self.language = Language(model.language_model, back_end, fuse)
 
     @torch.inference_mode()
     def __call__(self, batch: PackedBatch) -> Tensor:

@@ -8,6 +8,7 @@ pooled ones.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedder.model.attention import Attention
+from embedder.model.fusion import Fuse, as_it_is
 from embedder.model.positions import apply_rotary
 from embedder.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, pack_prefixes
 
@@ -28,10 +30,13 @@ MAX_KEPT_TOKENS = 4096  # of all kept prefixes together: 470 MB for the 2B, 600 
 class Language:
     """The tower of one checkpoint, and the prefixes it has seen."""
 
-    def __init__(self, tower: Module, attention: Attention) -> None:
+    def __init__(self, tower: Module, attention: Attention, fuse: Fuse = as_it_is) -> None:
         self.tower = tower
         self.attention = attention
-        self.head_dim: int = tower.layers[0].self_attn.head_dim
+        self._project, self._finish = (
+            fuse(_project),
+            fuse(_finish),
+        )  # of whole layers: all but the last one's pooled rows
         self._kept: OrderedDict[Prefix, list[KeyValue]] = OrderedDict()  # by layer; least recently used first
 
     @property
@@ -64,11 +69,11 @@ class Language:
         batch: PackedBatch,
         prefix: KeyValue | None,
     ) -> Tensor:
-        normed = _normalize(layer.input_layernorm, hidden_states)
-        query = self._query(layer.self_attn, normed, cos, sin)
-        key, value = _behind(prefix, self._key_value(layer.self_attn, normed, cos, sin), batch)
+        query, *own = self._project(layer, hidden_states, cos, sin)
+        key, value = _behind(prefix, own, batch)
         attended = self.attention(query, key, value, batch.sequences, batch.keys, causal=True)
-        return self._finish(layer, hidden_states, attended)
+        finished: Tensor = self._finish(layer, hidden_states, attended)
+        return finished
 
     def _last_layer(
         self,
@@ -80,11 +85,11 @@ class Language:
         prefix: KeyValue | None,
     ) -> Tensor:
         normed = _normalize(layer.input_layernorm, hidden_states)
-        key, value = _behind(prefix, self._key_value(layer.self_attn, normed, cos, sin), batch)
+        key, value = _behind(prefix, _key_value(layer.self_attn, normed, cos, sin), batch)
         pooled = batch.pooled_index
-        query = self._query(layer.self_attn, normed[pooled], cos[pooled], sin[pooled])
+        query = _query(layer.self_attn, normed[pooled], cos[pooled], sin[pooled])
         attended = self.attention(query, key, value, batch.pooled, batch.keys, causal=False)  # it is the last one
-        return self._finish(layer, hidden_states[pooled], attended)
+        return _finish(layer, hidden_states[pooled], attended)
 
     def _prefix_key_values(self, batch: PackedBatch) -> list[KeyValue] | list[None]:
         """Keys and values of the batch's prefixes, one behind the other, for each layer; None without prefixes."""
@@ -113,9 +118,7 @@ class Language:
         lengths = [len(prefix) for prefix in prefixes]
         by_layer = []
         for layer in self.tower.layers:
-            normed = _normalize(layer.input_layernorm, hidden_states)
-            query = self._query(layer.self_attn, normed, cos, sin)
-            key, value = self._key_value(layer.self_attn, normed, cos, sin)
+            query, key, value = self._project(layer, hidden_states, cos, sin)
             parts = zip(torch.split(key, lengths), torch.split(value, lengths), strict=True)
             by_layer.append([(one.clone(), other.clone()) for one, other in parts])  # a view would keep its neighbours
             if layer is not self.tower.layers[-1]:
@@ -128,19 +131,29 @@ class Language:
         cos, sin = self.tower.rotary_emb(hidden_states, batch.position_ids[:, None])
         return cos[0], sin[0]
 
-    def _query(self, attention: Module, normed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        heads = attention.q_proj(normed).view(len(normed), -1, self.head_dim)
-        return apply_rotary(_normalize(attention.q_norm, heads), cos, sin)
 
-    def _key_value(self, attention: Module, normed: Tensor, cos: Tensor, sin: Tensor) -> KeyValue:
-        key = attention.k_proj(normed).view(len(normed), -1, self.head_dim)
-        value: Tensor = attention.v_proj(normed).view(len(normed), -1, self.head_dim)
-        return apply_rotary(_normalize(attention.k_norm, key), cos, sin), value
+def _project(layer: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of every token: (tokens, heads, head_dim), the first two rotated."""
+    normed = _normalize(layer.input_layernorm, hidden_states)
+    return _query(layer.self_attn, normed, cos, sin), *_key_value(layer.self_attn, normed, cos, sin)
 
-    def _finish(self, layer: Module, hidden_states: Tensor, attended: Tensor) -> Tensor:
-        hidden_states = hidden_states + layer.self_attn.o_proj(attended.flatten(1))
-        finished: Tensor = hidden_states + layer.mlp(_normalize(layer.post_attention_layernorm, hidden_states))
-        return finished
+
+def _query(attention: Module, normed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    heads = attention.q_proj(normed).view(len(normed), -1, attention.head_dim)
+    return apply_rotary(_normalize(attention.q_norm, heads), cos, sin)
+
+
+def _key_value(attention: Module, normed: Tensor, cos: Tensor, sin: Tensor) -> KeyValue:
+    key = attention.k_proj(normed).view(len(normed), -1, attention.head_dim)
+    value: Tensor = attention.v_proj(normed).view(len(normed), -1, attention.head_dim)
+    return apply_rotary(_normalize(attention.k_norm, key), cos, sin), value
+
+
+def _finish(layer: Module, hidden_states: Tensor, attended: Tensor) -> Tensor:
+    """Behind the attention: its projection, and the MLP."""
+    hidden_states = hidden_states + layer.self_attn.o_proj(attended.flatten(1))
+    finished: Tensor = hidden_states + layer.mlp(_normalize(layer.post_attention_layernorm, hidden_states))
+    return finished
 
 
 def _normalize(norm: Module, states: Tensor) -> Tensor:
@@ -148,9 +161,10 @@ def _normalize(norm: Module, states: Tensor) -> Tensor:
     return F.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def _behind(prefix: KeyValue | None, own: KeyValue, batch: PackedBatch) -> KeyValue:
+def _behind(prefix: KeyValue | None, own: Sequence[Tensor], batch: PackedBatch) -> KeyValue:
     """Own keys and values, each item's behind those of its prefix: (total_keys, num_kv_heads, head_dim)."""
     if prefix is None or batch.key_index is None:
-        return own
+        key, value = own
+        return key, value
     key, value = (torch.cat(pair).index_select(0, batch.key_index) for pair in zip(prefix, own, strict=True))
     return key, value

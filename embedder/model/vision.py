@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedder.model.attention import Attention
+from embedder.model.fusion import Fuse, as_it_is
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
-from embedder.packing import PackedVision, Sequences
+from embedder.packing import PackedVision
 from embedder.preprocess import VisionConfig
 
 Module = Any  # transformers' modules, whose attributes torch leaves untyped
@@ -21,9 +22,10 @@ ROPE_THETA = 10_000.0  # of Qwen3VLVisionRotaryEmbedding in transformers
 class Vision:
     """The tower of one checkpoint."""
 
-    def __init__(self, tower: Module, config: VisionConfig, attention: Attention) -> None:
+    def __init__(self, tower: Module, config: VisionConfig, attention: Attention, fuse: Fuse = as_it_is) -> None:
         self.tower = tower
         self.attention = attention
+        self._project, self._finish = fuse(_project), fuse(_finish)
         self.num_heads: int = tower.config.num_heads
         self.deepstack_layers = list(tower.config.deepstack_visual_indexes)
         projection = tower.patch_embed.proj
@@ -43,8 +45,9 @@ class Vision:
         cos, sin = vision_rotary(batch.coordinates, head_dim, ROPE_THETA)
         deepstack = []
         for index, block in enumerate(self.tower.blocks):
-            hidden_states = hidden_states + self._attend(block, hidden_states, cos, sin, batch.sequences)
-            hidden_states = hidden_states + block.mlp(block.norm2(hidden_states))
+            query, key, value = self._project(block, hidden_states, cos, sin)
+            attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=False)
+            hidden_states = self._finish(block, hidden_states, attended)
             if index in self.deepstack_layers:
                 merger = self.tower.deepstack_merger_list[self.deepstack_layers.index(index)]
                 deepstack.append(merger(hidden_states))
@@ -66,11 +69,18 @@ class Vision:
         values = pixels.view(len(pixels), len(self.scale), -1)
         return torch.addcmul(self.shift[:, None], values.float(), self.scale[:, None]).flatten(1).to(self.bias.dtype)
 
-    def _attend(self, block: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, sequences: Sequences) -> Tensor:
-        qkv = block.attn.qkv(block.norm1(hidden_states)).view(len(hidden_states), 3, self.num_heads, -1)
-        query, key, value = qkv.unbind(1)
-        query = apply_rotary(query.float(), cos, sin).to(value.dtype)  # in float32, as transformers does
-        key = apply_rotary(key.float(), cos, sin).to(value.dtype)
-        attended = self.attention(query, key, value, sequences, sequences, causal=False)
-        projected: Tensor = block.attn.proj(attended.flatten(1))
-        return projected
+
+def _project(block: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of every patch, (num_patches, heads, head_dim), the first two rotated."""
+    qkv = block.attn.qkv(block.norm1(hidden_states)).view(len(hidden_states), 3, block.attn.num_heads, -1)
+    query, key, value = qkv.unbind(1)
+    query = apply_rotary(query.float(), cos, sin).to(value.dtype)  # in float32, as transformers does
+    key = apply_rotary(key.float(), cos, sin).to(value.dtype)
+    return query, key, value
+
+
+def _finish(block: Module, hidden_states: Tensor, attended: Tensor) -> Tensor:
+    """Behind the attention: its projection, and the MLP."""
+    hidden_states = hidden_states + block.attn.proj(attended.flatten(1))
+    finished: Tensor = hidden_states + block.mlp(block.norm2(hidden_states))
+    return finished
