@@ -15,16 +15,27 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, MethodType
 from typing import NoReturn
 
 import click
+import uvicorn
 from bentoml._internal.configuration.containers import BentoMLContainer  # what `bentoml serve` itself asks
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _LOOK_S = 1.0
+_LEFT_S = 5  # for answers that are on their way when the drain is over
+
+
+def own_server() -> uvicorn.Server:
+    """The server of this worker, while it starts: it listens for SIGTERM already, and for callers not yet."""
+    handler = signal.getsignal(signal.SIGTERM)
+    assert isinstance(handler, MethodType)
+    server = handler.__self__
+    assert isinstance(server, uvicorn.Server)
+    return server
 
 
 class Drain:
@@ -43,19 +54,19 @@ class Drain:
         finally:
             self._num_requests -= 1
 
-    def begin_at_sigterm(self, max_s: float) -> None:
+    def begin_at_sigterm(self, server: uvicorn.Server, max_s: float) -> None:
         """In the worker's event loop: from now on SIGTERM reaches its server when no request is left.
 
         Or after `max_s`: who does not read an answer must not hold the worker until it is killed.
         """
-        loop, stop_server = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
-        assert callable(stop_server)
+        loop = asyncio.get_running_loop()
+        server.config.timeout_graceful_shutdown = _LEFT_S  # without it the server itself waits for ever
 
         def drain(signum: int, until_s: float) -> None:
             if self._num_requests and loop.time() < until_s:
                 loop.call_later(_POLL_S, drain, signum, until_s)
             else:
-                stop_server(signum, None)
+                server.handle_exit(signum, None)
 
         def begin(signum: int, _: FrameType | None) -> None:
             self.is_draining = True

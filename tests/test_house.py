@@ -26,6 +26,7 @@ AROUND = {
     "chat": {"errors", "request", "settings"},
     "checkpoint": {"settings", "errors"},
     "cohere": {"chat", "errors", "postprocess", "request", "response", "settings"},
+    "connection": set(),
     "edge": {"errors", "keys", "lifecycle", "log", "openai", "response", "values"},
     "keys": {"settings"},
     "lifecycle": set(),
@@ -66,8 +67,9 @@ DOORS = {  # each outside library, and every module that imports it when it runs
     "tqdm": {"bulk"},
     "torch": {"library", "model", "packing", "pooling", "random_checkpoint", "torchvision_shim", "verify"},
     "transformers": {"model", "random_checkpoint", "verify"},
+    "uvicorn": {"connection", "lifecycle"},
     # not outside, but each with a door: threads, and the futures that come from them
-    "threading": {"engine"},
+    "threading": {"engine", "media"},
     "concurrent": {"awaiting", "bulk", "engine", "fetch", "library"},
 }
 

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 
-from embedder.lifecycle import Drain
+from embedder.lifecycle import Drain, own_server
 from tests.conftest import ROOT, Server, start_server
 
 NUM_CLIENTS = 6
@@ -102,9 +103,9 @@ def test_server_is_stopped_when_no_request_is_left_or_the_time_is_over(
     drain = Drain()
 
     async def stopped_after_s() -> float:
-        stopped = asyncio.Event()
-        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-        drain.begin_at_sigterm(0.5)
+        server = uvicorn.Server(uvicorn.Config(app="none"))
+        signal.signal(signal.SIGTERM, server.handle_exit)
+        drain.begin_at_sigterm(own_server(), 0.5)
 
         async def answer() -> None:
             with drain.request():
@@ -114,7 +115,9 @@ def test_server_is_stopped_when_no_request_is_left_or_the_time_is_over(
         await asyncio.sleep(0)
         start = time.monotonic()
         signal.raise_signal(signal.SIGTERM)
-        await asyncio.wait_for(stopped.wait(), 5)
+        async with asyncio.timeout(5):
+            while not server.should_exit:
+                await asyncio.sleep(0.01)
         request.cancel()
         return time.monotonic() - start
 
@@ -202,6 +205,19 @@ def test_sigterm_in_a_crowd_leaves_nobody_waiting(lone: Server) -> None:
         last = [client.result()[-1] for client in clients]
     assert all(outcome == 503 or isinstance(outcome, httpx.TransportError) for outcome in last), last
     assert lone.process.wait(60) == 0
+
+
+@pytest.mark.parametrize("lone", [{"EMBEDDER_REQUEST_TIMEOUT_S": "1"}], indirect=True)
+def test_who_does_not_read_answers_does_not_hold_a_service_that_stops(lone: Server) -> None:
+    host, port = lone.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.setblocking(False)
+        request = b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n"
+        with contextlib.suppress(BlockingIOError):
+            connection.sendall(request * 400)
+        time.sleep(1)
+        lone.process.terminate()
+        assert lone.process.wait(30) == 0
 
 
 @pytest.mark.slow
