@@ -31,6 +31,8 @@ from embedder.media import (
     check_time,
     decode_deadline,
     decode_image,
+    decoded_bytes,
+    decoding,
     describe,
     encoded_bytes,
     open_image,
@@ -50,6 +52,7 @@ MAX_CODED_FRAMES = 100_000  # 55 minutes at 30 a second
 # FFmpeg keeps some 70 bytes for each entry, however few bytes of an MP4 declare them: a file of 5 KB with 60 million
 # took 4.5 GB and 13 s (FFmpeg 8.0, 2026-11). A frame or sound sample counts up to three times.
 MAX_INDEX_ENTRIES = 2_000_000
+DECODER_BYTES_PER_PIXEL = 46  # of a frame: H.264 with 16 references of 7040x7040 took 2.3 GB
 MAX_BOXES = 100_000  # outermost ones; a fragment is two
 MAX_TABLES = 64  # of one kind; a stream has one
 
@@ -110,7 +113,10 @@ def _load_frames(
         raise InvalidMedia(f"video of frames of {shown[:60]} pixels; allowed: frames of one size")
     frames = np.empty((len(images), *sizes[0], 3), np.uint8)
     for row in frames:
-        row[:] = resize(decode_image(images.pop(0)), *sizes[0])  # and the decoded picture is let go
+        image = images.pop(0)
+        with decoding(decoded_bytes(image)):
+            row[:] = resize(decode_image(image), *sizes[0])
+        del image  # with its pixels
     # a repeated last frame counts on, as in qwen-vl-utils
     return Clip(frames, tuple(index / fps for index in range(len(frames))))
 
@@ -146,8 +152,9 @@ def _load_encoded(
             stream.codec_context.thread_count = 1  # the clips of other items run in other threads
             frames = np.empty((len(indices), height, width, 3), np.uint8)
             decoded = _decode(stream.codec_context, packets, [times[index] for index in indices], deadline, settings)
-            for row, frame in zip(frames, decoded, strict=True):
-                row[:] = resize(frame.to_image(), height, width)  # type: ignore[no-untyped-call]  # av's
+            with decoding(DECODER_BYTES_PER_PIXEL * stream.width * stream.height):
+                for row, frame in zip(frames, decoded, strict=True):
+                    row[:] = resize(frame.to_image(), height, width)  # type: ignore[no-untyped-call]  # av's
     except av.FFmpegError as error:
         check_time(deadline, settings)  # it may have been cut off for that
         raise InvalidMedia(f"video cannot be decoded, it is damaged or cut off: {error.strerror}") from error

@@ -6,9 +6,12 @@ import base64
 import io
 import random
 import struct
+import threading
 import time
 import tracemalloc
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,8 +20,9 @@ import pytest
 from numpy.typing import NDArray
 from qwen_vl_utils.vision_process import fetch_image, smart_resize
 
+from embedder import media
 from embedder.errors import InvalidMedia, MediaTooLarge
-from embedder.media import ImageGeometry, load_image, resized_size
+from embedder.media import ImageGeometry, decoded_bytes, load_image, open_image, resized_size
 from embedder.settings import Settings
 from tests.conftest import encoded, picture
 from tests.hostile import chunk, jpeg_of_scans, png
@@ -400,3 +404,51 @@ def test_warnings_of_the_rest_of_the_program_are_left_alone() -> None:
     before = list(warnings.filters)
     load(encoded(picture(40, 40)))
     assert warnings.filters == before
+
+
+def test_what_decodes_at_once_fits_the_room_and_goes_in_the_order_it_came() -> None:
+    room = media._Room(100)
+    running: list[int] = []
+    peaks: list[int] = []
+    order: list[int] = []
+    lock = threading.Lock()
+
+    def decode(num_bytes: int) -> None:
+        with room(num_bytes):
+            with lock:
+                running.append(num_bytes)
+                order.append(num_bytes)
+                peaks.append(sum(running))
+            time.sleep(0.05)
+            with lock:
+                running.remove(num_bytes)
+
+    threads = [threading.Thread(target=decode, args=(num_bytes,)) for num_bytes in (60, 90, 30, 500, 50, 50)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.005)
+    for thread in threads:
+        thread.join()
+    assert order == [60, 90, 30, 500, 50, 50]  # 30 would have fitted beside 60, but 90 came before
+    assert max(peak for peak in peaks if peak != 500) <= 100  # more than the room goes alone
+    assert sorted(peaks)[-2] == 100
+
+
+@pytest.mark.parametrize(("file_format", "mode"), [("WEBP", "RGBA"), ("PNG", "LA"), ("PNG", "RGB"), ("JPEG", "RGB")])
+def test_memory_of_decoding_is_taken_from_the_room_before(
+    file_format: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    room = media.decoding
+
+    @contextmanager
+    def watched(num_bytes: int) -> Iterator[None]:
+        with room(num_bytes):
+            taken.append(num_bytes)
+            yield
+
+    monkeypatch.setattr(media, "decoding", watched)
+    data = encoded(PIL.Image.new(mode, (1000, 800)), file_format)
+    load(data)
+    assert taken == [decoded_bytes(open_image(data, Settings()))]
+    assert 4 * 800_000 <= taken[0] <= 20 * 800_000
