@@ -23,7 +23,7 @@ from typing import Annotated, Any, SupportsIndex
 import bentoml
 import torch
 from bentoml.exceptions import BentoMLException
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BaseModel
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -35,11 +35,12 @@ from embedder import errors
 from embedder.awaiting import embed_all, embed_each
 from embedder.checkpoint import find_checkpoint
 from embedder.cohere import cohere_body, parse_cohere
+from embedder.connection import bound_connections
 from embedder.edge import Edge
 from embedder.engine import Engine
 from embedder.errors import EmbedderError
 from embedder.keys import Keys
-from embedder.lifecycle import Drain, check_port, end_with_arbiter, end_with_workers, give_up
+from embedder.lifecycle import Drain, check_port, end_with_arbiter, end_with_workers, give_up, own_server
 from embedder.log import count_items, request_id, share_log
 from embedder.metrics import CONTENT_TYPE, CountRequests, Metrics
 from embedder.native import embed_body, parse_embed, whole_failure
@@ -139,11 +140,11 @@ class Qwen3VLEmbedding:
         """Once, before the workers start: what is named is there, or the service says why not and does not start."""
         share_log(SETTINGS.log_format)
         end_with_workers()
-        make_metrics_folder()
         try:
+            make_metrics_folder()
             check_port()
             Collection(SETTINGS, is_embedded_model=find_checkpoint(SETTINGS).is_embedded)
-        except (errors.ModelUnavailable, ValueError) as error:
+        except (errors.ModelUnavailable, ValueError, OSError) as error:
             raise SystemExit(f"the service does not start: {error}") from None
 
     def __init__(self) -> None:
@@ -164,7 +165,9 @@ class Qwen3VLEmbedding:
             await _embed([EmbeddingItem((Text("ready?"),)), EmbeddingItem((Image(EXAMPLE_IMAGE),))])
         gc.freeze()  # what stays anyway: half a million objects, whose collection would stop every answer for 0.3 s
         if bentoml.server_context.worker_index:  # none where a program, not BentoML's arbiter, runs this
-            DRAIN.begin_at_sigterm(2 * SETTINGS.request_timeout_s)  # for a body, and again for its items
+            server = own_server()
+            bound_connections(server.config, SETTINGS.request_timeout_s)
+            DRAIN.begin_at_sigterm(server, 2 * SETTINGS.request_timeout_s)  # for a body, and again for its items
             end_with_arbiter(self.arbiter)
         self.is_ready = True
         METRICS.serving(SETTINGS, self.embedder.info(), embedder.__version__)
@@ -195,6 +198,12 @@ class Qwen3VLEmbedding:
     async def embed_images(self, images: BentoRows) -> list[list[float]]:
         """One vector per image. An image is base64, or an object with `image`, `instruction`, `dimensions`."""
         return Rows({"image": row} if isinstance(row, str) else row for row in images)
+
+
+for _name in ("embed_texts", "embed_images"):  # what BentoML makes of their signatures takes any field beside the rows
+    _fields: type[BaseModel] = Qwen3VLEmbedding.apis[_name].input_spec  # type: ignore[attr-defined]  # made a Service
+    _fields.model_config["extra"] = "forbid"
+    _fields.model_rebuild(force=True)
 
 
 @contextmanager
@@ -230,7 +239,7 @@ class Vectors(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Embed and send them."""
-        response = await _answered(self._embed(), scope["path"], receive)
+        response = await _answered(_while_wanted(self._embed(), receive), scope["path"])
         response.background = self.background
         await response(scope, receive, send)
 
@@ -247,7 +256,6 @@ def _row_item(row: Any) -> EmbeddingItem | EmbedderError:
 
 
 async def _embed(items: Sequence[EmbeddingItem | EmbedderError]) -> list[Embedding]:
-    _engine().check_room([item for item in items if isinstance(item, EmbeddingItem)])
     embeddings = await embed_all(_engine(), items, SETTINGS.request_timeout_s)
     count_items(len(embeddings), sum(one.num_tokens for one in embeddings))
     return embeddings
@@ -266,8 +274,10 @@ def _route(path: str, method: str) -> Callable[[Handler], Handler]:
 
     def register(handler: Handler) -> Handler:
         async def guarded(request: Request) -> Response:
+            if method == "GET":  # whose body, if any, the edge has not read, and nobody does
+                return await _answered(handler(request), path)
             await request.body()  # what comes behind it is that the caller has gone away
-            return await _answered(handler(request), path, request.receive)
+            return await _answered(_while_wanted(handler(request), request.receive), path)
 
         app.router.routes.append(Route(path, guarded, methods=[method]))
         return handler
@@ -275,10 +285,10 @@ def _route(path: str, method: str) -> Callable[[Handler], Handler]:
     return register
 
 
-async def _answered(work: Awaitable[Response], path: str, receive: Receive) -> Response:
+async def _answered(work: Awaitable[Response], path: str) -> Response:
     """What it raises becomes an answer; nothing escapes into BentoML's middlewares."""
     try:
-        return await _while_wanted(work, receive)
+        return await work
     except ClientDisconnect:
         return Response(status_code=errors.NO_ANSWER)
     except EmbedderError as error:
@@ -328,11 +338,7 @@ async def embed_image(request: Request) -> Response:
 @_route("/embed", "POST")
 async def embed_items(request: Request) -> Response:
     parsed = parse_embed(await request.body(), SETTINGS)
-    _engine().check_room([item for item in parsed.items if isinstance(item, EmbeddingItem)])
     outcomes = await embed_each(_engine(), parsed.items, SETTINGS.request_timeout_s)
-    for outcome in outcomes:
-        if isinstance(outcome, EmbedderError) and not isinstance(outcome, errors.OF_AN_ITEM):
-            raise outcome  # overload and shutdown concern the request, not the item that met them
     count_items(len(outcomes), sum(one.num_tokens for one in outcomes if isinstance(one, Embedding)))
     failure = whole_failure(outcomes)
     body = embed_body(parsed, outcomes, _model_name(), SETTINGS.max_input_tokens)
@@ -461,4 +467,5 @@ _add_middleware(
     drain=DRAIN,
     open_paths=OPEN_PATHS,
     is_logged=SETTINGS.access_log,
+    count_held_bytes=METRICS.held_bytes.inc,
 )

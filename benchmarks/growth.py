@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with random_folder("tiny") as folder:
         texts = [item["text"] for item in make_items("text-mixed", NUM_TEXTS, read_words(folder))]
         rows: list[dict[str, Any]] = []
-        sizes = [*chosen.sizes, min(chosen.sizes)]
+        sizes = [*sorted(chosen.sizes), min(chosen.sizes)]
         if "library" in chosen.where:
             rows += _library(folder, texts, sizes, chosen.warm_up)
         if "server" in chosen.where:
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     data = {"environment": about, "rows": rows, "verdicts": verdicts}
     text = _table(rows) + "\n\n" + "\n".join(f"{where}: {one['text']}" for where, one in verdicts.items())
     bars = {
-        f"{size}": {row["where"]: row["item_cpu_ms"] for row in rows if row["items"] == size} for size in chosen.sizes
+        f"{size}": {row["where"]: row["item_cpu_ms"] for row in reversed(rows) if row["items"] == size}  # the first run
+        for size in chosen.sizes
     }
     report.save(chosen.results, "growth", data, text, bars, "CPU ms an item")
     print(text)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 
-from embedder.engine import Engine
+from embedder.engine import Engine, Room
 from embedder.errors import OF_AN_ITEM, DeadlineExceeded, EmbedderError, of_item, to_keep
 from embedder.postprocess import Embedding
 from embedder.request import EmbeddingItem
@@ -30,7 +30,10 @@ async def embed_all(
 
 
 async def embed_each(engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float) -> list[Outcome]:
-    """Every item's Embedding or error, in order. An error among the items, of its parsing, is its outcome."""
+    """Every item's Embedding or error, in order. An error among the items, of its parsing, is its outcome.
+
+    Raises one that concerns more than an item: the device is lost.
+    """
     async with _submitted(engine, items, timeout_s) as futures:
         return [await _outcome(future) for future in futures]
 
@@ -38,7 +41,7 @@ async def embed_each(engine: Engine, items: Sequence[EmbeddingItem | EmbedderErr
 async def _outcome(future: Future[Embedding]) -> Outcome:
     try:
         return await asyncio.wrap_future(future)
-    except EmbedderError as error:
+    except OF_AN_ITEM as error:
         return to_keep(error)
 
 
@@ -48,16 +51,18 @@ async def _submitted(
 ) -> AsyncIterator[list[Future[Embedding]]]:
     """A future for each item. Those not done at the end are given up.
 
-    Raises `DeadlineExceeded`, and what concerns the request and no single item: `Overloaded`, `ShuttingDown`.
+    Raises `DeadlineExceeded`, and what concerns the request and no single item: `Overloaded`, `RequestTooLarge`,
+    `ShuttingDown`, `DeviceFailed`.
     """
     request = object()
     futures: list[Future[Embedding]] = []
     try:
         async with asyncio.timeout(timeout_s):
-            for item in items:
-                futures.append(_submit(engine, item, request))
-                if len(futures) % SUBMITTED_AT_ONCE == 0:
-                    await asyncio.sleep(0)
+            with engine.room_for([item for item in items if isinstance(item, EmbeddingItem)]) as room:
+                for item in items:
+                    futures.append(_submit(engine, item, request, room))
+                    if len(futures) % SUBMITTED_AT_ONCE == 0:
+                        await asyncio.sleep(0)
             yield futures
     except TimeoutError as error:
         raise DeadlineExceeded(f"timeout: not done after {timeout_s:g} s, the limit") from error
@@ -66,14 +71,14 @@ async def _submitted(
             future.cancel()  # those still waiting, after an error or when the caller went away
 
 
-def _submit(engine: Engine, item: EmbeddingItem | EmbedderError, request: object) -> Future[Embedding]:
+def _submit(engine: Engine, item: EmbeddingItem | EmbedderError, request: object, room: Room) -> Future[Embedding]:
     """An item's future, which has failed already where that item is refused."""
     refused: Future[Embedding] = Future()
     if isinstance(item, EmbedderError):
         refused.set_exception(item)
         return refused
     try:
-        return engine.submit(item, request=request)
+        return engine.submit(item, request=request, room=room)
     except OF_AN_ITEM as error:
         refused.set_exception(to_keep(error))
         return refused

@@ -19,7 +19,7 @@ from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-LEAST_TOKENS = 64  # what `max_batch_tokens` may be
+LEAST_BUDGET = 64  # what `max_batch_tokens` may be
 PROMPT_TOKENS = 40  # about what the chat template and the instruction take of an item
 
 
@@ -30,7 +30,7 @@ def find_budget(preprocess: Preprocessor, run: Callable[[list[ModelInput]], obje
     """
     settings = preprocess.settings
     budget = settings.max_batch_tokens
-    while budget >= LEAST_TOKENS:
+    while budget >= LEAST_BUDGET:
         try:
             for inputs in _batches(preprocess, budget):
                 run(inputs)

@@ -7,9 +7,9 @@ in three shapes, none of them ours, and its page at `/` loads a foreign script (
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -25,6 +25,7 @@ from embedder.errors import (
     RequestTooLarge,
     ShuttingDown,
     UnsupportedContentType,
+    to_keep,
 )
 from embedder.keys import Keys
 from embedder.lifecycle import Drain
@@ -35,12 +36,17 @@ from embedder.values import has_more_values
 
 PROBES = frozenset({"/livez", "/healthz", "/readyz", "/health"})
 
+WITH_BODY = ("POST", "PUT", "PATCH")
+SMALL_BODY = 2**16  # bytes
+DROPPED_S = 1.0
+RETRY_AFTER_S = 1  # where bodies fill the memory: they last no longer than their requests
+
 _CLOSE = (b"connection", b"close")
 _REFUSALS: dict[type[EmbedderError], tuple[int, list[tuple[bytes, bytes]]]] = {  # before the body is read, or all of it
     InvalidKey: (401, [(b"www-authenticate", b"Bearer")]),
     RequestTooLarge: (413, [_CLOSE]),
     UnsupportedContentType: (415, [_CLOSE]),
-    Overloaded: (429, [_CLOSE, (b"retry-after", b"1")]),
+    Overloaded: (429, [_CLOSE, (b"retry-after", str(RETRY_AFTER_S).encode())]),
     ShuttingDown: (503, [_CLOSE]),
     DeadlineExceeded: (504, [_CLOSE]),
 }
@@ -68,7 +74,7 @@ class Edge:
 
     A body that takes longer than `max_read_s` would hold its connection, and a worker that drains, for ever. All bodies
     together are bounded from their first bytes to their answers: a picture takes about three times its body's memory.
-    Probes and `open_paths` need no key; probes are also answered while the worker drains, and not logged.
+    To read probes and `open_paths` no key is needed; probes are also answered while the worker drains, and not logged.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class Edge:
         drain: Drain,
         open_paths: frozenset[str],
         is_logged: bool,
+        count_held_bytes: Callable[[int], object] = lambda _: None,
     ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
@@ -94,12 +101,14 @@ class Edge:
         self.drain = drain
         self.open_paths = open_paths | PROBES
         self.is_logged = is_logged
+        self.count_held_bytes = count_held_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = {**scope, "headers": list(scope["headers"])}  # uvicorn puts trailers into its list
         path = scope["path"]
         log = begin_request(scope["headers"])
         answer = _Answer(send, log.id, self.drain, is_openai=path.startswith("/v1/"))
@@ -111,45 +120,56 @@ class Edge:
                 log.write(scope["method"], path, answer.status)
 
     async def _pass_on(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        is_body_left = scope["method"] in WITH_BODY
         with self._holding() as hold:
             try:
                 self._check(scope)
-                if scope["method"] in ("POST", "PUT", "PATCH"):
+                if is_body_left:
                     _check_content_type(scope)
                     body = await _read(receive, self.max_body_bytes, self.max_read_s, hold)
+                    is_body_left = False
                     await _check_values(body, self.max_values)
                     receive = _replay(body, receive)
             except tuple(_REFUSALS) as error:
-                await answer.refuse(error)
+                refusal = to_keep(error)  # its frames hold the body
             except ClientDisconnect:  # while sending
                 return
             else:
                 await self.app(scope, receive, answer.send)
+                return
+        await answer.refuse(refusal, receive if is_body_left else None)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _holding(self) -> Iterator[Callable[[int], None]]:
-        """Around a request: counts its body's bytes as they come. Raises `Overloaded` where all are too many."""
+        """Around a request: counts its body's bytes as they come. Raises `Overloaded` where all are too many.
+
+        A small body is let in all the same: a few large ones that come slowly shall not keep out every query.
+        """
         held = 0
 
         def hold(num_bytes: int) -> None:
             nonlocal held
-            if self.held_bytes + num_bytes > self.max_held_bytes:
+            is_small = held + num_bytes <= SMALL_BODY
+            if not is_small and self.held_bytes + num_bytes > self.max_held_bytes:
                 text = f"bodies of {self.held_bytes} bytes wait; allowed: up to {self.max_held_bytes}"
-                raise Overloaded(text, retry_after_s=1)
+                raise Overloaded(text, retry_after_s=RETRY_AFTER_S)
             held += num_bytes
             self.held_bytes += num_bytes
+            self.count_held_bytes(num_bytes)
 
         try:
             yield hold
         finally:
             self.held_bytes -= held
+            self.count_held_bytes(-held)
 
     def _check(self, scope: Scope) -> None:
         """Raises `ShuttingDown` and `InvalidKey`."""
         path = scope["path"]
         if self.drain.is_draining and path not in PROBES:
             raise ShuttingDown("the service is shutting down")
-        if path not in self.open_paths and not self.keys.open_for(scope["headers"]):
+        is_open = path in self.open_paths and scope["method"] not in WITH_BODY
+        if not is_open and not self.keys.open_for(scope["headers"]):
             raise InvalidKey("an API key is needed: send yours as `Authorization: Bearer <key>` or as `x-api-key`")
 
 
@@ -178,13 +198,16 @@ class _Answer:
             if not message.get("more_body", False):
                 await self._send_error()
 
-    async def refuse(self, error: EmbedderError) -> None:
+    async def refuse(self, error: EmbedderError, rest: Receive | None) -> None:
+        """The `rest` of the body is dropped before the connection is closed: many a client reads no answer before it
+        has sent all.
+        """
         status, headers = _REFUSALS[type(error)]
         self._start = {"type": "http.response.start", "status": status, "headers": headers}
         self._body = error_body(error)
-        await self._send_error()
+        await self._send_error(rest)
 
-    async def _send_error(self) -> None:
+    async def _send_error(self, rest: Receive | None = None) -> None:
         status, body = self._start["status"], self._body
         if not body.startswith(b'{"error":{'):
             body = _reshape(status, body)
@@ -194,7 +217,10 @@ class _Answer:
         headers = [(name, value) for name, value in self._start.get("headers", ()) if name.lower() not in replaced]
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await self._send_start(status, headers)
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send({"type": "http.response.body", "body": body, "more_body": rest is not None})
+        if rest is not None:
+            await _drop(rest)
+            await self._send({"type": "http.response.body"})
 
     async def _send_start(self, status: int, given: Iterable[tuple[bytes, bytes]]) -> None:
         """The head of the answer: nothing of what serves it, the request's id, and how a page is to be treated."""
@@ -274,7 +300,17 @@ async def _read(receive: Receive, max_bytes: int, max_s: float, hold: Callable[[
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError as error:
-        raise DeadlineExceeded(f"of the body came {len(body)} bytes in {max_s:g} s, and not its end") from error
+        raise DeadlineExceeded(
+            f"timeout: of the body came {len(body)} bytes in {max_s:g} s, and not its end"
+        ) from error
+
+
+async def _drop(receive: Receive) -> None:
+    """What comes within `DROPPED_S`, up to the body's end."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DROPPED_S):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 async def _check_values(body: bytes, most: int) -> None:

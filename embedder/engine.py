@@ -17,8 +17,9 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn
@@ -43,7 +44,7 @@ from embedder.observer import Batch, Journey, Observer, begin_journey
 from embedder.postprocess import Embedding, check_dimensions, finish_vector
 from embedder.preprocess import ModelInput
 from embedder.request import EmbeddingItem, Image, Text, Video
-from embedder.scheduler import LEAST_TOKENS, Rate, Scheduler
+from embedder.scheduler import Rate, Scheduler
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ Preprocess = Callable[[EmbeddingItem], ModelInput]
 WaitForRows = Callable[[], NDArray[np.float32]]
 Launch = Callable[[list[ModelInput]], WaitForRows]
 
+READY_BYTES = 2**29  # of preprocessed items without an answer: ten batches or so; then preprocessing waits
 FITTING_BATCHES = 100  # without a full memory, after which larger ones are tried again
 
 # Of preprocessing: a picture (300 tokens) is overtaken by texts that come up to 0.3 s later, and 1000 of those cost it
@@ -62,7 +64,8 @@ SECONDS_PER_ESTIMATED_TOKEN = 0.001
 
 @dataclass(eq=False)
 class _Job:
-    """One item on its way. `num_tokens` were admitted for it; `model_input` is there once it was preprocessed.
+    """One item on its way. `num_tokens` were admitted for it; `model_input` is there once it was preprocessed, and
+    takes `num_bytes`.
 
     `key`: what the vector depends on, where vectors are cached; otherwise the job is like no other. `context`: of the
     request, for the log and for who listens to `journey`.
@@ -71,6 +74,7 @@ class _Job:
     item: EmbeddingItem
     request: object
     num_tokens: int
+    num_bytes: int = 0
     future: Future[Embedding] = field(default_factory=Future)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
     journey: Journey = field(init=False)
@@ -81,6 +85,13 @@ class _Job:
         """A line in the name of the request."""
         # a copy: the context itself may still be entered by the thread that preprocessed the item
         self.context.copy().run(logger.log, level, message, *values, exc_info=error)
+
+
+@dataclass
+class Room:
+    """Estimated tokens of the queue that are kept for a request, of which not all items have come yet."""
+
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -147,6 +158,7 @@ class Engine:
         self._twins: Twins[_Job] = Twins()
         self._pending: set[_Job] = set()  # whoever takes a job out answers its future
         self._pending_tokens = 0
+        self._ready_bytes = 0  # of the model inputs of those that are pending
         self._device_rate = Rate(self._inputs.seconds_per_token)
         self._answer_rate = Rate(0.001)
         self._answered_at_s = 0.0  # the last answer, or when there began to be something to answer
@@ -174,22 +186,23 @@ class Engine:
         """Estimated tokens of all items that were admitted and have no answer yet."""
         return self._pending_tokens
 
-    def submit(self, item: EmbeddingItem, *, request: object = None, wait: bool = False) -> Future[Embedding]:
+    def submit(
+        self, item: EmbeddingItem, *, request: object = None, room: Room | None = None, wait: bool = False
+    ) -> Future[Embedding]:
         """Admit one item. The future gives its Embedding or raises an `EmbedderError`; cancelling it frees the place.
 
         Items with the same `request` (any hashable; None: the item is one of its own) share one place in the queues.
         Raises at once: `UnsupportedDimensions`, `ShuttingDown`, `DeviceFailed`, and `Overloaded` where the queue is
-        full, unless `wait`: then it blocks until there is room.
+        full, unless it is one of those that `room` was made for, or `wait`: then it blocks until there is room.
         """
         check_dimensions(item.dimensions, self.hidden_size)
         job = _Job(item, object() if request is None else request, _estimated_tokens(item, self.settings))
         with self._lock:
-            self._admit(job.num_tokens, wait)
+            self._admit(job.num_tokens, room, wait)
             now_s = time.monotonic()
             if not self._pending:
                 self._answered_at_s = now_s
             self._pending.add(job)
-            self._pending_tokens += job.num_tokens
             job.journey = begin_journey(item, job.num_tokens)
             self._observer.admitted(job.journey)
             is_fetched = self.settings.url_hosts and has_url(item)
@@ -200,17 +213,28 @@ class Engine:
         job.future.add_done_callback(lambda done: self._observer.answered(journey, done))
         return job.future
 
-    def check_room(self, items: Sequence[EmbeddingItem]) -> None:
-        """Raises `RequestTooLarge` for a request that would overfill even the empty queue, `Overloaded` if now it does.
+    @contextmanager
+    def room_for(self, items: Sequence[EmbeddingItem]) -> Iterator[Room]:
+        """Room in the queue for these items to be submitted one after the other: let in by halves they would be
+        computed for nothing.
 
-        Let in by halves it would be computed for nothing.
+        Raises `RequestTooLarge` for items that would overfill even the empty queue, `Overloaded` if now they do.
         """
         num_tokens = sum(_estimated_tokens(item, self.settings) for item in items)
         most = self.settings.max_queued_tokens
         if len(items) > 1 and num_tokens > most:
             raise RequestTooLarge(f"the items are about {num_tokens} tokens; allowed: up to {most} in one request")
-        if not self._has_room_for(num_tokens):
-            raise self._overloaded()
+        with self._lock:
+            if num_tokens and not self._has_room_for(num_tokens):
+                raise self._overloaded()
+            self._pending_tokens += num_tokens
+        room = Room(num_tokens)
+        try:
+            yield room
+        finally:
+            with self._lock:
+                self._pending_tokens -= room.num_tokens
+                self._has_room.notify_all()
 
     def close(self) -> None:
         """Finish what was admitted, take nothing more, end the threads."""
@@ -228,23 +252,29 @@ class Engine:
         for condition in (self._has_fetches, self._has_items, self._has_inputs, self._has_room):
             condition.notify_all()
 
-    def _admit(self, num_tokens: int, wait: bool) -> None:
+    def _admit(self, num_tokens: int, room: Room | None, wait: bool) -> None:
         if wait:
             self._has_room.wait_for(lambda: self._has_room_for(num_tokens) or self._is_closed)
         if self.failure:
             raise _lost()
         if self._is_closed:
             raise ShuttingDown("the service is shutting down")
-        if not self._has_room_for(num_tokens):
+        if room:
+            room.num_tokens -= num_tokens
+        elif self._has_room_for(num_tokens):
+            self._pending_tokens += num_tokens
+        else:
             raise self._overloaded()
 
     def _has_room_for(self, num_tokens: int) -> bool:
-        return not self._pending or self._pending_tokens + num_tokens <= self.settings.max_queued_tokens
+        return not self._pending_tokens or self._pending_tokens + num_tokens <= self.settings.max_queued_tokens
 
     def _overloaded(self) -> Overloaded:
+        wait_s = self._pending_tokens * self._answer_rate.seconds_per_token
         return Overloaded(
             f"{self._pending_tokens} tokens wait; allowed: up to {self.settings.max_queued_tokens}",
-            retry_after_s=max(1.0, self._pending_tokens * self._answer_rate.seconds_per_token),
+            # no longer than anybody waits for an answer; items that are given up make the rate look slow
+            retry_after_s=max(1.0, min(wait_s, self.settings.request_timeout_s)),
         )
 
     def _answer(self, job: _Job, outcome: Embedding | EmbedderError | None) -> None:
@@ -254,6 +284,7 @@ class Engine:
                 return
             self._pending.remove(job)
             self._pending_tokens -= job.num_tokens
+            self._free(job.num_bytes)
             _ = any(queue.discard(job) for queue in (self._fetches, self._items, self._inputs))
             self._twins.remove(job.key, job)
             now_s = time.monotonic()
@@ -267,6 +298,13 @@ class Engine:
         elif outcome:
             job.future.set_exception(to_keep(outcome))
 
+    def _free(self, num_bytes: int) -> None:
+        was_full = self._ready_bytes >= READY_BYTES
+        self._ready_bytes -= num_bytes
+        if was_full and self._ready_bytes < READY_BYTES:
+            self._has_fetches.notify_all()
+            self._has_items.notify_all()
+
     def _forget(self, job: _Job | None) -> None:
         """Its future is done: where that was the caller's doing, nobody waits for the job."""
         if job:
@@ -279,9 +317,9 @@ class Engine:
             del job  # while it waits for the next
 
     def _next_item(self, queue: Scheduler[_Job], has_jobs: threading.Condition) -> _Job | None:
-        """Waits for work. None when it is over."""
+        """Waits for work, and for memory. None when it is over."""
         with self._lock:
-            has_jobs.wait_for(lambda: len(queue) or self._is_over)
+            has_jobs.wait_for(lambda: (len(queue) and self._ready_bytes < READY_BYTES) or self._is_over)
             return next(iter(queue.take(time.monotonic())), None)
 
     def _prepare(self, job: _Job) -> None:
@@ -306,6 +344,8 @@ class Engine:
         with self._lock:
             if job not in self._pending:  # given up in the meantime
                 return
+            job.num_bytes = job.model_input.num_bytes
+            self._ready_bytes += job.num_bytes
             row = self.cache.get(job.key)
             if row is None:
                 if self._twins.add(job.key, job):
@@ -416,7 +456,7 @@ class Engine:
 
     def _shrink_batches(self, jobs: list[_Job]) -> None:
         """After a batch that did not fit: somebody else has the memory, perhaps for a moment only."""
-        limit = max(LEAST_TOKENS, sum(job.model_input.cost for job in jobs) // 2)
+        limit = sum(job.model_input.cost for job in jobs) // 2
         self._num_fitting = 0
         if limit < self._inputs.max_batch_tokens:
             self._inputs.max_batch_tokens = limit

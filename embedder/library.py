@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from embedder.budget import find_budget
 from embedder.checkpoint import find_checkpoint
 from embedder.engine import Engine, WaitForRows
-from embedder.errors import InvalidRequest, ModelUnavailable, of_item
+from embedder.errors import DeviceOutOfMemory, InvalidRequest, ModelUnavailable, of_item
 from embedder.model.faults import device_faults
 from embedder.model.forward import Forward
 from embedder.model.graphs import TextGraphs, graph_size
@@ -37,6 +37,7 @@ LIMITS = (
     "max_input_tokens",
     "max_items_per_request",
     "max_body_bytes",
+    "max_held_bytes",
     "max_text_chars",
     "max_image_bytes",
     "max_image_pixels",
@@ -92,7 +93,7 @@ class Embedder:
         self.forward = Forward(weights, vision, self.settings.attention, is_compiled=self.settings.torch_compile)
         if self.settings.torch_compile:
             self._compile()
-        self.graphs = TextGraphs(self.forward.language, self.device) if self.settings.cuda_graphs else None
+        self.graphs = self._record_graphs() if self.settings.cuda_graphs else None
         self.engine = Engine(
             self.preprocessor,
             self._launch,
@@ -175,6 +176,13 @@ class Embedder:
 
         budget = find_budget(self.preprocessor, run)
         return self.settings.model_copy(update={"max_batch_tokens": budget})
+
+    def _record_graphs(self) -> TextGraphs:
+        try:
+            with device_faults(self.device):
+                return TextGraphs(self.forward.language, self.device)
+        except DeviceOutOfMemory as error:
+            raise ModelUnavailable(f"EMBEDDER_CUDA_GRAPHS: no memory is left for the graphs: {error}") from error
 
     def _compile(self) -> None:
         """Run each tower once. Raises `ModelUnavailable` where what torch.compile needs is missing."""

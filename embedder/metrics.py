@@ -58,6 +58,8 @@ class Metrics(Observer):
             "status",
         )
         self.requests_in_progress = self._gauge("requests_in_progress", "Requests begun and not answered yet.")
+        self.held_bytes = self._gauge("held_bytes", "Bytes of the bodies of requests begun and not answered yet.")
+        self.held_limit = self._gauge("held_limit_bytes", "Bytes of bodies that may wait; more is refused (429).")
         request_seconds = self._histogram(
             "request_duration_seconds",
             "Time from a request's head to the end of its answer, by `route`.",
@@ -76,7 +78,8 @@ class Metrics(Observer):
         )
         _begin(self.failed_items, _codes())
         self.cancelled_items = self._counter(
-            "cancelled_items_total", "Items given up: the time was over, or another item failed their request."
+            "cancelled_items_total",
+            "Items given up: their caller had gone, the time was over, or another item failed their request.",
         )
         self.cached_items = self._counter(
             "cached_items_total", "Items answered from `EMBEDDER_CACHE_BYTES`, or by an equal one that ran meanwhile."
@@ -85,7 +88,7 @@ class Metrics(Observer):
         tokens = self._counter("tokens_total", "Tokens embedded, by `kind`: text or visual.", "kind")
         self.tokens = _begin(tokens, ["text", "visual"])
         self.prefix_tokens = self._counter(
-            "prefix_tokens_total", "Of the text tokens, those of instructions, computed once and not for every item."
+            "prefix_tokens_total", "Of the text tokens, those of instructions: computed once, unless very many differ."
         )
         self.queue_items = self._gauge("queue_items", "Items taken and not answered yet.")
         self.queue_tokens = self._gauge("queue_tokens", "Their tokens, as estimated when they came.")
@@ -125,6 +128,7 @@ class Metrics(Observer):
         labels = {name: str(info[name] or "") for name in ("model", "revision", "device", "dtype")}
         self.model.labels(**labels, version=version).set(1)
         self.queue_limit.set(settings.max_queued_tokens)
+        self.held_limit.set(settings.max_held_bytes)
         self.threads.set(settings.preprocess_threads)
         self.workers.set(1)
 

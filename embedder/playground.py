@@ -29,6 +29,7 @@ from embedder.errors import (
     EmbedderError,
     InvalidMedia,
     Overloaded,
+    RequestTooLarge,
     ShuttingDown,
 )
 from embedder.media import decode_image, open_image
@@ -101,15 +102,20 @@ class Collection:
 
     async def build(self, engine: Engine) -> None:
         """Embed every picture. One that cannot be is skipped, and named with the reason."""
+        pixels_together = _PIXELS_TOGETHER
         while self._sources:
-            opened = await asyncio.to_thread(_open_some, self._sources)
+            opened = await asyncio.to_thread(_open_some, self._sources, pixels_together)
             items = [entry if isinstance(entry, EmbedderError) else _item(entry[0]) for entry in opened]
             try:
                 outcomes = await embed_each(engine, items, _PATIENCE_S)
             except (ShuttingDown, DeviceFailed):
                 return
             except Overloaded as error:
+                pixels_together //= 2  # the queue may be too small for so many, even when it is empty
                 await asyncio.sleep(error.retry_after_s)
+                continue
+            except RequestTooLarge:
+                pixels_together //= 2
                 continue
             except DeadlineExceeded:
                 continue
@@ -180,7 +186,7 @@ def page_file(name: str) -> tuple[bytes, str] | None:
     return (_PACKAGE / "playground" / name).read_bytes(), PAGE[name]
 
 
-def _open_some(sources: list[Source]) -> list[Opened]:
+def _open_some(sources: list[Source], pixels_together: int) -> list[Opened]:
     """The next pictures with their thumbnails, or why not: small ones together, a large one ends the round."""
     opened: list[Opened] = []
     num_pixels = 0
@@ -192,7 +198,7 @@ def _open_some(sources: list[Source]) -> list[Opened]:
         else:
             opened.append((image, _thumbnail(image)))
             num_pixels += image.width * image.height
-        if num_pixels >= _PIXELS_TOGETHER:
+        if num_pixels >= pixels_together:
             break
     return opened
 

@@ -45,9 +45,10 @@ def check_dimensions(dimensions: int | None, hidden_size: int) -> None:
 def finish_vector(row: NDArray[np.float32], dimensions: int | None, normalize: bool) -> NDArray[np.float32]:
     """(hidden_size,) -> (dimensions,). Cut first, then normalise. Raises `EngineFailed` if a value is not finite."""
     vector = row[:dimensions]
-    squares = vector.dot(vector)
-    if not math.isfinite(squares) and not np.isfinite(vector).all():  # large values' squares may be too large alone
-        raise EngineFailed("the model gave a value that is not finite")
+    with np.errstate(over="ignore"):  # which the next line finds
+        squares = vector.dot(vector)
+    if not math.isfinite(squares):
+        raise EngineFailed("the model gave a value that is not finite, or far too large")
     return vector / max(np.sqrt(squares), np.float32(1e-12)) if normalize else vector
 
 

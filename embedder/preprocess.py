@@ -83,6 +83,11 @@ class ModelInput:
         """Length of the sequence."""
         return len(self.input_ids)
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes of the memory: that of its patches, beside which nothing counts."""
+        return sum(one.pixels.nbytes for one in self.patches)
+
 
 class Preprocessor:
     """Holds the tokenizer and the geometry of one checkpoint; its calls may run in many threads at once.

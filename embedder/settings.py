@@ -66,7 +66,9 @@ class Settings(BaseModel):
     max_items_per_request: int = Field(512, ge=1, description="Items in one request.")
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes of one request body.")
     max_held_bytes: int = Field(
-        2**30, ge=1024, description="Bytes of the bodies of all requests that wait; more is refused (429)."
+        2**30,
+        ge=1024,
+        description="Bytes of the bodies of all requests of a worker; more is refused (429), but for small ones.",
     )
     max_text_chars: int = Field(200_000, ge=1, description="Characters of one item's text, before it is cut to tokens.")
     max_image_bytes: int = Field(20 * 2**20, ge=64, description="Bytes of one encoded image.")

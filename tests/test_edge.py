@@ -89,7 +89,8 @@ def answering(status: int, *parts: bytes, headers: Iterable[tuple[bytes, bytes]]
 
 def status_and_error(sent: list[Message]) -> tuple[int, dict[str, Any]]:
     """Of an answer that must be whole, with the headers of JSON."""
-    start, body = sent
+    start, body, *end = sent
+    assert end == [{"type": "http.response.body"}] * body.get("more_body", False)  # once the body's rest was dropped
     headers = dict(start["headers"])
     assert headers[b"content-type"] == b"application/json"
     assert headers[b"content-length"] == str(len(body["body"])).encode()
@@ -125,8 +126,15 @@ def test_body_of_one_byte_more_is_refused_before_the_app_sees_it(parts: tuple[by
     assert app.calls == 0
 
 
-def test_bodies_that_wait_are_bounded_together_until_their_answers() -> None:
-    """15 bytes may be held: while one of 8 waits, another of 8 is refused, and let in afterwards."""
+@pytest.mark.parametrize(
+    ("small_body", "expected"),
+    [(3, [(429, b"1"), (200, None), (200, None)]), (8, [(200, None), (200, None), (200, None)])],
+)
+def test_bodies_that_wait_are_bounded_together_until_their_answers(
+    small_body: int, expected: list[tuple[int, bytes | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """15 bytes may be held: while one of 8 waits, another of 8 is refused unless it is small, and let in afterwards."""
+    monkeypatch.setattr("embedder.edge.SMALL_BODY", small_body)
     statuses = []
 
     async def receive_of(messages: Iterator[Message]) -> Message:
@@ -153,13 +161,15 @@ def test_bodies_that_wait_are_bounded_together_until_their_answers() -> None:
 
         first = asyncio.create_task(ask())
         await asyncio.sleep(0)
-        await ask()
+        second = asyncio.create_task(ask())
+        await asyncio.sleep(0.01)
         may_answer.set()
-        await first
+        await asyncio.gather(first, second)
         await ask()
+        assert one.held_bytes == 0
 
     asyncio.run(run())
-    assert statuses == [(429, b"1"), (200, None), (200, None)]
+    assert statuses == expected
 
 
 @pytest.mark.parametrize("body", [b"[1,2,3,4]", b"[[[[]]]]", b"[{},{}]"])
@@ -177,12 +187,6 @@ def test_compressed_body_is_refused_before_the_app_sees_it() -> None:
     status, error = status_and_error(call(app, chunks(b"{}"), headers=[(b"content-encoding", b"gzip")]))
     assert (status, error["message"]) == (415, "content encoding: got gzip; allowed: none")
     assert app.calls == 0
-
-
-def test_what_is_over_the_limit_is_not_read() -> None:
-    messages = iter(chunks(b"x" * 11, b"x", b"x"))
-    call(Echo(), messages)
-    assert len(list(messages)) == 2
 
 
 @pytest.mark.parametrize("sent_so_far", [[], chunks(b"x", b"x")[:1]], ids=["nothing", "half"])
@@ -368,7 +372,7 @@ def test_app_that_raises_is_the_servers_to_answer(status: int | None) -> None:
 @pytest.mark.parametrize(
     "path", ["/embed", "/v1/embeddings", "/embed_texts", "/metrics", "/", "/page/x", "/livez/", ""]
 )
-def test_without_a_key_nothing_is_read_and_nothing_answered(method: str, path: str) -> None:
+def test_without_a_key_the_body_is_dropped_and_nothing_answered(method: str, path: str) -> None:
     app, body = Echo(), iter(chunks(b"{}"))
     sent = call(app, body, path=path, method=method, api_key="one", headers=[(b"authorization", b"Bearer on")])
     status, error = status_and_error(sent)
@@ -376,7 +380,7 @@ def test_without_a_key_nothing_is_read_and_nothing_answered(method: str, path: s
     assert error["type"] == ("invalid_request_error" if path.startswith("/v1") else "invalid_request")
     assert (b"www-authenticate", b"Bearer") in sent[0]["headers"]
     assert app.calls == 0
-    assert len(list(body)) == 1
+    assert len(list(body)) == (0 if method == "POST" else 1)
 
 
 @pytest.mark.parametrize("path", [*sorted(PROBES), "/page"])
@@ -443,3 +447,53 @@ def test_page_without_a_policy_gets_one_and_another_keeps_its_own() -> None:
     assert (foreign[b"x-content-type-options"], foreign[b"x-frame-options"]) == (b"nosniff", b"DENY")
     own = [html, (b"Content-Security-Policy", b"default-src 'none'")]
     assert call(answering(200, b"<p>", headers=own), method="GET")[0]["headers"][:-1] == own
+
+
+def test_trailers_change_no_header_that_was_checked() -> None:
+    """uvicorn appends them to the list that it gave."""
+    app = Echo()
+    seen: list[object] = []
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "path": "/embed", "method": "POST", "headers": headers}
+
+    async def receive() -> Message:
+        headers.append((b"content-type", b"multipart/form-data"))
+        return chunks(b"{}")[0]
+
+    async def send(message: Message) -> None:
+        pass
+
+    async def look(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["headers"])
+        await app(scope, receive, send)
+
+    asyncio.run(edge(look)(scope, receive, send))
+    assert seen == [[(b"content-type", b"application/json")]]
+
+
+def test_rest_of_a_refused_body_is_dropped_before_the_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedder.edge.DROPPED_S", 0.05)
+    messages = iter(chunks(b"x" * 11, b"x", b"x"))
+    sent = call(Echo(), messages)
+    assert [message.get("more_body") for message in sent] == [None, True, None]
+    assert not list(messages)
+
+
+def test_refused_body_is_waited_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedder.edge.DROPPED_S", 0.05)
+    statuses = []
+
+    async def receive() -> Message:
+        if statuses:
+            await asyncio.sleep(60)
+        return {"type": "http.request", "body": b"x" * 11, "more_body": True}
+
+    async def send(message: Message) -> None:
+        statuses.append(message.get("status"))
+
+    async def run() -> None:
+        async with asyncio.timeout(5):
+            await edge(Echo())({"type": "http", "path": "/embed", "method": "POST", "headers": []}, receive, send)
+
+    asyncio.run(run())
+    assert statuses == [413, None, None]

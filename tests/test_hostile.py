@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import itertools
 import json
 import statistics
@@ -147,6 +148,15 @@ def test_what_a_large_body_took_is_taken_again(server: Server, client: httpx.Cli
         num_bytes.append(_memory(process))
     # A sample may catch a body that is being put away; five more that are kept show in every one of the later half.
     assert min(num_bytes[5:]) - min(num_bytes[:5]) < 2 * len(body)
+
+
+def test_body_of_a_get_is_neither_read_nor_waited_for(server: Server) -> None:
+    for path in ("/health", "/info", "/v1/models", "/playground"):
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=5)
+        connection.request("GET", path, headers={"content-length": "1000000000"})
+        connection.send(b"x" * 2**16)
+        assert connection.getresponse().status == 200
+        connection.close()
 
 
 def test_flood_without_an_end_is_cut_off(server: Server) -> None:

@@ -214,6 +214,12 @@ def test_route_is_closed_without_a_key_and_open_with_it(method: str, path: str, 
     assert "s3cret" not in let_in.text
 
 
+@pytest.mark.parametrize("path", ["/livez", "/health", "/playground"])
+def test_body_for_an_open_path_needs_a_key_and_is_not_held_without(path: str, guarded: Server) -> None:
+    answer = httpx.post(f"{guarded.url}{path}", content=b"x" * 2**20, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
 @pytest.mark.parametrize("path", ["/livez", "/healthz", "/readyz", "/health", "/playground", "/playground/script.js"])
 def test_probes_and_the_page_are_open(path: str, guarded: Server) -> None:
     assert httpx.get(guarded.url + path).status_code == 200

@@ -187,10 +187,10 @@ def test_items_of_a_caller_who_has_gone_away_are_given_up(path: str, client: htt
     names = {"/txt/embed": "input", "/embed": "items", "/embed_texts": "texts"}
     body = json.dumps({names[path]: [words(400, seed) for seed in range(200)]}).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    before = scraped(client)
+    before, lines_before = scraped(client), server.log.read_text()
     with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as connection:
         connection.sendall(head.encode() + body)
-        _wait_for(client, "embedder_queue_items", 200)
+        _wait_for(client, "embedder_queue_items", *range(150, 201))  # some may have been answered
     start = time.monotonic()
     after = _wait_for(client, "embedder_queue_items", 0)
     assert after["embedder_cancelled_items_total"] - before.get("embedder_cancelled_items_total", 0) > 100
@@ -200,7 +200,7 @@ def test_items_of_a_caller_who_has_gone_away_are_given_up(path: str, client: htt
     assert after.get('embedder_errors_total{code="invalid_request"}') == before.get(
         'embedder_errors_total{code="invalid_request"}'
     )
-    assert "Traceback" not in server.log.read_text()
+    assert "Traceback" not in server.log.read_text().removeprefix(lines_before)
 
 
 def test_services_of_one_user_count_apart(
@@ -225,14 +225,14 @@ def test_services_of_one_user_count_apart(
     assert not list((tmp_path / "temporary").glob("*metrics*"))
 
 
-def _wait_for(client: httpx.Client, name: str, value: float) -> Numbers:
+def _wait_for(client: httpx.Client, name: str, *values: float) -> Numbers:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.TransportError):  # of the connection to a worker that was killed
-            if (numbers := scraped(client))[name] == value:
+            if (numbers := scraped(client))[name] in values:
                 return numbers
         time.sleep(0.1)
-    raise AssertionError(f"{name} did not become {value}")
+    raise AssertionError(f"{name} did not become one of {values}")
 
 
 @pytest.fixture

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import http.client
 import io
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,10 @@ class FakeEngine:
         self.outcomes = outcomes
         self.on_submit = on_submit
 
+    @contextlib.contextmanager
+    def room_for(self, items: Sequence[EmbeddingItem]) -> Iterator[None]:
+        yield
+
     def submit(self, item: EmbeddingItem, **_: object) -> Future[Embedding]:
         assert len(item.parts) == 1
         self.on_submit()
@@ -233,6 +238,16 @@ def test_full_queue_is_waited_for_and_the_end_of_the_service_ends_it(
     asyncio.run(collection.build(engine))
     assert [picture.name for picture in collection.pictures] == ["beach.png", "cliff.JPG"]
     assert collection.status == "building 3 of 5"
+
+
+def test_queue_that_is_smaller_than_a_round_takes_one_picture_at_a_time(
+    pictures: Path, random_checkpoint: Path
+) -> None:
+    collection = Collection(Settings(demo_folder=str(pictures)), is_embedded_model=False)
+    with Embedder(str(random_checkpoint), device="cpu", max_queued_tokens=400) as embedder:
+        asyncio.run(collection.build(embedder.engine))
+    assert collection.status == "ready"
+    assert len(collection.pictures) == 3
 
 
 def test_large_folder_is_cut_and_says_how_much_was_left_out(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_zero_row_gives_zeros_not_a_division_by_zero() -> None:
     assert (finish_vector(np.zeros(64, np.float32), None, normalize=True) == 0).all()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])  # the last one's square is infinite
 @pytest.mark.parametrize("normalize", [True, False])
 def test_value_that_is_not_finite_is_our_error(value: float, normalize: bool) -> None:
     row = ROW.copy()

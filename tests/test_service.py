@@ -139,6 +139,7 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str, str]] = {
     "too deep for a message": ("/txt/embed", b'{"input":' + b"[" * 1000 + b"]" * 1000 + b"}", 400, "invalid_request", "got [[["),
     "batch row of a wrong type": ("/embed_texts", {"texts": ["a", 5]}, 400, "invalid_request", "item 1: got 5 (a number)"),
     "batch row empty": ("/embed_texts", {"texts": ["a", ""]}, 400, "invalid_request", "item 1: text is empty"),
+    "batch with a field beside it": ("/embed_texts", {"texts": ["a"], "foo": 1}, 400, "invalid_request", "foo: Extra inputs are not permitted"),
     "batch not a list": ("/embed_texts", {"texts": "a"}, 400, "invalid_request", "texts: Input should be a valid array"),
     "batch image broken": ("/embed_images", {"images": [PNG, "!"]}, 400, "invalid_media", "item 1: image is not valid base64"),
     "unknown route": ("/text/embed", {"input": "a"}, 404, "not_found", "Not Found"),
