@@ -28,11 +28,11 @@ checkpoint behind the engine (`Embedder`), and `budget` finds what fits its devi
 through it from an event loop. `native` (`/embed`), `openai` (`/v1`) and `cohere` (`/v2`) translate what those clients
 send into the same items, with `chat` for the forms they share; `openapi` describes the HTTP contract, `edge` guards it,
 with the callers' `keys` and with `values` to count what a body holds, behind each `connection` with its bounds; `log`
-names the request in every line and keeps its body out; `lifecycle` starts and stops all that. `observer` is what the engine tells of its work, which `metrics`
-counts for Prometheus and `tracing` draws as spans. `playground` is the page to look at, and the pictures that it
-searches. `bulk` embeds whole data sets on Ray. `verify` checks a checkpoint or a running service from outside;
-`random_checkpoint` writes checkpoints for tests and benchmarks; `torchvision_shim` lets torchvision load beside a CPU
-build of torch.
+names the request in every line and keeps its body out; `lifecycle` starts and stops all that. `observer` is what the
+engine tells of its work, which `metrics` counts for Prometheus and `tracing` draws as spans. `playground` is the page
+to look at, and the pictures that it searches. `bulk` embeds whole data sets on Ray. `verify` checks a checkpoint or a
+running service from outside; `random_checkpoint` writes checkpoints for tests and benchmarks; `torchvision_shim` lets
+torchvision load beside a CPU build of torch.
 """
 
 from __future__ import annotations
