@@ -38,7 +38,7 @@ PROBES = frozenset({"/livez", "/healthz", "/readyz", "/health"})
 
 WITH_BODY = ("POST", "PUT", "PATCH")
 SMALL_BODY = 2**16  # bytes
-DROPPED_S = 1.0
+DROPPED_S, DROPPED_BYTES = 1.0, 2**24
 RETRY_AFTER_S = 1  # where bodies fill the memory: they last no longer than their requests
 
 _CLOSE = (b"connection", b"close")
@@ -306,11 +306,15 @@ async def _read(receive: Receive, max_bytes: int, max_s: float, hold: Callable[[
 
 
 async def _drop(receive: Receive) -> None:
-    """What comes within `DROPPED_S`, up to the body's end."""
+    """What comes within `DROPPED_S`, up to the body's end or `DROPPED_BYTES`."""
+    num_bytes = 0
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DROPPED_S):
-            while (await receive()).get("more_body", False):
-                pass
+            while num_bytes < DROPPED_BYTES:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 async def _check_values(body: bytes, most: int) -> None:

@@ -207,17 +207,17 @@ def test_sigterm_in_a_crowd_leaves_nobody_waiting(lone: Server) -> None:
     assert lone.process.wait(60) == 0
 
 
-@pytest.mark.parametrize("lone", [{"EMBEDDER_REQUEST_TIMEOUT_S": "1"}], indirect=True)
-def test_who_does_not_read_answers_does_not_hold_a_service_that_stops(lone: Server) -> None:
-    host, port = lone.url.removeprefix("http://").split(":")
+def test_who_does_not_read_answers_does_not_hold_a_service_that_stops(random_checkpoint: Path, tmp_path: Path) -> None:
+    server = start_server(tmp_path, model=str(random_checkpoint), device="cpu", request_timeout_s="1")
+    host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.setblocking(False)
         request = b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n"
         with contextlib.suppress(BlockingIOError):
             connection.sendall(request * 400)
         time.sleep(1)
-        lone.process.terminate()
-        assert lone.process.wait(30) == 0
+        server.process.terminate()
+        assert server.process.wait(30) == 0
 
 
 @pytest.mark.slow
