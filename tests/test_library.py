@@ -18,6 +18,7 @@ import pytest
 from embedder import Embedder
 from embedder.errors import InvalidMedia, InvalidRequest, ModelUnavailable, UnsupportedDimensions
 from embedder.request import EmbeddingItem, Text
+from embedder.settings import available_cores
 from tests.conftest import encoded, picture
 
 
@@ -108,3 +109,20 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
 def test_importing_the_package_is_light() -> None:
     program = "import sys, embedder; print(sorted({'torch', 'transformers', 'torchvision'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(available_cores() < 2 or not Path("/proc/self/task").is_dir(), reason="needs two cores, and Linux")
+def test_loading_leaves_no_threads_behind() -> None:
+    """They would be more than cores with the engine's own, and OpenMP's would sleep between any two of its products."""
+    program = """
+import os, threading, torch
+from embedder import Embedder
+torch.set_num_threads(torch.get_num_threads())  # starts one of another kind
+count = lambda: len(os.listdir("/proc/self/task")) - threading.active_count()
+before = count()
+with Embedder() as embedder:
+    loaded = count()
+    embedder.embed(["red"])
+    print(loaded - before, count() > loaded)
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "0 True"
