@@ -1,7 +1,7 @@
 """The library against its peers on the same weights: `python -m benchmarks.library [--shape small] [--dtype bfloat16]`.
 
-Peers: transformers as the reference code uses it, and sentence-transformers. The limit is a large matrix product,
-measured between the rounds. A peer whose vectors are not ours ends the run.
+Peers: transformers as the reference code uses it, and sentence-transformers; each in a process of its own. The limit is
+a large matrix product, measured between the rounds. A peer whose vectors are not ours ends the run.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[list[peers.Peer], Weights]:
-    model = peers.load_model(folder, dtype, device)
-    contestants = [peers.ours(folder, dtype, device), peers.padded_transformers(folder, model)]
+    makers = {peers.OURS: peers.ours, peers.TRANSFORMERS: peers.loaded_transformers}
     if peers.is_installed("sentence_transformers"):
-        contestants.append(peers.sentence_transformers(folder, dtype, device, model))
-    return contestants, Weights.of(model)
+        makers[peers.SENTENCE_TRANSFORMERS] = peers.sentence_transformers
+    contestants = [peers.apart(name, make, folder, dtype, device) for name, make in makers.items()]
+    return contestants, Weights.of(peers.load_model(folder, dtype, device))
 
 
 def load_preprocessor(folder: Path) -> Preprocessor:

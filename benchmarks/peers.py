@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -43,6 +45,27 @@ class Peer:
     close: Callable[[], None] = lambda: None
 
 
+def apart(name: str, make: Callable[..., Peer], *arguments: Any) -> Peer:
+    """The peer that `make` makes, in a process of its own.
+
+    In one process each has a team of OpenMP threads, together more than cores, and libgomp lets all of them sleep
+    between any two products: a query of the embedded model took twice as long beside another's team.
+    """
+    process = ProcessPoolExecutor(1, get_context("spawn"), _make, (make, *arguments))
+    return Peer(name, lambda items: process.submit(_embed, items).result(), process.shutdown)
+
+
+_made: list[Peer] = []  # in such a process: the one
+
+
+def _make(make: Callable[..., Peer], *arguments: Any) -> None:
+    _made.append(make(*arguments))
+
+
+def _embed(items: list[Item]) -> NDArray[np.float32]:
+    return _made[0].embed(items)
+
+
 def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
@@ -61,6 +84,11 @@ def ours(folder: Path, dtype: torch.dtype, device: torch.device, model: Any = No
         embedder = Embedder(str(folder), device=str(device), dtype=name, **options)
     full_name = ", ".join([OURS, *(OPTIONS[option] for option in options if option in OPTIONS)])
     return Peer(full_name, lambda items: np.stack(embedder.embed(items)), embedder.close)
+
+
+def loaded_transformers(folder: Path, dtype: torch.dtype, device: torch.device) -> Peer:
+    """`padded_transformers` with the folder's weights."""
+    return padded_transformers(folder, load_model(folder, dtype, device))
 
 
 def padded_transformers(folder: Path, model: Any, name: str = TRANSFORMERS) -> Peer:
