@@ -55,7 +55,7 @@ def test_checkpoint_is_small_enough_for_a_repository() -> None:
 def test_colour_names_find_their_swatches(embedder: Embedder) -> None:
     rows, loss_at_64_dimensions = colour_rows(Meter(embedder))
     at_1, at_5 = rows[0].values
-    assert at_1 >= 0.80
+    assert at_1 >= 0.82
     assert at_5 >= 0.98
     assert loss_at_64_dimensions <= 0.03
 
@@ -69,7 +69,7 @@ def test_red_is_nearest_to_the_red_swatch(embedder: Embedder) -> None:
 def test_demo_names_find_their_drawings(
     name_vectors: NDArray[np.float32], drawing_vectors: NDArray[np.float32]
 ) -> None:
-    assert recall(name_vectors, drawing_vectors, 1) >= 0.91
+    assert recall(name_vectors, drawing_vectors, 1) >= 0.90
     assert recall(name_vectors, drawing_vectors, 5) >= 0.98
 
 
@@ -78,7 +78,7 @@ def test_64_dimensions_lose_little(name_vectors: NDArray[np.float32], drawing_ve
         vectors[:, :64] / np.linalg.norm(vectors[:, :64], axis=1, keepdims=True)
         for vectors in (name_vectors, drawing_vectors)
     ]
-    assert recall(*cut, 5) > 0.98 * recall(name_vectors, drawing_vectors, 5)
+    assert recall(*cut, 5) > 0.99 * recall(name_vectors, drawing_vectors, 5)
 
 
 def test_drawings_are_found_at_other_sizes(

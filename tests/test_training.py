@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from training import forward
 from training.evaluate import held_out_keywords
 from training.prepare import is_held_out, release_late_keywords
 from training.prompt import DEFAULT_INSTRUCTION, TAIL, prefix_ids, text_tokens, visual_tokens
-from training.train import Captions
+from training.train import Captions, Training
 
 PREFIX = f"<|im_start|>system\n{DEFAULT_INSTRUCTION}<|im_end|>\n<|im_start|>user\n"
 
@@ -129,3 +130,16 @@ def test_held_out_keyword_is_read_late_and_for_half_of_its_drawings(tmp_path: Pa
     found = held_out_keywords(captions)
     assert found["half of its drawings"] == {"heart": {0, 1, 2}}
     assert found["all drawings"] == {}  # "angry" stands in no text that was trained on
+
+
+def test_smaller_size_imitates_the_full_one_where_it_orders_alike() -> None:
+    sizes: Any = SimpleNamespace(directions=[(4, None, None), (8, None, None)])
+    rows, columns = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    alike, other = rows.clone(), rows.clone().requires_grad_()
+    alike[:, 4:] = 0
+    assert Training.imitation_loss(sizes, alike, columns * (torch.arange(8) < 4)).abs() < 1e-6
+    loss = Training.imitation_loss(sizes, other, columns)
+    assert loss > 0.1
+    loss.backward()
+    assert other.grad is not None
+    assert (other.grad[:, 4:] == 0).all()  # the full size teaches and does not learn

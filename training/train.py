@@ -1,12 +1,13 @@
 """The prepared data folder -> the embedded default model's checkpoint folder.
 
-`python -m training.train [--data FOLDER] [--run FOLDER] [--out FOLDER] [--stages NAME ...]`. One CPU thread; seeded;
-saved every SAVE_EVERY steps and resumed from there. Weights and gradients are bfloat16 (what is shipped) over float32
+`python -m training.train [--data FOLDER] [--run FOLDER] [--out FOLDER] [--start FOLDER] [--threads N]`. Seeded; saved
+every SAVE_EVERY steps and resumed from there. Weights and gradients are bfloat16 (what is shipped) over float32
 master copies, which is three times as fast as float32 on a CPU with AMX.
 
 What is learned against what: every drawing and every colour has one learned vector, a proxy, dropped at the end.
 Pictures and texts are each pulled to their proxies (softmax over all of them; a keyword has many right ones) and to
-each other (InfoNCE over the batch), at the full size and at a smaller Matryoshka size drawn for each step.
+each other (InfoNCE over the batch), at the full size and at a smaller Matryoshka size drawn for each step. The last
+stage also has the smaller size order everything as the full one does, whatever is asked and seen (distillation).
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from numpy.random import Generator
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Qwen3VLModel
+from transformers import Qwen2Tokenizer, Qwen3VLModel
 
 from embedder.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
 from training import data as pictures
@@ -79,6 +80,8 @@ class Stage:
     with_language: bool = True  # False: the vision tower alone, from the mean of its outputs
     late_keywords: bool = False  # False: no keyword that is held out from any drawing is read
     smaller: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)  # how often each smaller Matryoshka size is drawn
+    imitation: float = 0.0  # weight of the smaller size's divergence from the full one
+    loose_texts: int = 0  # random words, which mean nothing: only for that
 
 
 MOSTLY_SMALL = {size: share * (1.0 if max(size) <= 128 else 0.4) for size, share in SIZES.items()}
@@ -132,6 +135,23 @@ STAGES = {
     ),
 }
 AVERAGED = ("late", "last", "again")  # stages, each of which ends at a low learning rate
+DISTILLATION = Stage(
+    1500,
+    3e-4,
+    3072,
+    MOSTLY_SMALL,
+    swatches=0.08,
+    shapes=0.03,
+    texts=256,
+    strength=0.8,
+    clips=0.05,
+    pairs=0.05,
+    late_keywords=True,
+    smaller=(0.1, 0.8, 0.1),
+    imitation=2.0,
+    loose_texts=96,
+)
+IMITATED_SCALE = 20.0  # of cosines: soft, so that the order of all counts and not of the first alone
 # What people ask for most, so seen more often than the other 938.
 BASIC = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "grey")
 BASIC_COLOURS = [COLOUR_NAMES.index(name) for name in BASIC]
@@ -173,6 +193,7 @@ class Captions:
             self.phrase_words.append(words)
             for word in words:
                 self.drawings_by_word[word].add(row)
+        self.all_words = sorted(self.drawings_by_word)
         self.may_be_mirrored = [not SIDED.search(name.lower()) for name in self.names]
         self.words = [
             [word for word in _words_of(name) if row in self.meanings.get(word, ())]
@@ -207,6 +228,11 @@ class Captions:
             one, other = other, one
         return f"{one} {other}", self.drawings_by_word[one] & self.drawings_by_word[other]
 
+    def loose_text(self, random: Generator) -> str:
+        """One to three words, whether or not any drawing has them."""
+        words = random.choice(self.all_words, random.integers(1, 4))
+        return " ".join(words)
+
     def another_text(self, example: "Example", random: Generator) -> str:
         """To go with the example's picture in one item: not always the text that the item shall find."""
         return self.text_for(example.target, random)[0] if example.target < self.num_proxies else example.text
@@ -238,7 +264,8 @@ class Example:
 class Training:
     """Weights, proxies and optimiser; one call of `step` is one update."""
 
-    def __init__(self, folder: Path, run: Path, seed: int) -> None:
+    def __init__(self, folder: Path, run: Path, seed: int, start: Path | None = None) -> None:
+        """`start`: a checkpoint to train on, whose proxies begin where its pictures are; without one, from nothing."""
         torch.manual_seed(seed)
         self.random = np.random.default_rng(seed)
         self.folder = folder
@@ -247,14 +274,23 @@ class Training:
         self.watched = {"noto": self.styles["noto"], HELD_OUT_STYLE: pictures.read_drawings(folder, HELD_OUT_STYLE)}
         self.drawings = [(style, row) for style, drawings in self.styles.items() for row in drawings.place]
         self.queue: list[int] = []
-        self.tokenizer = build_tokenizer(self.captions.every_text(), VOCAB_SIZE)
-        self.config = shape_config("tiny", self.tokenizer)
-        start = run / "start"
-        write_checkpoint(start, self.config, self.tokenizer, seed=seed, dtype="bfloat16")
-        self.model = Qwen3VLModel.from_pretrained(start, dtype=torch.bfloat16)
-        gentle_start(self.model, np.concatenate([self.styles[style].small for style in TRAINED_STYLES]), self.random)
-        self.proxies = nn.Parameter(start_proxies(self.styles, self.captions.num_drawings))
-        self.log_scale = nn.Parameter(torch.full((len(MATRYOSHKA),), math.log(16.0)))
+        scale = 16.0 if start is None else 35.0
+        if start is None:
+            self.tokenizer = build_tokenizer(self.captions.every_text(), VOCAB_SIZE)
+            self.config = shape_config("tiny", self.tokenizer)
+            start = run / "start"
+            write_checkpoint(start, self.config, self.tokenizer, seed=seed, dtype="bfloat16")
+            self.model = Qwen3VLModel.from_pretrained(start, dtype=torch.bfloat16)
+            gentle_start(
+                self.model, np.concatenate([self.styles[style].small for style in TRAINED_STYLES]), self.random
+            )
+            self.proxies = nn.Parameter(start_proxies(self.styles, self.captions.num_drawings))
+        else:
+            self.tokenizer = Qwen2Tokenizer.from_pretrained(start)
+            self.model = Qwen3VLModel.from_pretrained(start, dtype=torch.bfloat16)
+            self.config = self.model.config
+            self.proxies = nn.Parameter(pictured_proxies(self))
+        self.log_scale = nn.Parameter(torch.full((len(MATRYOSHKA),), math.log(scale)))
         self.prefixes: dict[str, Tensor] = {}
         self.weights = list(self.model.parameters())
         self.masters = [weight.detach().float() for weight in self.weights]
@@ -308,6 +344,7 @@ class Training:
         more = random.integers(self.captions.num_proxies, size=stage.texts - len(paired))
         texts = [(e.text, e.meaning) for e in paired] + [self.captions.text_for(int(proxy), random) for proxy in more]
         prefix_ids, prefix = self.prefix()
+        texts += [(self.captions.loose_text(random), set()) for _ in range(stage.loose_texts)]
         tokens = text_tokens(self.tokenizer, [text for text, _ in texts], len(prefix_ids))
         text_vectors = forward.read(self.model, prefix, tokens.input_ids, tokens.lengths, tokens.position_ids)
         losses = {
@@ -331,6 +368,9 @@ class Training:
             losses["picture"] = self.proxy_loss(vectors, targets)
             positive = torch.tensor([[picture.target in text.meaning for text in paired] for picture in paired])
             losses["pairs"] = self.pair_loss(vectors[: len(paired)], text_vectors[: len(paired)], positive)
+            if stage.imitation:
+                found = ((text_vectors, vectors), (text_vectors, self.proxies), (vectors, self.proxies))
+                losses["imitation"] = stage.imitation * sum(self.imitation_loss(*one) for one in found)
         return losses
 
     def see(self, frames: list[list[np.ndarray]]) -> forward.VisualFeatures:
@@ -404,6 +444,13 @@ class Training:
             total = total - (by_picture * F.log_softmax(logits, dim=1)).sum(1).mean() / 2
             total = total - (by_text * F.log_softmax(logits.T, dim=1)).sum(1).mean() / 2
         return total / 2
+
+    def imitation_loss(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """How far the smaller size is from ordering all columns, for each row, as the full one does."""
+        (smaller, _, _), (full, _, _) = self.directions
+        taught = F.softmax(similarities(rows, columns, full).detach() * IMITATED_SCALE, dim=-1)
+        own = F.log_softmax(similarities(rows, columns, smaller) * IMITATED_SCALE, dim=-1)
+        return F.kl_div(own, taught, reduction="batchmean")
 
     def matryoshka(self, stage: Stage) -> list[tuple[int, Tensor]]:
         """The full size and one smaller, each with its learned scale: all four every time would cost twice as much."""
@@ -505,56 +552,53 @@ def start_proxies(styles: dict[str, pictures.Drawings], num_drawings: int) -> Te
 
 
 @torch.no_grad()
-def colour_recall(training: Training, at: int) -> float:
-    """Share of colour names whose own swatch (64x64) is among the first `at` of all."""
-    ids, names = prefix_ids(training.tokenizer, DEFAULT_INSTRUCTION), list(COLOUR_NAMES)
+def text_vectors_of(training: Training, texts: list[str]) -> Tensor:
+    """(num_texts, hidden_size), with the default instruction."""
+    ids = prefix_ids(training.tokenizer, DEFAULT_INSTRUCTION)
+    tokens = text_tokens(training.tokenizer, texts, len(ids))
     prefix = forward.read_prefix(training.model, ids)
-    texts = text_tokens(training.tokenizer, names, len(ids))
-    text_vectors = forward.read(training.model, prefix, texts.input_ids, texts.lengths, texts.position_ids)
-    swatches = to_pixels([pictures.swatch(colour, (64, 64)) for colour in range(len(COLOURS))])
-    features = forward.see(training.model, swatches)
-    tokens = visual_tokens(training.tokenizer, training.model, ids, len(COLOURS), (64, 64))
-    vectors = forward.read(
-        training.model, prefix, tokens.input_ids, tokens.lengths, tokens.position_ids, tokens.visual_at, features
-    )
-    order = similarities(text_vectors, vectors, MATRYOSHKA[-1]).argsort(dim=1, descending=True)[:, :at].numpy()
-    return float(np.mean([(COLOURS[found] == COLOURS[row]).all(1).any() for row, found in enumerate(order)]))
+    return forward.read(training.model, prefix, tokens.input_ids, tokens.lengths, tokens.position_ids)
 
 
 @torch.no_grad()
-def drawing_recall(training: Training, drawings: pictures.Drawings, at: int) -> float:
-    """Share of some names whose drawing (96x96, plain) is among the first `at` of all in this style.
-
-    By the vectors or by the vision tower's pooled outputs, whichever finds more: before the joint stage these alone do.
-    """
-    ids, rows = prefix_ids(training.tokenizer, DEFAULT_INSTRUCTION), sorted(drawings.place)
+def picture_vectors_of(training: Training, frames: list[np.ndarray]) -> Tensor:
+    """(num_pictures, hidden_size) of pictures of one size, with the default instruction."""
+    ids = prefix_ids(training.tokenizer, DEFAULT_INSTRUCTION)
     prefix = forward.read_prefix(training.model, ids)
-    asked = rows[:: len(rows) // 300]
-    texts = text_tokens(training.tokenizer, [training.captions.names[row] for row in asked], len(ids))
-    text_vectors = forward.read(training.model, prefix, texts.input_ids, texts.lengths, texts.position_ids)
-    vectors, pooled = [], []
-    for start in range(0, len(rows), 128):
-        frames = to_pixels([pictures.plain_picture(drawings, row, (96, 96)) for row in rows[start : start + 128]])
-        features = forward.see(training.model, frames)
-        tokens = visual_tokens(training.tokenizer, training.model, ids, len(frames), (96, 96))
-        pooled.append(features.pooled().float())
-        vectors.append(
-            forward.read(
-                training.model,
-                prefix,
-                tokens.input_ids,
-                tokens.lengths,
-                tokens.position_ids,
-                tokens.visual_at,
-                features,
-            )
-        )
-    answers = [
-        similarities(text_vectors, torch.cat(found), MATRYOSHKA[-1]).argsort(dim=1, descending=True)[:, :at]
-        for found in (vectors, pooled)
-    ]
-    places = torch.tensor([rows.index(row) for row in asked])[:, None]
-    return max(float((found == places).any(1).float().mean()) for found in answers)
+    vectors = []
+    for start in range(0, len(frames), 128):
+        seen = frames[start : start + 128]
+        features = forward.see(training.model, to_pixels(seen))
+        size = (seen[0].shape[0], seen[0].shape[1])
+        tokens = visual_tokens(training.tokenizer, training.model, ids, len(seen), size)
+        read = (tokens.input_ids, tokens.lengths, tokens.position_ids, tokens.visual_at)
+        vectors.append(forward.read(training.model, prefix, *read, features))
+    return torch.cat(vectors)
+
+
+def drawing_vectors(training: Training, drawings: pictures.Drawings) -> Tensor:
+    """(num_drawings of the style, hidden_size) in the order of captions, 96x96, plain."""
+    rows = sorted(drawings.place)
+    return picture_vectors_of(training, [pictures.plain_picture(drawings, row, (96, 96)) for row in rows])
+
+
+def swatch_vectors(training: Training) -> Tensor:
+    """(num_colours, hidden_size), 64x64."""
+    return picture_vectors_of(training, [pictures.swatch(colour, (64, 64)) for colour in range(len(COLOURS))])
+
+
+def pictured_proxies(training: Training) -> Tensor:
+    """(num_proxies, hidden_size): where a checkpoint has each drawing, the mean of its styles, and each swatch."""
+    totals = torch.zeros(training.captions.num_drawings, MATRYOSHKA[-1])
+    for drawings in training.styles.values():
+        totals[sorted(drawings.place)] += F.normalize(drawing_vectors(training, drawings), dim=-1)
+    return torch.cat((F.normalize(totals, dim=-1), F.normalize(swatch_vectors(training), dim=-1)))
+
+
+def recall(texts: Tensor, found: Tensor, right: Tensor, at: int, size: int) -> float:
+    """Share of texts with a right answer, of `right` (num_texts, num_found), among the first `at`."""
+    first = similarities(texts, found, size).topk(at, dim=1).indices
+    return float(right.gather(1, first).any(1).float().mean())
 
 
 def run_stage(training: Training, name: str, stage: Stage, run: Path) -> None:
@@ -579,11 +623,30 @@ def run_stage(training: Training, name: str, stage: Stage, run: Path) -> None:
 
 
 def report(training: Training) -> None:
-    """A first look, on bfloat16 vectors; `training.evaluate` measures."""
-    recall = {f"colour R@{at}": round(colour_recall(training, at), 3) for at in (1, 5)}
+    """A first look, on bfloat16 vectors, at the full size and at 64; `training.evaluate` measures."""
+    colours = torch.from_numpy(COLOURS.astype(np.int64))
+    asked = {
+        "colour": (
+            text_vectors_of(training, list(COLOUR_NAMES)),
+            swatch_vectors(training),
+            (colours[:, None] == colours[None]).all(-1),
+        )
+    }
     for style in ("noto", HELD_OUT_STYLE):
-        recall |= {f"{style} R@{at}": round(drawing_recall(training, training.watched[style], at), 3) for at in (1, 5)}
-    print(json.dumps(recall))
+        drawings = training.watched[style]
+        rows = sorted(drawings.place)
+        names = text_vectors_of(training, [training.captions.names[row] for row in rows])
+        asked[style] = (names, drawing_vectors(training, drawings), torch.eye(len(rows), dtype=torch.bool))
+    print(
+        json.dumps(
+            {
+                f"{what} R@{at} of {size}": round(recall(*one, at, size), 3)
+                for what, one in asked.items()
+                for at in (1, 5)
+                for size in (64, MATRYOSHKA[-1])
+            }
+        )
+    )
 
 
 def main() -> None:
@@ -591,16 +654,31 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--run", type=Path, help="where training saves itself; DATA/run if not given")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--start", type=Path, help="weights to distil; if not given they are trained first")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(chosen.threads)
     run: Path = chosen.run or chosen.data / "run"
-    training = Training(chosen.data, run, chosen.seed)
+    run.mkdir(parents=True, exist_ok=True)
+    start: Path = chosen.start or run / "mean"
+    if not start.exists():
+        train_from_nothing(chosen.data, run, chosen.seed).write(start)
+    training = Training(chosen.data, run, chosen.seed, start)
+    begun = {"masters": [master.clone() for master in training.masters]}
+    report(training)
+    run_stage(training, "distillation", DISTILLATION, run)
+    training.average([begun, training.state()])
+    training.write(chosen.out)
+    report(training)
+
+
+def train_from_nothing(data: Path, run: Path, seed: int) -> Training:
+    training = Training(data, run, seed)
     for name, stage in STAGES.items():
         run_stage(training, name, stage, run)
     training.average([torch.load(run / f"{name}.pt", weights_only=False)["state"] for name in AVERAGED])
-    training.write(chosen.out)
-    report(training)
+    return training
 
 
 if __name__ == "__main__":
