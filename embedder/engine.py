@@ -183,7 +183,7 @@ class Engine:
 
     @property
     def pending_tokens(self) -> int:
-        """Estimated tokens of all items that were admitted and have no answer yet."""
+        """Estimated tokens of all items without an answer, admitted or with room kept for them."""
         return self._pending_tokens
 
     def submit(

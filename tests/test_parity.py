@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
-import torch._inductor.config
 from numpy.typing import NDArray
 
 from embedder import Embedder
-from embedder.errors import ModelUnavailable
 from tests.conftest import picture, words
 from tests.oracle import Oracle
 
@@ -175,15 +176,12 @@ def test_compiled_layers_equal_transformers_whatever_the_number_of_tokens(
     assert_equal(alone, oracle.embed(items))
 
 
-def test_layers_that_cannot_be_compiled_stop_the_start(
-    random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch._dynamo.reset()  # of what was compiled before
-    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    message = r"EMBEDDER_TORCH_COMPILE: the layers cannot be compiled: .*no-such-compiler"
-    with pytest.raises(ModelUnavailable, match=message):
-        Embedder(str(random_checkpoint), device="cpu", torch_compile=True)
+def test_layers_that_cannot_be_compiled_stop_the_start(random_checkpoint: Path, tmp_path: Path) -> None:
+    program = f"from embedder import Embedder; Embedder({str(random_checkpoint)!r}, device='cpu', torch_compile=True)"
+    environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert "ModelUnavailable: EMBEDDER_TORCH_COMPILE: the layers cannot be compiled: " in run.stderr
+    assert "no-such-compiler" in run.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.gpu
