@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
+import random
 import re
 import time
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -56,7 +56,7 @@ _current: contextvars.ContextVar[RequestLog | None] = contextvars.ContextVar("re
 def begin_request(headers: Iterable[tuple[bytes, bytes]]) -> RequestLog:
     """The log of a request that came with these headers; from now on the current one."""
     given = next((value for name, value in headers if name.lower() == b"x-request-id"), b"")
-    request = RequestLog(given.decode() if _SANE_ID.fullmatch(given) else uuid.uuid4().hex)
+    request = RequestLog(given.decode() if _SANE_ID.fullmatch(given) else f"{random.getrandbits(128):032x}")
     _current.set(request)
     return request
 
