@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from embedder import media, prompt, video
 from embedder.errors import InputTooLong, InvalidRequest, ModelUnavailable
@@ -26,6 +26,8 @@ from embedder.request import EmbeddingItem, Image, Text, Truncate, Video
 from embedder.settings import Settings
 
 MAX_PREFIX_TOKENS = 256  # of an instruction whose keys and values are worth keeping
+SHORT_CHARS = 512  # of a text that is tokenized in some 0.1 ms
+_NO_INDEX = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Preprocessor:
         tokenizer.encode_special_tokens = True  # from here on a special token's name in a text is only text
         self._tail_ids = (*self._encode_fixed(prompt.TAIL), *appended_ids)
         self._prefix_ids = lru_cache(maxsize=64)(lambda instruction: self._encode_fixed(prompt.prefix(instruction)))
+        self._text_positions = np.broadcast_to(np.arange(settings.max_input_tokens), (3, settings.max_input_tokens))
 
     def __call__(self, item: EmbeddingItem) -> ModelInput:
         """Decode, resize, tokenize. Raises `InvalidRequest` and its kinds."""
@@ -186,21 +189,21 @@ class Preprocessor:
 
         The runs and `num_fixed` tokens around them are at most `max_tokens`; what is cut, is cut from one end.
         """
-        encodings = [self._encode_piece(piece) for piece in pieces]
-        num_tokens = num_fixed + sum(_num_tokens(one) for one in encodings)
+        runs = [self._encode_piece(piece) for piece in pieces]
+        num_tokens = num_fixed + sum(map(_num_tokens, runs))
         excess = num_tokens - max_tokens
         if excess > 0 and truncate == "none":
             raise InputTooLong(f"{num_tokens} tokens; allowed: up to {max_tokens}, and `truncate` is none")
-        runs: list[list[int] | Pads] = [one.ids if isinstance(one, Encoding) else one for one in encodings]
         num_cut = 0
         places = range(len(runs)) if truncate == "start" else reversed(range(len(runs)))
         for place in places:
-            piece, encoding = pieces[place], encodings[place]
-            if excess > num_cut and isinstance(piece, Words) and isinstance(encoding, Encoding):
-                cuttable = [i for i, (s, e) in enumerate(encoding.offsets) if s >= piece.start and e <= piece.end]
+            piece, run = pieces[place], runs[place]
+            if excess > num_cut and isinstance(piece, Words) and isinstance(run, list):
+                offsets = self._tokenizer.encode_batch([piece.text], add_special_tokens=False)[0].offsets
+                cuttable = [i for i, (s, e) in enumerate(offsets) if s >= piece.start and e <= piece.end]
                 wanted = min(excess - num_cut, len(cuttable))
                 drop = set(cuttable[:wanted] if truncate == "start" else cuttable[len(cuttable) - wanted :])
-                runs[place] = [token for i, token in enumerate(encoding.ids) if i not in drop]
+                runs[place] = [token for i, token in enumerate(run) if i not in drop]
                 num_cut += len(drop)
         if excess > num_cut:
             raise InputTooLong(
@@ -209,10 +212,12 @@ class Preprocessor:
             )
         return runs, num_cut
 
-    def _encode_piece(self, piece: Piece) -> Encoding | list[int] | Pads:
+    def _encode_piece(self, piece: Piece) -> list[int] | Pads:
         match piece:
+            case Words() if len(piece.text) > SHORT_CHARS:  # `encode` would keep the interpreter to itself meanwhile
+                return list(self._tokenizer.encode_batch_fast([piece.text], add_special_tokens=False)[0].ids)
             case Words():
-                return self._tokenizer.encode(piece.text, add_special_tokens=False)
+                return list(self._tokenizer.encode(piece.text, add_special_tokens=False).ids)
             case Special():
                 return [self._token_id(piece.token)]
             case Pads():
@@ -226,6 +231,8 @@ class Preprocessor:
         Of the positions text counts on all three axes; a picture spans its rows and columns from the position where it
         starts, and text goes on behind the longer side (transformers' `get_rope_index`).
         """
+        if len(runs) == 1 and isinstance(runs[0], list):  # text alone
+            return np.array(runs[0], np.int64), self._text_positions[:, : len(runs[0])], _NO_INDEX
         num_tokens = sum(_num_tokens(run) for run in runs)
         input_ids = np.empty(num_tokens, np.int64)
         position_ids = np.empty((3, num_tokens), np.int64)
@@ -241,11 +248,10 @@ class Preprocessor:
                 position += max(run.rows, run.columns)
             else:
                 input_ids[start:stop] = run
-                position_ids[:, start:stop] = np.arange(position, position + len(run))
+                position_ids[:, start:stop] = self._text_positions[:, position : position + len(run)]
                 position += len(run)
             start = stop
-        index = np.concatenate(visual_index) if visual_index else np.empty(0, np.int64)
-        return input_ids, position_ids, index
+        return input_ids, position_ids, np.concatenate(visual_index)
 
     def _token_id(self, token: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
@@ -339,8 +345,18 @@ def _joined(runs: Sequence[list[int] | Pads]) -> list[list[int] | Pads]:
     return joined
 
 
-def _num_tokens(run: Encoding | list[int] | Pads) -> int:
+def _num_tokens(run: list[int] | Pads) -> int:
     return run.rows * run.columns if isinstance(run, Pads) else len(run)
+
+
+def is_short_text(item: EmbeddingItem) -> bool:
+    """Whether it is preprocessed in less time than it takes to hand it to another thread."""
+    num_chars = len(str(item.instruction or ""))
+    for part in item.parts:
+        if not isinstance(part, Text):
+            return False
+        num_chars += len(part.text)
+    return num_chars <= SHORT_CHARS
 
 
 def _is_unicode(text: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -345,6 +346,18 @@ def test_instruction_is_never_cut(make: Make) -> None:
     for count in (70, 400):
         with pytest.raises(InputTooLong):
             preprocessor(EmbeddingItem((Text("red"),), words(count)))
+
+
+def test_long_text_is_tokenized_beside_what_else_runs(preprocessor: Preprocessor) -> None:
+    item = EmbeddingItem((Text(words(20_000)),))
+    with ThreadPoolExecutor(1) as pool:
+        start = last = time.perf_counter()
+        tokenizing = pool.submit(preprocessor, item)
+        longest_s = 0.0  # in which this thread did not come to anything
+        while not tokenizing.done():
+            now = time.perf_counter()
+            longest_s, last = max(longest_s, now - last), now
+    assert longest_s < (last - start) / 2
 
 
 def test_text_over_the_limit_of_characters_is_refused_before_tokenizing(make: Make) -> None:
