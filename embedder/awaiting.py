@@ -25,7 +25,7 @@ async def embed_all(
     async with _submitted(engine, items, timeout_s) as futures:
         for index, future in enumerate(futures):
             with of_item(index):
-                embeddings.append(await asyncio.wrap_future(future))
+                embeddings.append(await _result(future))
     return embeddings
 
 
@@ -40,9 +40,14 @@ async def embed_each(engine: Engine, items: Sequence[EmbeddingItem | EmbedderErr
 
 async def _outcome(future: Future[Embedding]) -> Outcome:
     try:
-        return await asyncio.wrap_future(future)
+        return await _result(future)
     except OF_AN_ITEM as error:
         return to_keep(error)
+
+
+async def _result(future: Future[Embedding]) -> Embedding:
+    """Most of a request's are there with the first."""
+    return future.result() if future.done() else await asyncio.wrap_future(future)
 
 
 @asynccontextmanager
@@ -54,14 +59,16 @@ async def _submitted(
     Raises `DeadlineExceeded`, and what concerns the request and no single item: `Overloaded`, `RequestTooLarge`,
     `ShuttingDown`, `DeviceFailed`.
     """
-    request = object()
+    request, loop = object(), asyncio.get_running_loop()
     futures: list[Future[Embedding]] = []
     try:
         async with asyncio.timeout(timeout_s):
             with engine.room_for([item for item in items if isinstance(item, EmbeddingItem)]) as room:
-                for item in items:
-                    futures.append(_submit(engine, item, request, room))
-                    if len(futures) % SUBMITTED_AT_ONCE == 0:
+                for start in range(0, len(items), SUBMITTED_AT_ONCE):
+                    loop.call_soon(engine.wake)  # not before what else came in this turn of the loop is submitted
+                    for item in items[start : start + SUBMITTED_AT_ONCE]:
+                        futures.append(_submit(engine, item, request, room))
+                    if len(futures) < len(items):
                         await asyncio.sleep(0)
             yield futures
     except TimeoutError as error:
@@ -73,12 +80,11 @@ async def _submitted(
 
 def _submit(engine: Engine, item: EmbeddingItem | EmbedderError, request: object, room: Room) -> Future[Embedding]:
     """An item's future, which has failed already where that item is refused."""
-    refused: Future[Embedding] = Future()
-    if isinstance(item, EmbedderError):
-        refused.set_exception(item)
-        return refused
     try:
-        return engine.submit(item, request=request, room=room)
+        if isinstance(item, EmbedderError):
+            raise item
+        return engine.submit(item, request=request, room=room, wake=False)
     except OF_AN_ITEM as error:
+        refused: Future[Embedding] = Future()
         refused.set_exception(to_keep(error))
         return refused

@@ -1,10 +1,11 @@
 """Owns the queue and the threads; calls the steps in order, computes nothing itself.
 
-Threads preprocess items (decoding, resizing and tokenizing release the GIL); others do so with items that have
-something to fetch first, so that a slow address holds up no text. One thread drives the device, taking whatever waits
-each time the device is free, or, where it computes by itself, one batch ahead. All take from a `Scheduler`, so that a
-large request holds up others in no place. Every item has a future of its own: it fails alone, and a request may span
-batches.
+Threads preprocess items (decoding, resizing and tokenizing of long texts release the GIL); others do so with items that
+have something to fetch first, so that a slow address holds up no text. A short text is tokenized by who brings it: all
+in Python, it would take longer in threads that wait for the interpreter. One thread drives the device, taking whatever
+waits each time the device is free, or, where it computes by itself, one batch ahead. All take from a `Scheduler`, so
+that a large request holds up others in no place. Every item has a future of its own: it fails alone, and a request may
+span batches.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from embedder.errors import (
 )
 from embedder.fetch import MAX_FETCHES, Fetcher
 from embedder.observer import Batch, Journey, Observer, begin_journey
-from embedder.postprocess import Embedding, check_dimensions, finish_vector
-from embedder.preprocess import ModelInput
+from embedder.postprocess import Embedding, check_dimensions, finish_vectors
+from embedder.preprocess import ModelInput, is_short_text
 from embedder.request import EmbeddingItem, Image, Text, Video
 from embedder.scheduler import Rate, Scheduler
 from embedder.settings import Settings
@@ -187,13 +188,20 @@ class Engine:
         return self._pending_tokens
 
     def submit(
-        self, item: EmbeddingItem, *, request: object = None, room: Room | None = None, wait: bool = False
+        self,
+        item: EmbeddingItem,
+        *,
+        request: object = None,
+        room: Room | None = None,
+        wait: bool = False,
+        wake: bool = True,
     ) -> Future[Embedding]:
         """Admit one item. The future gives its Embedding or raises an `EmbedderError`; cancelling it frees the place.
 
         Items with the same `request` (any hashable; None: the item is one of its own) share one place in the queues.
         Raises at once: `UnsupportedDimensions`, `ShuttingDown`, `DeviceFailed`, and `Overloaded` where the queue is
         full, unless it is one of those that `room` was made for, or `wait`: then it blocks until there is room.
+        Without `wake`, a device that has nothing to do may sleep on until `wake` is called: with more items, at best.
         """
         check_dimensions(item.dimensions, self.hidden_size)
         job = _Job(item, object() if request is None else request, _estimated_tokens(item, self.settings))
@@ -205,13 +213,21 @@ class Engine:
             self._pending.add(job)
             job.journey = begin_journey(item, job.num_tokens)
             self._observer.admitted(job.journey)
-            is_fetched = self.settings.url_hosts and has_url(item)
-            (self._fetches if is_fetched else self._items).put(job, job.num_tokens, job.request, now_s)
-            (self._has_fetches if is_fetched else self._has_items).notify()
-        reference, journey = weakref.ref(job), job.journey  # the caller's future must not hold the item's pixels
-        job.future.add_done_callback(lambda _: self._forget(reference()))
-        job.future.add_done_callback(lambda done: self._observer.answered(journey, done))
+            is_short = is_short_text(item)
+            if not is_short:
+                is_fetched = self.settings.url_hosts and has_url(item)
+                (self._fetches if is_fetched else self._items).put(job, job.num_tokens, job.request, now_s)
+                (self._has_fetches if is_fetched else self._has_items).notify()
+        # the caller's future must not hold the item's pixels
+        job.future.add_done_callback(partial(self._leave, weakref.ref(job), job.journey))
+        if is_short:
+            self._prepare(job, wake=wake)
         return job.future
+
+    def wake(self) -> None:
+        """See what has been submitted."""
+        with self._lock:
+            self._has_inputs.notify()
 
     @contextmanager
     def room_for(self, items: Sequence[EmbeddingItem]) -> Iterator[Room]:
@@ -277,26 +293,33 @@ class Engine:
             retry_after_s=max(1.0, min(wait_s, self.settings.request_timeout_s)),
         )
 
-    def _answer(self, job: _Job, outcome: Embedding | EmbedderError | None) -> None:
-        """Free the job's place and answer it, once: of several answers the first counts. None: it was cancelled."""
+    def _answer(self, *outcomes: tuple[_Job, Embedding | EmbedderError | None]) -> None:
+        """Free the jobs' places and answer them, once: of several answers the first counts. None: it was cancelled."""
         with self._lock:
-            if job not in self._pending:
+            outcomes = tuple((job, outcome) for job, outcome in outcomes if job in self._pending)
+            if not outcomes:
                 return
-            self._pending.remove(job)
-            self._pending_tokens -= job.num_tokens
-            self._free(job.num_bytes)
-            _ = any(queue.discard(job) for queue in (self._fetches, self._items, self._inputs))
-            self._twins.remove(job.key, job)
+            for job, _ in outcomes:
+                self._take_out(job)
             now_s = time.monotonic()
-            self._answer_rate.add(job.num_tokens if outcome else 0, now_s - self._answered_at_s)
+            num_tokens = sum(job.num_tokens for job, outcome in outcomes if outcome)
+            self._answer_rate.add(num_tokens, now_s - self._answered_at_s)
             self._answered_at_s = now_s
             self._has_room.notify_all()
-        if not job.future.set_running_or_notify_cancel():
-            return
-        if isinstance(outcome, Embedding):
-            job.future.set_result(outcome)
-        elif outcome:
-            job.future.set_exception(to_keep(outcome))
+        for job, outcome in outcomes:
+            if not job.future.set_running_or_notify_cancel():
+                continue
+            if isinstance(outcome, Embedding):
+                job.future.set_result(outcome)
+            elif outcome:
+                job.future.set_exception(to_keep(outcome))
+
+    def _take_out(self, job: _Job) -> None:
+        self._pending.remove(job)
+        self._pending_tokens -= job.num_tokens
+        self._free(job.num_bytes)
+        _ = any(queue.discard(job) for queue in (self._fetches, self._items, self._inputs))
+        self._twins.remove(job.key, job)
 
     def _free(self, num_bytes: int) -> None:
         was_full = self._ready_bytes >= READY_BYTES
@@ -305,10 +328,12 @@ class Engine:
             self._has_fetches.notify_all()
             self._has_items.notify_all()
 
-    def _forget(self, job: _Job | None) -> None:
-        """Its future is done: where that was the caller's doing, nobody waits for the job."""
-        if job:
-            self._answer(job, None)
+    def _leave(self, reference: weakref.ref[_Job], journey: Journey, future: Future[Embedding]) -> None:
+        """A future is done: where that was the caller's doing, nobody waits for the job."""
+        job = reference()
+        if job and future.cancelled():
+            self._answer((job, None))
+        self._observer.answered(journey, future)
 
     def _prepare_items(self, queue: Scheduler[_Job], has_jobs: threading.Condition) -> None:
         """One of the threads that preprocess."""
@@ -322,7 +347,7 @@ class Engine:
             has_jobs.wait_for(lambda: (len(queue) and self._ready_bytes < READY_BYTES) or self._is_over)
             return next(iter(queue.take(time.monotonic())), None)
 
-    def _prepare(self, job: _Job) -> None:
+    def _prepare(self, job: _Job, *, wake: bool = True) -> None:
         try:
             with job.journey.preprocessing():
                 job.model_input = self._preprocess(self._fetch(job.item, job.future.done))
@@ -330,17 +355,20 @@ class Engine:
                     job.key = content_key(job.model_input)
         except EmbedderError as error:
             self._observer.preprocessed(job.journey)
-            self._answer(job, error)
+            self._answer((job, error))
+        except KeyboardInterrupt:  # of the program that brought a short text
+            job.future.cancel()
+            raise
         except BaseException:  # a panic in a library written in Rust is no Exception
             logger.exception("preprocessing failed")
             self._observer.preprocessed(job.journey)
-            self._answer(job, _hidden())
+            self._answer((job, _hidden()))
         else:
             job.journey.count(job.model_input)
             self._observer.preprocessed(job.journey)
-            self._put_input(job)
+            self._put_input(job, wake=wake)
 
-    def _put_input(self, job: _Job) -> None:
+    def _put_input(self, job: _Job, *, wake: bool) -> None:
         with self._lock:
             if job not in self._pending:  # given up in the meantime
                 return
@@ -350,10 +378,11 @@ class Engine:
             if row is None:
                 if self._twins.add(job.key, job):
                     self._inputs.put(job, job.model_input.cost, job.request, time.monotonic())
-                    self._has_inputs.notify()
+                    if wake:
+                        self._has_inputs.notify()
                 return
             self.num_cache_hits += 1
-        self._answer_row(job, row, is_cached=True)
+        self._answer_rows([job], row[None], is_cached=True)
 
     def _drive_device(self) -> None:
         try:
@@ -422,16 +451,15 @@ class Engine:
                 jobs[0].log(logging.ERROR, text, jobs[0].model_input.num_tokens, error=error)
                 with self._lock:
                     twins = self._twins.finish(jobs[0].key)
-                for job in (jobs[0], *twins):
-                    self._answer(job, _of_one_item(error, job))
+                self._answer(*((job, _of_one_item(error, job)) for job in (jobs[0], *twins)))
                 return
             logger.warning("a batch of %d items failed (%s); splitting it", len(jobs), type(error).__name__)
             if isinstance(error, DeviceOutOfMemory):
                 self._shrink_batches(jobs)
         else:
-            for job, row in zip(jobs, rows, strict=True):
+            for job in jobs:
                 job.journey.batch = batch
-                self._finish(job, row)
+            self._finish(jobs, rows)
             self._observer.ran(batch, [job.journey for job in jobs])
             self._grow_batches()
             return
@@ -471,24 +499,32 @@ class Engine:
             self._inputs.max_batch_tokens = min(2 * limit, self.settings.max_batch_tokens)
             logger.info("batches may have %d tokens again", self._inputs.max_batch_tokens)
 
-    def _finish(self, job: _Job, row: NDArray[np.float32]) -> None:
+    def _finish(self, jobs: list[_Job], rows: NDArray[np.float32]) -> None:
+        twins: list[_Job] = []
+        places = []
         with self._lock:
-            self.cache.put(job.key, row)
-            twins = self._twins.finish(job.key)
+            for place, (job, row) in enumerate(zip(jobs, rows, strict=True)):
+                self.cache.put(job.key, row)
+                of_job = self._twins.finish(job.key)
+                twins += of_job
+                places += [place] * len(of_job)
             self.num_cache_hits += len(twins)
-        self._answer_row(job, row, is_cached=False)
-        for twin in twins:
-            self._answer_row(twin, row, is_cached=True)
+        self._answer_rows(jobs, rows, is_cached=False)
+        if twins:
+            self._answer_rows(twins, rows[places], is_cached=True)
 
-    def _answer_row(self, job: _Job, row: NDArray[np.float32], *, is_cached: bool) -> None:
-        try:
-            vector = finish_vector(row, job.item.dimensions, job.item.normalize)
-        except EngineFailed as error:
-            job.log(logging.ERROR, "%s", error)
-            self._answer(job, error)
-        else:
-            model_input = job.model_input
-            self._answer(job, Embedding(vector, model_input.num_tokens, model_input.num_cut_tokens, is_cached))
+    def _answer_rows(self, jobs: list[_Job], rows: NDArray[np.float32], *, is_cached: bool) -> None:
+        """`rows`: (len(jobs), hidden_size)."""
+        outcomes: list[tuple[_Job, Embedding | EngineFailed]] = []
+        vectors = finish_vectors(rows, [(job.item.dimensions, job.item.normalize) for job in jobs])
+        for job, vector in zip(jobs, vectors, strict=True):
+            if isinstance(vector, EngineFailed):
+                job.log(logging.ERROR, "%s", vector)
+                outcomes.append((job, vector))
+            else:
+                size = job.model_input
+                outcomes.append((job, Embedding(vector, size.num_tokens, size.num_cut_tokens, is_cached)))
+        self._answer(*outcomes)
 
     def _watch(self) -> None:
         """A batch that takes too long will not end: the thread that waits for it is given up."""
@@ -507,8 +543,7 @@ class Engine:
             jobs = list(self._pending)
             self._end()
         logger.critical("the engine gives up with %d items waiting: %s", len(jobs), reason)
-        for job in jobs:
-            self._answer(job, _lost())
+        self._answer(*((job, _lost()) for job in jobs))
         if self._on_failure:
             self._on_failure(reason)
 

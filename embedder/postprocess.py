@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +43,27 @@ def check_dimensions(dimensions: int | None, hidden_size: int) -> None:
         )
 
 
-def finish_vector(row: NDArray[np.float32], dimensions: int | None, normalize: bool) -> NDArray[np.float32]:
-    """(hidden_size,) -> (dimensions,). Cut first, then normalise. Raises `EngineFailed` if a value is not finite."""
-    vector = row[:dimensions]
-    with np.errstate(over="ignore"):  # which the next line finds
-        squares = vector.dot(vector)
-    if not math.isfinite(squares):
-        raise EngineFailed("the model gave a value that is not finite, or far too large")
-    return vector / max(np.sqrt(squares), np.float32(1e-12)) if normalize else vector
+def finish_vectors(
+    rows: NDArray[np.float32], wanted: Sequence[tuple[int | None, bool]]
+) -> list[NDArray[np.float32] | EngineFailed]:
+    """(num_rows, hidden_size) -> of each row what is `wanted`, its dimensions and whether its length shall be 1.
+
+    Cut first, then normalise. An `EngineFailed` stands for a row with a value that is not finite. A vector does not
+    depend on the rows beside it; those that want the same go through numpy together, as each call there may hand the
+    interpreter to another thread.
+    """
+    finished: dict[int, NDArray[np.float32] | EngineFailed] = {}
+    for dimensions, normalize in set(wanted):
+        places = [place for place, want in enumerate(wanted) if want == (dimensions, normalize)]
+        vectors = rows[places, :dimensions]
+        with np.errstate(over="ignore", invalid="ignore"):  # such rows are left out
+            squares = np.vecdot(vectors, vectors)
+            if normalize:
+                vectors /= np.maximum(np.sqrt(squares), np.float32(1e-12))[:, None]
+        for place, vector, is_finite in zip(places, vectors, np.isfinite(squares).tolist(), strict=True):
+            text = "the model gave a value that is not finite, or far too large"
+            finished[place] = vector if is_finite else EngineFailed(text)
+    return [finished[place] for place in range(len(rows))]
 
 
 def quantize(vector: NDArray[np.float32], output_dtype: OutputDtype) -> NDArray[Any]:

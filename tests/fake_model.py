@@ -55,6 +55,8 @@ class FakeModel:
                 raise InvalidRequest("undecodable") from error
         if part.text == "bug":
             raise ZeroDivisionError("a bug in preprocessing")
+        if part.text == "interrupted":
+            raise KeyboardInterrupt
         if part.text == "panic":
             raise BaseException("a panic in a library")  # as tokenizers raises what panics in Rust
         ids = np.frombuffer(part.text.encode(), np.uint8).astype(np.int64)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import embedder.engine
+import embedder.preprocess
 from embedder.awaiting import SUBMITTED_AT_ONCE, embed_all, embed_each
 from embedder.engine import Engine, WaitForRows
 from embedder.errors import (
@@ -36,7 +37,15 @@ from tests.fake_model import HIDDEN_SIZE, FakeModel, held_back, item, running, u
 
 
 @pytest.fixture
-def engine(model: FakeModel) -> Iterator[Engine]:
+def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No text is short enough to be preprocessed by whoever submits it."""
+    monkeypatch.setattr(embedder.preprocess, "SHORT_CHARS", -1)
+
+
+@pytest.fixture(params=["by the caller", "in threads"])
+def engine(model: FakeModel, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    if request.param == "in threads":
+        request.getfixturevalue("in_threads")
     with running(model, max_batch_tokens=1024, max_input_tokens=1024, max_queued_tokens=4096) as engine:
         yield engine
 
@@ -59,6 +68,7 @@ def test_items_that_wait_while_the_device_is_busy_run_together(engine: Engine, m
     assert model.batches == [1, 20]
 
 
+@pytest.mark.usefixtures("in_threads")
 def test_large_request_holds_up_nobody_in_either_queue(model: FakeModel) -> None:
     settings = Settings(preprocess_threads=1, max_batch_tokens=64, max_input_tokens=64)
     engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, settings)
@@ -113,6 +123,25 @@ def test_bug_in_preprocessing_fails_its_item_alone(
             engine.submit(item(text)).result(10)
     assert reason in caplog.text
     assert engine.submit(item("next")).result(10).num_tokens == 4
+
+
+def test_program_that_is_interrupted_leaves_nothing_behind(model: FakeModel) -> None:
+    with running(model) as engine:
+        with pytest.raises(KeyboardInterrupt):
+            engine.submit(item("interrupted"))
+        assert engine.pending_tokens == 0
+        model.gate.set()
+        assert engine.submit(item("next")).result(10).num_tokens == 4
+
+
+def test_texts_that_come_in_one_turn_of_the_event_loop_run_together(model: FakeModel) -> None:
+    async def come() -> None:
+        await asyncio.gather(*(embed_all(engine, [item(f"text {index}")], 10) for index in range(40)))
+
+    with running(model) as engine:
+        model.gate.set()
+        asyncio.run(come())
+        assert model.batches == [40]
 
 
 def test_value_that_is_not_finite_is_an_error_never_an_answer(engine: Engine, model: FakeModel) -> None:
@@ -351,6 +380,7 @@ def test_answered_item_is_let_go_of_while_its_future_is_kept(
         gc.enable()
 
 
+@pytest.mark.usefixtures("in_threads")
 def test_deadline_empties_both_queues_at_once(model: FakeModel) -> None:
     engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, Settings(preprocess_threads=1))
     model.gate.clear()
@@ -453,6 +483,7 @@ def test_of_two_requests_that_do_not_fit_together_one_is_refused_whole(model: Fa
     assert len(model.preprocessed) == len(items)
 
 
+@pytest.mark.usefixtures("in_threads")
 def test_preprocessing_waits_while_what_it_made_fills_the_memory(
     model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

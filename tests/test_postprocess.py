@@ -6,16 +6,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from embedder.errors import EngineFailed, UnsupportedDimensions
-from embedder.postprocess import MIN_DIMENSIONS, check_dimensions, finish_vector
+from embedder.postprocess import MIN_DIMENSIONS, check_dimensions, finish_vectors
 
 ROW = np.random.default_rng(0).normal(0, 3, 192).astype(np.float32)
 
 
+def finish(row: NDArray[np.float32], dimensions: int | None, *, normalize: bool) -> NDArray[np.float32]:
+    (vector,) = finish_vectors(row[None], [(dimensions, normalize)])
+    assert not isinstance(vector, EngineFailed)
+    return vector
+
+
 @pytest.mark.parametrize("dimensions", [None, 64, 100, 192])
 def test_vector_has_unit_length_whatever_its_size(dimensions: int | None) -> None:
-    vector = finish_vector(ROW, dimensions, normalize=True)
+    vector = finish(ROW, dimensions, normalize=True)
     assert vector.shape == (dimensions or 192,)
     assert vector.dtype == np.float32
     assert abs(np.linalg.norm(vector.astype(np.float64)) - 1) < 1e-6
@@ -23,33 +30,46 @@ def test_vector_has_unit_length_whatever_its_size(dimensions: int | None) -> Non
 
 def test_vector_is_cut_before_it_is_normalised() -> None:
     expected = ROW[:64].astype(np.float64) / np.linalg.norm(ROW[:64].astype(np.float64))
-    assert np.abs(finish_vector(ROW, 64, normalize=True) - expected).max() < 1e-7
+    assert np.abs(finish(ROW, 64, normalize=True) - expected).max() < 1e-7
     wrong = ROW[:64] / np.linalg.norm(ROW)  # the other order
-    assert np.abs(finish_vector(ROW, 64, normalize=True) - wrong).max() > 1e-3
+    assert np.abs(finish(ROW, 64, normalize=True) - wrong).max() > 1e-3
 
 
 def test_without_normalize_the_values_are_the_models() -> None:
-    assert np.array_equal(finish_vector(ROW, 64, normalize=False), ROW[:64])
-    assert np.array_equal(finish_vector(ROW, None, normalize=False), ROW)
+    assert np.array_equal(finish(ROW, 64, normalize=False), ROW[:64])
+    assert np.array_equal(finish(ROW, None, normalize=False), ROW)
 
 
 def test_row_itself_is_not_changed() -> None:
     row = ROW.copy()
-    finish_vector(row, 64, normalize=True)
+    finish(row, 64, normalize=True)
     assert np.array_equal(row, ROW)
 
 
 def test_zero_row_gives_zeros_not_a_division_by_zero() -> None:
-    assert (finish_vector(np.zeros(64, np.float32), None, normalize=True) == 0).all()
+    assert (finish(np.zeros(64, np.float32), None, normalize=True) == 0).all()
+
+
+def test_each_row_is_finished_as_it_wants_and_as_it_would_be_alone() -> None:
+    rows = np.random.default_rng(1).normal(0, 3, (50, 192)).astype(np.float32)
+    wishes: list[tuple[int | None, bool]] = [(None, True), (64, True), (64, False), (100, True), (None, False)]
+    wanted = [wishes[number % 5] for number in range(50)]
+    vectors = finish_vectors(rows, wanted)
+    for row, (dimensions, normalize), vector in zip(rows, wanted, vectors, strict=True):
+        assert np.array_equal(vector, finish(row, dimensions, normalize=normalize))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])  # the last one's square is infinite
 @pytest.mark.parametrize("normalize", [True, False])
-def test_value_that_is_not_finite_is_our_error(value: float, normalize: bool) -> None:
-    row = ROW.copy()
-    row[5] = value
-    with pytest.raises(EngineFailed, match="not finite"):
-        finish_vector(row, None, normalize)
+def test_value_that_is_not_finite_is_our_error_and_spoils_no_other(value: float, normalize: bool) -> None:
+    rows = np.tile(ROW, (3, 1))
+    rows[1, 5] = value
+    first, failure, last = finish_vectors(rows, [(None, normalize)] * 3)
+    assert isinstance(failure, EngineFailed)
+    assert "not finite" in str(failure)
+    expected = finish(ROW, None, normalize=normalize)
+    assert np.array_equal(first, expected)
+    assert np.array_equal(last, expected)
 
 
 @pytest.mark.parametrize("dimensions", [None, 64, 65, 191, 192])
