@@ -108,6 +108,7 @@ class Preprocessor:
         appended_ids = self._appended_ids()
         tokenizer.encode_special_tokens = True  # from here on a special token's name in a text is only text
         self._tail_ids = (*self._encode_fixed(prompt.TAIL), *appended_ids)
+        self._header_ids = list(self._encode_fixed((Words(prompt.HEADER),)))
         self._prefix_ids = lru_cache(maxsize=64)(lambda instruction: self._encode_fixed(prompt.prefix(instruction)))
         self._text_positions = np.broadcast_to(np.arange(settings.max_input_tokens), (3, settings.max_input_tokens))
 
@@ -130,7 +131,7 @@ class Preprocessor:
             position_ids,
             visual_index,
             patches,
-            num_prefix_tokens=len(prefix_ids) if len(prefix_ids) <= MAX_PREFIX_TOKENS else 0,
+            num_prefix_tokens=self._num_prefix_tokens(prefix_ids, encoded[0]),
             num_cut_tokens=num_cut,
             cost=len(input_ids) + math.ceil(self.visual_cost * num_patches / merge**2),
         )
@@ -176,6 +177,17 @@ class Preprocessor:
                 f"{num_tokens} tokens of the first {len(patches)} images and videos alone, which may not be cut; "
                 f"allowed: {self.settings.max_input_tokens}"
             )
+
+    def _num_prefix_tokens(self, prefix_ids: Sequence[int], turn: list[int] | Pads) -> int:
+        """The instruction's, and those of the header of the user's turn, unless one of them holds text as well.
+
+        (A text that begins with a line break shares a token with the one before it.)
+        """
+        num_header = len(self._header_ids)
+        num_tokens = len(prefix_ids)
+        if isinstance(turn, list) and turn[:num_header] == self._header_ids:
+            num_tokens += num_header
+        return num_tokens if num_tokens <= MAX_PREFIX_TOKENS else 0
 
     def _encode_fixed(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
         """Ids of the pieces before or behind the caller's content."""

@@ -46,6 +46,7 @@ Piece = Special | Words | Pads
 
 IMAGE_PAD = "<|image_pad|>"
 VIDEO_PAD = "<|video_pad|>"
+HEADER = "user\n"  # of the user's turn
 _START, _END = Special("<|im_start|>"), Special("<|im_end|>")
 _VISION_START, _VISION_END = Special("<|vision_start|>"), Special("<|vision_end|>")
 TAIL: tuple[Piece, ...] = (
@@ -80,7 +81,7 @@ def user_turn(
     later versions keep an outer pair).
     """
     pieces: list[Piece] = []
-    words, start = "user\n", len("user\n")
+    words, start = HEADER, len(HEADER)
     end = start
     remaining, clips = iter(grids), iter(seconds)
     for part in item.parts:

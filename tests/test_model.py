@@ -265,8 +265,9 @@ def rows_of(forward: Forward, preprocessor: Preprocessor, items: list[EmbeddingI
     return forward(pack([preprocessor(item) for item in items], 2, CPU))
 
 
-def test_kept_prefix_gives_the_same_states(model: Any, preprocessor: Preprocessor) -> None:
-    items = [EmbeddingItem((Text(words(5, seed)),), instruction=f"Task {seed % 3}") for seed in range(7)]
+@pytest.mark.parametrize("before", ["", "\n", "\n\n ", " "])
+def test_kept_prefix_gives_the_same_states(model: Any, preprocessor: Preprocessor, before: str) -> None:
+    items = [EmbeddingItem((Text(before + words(5, seed)),), instruction=f"Task {seed % 3}") for seed in range(7)]
     forward = Forward(model, preprocessor.vision, "sdpa")
     cold, warm = rows_of(forward, preprocessor, items), rows_of(forward, preprocessor, items)
     assert len(forward.language._kept) == 3

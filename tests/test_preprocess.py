@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -346,6 +347,25 @@ def test_instruction_is_never_cut(make: Make) -> None:
     for count in (70, 400):
         with pytest.raises(InputTooLong):
             preprocessor(EmbeddingItem((Text("red"),), words(count)))
+
+
+@pytest.mark.parametrize("text", ["red", " red", "\tred", "\nred", "\n\nred", "\r\n", "user\nuser\n"])
+def test_prefix_holds_the_header_of_the_turn_and_nothing_of_the_text(
+    random_checkpoint: Path, make: Make, tmp_path: Path, text: str
+) -> None:
+    folder = shutil.copytree(random_checkpoint, tmp_path / "checkpoint")
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    fields["model"]["vocab"]["\u010a\u010a"] = 9999  # two line breaks as one token, which Qwen's tokenizer has
+    fields["model"]["merges"].append(["\u010a", "\u010a"])
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    preprocessor = make(folder)
+    one, other = preprocessor(EmbeddingItem((Text(text),))), preprocessor(EmbeddingItem((Text("blue"),)))
+    num_shared = one.num_prefix_tokens
+    assert one.input_ids[:num_shared].tolist() == other.input_ids[:num_shared].tolist()
+    is_grown_together = text.startswith("\n")
+    rest = preprocessor._tokenizer.decode(one.input_ids[num_shared:].tolist(), skip_special_tokens=False)
+    assert rest.startswith(f"user\n{text}" if is_grown_together else text)
+    assert (num_shared < other.num_prefix_tokens) == is_grown_together
 
 
 def test_long_text_is_tokenized_beside_what_else_runs(preprocessor: Preprocessor) -> None:
