@@ -40,7 +40,15 @@ from embedder.edge import Edge
 from embedder.engine import Engine
 from embedder.errors import EmbedderError
 from embedder.keys import Keys
-from embedder.lifecycle import Drain, check_port, end_with_arbiter, end_with_workers, give_up, own_server
+from embedder.lifecycle import (
+    Drain,
+    check_port,
+    end_with_arbiter,
+    end_with_workers,
+    give_up,
+    own_server,
+    stop_when_told,
+)
 from embedder.log import count_items, request_id, share_log
 from embedder.metrics import CONTENT_TYPE, CountRequests, Metrics
 from embedder.native import embed_body, parse_embed, whole_failure
@@ -140,6 +148,7 @@ class Qwen3VLEmbedding:
         """Once, before the workers start: what is named is there, or the service says why not and does not start."""
         share_log(SETTINGS.log_format)
         end_with_workers()
+        stop_when_told()
         try:
             make_metrics_folder()
             check_port()

@@ -21,6 +21,8 @@ from typing import NoReturn
 import click
 import uvicorn
 from bentoml._internal.configuration.containers import BentoMLContainer  # what `bentoml serve` itself asks
+from circus.client import make_json
+from circus.sighandler import SysHandler
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,25 @@ def end_with_arbiter(arbiter: int) -> None:
             signal.raise_signal(signal.SIGTERM)
 
     look()
+
+
+def stop_when_told() -> None:
+    """In the arbiter, before it is there: it stops at SIGTERM also where that meets it while it starts a worker.
+
+    circus (kantoku 0.18) takes one command at a time, and drops another; so it is asked until it does stop.
+    """
+
+    def quit_until_heard(handler: SysHandler) -> None:
+        controller = handler.controller
+
+        def ask() -> None:
+            if not controller.arbiter._stopping:  # has no public name
+                controller.dispatch((None, make_json("quit")))
+                controller.loop.call_later(_LOOK_S, ask)
+
+        controller.loop.add_callback_from_signal(ask)
+
+    SysHandler.quit = quit_until_heard
 
 
 def check_port() -> None:

@@ -304,6 +304,38 @@ def fill(folder: Path) -> None:
             rest.write(bytes(4096))
 
 
+ARBITER = """
+from circus import get_arbiter
+from embedder.lifecycle import stop_when_told
+
+{prepare}
+arbiter = get_arbiter([{{"cmd": "sleep 60", "numprocesses": 2, "warmup_delay": 2}}])
+print("starting", flush=True)
+arbiter.start()
+"""
+
+
+@pytest.mark.parametrize("prepare", ["stop_when_told()", "pass  # what would be if it were not for that"])
+def test_arbiter_that_is_busy_with_a_worker_stops_when_it_is_done(prepare: str) -> None:
+    command = [sys.executable, "-c", ARBITER.format(prepare=prepare)]
+    arbiter = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert arbiter.stdout
+        arbiter.stdout.readline()
+        time.sleep(1)  # of the four seconds in which it starts them
+        arbiter.terminate()
+        if prepare.startswith("stop"):
+            assert arbiter.wait(15) == 0
+        else:
+            with pytest.raises(subprocess.TimeoutExpired):
+                arbiter.wait(8)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(arbiter.pid, signal.SIGKILL)
+        arbiter.wait()
+        arbiter.stdout.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "lone", [{}, {"BENTOML_CONTAINERIZED": "true"}], ids=["elsewhere", "in a container"], indirect=True
