@@ -256,6 +256,7 @@ class Engine:
         """Finish what was admitted, take nothing more, end the threads."""
         with self._lock:
             self._is_closed = True
+            self._has_inputs.notify()  # of what was submitted without waking anybody
             self._has_room.notify_all()
             self._has_room.wait_for(lambda: not self._pending)
             self._end()

@@ -134,6 +134,16 @@ def test_program_that_is_interrupted_leaves_nothing_behind(model: FakeModel) -> 
         assert engine.submit(item("next")).result(10).num_tokens == 4
 
 
+def test_text_that_woke_nobody_is_embedded_when_it_is_time_or_over(model: FakeModel) -> None:
+    model.gate.set()
+    with running(model) as engine:
+        future = engine.submit(item("text"), wake=False)
+        engine.wake()
+        assert future.result(10).num_tokens == 4
+        last = engine.submit(item("last"), wake=False)
+    assert last.result(0).num_tokens == 4
+
+
 def test_texts_that_come_in_one_turn_of_the_event_loop_run_together(model: FakeModel) -> None:
     async def come() -> None:
         await asyncio.gather(*(embed_all(engine, [item(f"text {index}")], 10) for index in range(40)))
