@@ -1,8 +1,9 @@
 """What each choice of ours brings, against what else could be done: `python -m benchmarks.choices`.
 
 The forward pass on the CPU, one batch of three workloads, in turns with variants of it over the same weights, each
-held to the same vectors: times relative to ours, above 1 is slower. Then the pause of a garbage collection with and
-without what was loaded, and requests through the service (with a model that computes nothing) with Python's switch
+held to the same vectors: times relative to ours, above 1 is slower. Then, with a model that computes nothing, short
+texts through the library, preprocessed where they come in or in threads; the pause of a garbage collection with and
+without what was loaded; and requests through the service (with such a model too) with Python's switch
 interval as it is and shorter. The variant with torch.compile wants a C++ compiler.
 """
 
@@ -36,6 +37,8 @@ from benchmarks.library import load_preprocessor
 from benchmarks.load import drive
 from benchmarks.protocols import LocalProtocol
 from benchmarks.workloads import make_items, read_words
+from embedder import preprocess
+from embedder.engine import WaitForRows
 from embedder.library import Embedder
 from embedder.model import language
 from embedder.preprocess import ModelInput
@@ -60,14 +63,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     about = report.environment(report.command("choices", chosen))
     with random_folder(chosen.shape) as folder:
         times = _forward_times(folder, chosen.rounds)
+        texts_per_s = _short_texts(folder)
         pauses_ms = _pauses_ms()
         requests_per_s = asyncio.run(_switch_intervals(folder, chosen.seconds))
-    data = {"environment": about, "times": times, "pauses_ms": pauses_ms, "requests_per_s": requests_per_s}
+    data = {"environment": about, "times": times, "texts_per_s": texts_per_s, "pauses_ms": pauses_ms}
+    data["requests_per_s"] = requests_per_s
     variants = list(next(iter(times.values())))
     parts = [
         report.table(
             ("forward pass, time relative to ours", *times),
             [[name, *(f"{of_one[name]:.2f}" for of_one in times.values())] for name in variants],
+        ),
+        report.table(
+            ("short texts, preprocessed", "texts/s, null model"),
+            [[name, f"{rate:.0f}"] for name, rate in texts_per_s.items()],
         ),
         report.table(("a full garbage collection", "ms"), [[name, f"{ms:.1f}"] for name, ms in pauses_ms.items()]),
         report.table(
@@ -88,10 +97,10 @@ def _forward_times(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
             name: make(stack.enter_context(Embedder(str(folder), device="cpu", **options)))
             for name, make, options in _variants()
         }
-        preprocess, words = load_preprocessor(folder), read_words(folder)
+        to_input, words = load_preprocessor(folder), read_words(folder)
         relative = {}
         for workload, count in tqdm(BATCHES.items(), desc="forward passes", unit="workload"):
-            inputs = [preprocess(item_from_fields(item)) for item in make_items(workload, count, words)]
+            inputs = [to_input(item_from_fields(item)) for item in make_items(workload, count, words)]
             expected = variants[OURS](inputs)
             for name, run in variants.items():
                 difference = float(np.abs(run(inputs) - expected).max())
@@ -208,6 +217,26 @@ def _with_joined_mlp(embedder: Embedder) -> Run:
         return call
 
     return _with_layers(embedder, lambda layer: _Layer(layer, mlp=mlp(layer)))
+
+
+def _short_texts(folder: Path) -> dict[str, float]:
+    """Texts a second through the library: medians of five rounds."""
+
+    def launch(embedder: Embedder, inputs: list[ModelInput]) -> WaitForRows:
+        rows = np.ones((len(inputs), embedder.forward.hidden_size), np.float32)
+        return lambda: rows
+
+    items = make_items("text-16", 64, read_words(folder)) * 32
+    limits = {"ours: where they come in": preprocess.SHORT_CHARS, "in threads": -1}
+    rates: dict[str, list[float]] = {name: [] for name in limits}
+    with mock.patch.object(Embedder, "_launch", launch), Embedder(str(folder), device="cpu") as embedder:
+        for _ in range(5):
+            for name, limit in limits.items():
+                with mock.patch.object(preprocess, "SHORT_CHARS", limit):
+                    start = time.perf_counter()
+                    embedder.embed(items)
+                    rates[name].append(len(items) / (time.perf_counter() - start))
+    return {name: statistics.median(found) for name, found in rates.items()}
 
 
 def _pauses_ms() -> dict[str, float]:
