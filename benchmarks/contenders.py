@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,10 +68,25 @@ class Contender:
             log.seek(0)
             raise RuntimeError(f"{self.name} did not start:\n{log.read().decode(errors='replace')[-3000:]}")
 
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Inside it runs, behind it its processes stand still: one that is idle still takes of the cores."""
+        self._signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def _signal(self, signum: signal.Signals) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signum)
+
     def stop(self) -> None:
         """End it and its children; those that don't go by themselves are killed."""
         if self.process is None:
             return
+        self._signal(signal.SIGCONT)
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_S)

