@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from embedder import Embedder
-from embedder.postprocess import dequantize, finish_vector, quantize
+from embedder.postprocess import dequantize, finish_vectors, quantize
 from embedder.request import OutputDtype
 from training.data import COLOUR_NAMES, COLOURS
 
@@ -42,7 +42,7 @@ def embed(embedder: Embedder, items: list[Any], what: str) -> NDArray[np.float32
 
 def as_stored(vectors: NDArray[np.float32], dimensions: int, output_dtype: OutputDtype) -> NDArray[np.float32]:
     """What a client compares: cut, unit length, quantised, and back."""
-    cut = np.stack([finish_vector(row, dimensions, normalize=True) for row in vectors])
+    cut = np.stack(finish_vectors(vectors, [(dimensions, True)] * len(vectors)))
     back = dequantize(quantize(cut, output_dtype), output_dtype, dimensions)
     return back / np.linalg.norm(back, axis=1, keepdims=True)
 

@@ -22,8 +22,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from embedder import Embedder
+from embedder.errors import EngineFailed
+from embedder.postprocess import finish_vectors
 from embedder.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
 from tests.fake_model import FakeModel
 
@@ -86,6 +89,13 @@ def encoded(image: PIL.Image.Image, file_format: str = "PNG", **options: Any) ->
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
+
+
+def finish(row: NDArray[np.float32], dimensions: int | None, *, normalize: bool) -> NDArray[np.float32]:
+    """One row, which is finite."""
+    (vector,) = finish_vectors(row[None], [(dimensions, normalize)])
+    assert not isinstance(vector, EngineFailed)
+    return vector
 
 
 def words(count: int, seed: int = 0) -> str:

@@ -48,6 +48,7 @@ DOORS = {  # each outside library, and every module that imports it when it runs
     "PIL": {"budget", "library", "media", "playground", "verify"},
     "av": {"video"},
     "bentoml": {"lifecycle", "log"},  # and service.py
+    "circus": {"lifecycle"},
     "click": {"lifecycle"},
     "flash_attn": {"model"},
     "httpcore": {"fetch"},

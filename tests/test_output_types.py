@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from benchmarks import output_types
 from embedder.errors import InvalidRequest
-from embedder.postprocess import dequantize, finish_vector, int8_step, quantize
+from embedder.postprocess import dequantize, int8_step, quantize
 from embedder.request import OutputDtype, check_output_dtype
 from embedder.response import to_base64, to_json, wire_vector
-from tests.conftest import ROOT
+from tests.conftest import ROOT, finish
 
 DTYPES: tuple[OutputDtype, ...] = get_args(OutputDtype)
 DIMENSIONS = st.sampled_from([64, 65, 100, 128, 192, 768, 2048, 4096])
@@ -31,7 +31,7 @@ def unit_vectors(draw: st.DrawFn) -> NDArray[np.float32]:
     dimensions = draw(DIMENSIONS)
     values = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).normal(size=dimensions)
     values *= np.exp(draw(st.sampled_from([0.0, 0.5, 2.0])) * np.random.default_rng(dimensions).normal(size=dimensions))
-    return finish_vector(values.astype(np.float32), None, normalize=True)
+    return finish(values.astype(np.float32), None, normalize=True)
 
 
 anything = arrays(np.float32, DIMENSIONS, elements=st.floats(-10, 10, width=32))
@@ -64,7 +64,7 @@ def test_integers_are_within_half_a_step(output_dtype: OutputDtype, vector: NDAr
 @given(st.integers(0, 2**32 - 1), DIMENSIONS)
 def test_integers_of_evenly_spread_vectors_keep_the_cosine(seed: int, dimensions: int) -> None:
     row = np.random.default_rng(seed).normal(size=dimensions).astype(np.float32)
-    vector = finish_vector(row, None, normalize=True)
+    vector = finish(row, None, normalize=True)
     restored = dequantize(quantize(vector, "int8"), "int8", dimensions)
     # the error is a step's, s / sqrt(12) a value: 1 - d * s**2 / 24 = 1 - 12**2 / 127**2 / 24 = 0.99963, with room
     assert cosine(restored, vector) >= 0.9993
@@ -92,7 +92,7 @@ def test_bits_are_the_signs_packed_from_the_highest(vector: NDArray[np.float32])
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([512, 2048, 4096]))
 def test_cosine_of_the_signs_is_that_of_a_gaussian(seed: int, dimensions: int) -> None:
-    vector = finish_vector(np.random.default_rng(seed).normal(size=dimensions).astype(np.float32), None, True)
+    vector = finish(np.random.default_rng(seed).normal(size=dimensions).astype(np.float32), None, normalize=True)
     signs = dequantize(quantize(vector, "ubinary"), "ubinary", dimensions)
     assert abs(cosine(signs, vector) - math.sqrt(2 / math.pi)) < 0.1
 
@@ -157,7 +157,7 @@ def test_others_do_not(output_dtype: OutputDtype) -> None:
 
 @pytest.mark.parametrize("output_dtype", DTYPES)
 def test_lists_hold_the_very_values(output_dtype: OutputDtype) -> None:
-    vector = finish_vector(np.random.default_rng(1).normal(size=100).astype(np.float32), None, True)
+    vector = finish(np.random.default_rng(1).normal(size=100).astype(np.float32), None, normalize=True)
     values = quantize(vector, output_dtype)
     sent = json.loads(to_json({"embedding": wire_vector(values, "float")}))["embedding"]
     assert np.array_equal(np.array(sent, values.dtype), values)
@@ -167,7 +167,7 @@ def test_lists_hold_the_very_values(output_dtype: OutputDtype) -> None:
 
 @pytest.mark.parametrize("output_dtype", DTYPES)
 def test_base64_holds_the_bytes_little_endian(output_dtype: OutputDtype) -> None:
-    vector = finish_vector(np.random.default_rng(1).normal(size=100).astype(np.float32), None, True)
+    vector = finish(np.random.default_rng(1).normal(size=100).astype(np.float32), None, normalize=True)
     values = quantize(vector, output_dtype)
     data = base64.b64decode(wire_vector(values, "base64"))
     assert np.array_equal(np.frombuffer(data, values.dtype.newbyteorder("<")), values)

@@ -6,18 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from embedder.errors import EngineFailed, UnsupportedDimensions
 from embedder.postprocess import MIN_DIMENSIONS, check_dimensions, finish_vectors
+from tests.conftest import finish
 
 ROW = np.random.default_rng(0).normal(0, 3, 192).astype(np.float32)
-
-
-def finish(row: NDArray[np.float32], dimensions: int | None, *, normalize: bool) -> NDArray[np.float32]:
-    (vector,) = finish_vectors(row[None], [(dimensions, normalize)])
-    assert not isinstance(vector, EngineFailed)
-    return vector
 
 
 @pytest.mark.parametrize("dimensions", [None, 64, 100, 192])
