@@ -210,6 +210,9 @@ class FakeEngine:
         future.set_result(outcome)
         return future
 
+    def wake(self) -> None:
+        pass
+
 
 DONE = Embedding(np.ones(4, np.float32) / 2, 20, 0)
 
