@@ -372,16 +372,16 @@ async def embed_items(body: bytes) -> Response:
     outcomes = await embed_each(_engine(), parsed.items, SETTINGS.request_timeout_s)
     count_items(len(outcomes), sum(one.num_tokens for one in outcomes if isinstance(one, Embedding)))
     failure = whole_failure(outcomes)
-    body = embed_body(parsed, outcomes, _model_name(), SETTINGS.max_input_tokens)
-    return _json_response(body, _status(failure) if failure else 200, _cache_headers(outcomes))
+    answer = embed_body(parsed, outcomes, _model_name(), SETTINGS.max_input_tokens)
+    return _json_response(answer, _status(failure) if failure else 200, _cache_headers(outcomes))
 
 
 @_post("/v1/embeddings")
 async def embed_openai(body: bytes) -> Response:
     parsed = parse_embeddings(body, SETTINGS)
     embeddings = await _embed(parsed.items)
-    body = embeddings_body(parsed, embeddings, _model_name(), SETTINGS.max_input_tokens)
-    return _json_response(body, headers=_cache_headers(embeddings))
+    answer = embeddings_body(parsed, embeddings, _model_name(), SETTINGS.max_input_tokens)
+    return _json_response(answer, headers=_cache_headers(embeddings))
 
 
 @_get("/v1/models")

@@ -3,8 +3,8 @@
 The forward pass on the CPU, one batch of three workloads, in turns with variants of it over the same weights, each
 held to the same vectors: times relative to ours, above 1 is slower. Then, with a model that computes nothing, short
 texts through the library, preprocessed where they come in or in threads; the pause of a garbage collection with and
-without what was loaded; and requests through the service (with such a model too) with Python's switch
-interval as it is and shorter. The variant with torch.compile wants a C++ compiler.
+without what was loaded; and requests through the service (with such a model too) with Python's switch interval as it is
+and shorter. The variant with torch.compile wants a C++ compiler.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from tqdm import tqdm
 from benchmarks import contenders, report
 from benchmarks.checkpoints import random_folder
 from benchmarks.library import load_preprocessor
+from benchmarks.limits import no_model
 from benchmarks.load import drive
 from benchmarks.protocols import LocalProtocol
 from benchmarks.workloads import make_items, read_words
 from embedder import preprocess
-from embedder.engine import WaitForRows
 from embedder.library import Embedder
 from embedder.model import language
 from embedder.preprocess import ModelInput
@@ -66,8 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         texts_per_s = _short_texts(folder)
         pauses_ms = _pauses_ms()
         requests_per_s = asyncio.run(_switch_intervals(folder, chosen.seconds))
-    data = {"environment": about, "times": times, "texts_per_s": texts_per_s, "pauses_ms": pauses_ms}
-    data["requests_per_s"] = requests_per_s
+    data = {
+        "environment": about,
+        "times": times,
+        "texts_per_s": texts_per_s,
+        "pauses_ms": pauses_ms,
+        "requests_per_s": requests_per_s,
+    }
     variants = list(next(iter(times.values())))
     parts = [
         report.table(
@@ -221,15 +226,10 @@ def _with_joined_mlp(embedder: Embedder) -> Run:
 
 def _short_texts(folder: Path) -> dict[str, float]:
     """Texts a second through the library: medians of five rounds."""
-
-    def launch(embedder: Embedder, inputs: list[ModelInput]) -> WaitForRows:
-        rows = np.ones((len(inputs), embedder.forward.hidden_size), np.float32)
-        return lambda: rows
-
     items = make_items("text-16", 64, read_words(folder)) * 32
     limits = {"ours: where they come in": preprocess.SHORT_CHARS, "in threads": -1}
     rates: dict[str, list[float]] = {name: [] for name in limits}
-    with mock.patch.object(Embedder, "_launch", launch), Embedder(str(folder), device="cpu") as embedder:
+    with mock.patch.object(Embedder, "_launch", no_model), Embedder(str(folder), device="cpu") as embedder:
         for _ in range(5):
             for name, limit in limits.items():
                 with mock.patch.object(preprocess, "SHORT_CHARS", limit):

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,15 @@ def _start(
         stack.callback(one.stop)
         with one.awake():
             one.start(one.protocol.bodies(items[:1], 1)[0])
-            for name, body in (("1.json", first), ("32.json", many)) if one.name == contenders.OURS else ():
-                answer = httpx.post(one.url, content=body, headers={"content-type": "application/json"}, timeout=600)
-                (answers / name).write_bytes(answer.content)
+            if one.name == contenders.OURS:
+                _keep_answers(one, {answers / "1.json": first, answers / "32.json": many})
     return running
+
+
+def _keep_answers(service: Contender, bodies: Mapping[Path, bytes]) -> None:
+    for path, body in bodies.items():
+        answer = httpx.post(service.url, content=body, headers={"content-type": "application/json"}, timeout=600)
+        path.write_bytes(answer.content)
 
 
 def _drive_all(

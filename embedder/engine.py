@@ -1,8 +1,8 @@
 """Owns the queue and the threads; calls the steps in order, computes nothing itself.
 
 Threads preprocess items (decoding, resizing and tokenizing of long texts release the GIL); others do so with items that
-have something to fetch first, so that a slow address holds up no text. A short text is tokenized by who brings it: all
-in Python, it would take longer in threads that wait for the interpreter. One thread drives the device, taking whatever
+have something to fetch first, so that a slow address holds up no text. A short text is tokenized by who brings it:
+threads would only wait for the interpreter, and for longer than it takes. One thread drives the device, taking whatever
 waits each time the device is free, or, where it computes by itself, one batch ahead. All take from a `Scheduler`, so
 that a large request holds up others in no place. Every item has a future of its own: it fails alone, and a request may
 span batches.
@@ -256,7 +256,7 @@ class Engine:
         """Finish what was admitted, take nothing more, end the threads."""
         with self._lock:
             self._is_closed = True
-            self._has_inputs.notify()  # of what was submitted without waking anybody
+            self.wake()  # for what was submitted without
             self._has_room.notify_all()
             self._has_room.wait_for(lambda: not self._pending)
             self._end()

@@ -43,6 +43,9 @@ def check_dimensions(dimensions: int | None, hidden_size: int) -> None:
         )
 
 
+_NOT_FINITE = "the model gave a value that is not finite, or far too large"
+
+
 def finish_vectors(
     rows: NDArray[np.float32], wanted: Sequence[tuple[int | None, bool]]
 ) -> list[NDArray[np.float32] | EngineFailed]:
@@ -61,8 +64,7 @@ def finish_vectors(
             if normalize:
                 vectors /= np.maximum(np.sqrt(squares), np.float32(1e-12))[:, None]
         for place, vector, is_finite in zip(places, vectors, np.isfinite(squares).tolist(), strict=True):
-            text = "the model gave a value that is not finite, or far too large"
-            finished[place] = vector if is_finite else EngineFailed(text)
+            finished[place] = vector if is_finite else EngineFailed(_NOT_FINITE)
     return [finished[place] for place in range(len(rows))]
 
 
