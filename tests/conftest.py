@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -125,7 +125,21 @@ class Server:
 
 
 def start_server(folder: Path, *, target: str = ".", cwd: Path = ROOT, **settings: str) -> Server:
-    """`bentoml serve` on a free port, ready, with `EMBEDDER_<NAME>` settings."""
+    """`bentoml serve` on a free port, ready, with `EMBEDDER_<NAME>` settings.
+
+    A port that was free may have become somebody's until the service listens there: then it is another.
+    """
+    for _ in range(3):
+        server = _start_server(folder, target, cwd, settings)
+        if server.process.poll() is None:
+            return server
+        if "Address already in use" not in server.log.read_text():
+            break
+    raise AssertionError(f"the service did not become ready:\n{server.log.read_text()}")
+
+
+def _start_server(folder: Path, target: str, cwd: Path, settings: Mapping[str, str]) -> Server:
+    """Ready, or ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -147,7 +161,7 @@ def start_server(folder: Path, *, target: str = ".", cwd: Path = ROOT, **setting
         time.sleep(0.2)
     process.terminate()  # killed, it would leave its worker behind
     process.wait(60)
-    raise AssertionError(f"the service did not become ready:\n{log.read_text()}")
+    return server
 
 
 @pytest.fixture(scope="session")
