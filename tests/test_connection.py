@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import re
 import socket
 import threading
 import time
@@ -190,3 +191,37 @@ def test_connection_is_kept_for_the_next_request(port: int) -> None:
         assert connection.getresponse().read() == str(len(PIECE)).encode()
         time.sleep(MAX_WAIT_S + 0.2)  # idle is uvicorn's matter
     connection.close()
+
+
+H2C = b"connection: Upgrade, HTTP2-Settings\r\nhttp2-settings: AAEAAEAAAAIAAAAB\r\nupgrade: h2c\r\n"
+WEBSOCKET = (
+    b"connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+    b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+LENGTH = b"content-length: 5\r\n\r\nhello"
+CHUNKS = b"transfer-encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("offer", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
+@pytest.mark.parametrize("piece_bytes", [1, 150, 10_000])
+@pytest.mark.parametrize("body", [LENGTH, CHUNKS], ids=["length", "chunks"])
+def test_offer_of_another_protocol_is_ignored_and_the_request_answered(
+    offer: bytes, piece_bytes: int, body: bytes, connection: socket.socket
+) -> None:
+    """Every stock JDK client offers h2c with its first request, and reuses the connection."""
+    head = b"POST / HTTP/1.1\r\nhost: a\r\n"
+    requests = head + offer + body + head + body + b"GET / HTTP/1.1\r\n" + offer + b"\r\n"
+    for start in range(0, len(requests), piece_bytes):
+        connection.sendall(requests[start : start + piece_bytes])
+    received = b""
+    while received.count(b"0\r\n\r\n") < 3:
+        received += connection.recv(2**16)
+    assert received.count(b"HTTP/1.1 200 OK") == 3
+    assert re.findall(rb"\r\n1\r\n(\d)\r\n0\r\n\r\n", received) == [b"5", b"5", b"0"]
+
+
+def test_idle_connection_outlives_a_load_balancers_minute() -> None:
+    config = uvicorn.Config(App(), http="httptools", lifespan="off")
+    config.load()
+    bound_connections(config, MAX_WAIT_S)
+    assert config.timeout_keep_alive > 60
