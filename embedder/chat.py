@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from embedder.errors import InvalidRequest
-from embedder.request import refuse_unknown, shown
+from embedder.request import refuse_unknown, shown, without_nulls
 from embedder.settings import Settings
 
 QUERY_INSTRUCTION = "Retrieve images or text relevant to the user's query."  # the model card's own, for queries
@@ -111,6 +111,7 @@ def _part(part: Any) -> dict[str, Any]:
     media = KINDS.get(kind) if isinstance(kind, str) else None
     if media is None:
         raise InvalidRequest(f"a part of `content` has one of the types {', '.join(KINDS)}; got {shown(part)}")
+    part = without_nulls(part)
     names = [name for name in part if KINDS.get(name) == media]
     own = {"fps"} & set(part) if media == "video" else set()
     refuse_unknown(part, {"type", "detail", "uuid", *names, *own})
@@ -125,6 +126,7 @@ def _address(value: Any) -> Any:
     """`{"url": ..}` and `{"data": ..}` -> what they hold; anything else stays for the next step to judge."""
     if not isinstance(value, Mapping):
         return value
+    value = without_nulls(value)
     refuse_unknown(value, {"url", "data", "detail", "format"})
     return value.get("url", value.get("data"))
 
@@ -132,7 +134,7 @@ def _address(value: Any) -> Any:
 def _role_and_content(message: Any) -> tuple[Any, Any]:
     if not isinstance(message, Mapping):
         raise InvalidRequest(f"messages: got {shown(message)}; allowed: objects with role and content")
-    refuse_unknown(message, {"role", "content", "name"})
+    refuse_unknown(without_nulls(message), {"role", "content", "name"})
     return message.get("role"), message.get("content")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from embedder.chat import InputType, check_length, instruction_of, parts_of_content
 from embedder.errors import InvalidRequest, of_item
@@ -18,6 +18,7 @@ from embedder.request import (
     AnyDimensions,
     EmbeddingItem,
     Image,
+    RequestBody,
     Several,
     check_item_count,
     item_from_fields,
@@ -31,10 +32,8 @@ from embedder.settings import Settings
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 
 
-class CohereEmbedRequest(BaseModel):
+class CohereEmbedRequest(RequestBody):
     """Body of `POST /v2/embed`: one of `texts`, `images` and `inputs`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     texts: Several[str] | None = None
     images: Several[str] | None = Field(None, description="Data URIs, bare base64, or URLs.")

@@ -24,6 +24,7 @@ from embedder.request import (
     item_from_fields,
     shown,
     validate_body,
+    without_nulls,
 )
 from embedder.response import Usage, Vector, accounts, error_fields, to_json, wire_vector
 from embedder.settings import Settings
@@ -113,7 +114,7 @@ def _read(entry: Any, wire: EmbedRequest) -> tuple[Id, EmbeddingItem | InvalidRe
                 entry = {**wire.of_each_item(), "text": entry}
             case Mapping():
                 name = _id(entry.get("id"))
-                own = {field: value for field, value in entry.items() if field != "id"}
+                own = {field: value for field, value in without_nulls(entry).items() if field != "id"}
                 entry = {**wire.of_each_item(), **own}
         item = item_from_fields(entry)
         check_output_dtype(wire.output_dtype, item.normalize)

@@ -32,6 +32,7 @@ from embedder.request import (
     item_from_fields,
     shown,
     validate_body,
+    without_nulls,
 )
 from embedder.response import Usage, Vector, accounts, to_json, wire_vector
 from embedder.settings import Settings
@@ -190,6 +191,7 @@ def _item_of_input(entry: Any) -> dict[str, Any]:
         raise InvalidRequest(f"got {shown(entry)}; allowed: a string, or an object with text, image, video or content")
     if is_part(entry):
         return {"content": parts_of_content([entry])}
-    if "content" in entry:
-        return {**entry, "content": parts_of_content(entry["content"])}
-    return dict(entry)
+    fields = without_nulls(entry)
+    if "content" in fields:
+        return {**fields, "content": parts_of_content(fields["content"])}
+    return fields

@@ -165,7 +165,20 @@ def _schemas(settings: Settings) -> dict[str, Any]:
         for option in [fields[model][name], *fields[model][name].get("anyOf", ())]:
             if option.get("type") == "array":
                 option["maxItems"] = settings.max_items_per_request
+    for model in REQUESTS:
+        _allow_nulls(schemas[model.__name__])
     return schemas
+
+
+def _allow_nulls(schema: dict[str, Any]) -> None:
+    """Every field of an object that may be left out may also be null, which means the same."""
+    for name, field in schema["properties"].items():
+        if name in schema.get("required", ()) or not {"type", "anyOf", "enum", "$ref"} & set(field):
+            continue  # a field of any type takes null already
+        about = {key: field[key] for key in ("description", "default", "title") if key in field}
+        kinds = field.get("anyOf") or [{key: value for key, value in field.items() if key not in about}]
+        if {"type": "null"} not in kinds and "null" not in kinds[0].get("type", ""):
+            schema["properties"][name] = {"anyOf": [*kinds, {"type": "null"}], **about}
 
 
 def _items() -> dict[str, Any]:
@@ -205,7 +218,7 @@ def _items() -> dict[str, Any]:
     role = {"enum": ["system", "developer", "user", "assistant"]}
     content = {"anyOf": [_ref("Part"), _list_of(_ref("Part"))], "description": "Parts, in your order."}
     native = {**of_kinds, "content": content}
-    return {
+    schemas: dict[str, dict[str, Any]] = {
         "Part": {"title": "Part", "oneOf": parts},
         "Item": {"title": "Item", **_object(native, []), "anyOf": something},
         "NamedItem": {"title": "NamedItem", **_object({**native, "id": name}, []), "anyOf": something},
@@ -217,6 +230,10 @@ def _items() -> dict[str, Any]:
             **_object({"role": role, "content": {"anyOf": [chat_content, {"type": "null"}]}, "name": text}, ["role"]),
         },
     }
+    for schema in [*schemas.values(), *parts]:
+        if "properties" in schema:
+            _allow_nulls(schema)
+    return schemas
 
 
 def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:

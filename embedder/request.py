@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import orjson
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, ValidationError, WithJsonSchema
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from embedder.errors import InvalidRequest, RequestTooLarge
 from embedder.settings import Settings
@@ -92,10 +101,19 @@ class EmbeddingRequest:
     output_dtype: OutputDtype = "float32"
 
 
-class Options(BaseModel):
-    """What the routes that are ours take beside the items themselves."""
+class RequestBody(BaseModel):
+    """Base of the bodies of all routes. A field that is null counts as not given: many generated clients send those."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, fields: Any) -> Any:
+        return without_nulls(fields) if isinstance(fields, Mapping) else fields
+
+
+class Options(RequestBody):
+    """Options that most routes take, in addition to the items."""
 
     instruction: str | None = Field(None, description="The task, as the system message; default: the service's.")
     dimensions: AnyDimensions = Field(
@@ -229,6 +247,7 @@ def item_from_fields(fields: Mapping[str, Any]) -> EmbeddingItem:
     """
     if not isinstance(fields, Mapping):
         raise InvalidRequest(f"got {shown(fields)}; allowed: a text, or an object with text, image or content")
+    fields = without_nulls(fields)
     known = {"text", "image", "video", "content", "instruction", "dimensions", "normalize"}
     known |= {"truncate", "fps"} if "video" in fields else {"truncate"}
     refuse_unknown(fields, known)
@@ -253,6 +272,11 @@ def item_from_fields(fields: Mapping[str, Any]) -> EmbeddingItem:
     )
 
 
+def without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are given: null means the same as leaving a field out."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
     """Raises `InvalidRequest` that names the fields which are not among the known."""
     if unknown := sorted(str(name) for name in set(fields) - known):
@@ -267,6 +291,7 @@ def _refusal(unknown: Sequence[str]) -> str:
 def _part(part: object) -> Part:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(part, Mapping) and kind in ("text", "image", "video"):
+        part = without_nulls(part)
         refuse_unknown(part, {"type", kind, "fps"} if kind == "video" else {"type", kind})
         match kind:
             case "text":

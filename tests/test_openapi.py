@@ -234,3 +234,72 @@ def test_document_tells_good_items_from_bad(entry: Any, is_good: bool) -> None:
     (item,) = parse("/embed", {"items": [entry]}).items
     assert isinstance(item, InvalidRequest) is not is_good
     assert is_valid("/embed", {"items": [entry]}) is is_good
+
+
+PARSERS: dict[str, Callable[[bytes, Settings], Any]] = {
+    "/txt/embed": parse_text_request,
+    "/img/embed": parse_image_request,
+    "/embed": parse_embed,
+    "/v1/embeddings": parse_embeddings,
+    "/v2/embed": parse_cohere,
+}
+
+
+@pytest.mark.parametrize("path", PARSERS)
+def test_null_means_the_same_as_leaving_a_field_out_on_every_route(path: str) -> None:
+    """As LiteLLM, Dify and many generated clients send it; and the document says so."""
+    schema = body_schema(path)
+    validator = jsonschema.Draft202012Validator({**schema, "components": DOCUMENT["components"]})
+    example = next(iter(EXAMPLES[path].values()))
+    names = set(schema["properties"]) - set(schema.get("required", ())) - set(example)
+    assert len(names) >= 5
+    plain = PARSERS[path](json.dumps(example).encode(), Settings())
+    for given in [{name: None} for name in sorted(names)] + [dict.fromkeys(names)]:
+        validator.validate({**example, **given})
+        assert PARSERS[path](json.dumps({**example, **given}).encode(), Settings()) == plain
+
+
+NULLS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("/embed", {"items": [{"text": "red"}]}, {"items": [dict.fromkeys(["image", "video", "content", "fps"])]}),
+    ("/embed", {"items": [{"text": "red"}]}, {"items": [dict.fromkeys(["instruction", "normalize", "truncate", "id"])]}),
+    (
+        "/embed",
+        {"items": [{"content": [{"type": "text", "text": "red"}]}]},
+        {"items": [{"content": [{"image": None, "fps": None}]}]},
+    ),
+    ("/v1/embeddings", {"input": [{"text": "red"}]}, {"input": [dict.fromkeys(["content", "image", "normalize"])]}),
+    (
+        "/v1/embeddings",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "red"}]}]},
+        {"messages": [{"name": None, "tool_calls": None, "content": [{"image_url": None, "detail": None}]}]},
+    ),
+    (
+        "/v1/embeddings",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "aGVsbG8="}}]}]},
+        {"messages": [{"content": [{"image_url": {"detail": None, "format": None}}]}]},
+    ),
+    (
+        "/v2/embed",
+        {"inputs": [{"content": [{"type": "text", "text": "red"}]}]},
+        {"inputs": [{"content": [{"image_url": None}]}]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "nulls"), NULLS)
+def test_null_inside_items_parts_and_messages_means_not_given(
+    path: str, body: dict[str, Any], nulls: dict[str, Any]
+) -> None:
+    with_nulls = json.dumps(merged(nulls, body)).encode()
+    plain = PARSERS[path](json.dumps(body).encode(), Settings())
+    assert PARSERS[path](with_nulls, Settings()) == plain
+    assert not any(isinstance(item, Exception) for item in plain.items)
+
+
+def merged(under: Any, over: Any) -> Any:
+    """Two JSON values of one shape as one; where both say something, `over` counts."""
+    if isinstance(under, dict) and isinstance(over, dict):
+        return {name: merged(under.get(name), over.get(name)) for name in {**under, **over}}
+    if isinstance(under, list) and isinstance(over, list):
+        return [merged(one, other) for one, other in zip(under, over, strict=True)]
+    return under if over is None else over
