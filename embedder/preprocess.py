@@ -331,11 +331,18 @@ def read_vision_config(folder: Path, settings: Settings) -> VisionConfig:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The checkpoint's own tokenizer, from `tokenizer.json`."""
+    """The checkpoint's own tokenizer, from `tokenizer.json`.
+
+    Truncation and padding that the file carries are switched off, as transformers does unless a call asks for them:
+    training tools save both, and they would cut or shift every text.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ModelUnavailable(f"{folder} has no tokenizer.json")
-    return Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _read_json(path: Path) -> dict[str, Any]:

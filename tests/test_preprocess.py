@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from qwen_vl_utils.vision_process import process_vision_info
 from tokenizers import Tokenizer, processors
-from transformers import Qwen3VLConfig, Qwen3VLModel, Qwen3VLProcessor
+from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLModel, Qwen3VLProcessor
 
 from embedder.errors import InputTooLong, InvalidRequest, MediaTooLarge, ModelUnavailable
 from embedder.preprocess import ModelInput, Preprocessor, load_tokenizer, patchify, read_vision_config
@@ -477,6 +477,25 @@ def test_maximum_below_the_checkpoints_minimum_stops_the_start(tmp_path: Path) -
     folder = bare_folder(tmp_path, preprocessor_config={"size": {"shortest_edge": 65536, "longest_edge": 16_777_216}})
     with pytest.raises(ModelUnavailable, match=r"max_pixels \(4096\) is below the checkpoint's min_pixels \(65536\)"):
         read_vision_config(folder, Settings(max_pixels=4096))
+
+
+@pytest.mark.parametrize("saved", ["truncation", "padding", "both"])
+def test_truncation_and_padding_saved_with_a_tokenizer_change_no_ids(
+    saved: str, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Training tools save both since transformers 4.51, and transformers itself ignores them."""
+    clean = load_tokenizer(random_checkpoint)
+    tokenizer = load_tokenizer(random_checkpoint)
+    if saved != "padding":
+        tokenizer.enable_truncation(32)
+    if saved != "truncation":
+        tokenizer.enable_padding(length=512)
+    shutil.copytree(random_checkpoint, tmp_path, dirs_exist_ok=True)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = words(300)
+    ids = load_tokenizer(tmp_path).encode(text).ids
+    assert ids == clean.encode(text).ids
+    assert ids == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
 
 
 def test_missing_tokenizer_stops_the_start(tmp_path: Path) -> None:
