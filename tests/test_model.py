@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,14 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as reference
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from embedder.errors import ModelUnavailable
-from embedder.model.attention import choose_attention, lower_right, sdpa_attention
+from embedder.model.attention import (
+    choose_attention,
+    flash_attention_fault,
+    lower_right,
+    one_split,
+    sdpa_attention,
+    varlen_attention,
+)
 from embedder.model.forward import Forward
 from embedder.model.language import MAX_KEPT_TOKENS
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
@@ -106,7 +113,7 @@ def sequences(lengths: list[int], paired_with: list[int] | None = None) -> Seque
 def naive_attention(
     query: Tensor, key: Tensor, value: Tensor, query_lengths: list[int], key_lengths: list[int], causal: bool
 ) -> Tensor:
-    """One softmax for each sequence, head and query token, in float64."""
+    """One softmax for each sequence, head and query token, in float64; the last query attends all keys."""
     query, key, value = query.double(), key.double(), value.double()
     num_heads, head_dim = query.shape[1:]
     repeats = num_heads // key.shape[1]
@@ -115,7 +122,7 @@ def naive_attention(
     for query_length, key_length in zip(query_lengths, key_lengths, strict=True):
         for head in range(num_heads):
             for place in range(query_length):
-                stop = key_start + (place + 1 if causal else key_length)
+                stop = key_start + key_length - (query_length - place - 1 if causal else 0)
                 keys, values = (one[key_start:stop, head // repeats] for one in (key, value))
                 weights = torch.softmax(keys @ query[query_start + place, head] / math.sqrt(head_dim), dim=0)
                 attended[query_start + place, head] = weights @ values
@@ -172,14 +179,13 @@ def test_cuda_back_ends_are_refused_on_the_cpu(name: str) -> None:
         ("sdpa", torch.bfloat16, (9, 0), "sdpa serves the CPU; on CUDA use varlen or flash_attn"),
         ("varlen", torch.float32, (9, 0), "computes in 16 bits; EMBEDDER_DTYPE=float32 is for the CPU"),
         ("varlen", torch.bfloat16, (7, 5), r"has compute capability \(7, 5\); allowed: \(8, 0\) or newer"),
-        ("flash_attn", torch.bfloat16, (9, 0), "the package flash-attn is not installed; use varlen"),
+        ("flash_attn", torch.bfloat16, (9, 0), "flash-attn cannot be used: ModuleNotFoundError.*; use varlen"),
     ],
 )
 def test_what_a_gpu_cannot_serve_is_refused(
     name: str, dtype: torch.dtype, capability: tuple[int, int], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ModelUnavailable, match=reason):
         choose_attention(name, torch.device("cuda"), dtype)
 
@@ -187,6 +193,65 @@ def test_what_a_gpu_cannot_serve_is_refused(
 def test_cuda_takes_a_packed_kernel_without_asking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert choose_attention("auto", torch.device("cuda"), torch.bfloat16)[0] in ("varlen", "flash_attn")
+
+
+def test_package_called_flash_attn_that_lacks_the_function_is_not_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As flash-attn 4 installs itself: a folder `flash_attn/cute`, and no `flash_attn/__init__.py`."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    flash_attention_fault.cache_clear()
+    assert choose_attention("auto", torch.device("cuda"), torch.bfloat16)[0] == "varlen"
+    assert "flash_attn_varlen_func" in (flash_attention_fault() or "")
+    flash_attention_fault.cache_clear()
+
+
+# Keyword arguments of torch.ops.aten._flash_attention_forward, as its schema gives them
+_OF_TORCH_2_11 = ("scale", "window_size_left", "window_size_right", "seqused_k", "alibi_slopes")
+FLASH_ARGUMENTS = {"2.11": _OF_TORCH_2_11, "2.13": (*_OF_TORCH_2_11, "block_table", "num_splits")}
+
+
+class FlashOperator:
+    """The operator with the arguments of one version of torch, by a loop with flash attention's semantics."""
+
+    def __init__(self, keywords: tuple[str, ...]) -> None:
+        arguments = [SimpleNamespace(name=name) for name in keywords]
+        self.default = SimpleNamespace(_schema=SimpleNamespace(arguments=arguments))
+        self.keywords = {*keywords, "return_debug_mask"}
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *where: Any, **keywords: Any) -> tuple[Tensor, None]:
+        assert set(keywords) <= self.keywords
+        queries, keys, max_queries, max_keys, dropout, causal = where
+        lengths = [torch.diff(ends).tolist() for ends in (queries, keys)]
+        assert (max(lengths[0]), max(lengths[1])) == (max_queries, max_keys)
+        assert not dropout
+        assert (keywords["window_size_left"], keywords["window_size_right"]) == (-1, 0 if causal else -1)
+        return naive_attention(query, key, value, *lengths, causal), None
+
+
+@pytest.mark.parametrize("version", FLASH_ARGUMENTS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_kernel_of_each_torch_is_called_as_it_can_be(
+    version: str, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator = FlashOperator(FLASH_ARGUMENTS[version])
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", operator)
+    one_split.cache_clear()
+    shared = [length + 3 for length in LENGTHS]
+    query, key, value = randn(sum(LENGTHS), 4, 8), randn(sum(shared), 2, 8, seed=1), randn(sum(shared), 2, 8, seed=2)
+    where = sequences(LENGTHS, paired_with=shared), sequences(shared, paired_with=LENGTHS)
+    expected = sdpa_attention(query, key, value, *where, causal=causal)
+    assert (varlen_attention(query, key, value, *where, causal=causal) - expected).abs().max() < 1e-5
+    one_split.cache_clear()
+
+
+def test_recorded_arguments_of_the_packed_kernel_are_those_of_this_torch() -> None:
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    keywords = tuple(one.name for one in schema.arguments if one.kwarg_only)
+    assert keywords == FLASH_ARGUMENTS[".".join(torch.__version__.split(".")[:2])]
 
 
 @pytest.mark.parametrize(("num_queries", "is_kept"), [(40, True), (2000, False)])

@@ -8,8 +8,7 @@ last, and so on: keys may be more than queries.
 
 from __future__ import annotations
 
-import importlib.util
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import torch
@@ -36,7 +35,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
 
     Raises `ModelUnavailable` where it cannot serve that device or dtype.
     """
-    has_flash = importlib.util.find_spec("flash_attn") is not None
+    has_flash = flash_attention_fault() is None
     if name == "auto":
         name = ("flash_attn" if has_flash else "varlen") if device.type == "cuda" else "sdpa"
     if name != "sdpa" and device.type != "cuda":
@@ -44,10 +43,26 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
     if name == "sdpa" and device.type != "cpu":
         raise ModelUnavailable("attention back end sdpa serves the CPU; on CUDA use varlen or flash_attn")
     if name == "flash_attn" and not has_flash:
-        raise ModelUnavailable("EMBEDDER_ATTENTION=flash_attn, but the package flash-attn is not installed; use varlen")
+        raise ModelUnavailable(
+            f"EMBEDDER_ATTENTION=flash_attn, but flash-attn cannot be used: {flash_attention_fault()}; use varlen"
+        )
     if device.type == "cuda":
         _check_gpu(device, dtype)
     return name, {"flash_attn": flash_attention, "varlen": varlen_attention, "sdpa": sdpa_attention}[name]
+
+
+@cache
+def flash_attention_fault() -> str | None:
+    """Why `flash_attn_varlen_func` cannot be imported; None where it can.
+
+    The function itself is tried: flash-attn 4 installs a package of that name without it, and a wheel that was built
+    for another torch fails only when it is loaded.
+    """
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except (ImportError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _check_gpu(device: torch.device, dtype: torch.dtype) -> None:
@@ -94,10 +109,12 @@ _kept_mask = lru_cache(maxsize=1024)(_mask)  # every layer asks again
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, *, causal: bool
 ) -> Tensor:
-    """The packed kernel of torch itself (CUDA). One split, so that a vector does not depend on its neighbours."""
-    from torch.nn.attention.varlen import varlen_attn
+    """The packed kernel that comes with torch (CUDA), from torch 2.11 on.
 
-    attended = varlen_attn(
+    Called as an operator: `torch.nn.attention.varlen.varlen_attn` is a wrapper that fills a tensor of random states in
+    each layer, and whose keywords differ between torch 2.11 and 2.13.
+    """
+    attended: Tensor = torch.ops.aten._flash_attention_forward(
         query,
         key,
         value,
@@ -105,12 +122,25 @@ def varlen_attention(
         keys.cu_seqlens,
         queries.max_seqlen,
         keys.max_seqlen,
-        window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=query.shape[1] > key.shape[1],
-        num_splits=1,
-    )
-    assert isinstance(attended, Tensor)  # a tuple only where more than the values is asked for
+        0.0,  # dropout
+        causal,
+        return_debug_mask=False,
+        window_size_left=-1,
+        window_size_right=0 if causal else -1,
+        **one_split(),
+    )[0]
     return attended
+
+
+@cache
+def one_split() -> dict[str, int]:
+    """One split of the keys, so that a vector does not depend on its neighbors in the batch.
+
+    torch 2.11's operator has no such argument. There the kernel may split the keys of the last layer, where each
+    sequence has one query; the rounding of a vector then depends on the size of its batch.
+    """
+    arguments = torch.ops.aten._flash_attention_forward.default._schema.arguments
+    return {"num_splits": 1} if any(one.name == "num_splits" for one in arguments) else {}
 
 
 def flash_attention(
