@@ -9,9 +9,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import embedder
@@ -23,6 +25,7 @@ BENTOML = Path(sys.executable).with_name("bentoml")
 
 def build(root: Path, image: str, backend: str, options: Sequence[str] = ()) -> None:
     """Build the Bento from the clone at `root`, and from the Bento `image`, by `backend` (docker, podman ..)."""
+    check_bentoml()
     bento = f"{NAME}:{embedder.__version__}"
     subprocess.run([BENTOML, "delete", "--yes", bento], capture_output=True, check=False)  # there may be none
     subprocess.run([BENTOML, "build", "--version", embedder.__version__], cwd=root, check=True)
@@ -30,6 +33,25 @@ def build(root: Path, image: str, backend: str, options: Sequence[str] = ()) -> 
     options = [f"label=org.opencontainers.image.{name}={value}" for name, value in labels.items()] + list(options)
     arguments = [argument for option in options for argument in ("--opt", option)]
     subprocess.run([BENTOML, "containerize", bento, "--backend", backend, "-t", image, *arguments], check=True)
+
+
+def check_bentoml() -> None:
+    """Raises `SystemExit` unless the running BentoML is the locked one.
+
+    BentoML adds `bentoml==<its own version>` to the requirements of every image, next to those of the lock file.
+    """
+    locked = locked_bentoml()
+    if (running := version("bentoml")) != locked:
+        raise SystemExit(
+            f"BentoML {running} is installed, but deploy/requirements.txt has {locked}: the image's requirements would "
+            f"contradict each other. Install bentoml=={locked}, or make a new lock with `python -m deploy.lock`."
+        )
+
+
+def locked_bentoml() -> str:
+    """The version of BentoML in `deploy/requirements.txt`."""
+    (line,) = re.findall(r"^bentoml==(\S+)", (ROOT / "deploy" / "requirements.txt").read_text(), re.MULTILINE)
+    return str(line)
 
 
 def revision(root: Path) -> str:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
 import pytest
 
+from deploy.build import check_bentoml, locked_bentoml
 from embedder.checkpoint import PUBLISHED
 from tests.conftest import ROOT, start_server
 
+UV = str(Path(sys.executable).parent / "uv")
 BENTOML = str(Path(sys.executable).parent / "bentoml")
 
 
@@ -54,6 +58,32 @@ def test_bento_without_its_model_does_not_start_and_says_why(bento_tag: str, tmp
     assert f"the service does not start: model {PUBLISHED} at revision" in output
     assert "set EMBEDDER_MODEL to its folder" in output
     assert "Traceback" not in output
+
+
+def test_requirements_of_the_image_can_be_resolved(bento_tag: str, tmp_path: Path) -> None:
+    """As the image resolves them, with the requirement on itself that BentoML adds; nothing is installed."""
+    home, tag = bento_tag.split("|")
+    bento = Path(home) / "bentos" / tag.replace(":", "/")
+    requirements = bento / "env" / "python" / "requirements.txt"
+    assert f"bentoml=={version('bentoml')}" in requirements.read_text().splitlines()
+    constraints = bento / "src" / "deploy" / "requirements-cuda.txt"
+    command = [UV, "pip", "install", "--dry-run", "--no-build", "--target", tmp_path, "--python-version", "3.11"]
+    run = subprocess.run(
+        [*command, "-r", requirements, "-c", constraints], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_build_refuses_another_bentoml_than_the_lock_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_bentoml()
+    monkeypatch.setattr("deploy.build.version", lambda _: "1.4.0")
+    with pytest.raises(SystemExit, match=r"BentoML 1\.4\.0 is installed, but deploy/requirements\.txt has 1\."):
+        check_bentoml()
+
+
+def test_fresh_install_brings_the_bentoml_of_the_lock() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"bentoml=={locked_bentoml()}" in project["dependencies"]
 
 
 def test_bento_has_the_page_and_leaves_the_small_model_out(bento_tag: str) -> None:
