@@ -32,31 +32,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import embedder
 from embedder import errors
-from embedder.awaiting import embed_all, embed_each
-from embedder.checkpoint import find_checkpoint
-from embedder.cohere import cohere_body, parse_cohere
-from embedder.connection import bound_connections
-from embedder.edge import Edge
-from embedder.engine import Engine
+from embedder.engine.aio import embed_all, embed_each
+from embedder.engine.engine import Engine
+from embedder.engine.postprocess import Embedding
 from embedder.errors import EmbedderError
-from embedder.keys import Keys
-from embedder.lifecycle import (
-    Drain,
-    check_port,
-    end_with_arbiter,
-    end_with_workers,
-    give_up,
-    own_server,
-    stop_when_told,
-)
-from embedder.log import count_items, request_id, share_log
-from embedder.metrics import CONTENT_TYPE, CountRequests, Metrics
-from embedder.native import embed_body, parse_embed, whole_failure
-from embedder.openai import embeddings_body, models_body, parse_embeddings
-from embedder.openapi import openapi_document
-from embedder.playground import HEADERS, PAGE, Collection, page_file
-from embedder.postprocess import Embedding
-from embedder.request import (
+from embedder.http.api_keys import Keys
+from embedder.http.cohere import cohere_body, parse_cohere
+from embedder.http.embed import embed_body, parse_embed, whole_failure
+from embedder.http.guard import Edge
+from embedder.http.json_limits import VALUES_PER_ITEM
+from embedder.http.openai import embeddings_body, models_body, parse_embeddings
+from embedder.http.openapi import openapi_document
+from embedder.http.response import embedding_body, error_body, to_json
+from embedder.inputs.items import (
     EXAMPLE_IMAGE,
     EmbeddingItem,
     EmbeddingRequest,
@@ -67,10 +55,22 @@ from embedder.request import (
     parse_image_request,
     parse_text_request,
 )
-from embedder.response import embedding_body, error_body, to_json
+from embedder.model.checkpoint import find_checkpoint
+from embedder.playground.collection import HEADERS, PAGE, Collection, page_file
+from embedder.server.connection import bound_connections
+from embedder.server.lifecycle import (
+    Drain,
+    check_port,
+    end_with_arbiter,
+    end_with_workers,
+    give_up,
+    own_server,
+    stop_when_told,
+)
 from embedder.settings import Settings, make_metrics_folder, metrics_folder
-from embedder.tracing import Tracing, is_traced
-from embedder.values import VALUES_PER_ITEM
+from embedder.telemetry.log import count_items, request_id, share_log
+from embedder.telemetry.metrics import CONTENT_TYPE, CountRequests, Metrics
+from embedder.telemetry.tracing import Tracing, is_traced
 
 logger = logging.getLogger("embedder.service")
 

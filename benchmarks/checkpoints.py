@@ -11,7 +11,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from embedder.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
+from benchmarks.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
 
 INSTRUCTION = "Represent the user's input."  # the default of the engine and of the reference code
 

@@ -38,11 +38,11 @@ from benchmarks.limits import no_model
 from benchmarks.load import drive
 from benchmarks.protocols import LocalProtocol
 from benchmarks.workloads import make_items, read_words
-from embedder import preprocess
-from embedder.library import Embedder
+from embedder.embedder import Embedder
+from embedder.inputs import preprocess
+from embedder.inputs.items import item_from_fields
+from embedder.inputs.preprocess import ModelInput
 from embedder.model import language
-from embedder.preprocess import ModelInput
-from embedder.request import item_from_fields
 
 BATCHES = {"text-16": 64, "text-512": 8, "image-448": 4}  # items of each workload
 OURS = "ours"

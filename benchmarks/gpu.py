@@ -35,8 +35,8 @@ from benchmarks.checkpoints import random_folder, tokenizer
 from benchmarks.compare import compare, unit
 from benchmarks.gaps import launch_gaps
 from benchmarks.limits import Weights, copy_rate, matrix_rate
+from benchmarks.random_checkpoint import SHAPES, shape_config
 from benchmarks.workloads import WORKLOADS, make_items, read_words
-from embedder.random_checkpoint import SHAPES, shape_config
 from embedder.torchvision_shim import declare_torchvision_operators
 from tests.oracle import Oracle
 

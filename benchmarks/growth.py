@@ -25,7 +25,7 @@ from benchmarks.checkpoints import random_folder
 from benchmarks.load import drive
 from benchmarks.meter import Meter, medians
 from benchmarks.workloads import make_items, read_words
-from embedder.library import Embedder
+from embedder.embedder import Embedder
 
 SIZES = (1_000, 10_000, 100_000)
 NUM_TEXTS = 1_000  # distinct ones

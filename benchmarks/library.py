@@ -21,8 +21,8 @@ from benchmarks.checkpoints import random_folder
 from benchmarks.compare import Comparison, compare
 from benchmarks.limits import Weights, matrix_rate
 from benchmarks.workloads import WORKLOADS, read_words
-from embedder.preprocess import Preprocessor, load_tokenizer, read_vision_config
-from embedder.request import item_from_fields
+from embedder.inputs.items import item_from_fields
+from embedder.inputs.preprocess import Preprocessor, load_tokenizer, read_vision_config
 from embedder.settings import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

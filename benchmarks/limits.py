@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from embedder.engine import WaitForRows
-from embedder.library import Embedder
-from embedder.preprocess import ModelInput
+from embedder.embedder import Embedder
+from embedder.engine.engine import WaitForRows
+from embedder.inputs.preprocess import ModelInput
 
 _ROW = np.random.default_rng(0).standard_normal(8192, np.float32)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.limits import no_model
-from embedder.library import Embedder
+from embedder.embedder import Embedder
 from service import Qwen3VLEmbedding as Qwen3VLEmbedding
 
 Embedder._launch = no_model  # type: ignore[method-assign]

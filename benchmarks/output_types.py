@@ -20,8 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from embedder import Embedder
-from embedder.postprocess import dequantize, finish_vectors, quantize
-from embedder.request import OutputDtype
+from embedder.engine.postprocess import dequantize, finish_vectors, quantize
+from embedder.inputs.items import OutputDtype
 from training.data import COLOUR_NAMES, COLOURS
 
 RESULTS = Path(__file__).parent / "results" / "output_types.json"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from benchmarks.checkpoints import INSTRUCTION
 from benchmarks.workloads import Item
-from embedder.library import Embedder
+from embedder.embedder import Embedder
 from embedder.torchvision_shim import declare_torchvision_operators
 
 declare_torchvision_operators()
@@ -79,7 +79,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 def ours(folder: Path, dtype: torch.dtype, device: torch.device, model: Any = None, **options: Any) -> Peer:
     """The engine as a program uses it. `model` stands in for the folder's weights, which are then not read."""
     name: Literal["bfloat16", "float32"] = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    loaded = mock.patch("embedder.library.load_model", return_value=model) if model is not None else nullcontext()
+    loaded = mock.patch("embedder.embedder.load_model", return_value=model) if model is not None else nullcontext()
     with loaded:
         embedder = Embedder(str(folder), device=str(device), dtype=name, **options)
     full_name = ", ".join([OURS, *(OPTIONS[option] for option in options if option in OPTIONS)])

@@ -24,10 +24,10 @@ from benchmarks import report
 from benchmarks.checkpoints import random_folder, tokenizer
 from benchmarks.library import load_preprocessor
 from benchmarks.limits import Weights
+from benchmarks.random_checkpoint import shape_config
 from benchmarks.workloads import make_items
-from embedder.preprocess import ModelInput, Preprocessor
-from embedder.random_checkpoint import shape_config
-from embedder.request import item_from_fields
+from embedder.inputs.items import item_from_fields
+from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.torchvision_shim import declare_torchvision_operators
 
 declare_torchvision_operators()

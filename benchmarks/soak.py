@@ -28,7 +28,7 @@ from benchmarks.checkpoints import random_folder
 from benchmarks.load import JSON
 from benchmarks.meter import footprint, medians
 from benchmarks.workloads import Item, make_items, read_words
-from embedder.library import Embedder
+from embedder.embedder import Embedder
 
 CALLERS = 16
 NUM_ITEMS = 48  # distinct ones

@@ -22,8 +22,8 @@ import embedder
 from deploy.build import ROOT, build, revision
 from deploy.podman import RUN, missing, podman, prepare_build, workspace
 from deploy.sbom import bill_of_materials
-from embedder.checkpoint import EMBEDDED, PUBLISHED, PUBLISHED_REVISION
-from embedder.openapi import EXAMPLES
+from embedder.http.openapi import EXAMPLES
+from embedder.model.checkpoint import EMBEDDED, PUBLISHED, PUBLISHED_REVISION
 
 IMAGE = f"localhost/container-test:{embedder.__version__}"
 WITH_MODEL = "localhost/container-test:with-model"

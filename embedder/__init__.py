@@ -40,7 +40,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embedder.library import Embedder as Embedder
+    from embedder.embedder import Embedder as Embedder
 
 __version__ = "0.1.0"
 __all__ = ["Embedder", "__version__"]
@@ -49,7 +49,7 @@ __all__ = ["Embedder", "__version__"]
 def __getattr__(name: str) -> Any:
     """`Embedder` is imported when it is first asked for: torch and transformers cost seconds."""
     if name == "Embedder":
-        from embedder.library import Embedder
+        from embedder.embedder import Embedder
 
         return Embedder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

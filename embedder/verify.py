@@ -28,11 +28,11 @@ import PIL.Image
 import torch
 from numpy.typing import NDArray
 
-from embedder.chat import QUERY_INSTRUCTION
+from embedder.embedder import Embedder
 from embedder.errors import EmbedderError, InvalidRequest, ModelUnavailable
-from embedder.library import Embedder
-from embedder.preprocess import load_tokenizer
-from embedder.request import item_from_fields
+from embedder.http.messages import QUERY_INSTRUCTION
+from embedder.inputs.items import item_from_fields
+from embedder.inputs.preprocess import load_tokenizer
 from embedder.torchvision_shim import declare_torchvision_operators
 
 declare_torchvision_operators()

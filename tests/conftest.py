@@ -24,10 +24,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
 from embedder import Embedder
+from embedder.engine.postprocess import finish_vectors
 from embedder.errors import EngineFailed
-from embedder.postprocess import finish_vectors
-from embedder.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
 from tests.fake_model import FakeModel
 
 # the same examples in every run, and no folder that remembers them

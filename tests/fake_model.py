@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.engine import Engine, WaitForRows
+from embedder.engine.engine import Engine, WaitForRows
+from embedder.engine.postprocess import Embedding
 from embedder.errors import DeviceFailed, DeviceOutOfMemory, InvalidRequest
-from embedder.postprocess import Embedding
-from embedder.preprocess import ModelInput
-from embedder.request import EmbeddingItem, Text
+from embedder.inputs.items import EmbeddingItem, Text
+from embedder.inputs.preprocess import ModelInput
 from embedder.settings import Settings
 
 HIDDEN_SIZE = 8

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from embedder import Embedder, verify
+from embedder.inputs.preprocess import load_tokenizer
 from embedder.model.weights import load_model
-from embedder.preprocess import load_tokenizer
 from tests.conftest import ROOT, Server, encoded, picture
 
 Vector = NDArray[np.float32]

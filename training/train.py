@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Qwen2Tokenizer, Qwen3VLModel
 
-from embedder.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
+from benchmarks.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
 from training import data as pictures
 from training import forward
 from training.data import COLOUR_NAMES, COLOURS, SHAPES

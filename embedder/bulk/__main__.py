@@ -31,10 +31,10 @@ except ModuleNotFoundError as missing:
 from embedder.bulk.formats import Part
 from embedder.bulk.source import Columns, Source
 from embedder.bulk.writer import OutputFormat, Writer, output_schema
-from embedder.checkpoint import Checkpoint, find_checkpoint
+from embedder.engine.postprocess import check_dimensions
 from embedder.errors import ModelUnavailable, UnsupportedDimensions
-from embedder.postprocess import check_dimensions
-from embedder.request import OutputDtype
+from embedder.inputs.items import OutputDtype
+from embedder.model.checkpoint import Checkpoint, find_checkpoint
 from embedder.settings import Settings
 
 OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes; nothing but counts goes through it

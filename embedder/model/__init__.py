@@ -12,5 +12,5 @@ graphs        a few texts at once through CUDA graphs of the language tower
 faults        what torch raises -> our errors: a full device, a lost one
 
 The loop over the layers is ours: packed, without padding, KV cache or lm_head, and with the last layer computed only
-where it is read. The oracle of every step is transformers' own forward (tests/test_parity.py).
+where it is read. The oracle of every step is transformers' own forward (tests/model/test_parity.py).
 """

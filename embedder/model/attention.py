@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedder.errors import ModelUnavailable
-from embedder.packing import Sequences
+from embedder.model.packing import Sequences
 
 LEAST_CAPABILITY = (8, 0)  # Ampere, of flash attention in bfloat16
 MAX_KEPT_MASK = 2**16  # bytes of a mask that is kept; making a larger one is little beside the attention itself

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embedder.inputs.preprocess import VisionConfig
 from embedder.model.attention import choose_attention
-from embedder.model.fusion import as_it_is, compiled
+from embedder.model.compile import as_it_is, compiled
 from embedder.model.language import Language
+from embedder.model.packing import PackedBatch
 from embedder.model.vision import Vision
-from embedder.packing import PackedBatch
-from embedder.preprocess import VisionConfig
 
 
 class Forward:

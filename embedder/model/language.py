@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedder.model.attention import Attention
-from embedder.model.fusion import Fuse, as_it_is
+from embedder.model.compile import Fuse, as_it_is
+from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, pack_prefixes
 from embedder.model.positions import apply_rotary
-from embedder.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, pack_prefixes
 
 Module = Any  # transformers' modules, whose attributes torch leaves untyped
 Prefix = tuple[int, ...]

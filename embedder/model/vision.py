@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from embedder.inputs.preprocess import VisionConfig
 from embedder.model.attention import Attention
-from embedder.model.fusion import Fuse, as_it_is
+from embedder.model.compile import Fuse, as_it_is
+from embedder.model.packing import PackedVision
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
-from embedder.packing import PackedVision
-from embedder.preprocess import VisionConfig
 
 Module = Any  # transformers' modules, whose attributes torch leaves untyped
 

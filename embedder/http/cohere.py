@@ -1,0 +1,137 @@
+"""Cohere's route: body of `POST /v2/embed` -> request; vectors -> one list for each of the types asked for."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+from embedder.engine.postprocess import Embedding, quantize
+from embedder.errors import InvalidRequest, of_item
+from embedder.http.messages import InputType, check_length, instruction_of, parts_of_content
+from embedder.http.response import accounts, to_base64, to_json
+from embedder.inputs.items import (
+    AnyDimensions,
+    EmbeddingItem,
+    Image,
+    RequestBody,
+    Several,
+    check_item_count,
+    item_from_fields,
+    refuse_unknown,
+    shown,
+    validate_body,
+)
+from embedder.settings import Settings
+
+EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
+
+
+class CohereEmbedRequest(RequestBody):
+    """Body of `POST /v2/embed`: one of `texts`, `images` and `inputs`."""
+
+    texts: Several[str] | None = None
+    images: Several[str] | None = Field(None, description="Data URIs, bare base64, or URLs.")
+    inputs: Several[Any] | None = Field(None, description="Mixtures, in your order.")
+    model: Any = Field(None, description="Any name: there is one model here.")
+    input_type: InputType | None = Field(None, description="Queries get the query instruction, all others the default.")
+    embedding_types: Several[EmbeddingType] = Field(["float"])
+    output_dimension: AnyDimensions = Field(None, description="Matryoshka size.")
+    truncate: Literal["NONE", "START", "END"] = Field("END", description="Of text over the limit: an error, or cut.")
+    max_tokens: int | None = Field(None, description="Only a number that is not below the service's own limit.")
+    priority: Any = Field(None, description="Accepted for the clients that send it; changes nothing here.")
+
+
+class BilledUnits(BaseModel):
+    """What was embedded. Tokens count instruction, template and pictures too."""
+
+    input_tokens: int
+    images: int
+
+
+class Meta(BaseModel):
+    """About the answer."""
+
+    api_version: dict[str, str]
+    billed_units: BilledUnits
+    warnings: list[str] | None = Field(None, description="What was cut, item by item; absent if nothing was.")
+
+
+class CohereEmbedResponse(BaseModel):
+    """Answer of `POST /v2/embed`."""
+
+    id: str
+    response_type: Literal["embeddings_by_type"]
+    embeddings: dict[EmbeddingType, list[list[float] | str]] = Field(description="One vector per item, by type.")
+    meta: Meta
+
+
+@dataclass(frozen=True)
+class CohereRequest:
+    """One body as items, and the types that each vector is answered in."""
+
+    items: tuple[EmbeddingItem, ...]
+    types: tuple[EmbeddingType, ...]
+
+
+def parse_cohere(body: bytes, settings: Settings) -> CohereRequest:
+    """Body of `/v2/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
+    wire = validate_body(CohereEmbedRequest, body)
+    given = [name for name in ("texts", "images", "inputs") if getattr(wire, name) is not None]
+    if len(given) != 1:
+        raise InvalidRequest(f"give one of `texts`, `images` and `inputs`; got {' and '.join(given) or 'none'}")
+    check_length("max_tokens", wire.max_tokens, settings)
+    entries: list[Any] = getattr(wire, given[0])
+    check_item_count(len(entries), settings)
+    options = {
+        "instruction": instruction_of(wire.input_type),
+        "dimensions": wire.output_dimension,
+        "truncate": wire.truncate.lower(),
+    }
+    items: list[EmbeddingItem] = []
+    for index, entry in enumerate(entries):
+        with of_item(index):
+            content = _content(entry) if given == ["inputs"] else {given[0].removesuffix("s"): entry}
+            items.append(item_from_fields({**options, **content}))
+    return CohereRequest(tuple(items), tuple(dict.fromkeys(wire.embedding_types)))
+
+
+def cohere_body(request: CohereRequest, embeddings: Sequence[Embedding], limit: int) -> bytes:
+    """The answer to a request. `limit` is the number of tokens that texts were cut to."""
+    account = accounts(dict(enumerate(embeddings)), limit)
+    num_images = sum(isinstance(part, Image) for item in request.items for part in item.parts)
+    meta = {
+        "api_version": {"version": "2"},
+        "billed_units": {"input_tokens": account.pop("usage")["prompt_tokens"], "images": num_images},
+        **account,
+    }
+    return to_json(
+        {
+            "id": str(uuid.uuid4()),
+            "response_type": "embeddings_by_type",
+            "embeddings": {kind: [_typed(one.vector, kind) for one in embeddings] for kind in request.types},
+            "meta": meta,
+        }
+    )
+
+
+def _content(entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, Mapping):
+        raise InvalidRequest(f"got {shown(entry)}; allowed: an object with content")
+    refuse_unknown(entry, {"content"})
+    return {"content": parts_of_content(entry.get("content"))}
+
+
+def _typed(vector: NDArray[np.float32], kind: EmbeddingType) -> Any:
+    match kind:
+        case "float":
+            return vector
+        case "base64":
+            return to_base64(vector)
+        case _:
+            return quantize(vector, kind)

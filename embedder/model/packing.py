@@ -1,0 +1,227 @@
+"""The chosen ModelInputs -> PackedBatch on the device: all sequences in one row, no padding. No policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedder.inputs.preprocess import ModelInput, Patches
+
+MAX_SHARED_TOKENS = 1024  # of the distinct prefixes of a batch
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` sequences of `length` tokens each, one behind the other from `start`."""
+
+    start: int
+    count: int
+    length: int
+
+    def of(self, row: Tensor) -> Tensor:
+        """Its part of a packed row, as a view: (total_tokens, ..) -> (count, length, ..)."""
+        part = row[self.start : self.start + self.count * self.length]
+        return part.view(self.count, self.length, *row.shape[1:])
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Where each sequence stands in a packed row.
+
+    `cu_seqlens`: (num_sequences + 1,) int32, on the device. `runs`: the same as neighbours of equal length, for the
+    CPU, which has no kernel for `cu_seqlens`.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class PackedVision:
+    """All pictures and clips of a batch, pictures first.
+
+    `still_pixels`: (num_still_patches, channels * patch**2) uint8; `video_pixels`: (num_video_patches, channels *
+    temporal_patch * patch**2) uint8. `coordinates` and `grid_sizes`: (num_patches, 2) row and column of each patch,
+    rows and columns of its grid. `sequences`: one for each picture and for each temporal patch of a clip.
+    `token_index`: (num_visual_tokens,) places in the packed tokens, in patch order.
+    """
+
+    still_pixels: Tensor
+    video_pixels: Tensor
+    coordinates: Tensor
+    grid_sizes: Tensor
+    sequences: Sequences
+    token_index: Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """The items of a batch, without the prefixes that they share.
+
+    `input_ids`: (total_tokens,). `position_ids`: (3, total_tokens). `sequences`: the items' own tokens; `keys`: what
+    they attend, prefix included. `prefixes`: the distinct prefixes, as token ids. `key_index`: (total_keys,) places in
+    the row of all prefixes followed by all own tokens; None where there is no prefix. `pooled_index`: (num_items,) each
+    item's last token. `pooled`: those as sequences of length one, for the last layer.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    sequences: Sequences
+    keys: Sequences
+    prefixes: tuple[tuple[int, ...], ...]
+    key_index: Tensor | None
+    pooled_index: Tensor
+    pooled: Sequences
+    vision: PackedVision | None
+
+
+@dataclass(frozen=True)
+class PackedPrefixes:
+    """Prefixes as a batch of their own: `input_ids` (total_tokens,), `position_ids` (3, total_tokens)."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    sequences: Sequences
+
+
+def pack(inputs: Sequence[ModelInput], merge_size: int, device: torch.device) -> PackedBatch:
+    """Lay the items one behind the other and copy them to the device.
+
+    Sorted by length they make fewer and longer runs, which attention on the CPU likes.
+    """
+    inputs = _with_few_prefixes(inputs)
+    shared = np.array([one.num_prefix_tokens for one in inputs])
+    lengths = np.array([one.num_tokens for one in inputs]) - shared
+    starts = np.cumsum(lengths) - lengths
+    prefixes, key_index = _share_prefixes(inputs, starts, lengths)
+    counts = _run_lengths(zip(lengths.tolist(), shared.tolist(), strict=True))
+    return PackedBatch(
+        input_ids=_to_device(np.concatenate([one.input_ids[one.num_prefix_tokens :] for one in inputs]), device),
+        position_ids=_to_device(
+            np.concatenate([one.position_ids[:, one.num_prefix_tokens :] for one in inputs], axis=1), device
+        ),
+        sequences=_sequences(lengths, counts, device),
+        keys=_sequences(lengths + shared, counts, device),
+        prefixes=prefixes,
+        key_index=_to_device(key_index, device) if prefixes else None,
+        pooled_index=_to_device(starts + lengths - 1, device),
+        pooled=_sequences(np.ones_like(lengths), counts, device),
+        vision=_pack_vision(inputs, starts - shared, merge_size, device),
+    )
+
+
+def pack_prefixes(prefixes: Sequence[tuple[int, ...]], device: torch.device) -> PackedPrefixes:
+    """Lay prefixes one behind the other: each starts at position 0, and has text only."""
+    lengths = np.array([len(prefix) for prefix in prefixes])
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    return PackedPrefixes(
+        input_ids=_to_device(np.concatenate([np.array(prefix) for prefix in prefixes]), device),
+        position_ids=_to_device(np.tile(positions, (3, 1)), device),
+        sequences=_sequences(lengths, _run_lengths(lengths.tolist()), device),
+    )
+
+
+def _with_few_prefixes(inputs: Sequence[ModelInput]) -> list[ModelInput]:
+    """Past `MAX_SHARED_TOKENS` of distinct ones in a batch, prefixes are laid out as tokens like others.
+
+    Where every item has an instruction of its own nothing is shared, and keys and values that are kept take memory in
+    every layer.
+    """
+    known: set[bytes] = set()
+    left = MAX_SHARED_TOKENS
+    bounded = []
+    for one in inputs:
+        prefix = one.input_ids[: one.num_prefix_tokens].tobytes()
+        if prefix and prefix not in known:
+            if one.num_prefix_tokens > left:
+                bounded.append(replace(one, num_prefix_tokens=0))
+                continue
+            known.add(prefix)
+            left -= one.num_prefix_tokens
+        bounded.append(one)
+    return bounded
+
+
+def _share_prefixes(
+    inputs: Sequence[ModelInput], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> tuple[tuple[tuple[int, ...], ...], NDArray[np.int64]]:
+    """The distinct prefixes, and for each item in turn the places of its prefix and of its own tokens."""
+    places: dict[tuple[int, ...], NDArray[np.int64]] = {}
+    prefix_rows = 0
+    of_item = []
+    for one in inputs:
+        prefix = tuple(one.input_ids[: one.num_prefix_tokens].tolist())
+        if prefix not in places:
+            places[prefix] = np.arange(prefix_rows, prefix_rows + len(prefix))
+            prefix_rows += len(prefix)
+        of_item.append(places[prefix])
+    own = (np.arange(start, start + length) for start, length in zip(prefix_rows + starts, lengths, strict=True))
+    key_index = np.concatenate([part for pair in zip(of_item, own, strict=True) for part in pair])
+    return tuple(prefix for prefix in places if prefix), key_index
+
+
+def _pack_vision(
+    inputs: Sequence[ModelInput], starts: NDArray[np.int64], merge_size: int, device: torch.device
+) -> PackedVision | None:
+    pairs: list[tuple[Patches, NDArray[np.int64]]] = []  # patches, and where their tokens stand
+    for model_input, start in zip(inputs, starts, strict=True):
+        sizes = [len(one.pixels) // merge_size**2 for one in model_input.patches]
+        places = np.split(model_input.visual_index + start, np.cumsum(sizes)[:-1])
+        pairs += zip(model_input.patches, places, strict=False)
+    if not pairs:
+        return None
+    # pictures before clips; and grids of one size side by side
+    pairs.sort(key=lambda pair: (pair[0].num_frames, pair[0].grid_thw[1] * pair[0].grid_thw[2]))
+    patches = [patches for patches, _ in pairs]
+    lengths = np.concatenate([np.full(t, h * w) for t, h, w in (one.grid_thw for one in patches)])
+    sizes_hw = np.concatenate([np.full((len(one.pixels), 2), one.grid_thw[1:]) for one in patches])
+    return PackedVision(
+        still_pixels=_to_device(_rows([one.pixels for one in patches if one.num_frames == 1]), device),
+        video_pixels=_to_device(_rows([one.pixels for one in patches if one.num_frames > 1]), device),
+        coordinates=_to_device(np.concatenate([_coordinates(one.grid_thw, merge_size) for one in patches]), device),
+        grid_sizes=_to_device(sizes_hw, device),
+        sequences=_sequences(lengths, _run_lengths(lengths.tolist()), device),
+        token_index=_to_device(np.concatenate([places for _, places in pairs]), device),
+    )
+
+
+def _rows(pixels: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    return np.concatenate(pixels) if pixels else np.empty((0, 0), np.uint8)
+
+
+@lru_cache(maxsize=256)
+def _coordinates(grid_thw: tuple[int, int, int], merge_size: int) -> NDArray[np.int64]:
+    """Row and column of each patch of a grid, in the order of `preprocess.patchify`: (t * h * w, 2)."""
+    grid_t, grid_h, grid_w = grid_thw
+    grid = np.indices((grid_h, grid_w)).reshape(2, grid_h // merge_size, merge_size, grid_w // merge_size, merge_size)
+    return np.tile(grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2), (grid_t, 1))
+
+
+def _sequences(lengths: NDArray[np.int64], counts: Sequence[int], device: torch.device) -> Sequences:
+    """`counts` says how many neighbours each run takes, which must be of equal length."""
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    firsts = np.cumsum(counts) - counts
+    runs = (
+        Run(int(cu_seqlens[first]), count, int(lengths[first])) for first, count in zip(firsts, counts, strict=True)
+    )
+    return Sequences(_to_device(cu_seqlens, device), int(lengths.max()), tuple(runs))
+
+
+def _run_lengths(values: Iterable[object]) -> list[int]:
+    """How many neighbours are equal, run by run."""
+    return [len(list(equal)) for _, equal in groupby(values)]
+
+
+def _to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor

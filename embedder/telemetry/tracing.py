@@ -1,0 +1,184 @@
+"""The stages that a request's items went through -> spans for OpenTelemetry, one tree a request, without contents.
+
+    POST /embed                 the caller's trace goes on, where a `traceparent` came
+        wait_preprocess         of each item: for a thread
+        preprocess              of each item
+        wait_device             of each item: for its batch to start
+        forward                 of each batch that had items of the request
+        serialize               the last item's vector -> the head of the answer
+
+Only where the standard variables name an exporter; which, how often and under what service name the SDK reads itself.
+Spans are drawn when the answer is out, from the times that the engine noted: its threads know nothing of tracing.
+BentoML's own adaptive-batching APIs mix callers and have no tree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from opentelemetry.context import Context
+from opentelemetry.propagate import extract
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, set_span_in_context
+from opentelemetry.util.types import Attributes
+
+from embedder.engine.observer import JOURNEYS, Journey
+from embedder.settings import trace_exporter_variable
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+MAX_DRAWN_ITEMS = 32  # the slowest of a request: a thousand spans would not fit the exporter's queue of 2048 for long
+
+
+def is_traced() -> bool:
+    """Whether an exporter is named, and installed to be used."""
+    variable = trace_exporter_variable()
+    if variable is None:
+        return False
+    try:
+        _otlp_exporter()
+    except ImportError:
+        logger.warning("%s is set, but no trace is sent: install the extra `tracing`", variable)
+        return False
+    return True
+
+
+def otlp_provider(version: str) -> TracerProvider:
+    """Sends over HTTP in the background."""
+    ours = Resource({"service.name": "qwen3-vl-embedding", "service.version": version})
+    provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))
+    provider.add_span_processor(BatchSpanProcessor(_otlp_exporter()()))
+    return provider
+
+
+def _otlp_exporter() -> type[SpanExporter]:
+    """Of the extra `tracing`."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    return OTLPSpanExporter
+
+
+class Tracing:
+    """ASGI middleware around the edge: a span for each request to one of `routes`, and those of its stages."""
+
+    def __init__(
+        self, app: ASGIApp, routes: Collection[str], version: str, provider: TracerProvider | None = None
+    ) -> None:
+        self.app = app
+        self.routes = frozenset(routes)
+        self.provider = provider or otlp_provider(version)
+        self.tracer = self.provider.get_tracer("embedder", version)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or the service's life."""
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
+        if scope["type"] != "http" or scope["path"] not in self.routes:
+            await self.app(scope, receive, send)
+            return
+        span = self._begin(scope)
+        if not span.is_recording():  # not sampled
+            await self.app(scope, receive, send)
+            return
+        status, answered_s = 0, None
+
+        async def watch(message: Message) -> None:
+            nonlocal status, answered_s
+            if message["type"] == "http.response.start":
+                status, answered_s = message["status"], time.monotonic()
+            await send(message)
+
+        journeys: list[Journey] = []
+        token = JOURNEYS.set(journeys)
+        try:
+            await self.app(scope, receive, watch)
+        finally:
+            JOURNEYS.reset(token)
+            _Drawing(self.tracer, span).draw(journeys, answered_s)
+            _end(span, status, journeys)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the last spans before the service says that it is done: no exit handler runs after that."""
+
+        async def watch(message: Message) -> None:
+            if message["type"].startswith("lifespan.shutdown"):
+                await asyncio.to_thread(self.provider.shutdown)
+            await send(message)
+
+        await self.app(scope, receive, watch)
+
+    def _begin(self, scope: Scope) -> Span:
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        attributes = {"http.request.method": scope["method"], "http.route": scope["path"], "url.path": scope["path"]}
+        name = f"{scope['method']} {scope['path']}"
+        return self.tracer.start_span(name, extract(headers), SpanKind.SERVER, attributes)
+
+
+class _Drawing:
+    """Puts stages that are over under a request's span. Times come as seconds of `time.monotonic`."""
+
+    def __init__(self, tracer: Tracer, span: Span) -> None:
+        self._tracer = tracer
+        self._parent: Context = set_span_in_context(span)
+        self._now_s = time.monotonic()
+        self._epoch_ns = time.time_ns() - round(self._now_s * 1e9)
+
+    def draw(self, journeys: list[Journey], answered_s: float | None) -> None:
+        for number, journey in _slowest(journeys):
+            self._draw_item({"embedder.item.number": number, "embedder.item.kind": journey.kind}, journey)
+        batches = Counter(journey.batch for journey in journeys if journey.batch)
+        for batch, num_items in batches.items():
+            attributes = {"embedder.batch.items": batch.num_items, "embedder.batch.tokens": batch.num_tokens}
+            self._stage("forward", batch.started_s, batch.ended_s, {"embedder.items": num_items, **attributes})
+        if batches and answered_s is not None:
+            self._stage("serialize", max(batch.ended_s for batch in batches), answered_s)
+
+    def _draw_item(self, item: Mapping[str, str | int], journey: Journey) -> None:
+        started_s, ended_s, batch = journey.preprocess_started_s, journey.preprocess_ended_s, journey.batch
+        self._stage("wait_preprocess", journey.admitted_s, started_s, item)
+        if started_s is not None:
+            tokens = {"embedder.tokens": journey.num_tokens, "embedder.visual_tokens": journey.num_visual_tokens}
+            self._stage("preprocess", started_s, ended_s, {**item, **tokens})
+        if ended_s is not None and journey.num_tokens:
+            self._stage("wait_device", ended_s, batch.started_s if batch else None, item)
+
+    def _stage(self, name: str, start_s: float, end_s: float | None, attributes: Attributes = None) -> None:
+        """One that is not over ends now, and says so."""
+        span = self._tracer.start_span(name, self._parent, attributes=attributes, start_time=self._ns(start_s))
+        span.set_attribute("embedder.is_unfinished", end_s is None)
+        span.end(self._ns(self._now_s if end_s is None else end_s))
+
+    def _ns(self, seconds: float) -> int:
+        return self._epoch_ns + round(seconds * 1e9)
+
+
+def _slowest(journeys: list[Journey]) -> list[tuple[int, Journey]]:
+    """With their numbers, in the order in which they were taken."""
+
+    def ended_s(entry: tuple[int, Journey]) -> float:
+        batch = entry[1].batch
+        return batch.ended_s if batch else float("inf")
+
+    return sorted(sorted(enumerate(journeys), key=ended_s)[-MAX_DRAWN_ITEMS:], key=lambda entry: entry[0])
+
+
+def _end(span: Span, status: int, journeys: list[Journey]) -> None:
+    span.set_attribute("embedder.items", len(journeys))
+    span.set_attribute("embedder.tokens", sum(journey.num_tokens for journey in journeys))
+    if status:
+        span.set_attribute("http.response.status_code", status)
+    if status >= 500:
+        span.set_attribute("error.type", str(status))
+        span.set_status(StatusCode.ERROR)
+    span.end()

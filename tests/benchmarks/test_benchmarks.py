@@ -1,0 +1,204 @@
+"""Each benchmark command, tiny and short: right vectors, files without paths, and nothing three times too slow."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("litserve", reason="the peers come with the `bench` extra")
+
+from benchmarks import (
+    choices,
+    contenders,
+    gaps,
+    goals,
+    gpu,
+    growth,
+    library,
+    overload,
+    peers,
+    preprocessing,
+    report,
+    server,
+    soak,
+)
+from benchmarks.checkpoints import random_folder
+from benchmarks.compare import WrongVectors, compare
+from benchmarks.peers import Peer
+from benchmarks.protocols import VLLMProtocol
+from benchmarks.workloads import WORKLOADS, Item, make_items
+from embedder.inputs.items import item_from_fields
+from embedder.inputs.preprocess import load_tokenizer
+
+# of sentence-transformers, LitServe and what they bring
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+SLOWEST = 1 / 3  # of the in-run baseline, padded transformers
+WORDS = ["red", "green", "blue", "cyan"]
+
+
+def saved(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON of a run; its table and plot are there, and no path is in any of them."""
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    text = (folder / f"{name}.json").read_text() + (folder / f"{name}.md").read_text()
+    assert "/root" not in text
+    assert "/tmp" not in text
+    data: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    assert {"command", "date", "cpu", "cores", "versions"} <= set(data["environment"])
+    return data
+
+
+def test_library_gives_right_vectors_and_is_not_three_times_slower(tmp_path: Path) -> None:
+    library.main(
+        ["--shape", "tiny", "--workloads", "query", "text-mixed", "--seconds", "2", "--results", str(tmp_path)]
+    )
+    for row in saved(tmp_path, "library-tiny-float32")["workloads"]:
+        ours = row["who"][peers.OURS]
+        assert ours["min_cosine"] >= 0.999
+        assert ours["ratio"] >= SLOWEST
+        assert row["limit_gflop_per_s"] > 0
+
+
+def test_gpu_script_runs_on_the_cpu_without_faults(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--shapes", "tiny", "--workloads", "half-half", "--seconds", "2"]
+    assert gpu.main([*arguments, "--results", str(tmp_path)])["faults"] == []
+    data = saved(tmp_path, "gpu-script-on-cpu")
+    assert [check["result"] for check in data["checks"]] == ["right"]
+    assert data["shapes"]["tiny"]["rows"][0]["who"][peers.OURS]["ratio"] >= SLOWEST
+
+
+def test_preprocessing_says_how_many_cores_feed_a_gpu(tmp_path: Path) -> None:
+    preprocessing.main(["--rounds", "1", "--results", str(tmp_path)])
+    data = saved(tmp_path, "preprocessing")
+    for rates in data["images_per_s"].values():
+        assert rates[preprocessing.OURS] >= SLOWEST / 2 * rates[preprocessing.RESIZE]
+    per_core = data["images_per_s"]["image-448"][preprocessing.OURS]
+    assert data["gpu_images_per_s"]["2b"] == pytest.approx(data["cores"]["2b"] * per_core)
+    assert data["gpu_images_per_s"]["8b"] < data["gpu_images_per_s"]["2b"] / 3
+
+
+def test_growth_says_whether_it_is_flat(tmp_path: Path) -> None:
+    growth.main(["--sizes", "64", "640", "--where", "library", "--warm-up", "640", "--results", str(tmp_path)])
+    data = saved(tmp_path, "growth")
+    assert [row["items"] for row in data["rows"]] == [64, 640, 64]
+    assert data["verdicts"]["library"]["text"].startswith(("flat", "NOT flat"))
+
+
+def test_server_answers_right_under_load(tmp_path: Path) -> None:
+    servers = [contenders.OURS, contenders.BARE]
+    few = ["--callers", "4", "--sizes", "1", "--rounds", "1", "--seconds", "1"]
+    server.main(["--shape", "tiny", "--servers", *servers, *few, "--results", str(tmp_path)])
+    who = saved(tmp_path, "server-tiny-text-mixed")["cells"][0]["who"]
+    for name in servers:
+        assert who[name]["num_checked"] > 0
+        assert who[name]["num_refused"] == who[name]["num_unfinished"] == 0
+
+
+def test_vllm_is_asked_for_the_same_tokens() -> None:
+    with random_folder("tiny") as folder:
+        preprocess = library.load_preprocessor(folder)
+        tokenizer = load_tokenizer(folder)
+    (body,) = VLLMProtocol().bodies([{"text": "red"}, {"text": "blue"}], 2)
+    for prompt, text in zip(json.loads(body)["input"], ("red", "blue"), strict=True):
+        expected = preprocess(item_from_fields({"text": text})).input_ids
+        assert tokenizer.encode(prompt).ids == expected.tolist()
+    assert len(VLLMProtocol().bodies([{"image": b"a"}, {"image": b"b"}], 1)) == 2
+    assert VLLMProtocol().bodies([{"image": b"a"}, {"image": b"b"}], 2) == []
+
+
+def test_overload_is_refused_and_nothing_else_happens(tmp_path: Path) -> None:
+    few = ["--shape", "tiny", "--seconds", "4", "--capacity-seconds", "2"]
+    overload.main([*few, "--results", str(tmp_path)])
+    data = saved(tmp_path, "overload")
+    assert set(data["statuses"]) == {"200", "429"}
+    assert data["p99_s"] <= 10
+    assert data["growth_mb"] <= overload.MAX_GROWTH_MB
+    assert data["answered"] >= data["capacity"] * SLOWEST  # the driver takes its share of so few cores
+
+
+def test_soak_gives_no_wrong_vector_and_stays_flat(tmp_path: Path) -> None:
+    soak.main(["--requests", "500", "--results", str(tmp_path)])
+    data = saved(tmp_path, "soak")
+    assert data["wrong"] == 0
+    assert data["growth_files"] <= 8
+    assert data["growth_mb"] < 200  # in so short a run the allocator is still filling its pools
+    assert data["answered"] + data["refused"] == 500
+    assert data["refused"] > 20
+
+
+def hot(items: list[Item], shift: int) -> Any:
+    """One-hot rows, moved on by `shift`."""
+    return np.eye(len(items), dtype=np.float32)[[(index + shift) % len(items) for index in range(len(items))]]
+
+
+def test_peer_with_other_vectors_ends_the_run() -> None:
+    contestants = [Peer(peers.OURS, lambda items: hot(items, 0)), Peer("other", lambda items: hot(items, 1))]
+    with pytest.raises(WrongVectors, match="other"):
+        compare("text-16", contestants, WORDS, rounds=1, seconds=0.1, limit=lambda: 1.0)
+
+
+def test_rounds_take_turns() -> None:
+    calls: list[str] = []
+
+    def embed(name: str, items: list[Item]) -> Any:
+        calls.append(name)
+        return hot(items, 0)
+
+    contestants = [Peer(name, partial(embed, name)) for name in (peers.OURS, "b")]
+    compare("text-16", contestants, WORDS, rounds=3, seconds=5, limit=lambda: 1.0)
+    assert calls[-6:] == [peers.OURS, "b"] * 3
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_workload_is_the_same_every_time(name: str) -> None:
+    items = make_items(name, 3, WORDS)
+    assert items == make_items(name, 3, WORDS)
+    assert make_items(name, 2, WORDS) == items[:2]
+    assert len({item.get("image") for item in items if "image" in item}) == sum("image" in item for item in items)
+
+
+def test_gaps_are_those_between_kernels_of_any_stream() -> None:
+    found = gaps.summarize([(30.0, 40.0), (0.0, 10.0), (5.0, 15.0)])
+    assert found == {"num_kernels": 3, "span_ms": 0.04, "busy": "62.5%", "num_gaps": 1, "longest_us": 15.0}
+
+
+def test_variants_of_the_forward_pass_give_the_same_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices.shutil, "which", lambda _: None)  # compiling takes as long as all the rest
+    with random_folder("tiny") as folder:
+        times = choices._forward_times(folder, rounds=1)
+    assert set(times) == set(choices.BATCHES)
+    assert all(len(of_one) == 5 and of_one[choices.OURS] == 1 for of_one in times.values())
+
+
+def test_variant_with_other_vectors_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_norm(embedder: Any) -> Any:
+        return choices._patched(embedder, _normalize=lambda _, states: states)
+
+    variants = [(choices.OURS, choices._as_it_is, {}), ("wrong", without_norm, {})]
+    monkeypatch.setattr(choices, "_variants", lambda: variants)
+    with random_folder("tiny") as folder, pytest.raises(SystemExit, match="wrong gives other vectors"):
+        choices._forward_times(folder, rounds=1)
+
+
+def test_frozen_heap_is_not_walked() -> None:
+    as_it_is, frozen = choices._pauses_ms().values()
+    assert frozen < as_it_is
+
+
+def test_documented_goals_are_those_of_the_recorded_results() -> None:
+    documented = (report.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert goals.table(report.RESULTS) in documented
+
+
+def test_goal_is_met_missed_or_not_measured(tmp_path: Path) -> None:
+    goal = goals.Goal("speed", "file", lambda data: float(data["speed"]), 2)
+    most = goals.Goal("share", "file", lambda data: float(data["speed"]), 2, "%", is_most=True)
+    assert goal.row(tmp_path) == ("speed", ">= 2x", "not measured yet", "")
+    (tmp_path / "file.json").write_text('{"speed": 2.5}')
+    assert goal.row(tmp_path) == ("speed", ">= 2x", "2.5x", "yes")
+    assert most.row(tmp_path) == ("share", "<= 200%", "250%", "**no**")

@@ -1,0 +1,175 @@
+"""What `deploy/` says is valid, and is what the code does: names of settings, ports, paths, versions, time-outs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import compose_spec
+import kubernetes_validate
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import embedder
+from deploy.container_test import UNLISTED
+from embedder.model.checkpoint import PUBLISHED, PUBLISHED_REVISION
+from embedder.settings import PREFIX, Settings
+from embedder.telemetry.metrics import Metrics
+from tests.conftest import ROOT
+
+DEPLOY = ROOT / "deploy"
+OVERLAYS = sorted(path.name for path in (DEPLOY / "kubernetes" / "overlays").iterdir())
+SETTINGS = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]["embedder"]
+
+Object = dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def objects(request: pytest.FixtureRequest) -> list[Object]:
+    """The objects of an overlay as kubectl renders them."""
+    kubectl = Path(sys.executable).with_name("kubectl")
+    folder = DEPLOY / "kubernetes" / "overlays" / request.param
+    run = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, check=True)
+    assert not run.stderr, "kustomize warns of what it will not take for long"
+    return list(yaml.safe_load_all(run.stdout))
+
+
+@pytest.fixture(scope="module")
+def overlay(objects: list[Object]) -> dict[str, Object]:
+    """The same by kind, for kinds of which there is one."""
+    return {thing["kind"]: thing for thing in objects}
+
+
+def pod_specs(overlay: dict[str, Object]) -> Iterator[Object]:
+    for kind in ("Deployment", "Job"):
+        yield overlay[kind]["spec"]["template"]["spec"]
+
+
+def container_of(overlay: dict[str, Object]) -> Object:
+    container: Object = overlay["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+    return container
+
+
+def test_objects_are_valid_kubernetes(objects: list[Object]) -> None:
+    """Strictly: an unknown field is an error. Only the Prometheus operator's kind has no schema there."""
+    assert len(objects) >= 8
+    for thing in objects:
+        if thing["kind"] != "ServiceMonitor":
+            kubernetes_validate.validate(thing, "1.32", strict=True)
+
+
+def test_validation_sees_a_misspelt_field(overlay: dict[str, Object]) -> None:
+    wrong = {**overlay["Service"], "spec": {**overlay["Service"]["spec"], "selektor": {}}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, "1.32", strict=True)
+
+
+def test_selectors_find_the_pods(overlay: dict[str, Object]) -> None:
+    labels = overlay["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    selectors = [overlay["Deployment"]["spec"]["selector"], overlay["PodDisruptionBudget"]["spec"]["selector"]]
+    selectors += [{"matchLabels": overlay["Service"]["spec"]["selector"]}]
+    for selector in selectors:
+        assert len(selector["matchLabels"]) == 2, "by name, too: others in the namespace may have our component's"
+        assert selector["matchLabels"].items() <= labels.items()
+        assert not selector["matchLabels"].items() <= overlay["Job"]["spec"]["template"]["metadata"]["labels"].items()
+    if "ServiceMonitor" in overlay:
+        monitor = overlay["ServiceMonitor"]["spec"]
+        assert monitor["selector"]["matchLabels"].items() <= overlay["Service"]["metadata"]["labels"].items()
+        assert [(endpoint["port"], endpoint["path"]) for endpoint in monitor["endpoints"]] == [("http", "/metrics")]
+
+
+def test_settings_ports_and_paths_are_the_services(overlay: dict[str, Object]) -> None:
+    container = container_of(overlay)
+    names = {variable["name"] for variable in container["env"]} | overlay["ConfigMap"]["data"].keys()
+    assert {name for name in names if name.startswith(PREFIX)} <= SETTINGS
+    assert container["ports"] == [{"name": "http", "containerPort": 3000}]
+    assert overlay["Service"]["spec"]["ports"][0]["targetPort"] == "http"
+    probes = [container[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness")]
+    assert {probe["httpGet"]["port"] for probe in probes} == {"http"}
+    assert [probe["httpGet"]["path"] for probe in probes] == ["/readyz", "/readyz", "/livez"]
+    assert {"/readyz", "/livez", "/metrics"} <= {*UNLISTED}, "the container test asks for each"
+    assert all(probe["timeoutSeconds"] >= 3 for probe in probes), "the default of 1 s is too short for a busy worker"
+
+
+def test_settings_are_accepted_by_the_service(overlay: dict[str, Object], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in overlay["ConfigMap"]["data"].items():
+        monkeypatch.setenv(name, value)
+    settings = Settings.from_environment()
+    assert re.fullmatch(r"[0-9a-f]{40}", settings.revision), "pinned"
+    assert settings.model != PUBLISHED or settings.revision == PUBLISHED_REVISION
+
+
+def test_stop_waits_for_the_longest_request(overlay: dict[str, Object]) -> None:
+    longest_s = 2 * Settings().request_timeout_s  # for its body, and again for its items
+    stop_s = container_of(overlay)["lifecycle"]["preStop"]["sleep"]["seconds"] + longest_s
+    assert overlay["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > stop_s + 10
+    assert int(COMPOSE["stop_grace_period"].removesuffix("s")) > longest_s + 10
+
+
+def test_model_is_fetched_where_the_service_runs(overlay: dict[str, Object]) -> None:
+    """Its volume can be mounted on one node only."""
+    service, fetch = (overlay[kind]["spec"]["template"] for kind in ("Deployment", "Job"))
+    assert fetch["spec"]["tolerations"] == service["spec"]["tolerations"]
+    (term,) = fetch["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert term["topologyKey"] == "kubernetes.io/hostname"
+    assert term["labelSelector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+
+
+def test_pods_are_as_hardened_as_the_container_test(overlay: dict[str, Object]) -> None:
+    for pod in pod_specs(overlay):
+        (container,) = pod["containers"]
+        assert container["securityContext"] == {
+            "readOnlyRootFilesystem": True,
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert (pod["securityContext"]["runAsNonRoot"], pod["securityContext"]["runAsUser"]) == (True, 1034)
+        assert pod["automountServiceAccountToken"] is False
+        assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/tmp", "/cache"}
+    assert COMPOSE["read_only"] is True
+    assert COMPOSE["cap_drop"] == ["ALL"]
+    assert COMPOSE["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_autoscaler_waits_for_a_second_full_batch(overlay: dict[str, Object]) -> None:
+    if "HorizontalPodAutoscaler" not in overlay:
+        assert overlay["Deployment"]["spec"]["replicas"] == 1
+        return
+    assert "replicas" not in overlay["Deployment"]["spec"], "applying again would undo what the autoscaler did"
+    (metric,) = overlay["HorizontalPodAutoscaler"]["spec"]["metrics"]
+    assert int(metric["pods"]["target"]["averageValue"]) == 2 * Settings().max_batch_tokens
+    assert f"`{metric['pods']['metric']['name']}`" in Metrics(()).table()
+
+
+def test_images_have_the_packages_version(overlay: dict[str, Object]) -> None:
+    image = f"qwen3-vl-embedding:{embedder.__version__}"
+    assert {container["image"] for pod in pod_specs(overlay) for container in pod["containers"]} == {image}
+    for path in (ROOT / "README.md", DEPLOY / "README.md", DEPLOY / "Containerfile.model", DEPLOY / "compose.yaml"):
+        text = path.read_text(encoding="utf-8")
+        assert set(re.findall(r"qwen3-vl-embedding:[\d.]+\d", text)) == {image}, path
+    assert f"## [{embedder.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_compose_file_is_valid_and_names_known_settings() -> None:
+    text = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
+    assert compose_spec.PyCompose.from_yaml(text).service_names() == ["embedder"]
+    with pytest.raises(ValueError, match="read_onli"):
+        compose_spec.PyCompose.from_yaml(text.replace("read_only", "read_onli"))
+    assert COMPOSE["environment"].keys() <= SETTINGS
+    assert COMPOSE["environment"]["EMBEDDER_REVISION"] == PUBLISHED_REVISION
+
+
+def test_locked_packages_are_those_of_pyproject_with_hashes() -> None:
+    text = (DEPLOY / "requirements.txt").read_text(encoding="utf-8")
+    locked = dict(re.findall(r"^([\w.-]+)==(\S+) \\\n    --hash=sha256:[0-9a-f]{64}", text, re.MULTILINE))
+    assert len(locked) == len(re.findall(r"^\w", text, re.MULTILINE))
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    for requirement in map(Requirement, dependencies):
+        assert requirement.specifier.contains(locked[requirement.name]), requirement

@@ -1,0 +1,91 @@
+"""The engine under any order of submits, cancels, failures and pauses: everybody is answered, all tokens come back."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, wait
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from embedder.engine.engine import Engine
+from embedder.engine.postprocess import Embedding
+from embedder.errors import DeviceFailed, EmbedderError, Overloaded, ShuttingDown
+from embedder.settings import Settings
+from tests.fake_model import HIDDEN_SIZE, FakeModel, item, unit
+
+TEXTS = ["red", "green", "blue", "x" * 80, "malformed", "bug", "panic", "infinite", "poison"]
+
+
+class EngineStates(RuleBasedStateMachine):
+    """Its model is a list of what was submitted: a text, and the future."""
+
+    @initialize(
+        cache_bytes=st.sampled_from([0, 1000]),
+        is_sound=st.sampled_from([True, True, False]),
+        max_flights=st.integers(1, 3),
+    )
+    def start(self, cache_bytes: int, is_sound: bool, max_flights: int) -> None:
+        self.is_sound = is_sound
+        self.model = FakeModel(capacity=100)
+        self.model.gate.set()
+        choice = Settings(
+            preprocess_threads=2,
+            max_queued_tokens=600,
+            max_batch_tokens=256,
+            max_input_tokens=256,
+            cache_bytes=cache_bytes,
+        )
+        launch = self.model.launch if max_flights == 1 else self.model.launch_ahead
+        self.engine = Engine(self.model.preprocess, launch, HIDDEN_SIZE, choice, max_flights=max_flights)
+        self.submitted: list[tuple[str, Future[Embedding]]] = []
+
+    @rule(text=st.sampled_from(TEXTS), request=st.sampled_from(["bulk", None]))
+    def submit(self, text: str, request: str | None) -> None:
+        try:
+            self.submitted.append((text, self.engine.submit(item(text), request=request)))
+        except Overloaded:
+            assert self.engine.pending_tokens > 0
+        except DeviceFailed:
+            assert self.engine.failure
+
+    @rule(place=st.integers(0, 29))  # drawn from a fixed range: how many were admitted depends on the threads
+    def cancel(self, place: int) -> None:
+        if self.submitted:
+            self.submitted[place % len(self.submitted)][1].cancel()
+
+    @rule(is_free=st.booleans())
+    def hold_or_free_the_device(self, is_free: bool) -> None:
+        (self.model.gate.set if is_free else self.model.gate.clear)()
+
+    @precondition(lambda self: not self.is_sound)
+    @rule()
+    def lose_the_device(self) -> None:
+        self.submit("assert", None)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        self.model.gate.set()
+        self.engine.close()
+        futures = [future for _, future in self.submitted]
+        assert not wait(futures, timeout=10).not_done
+        for text, future in self.submitted:
+            if future.cancelled():
+                continue
+            if error := future.exception():
+                assert isinstance(error, EmbedderError)
+                assert self.engine.failure or text in TEXTS[4:]
+            else:
+                np.testing.assert_array_equal(future.result().vector, unit(text))
+        assert (self.engine.pending_tokens, len(self.engine._pending)) == (0, 0)
+        assert (len(self.engine._items), len(self.engine._inputs)) == (0, 0)
+        assert self.engine.failure or len(self.engine._twins) == 0
+        with pytest.raises((ShuttingDown, DeviceFailed)):
+            self.engine.submit(item("late"))
+
+
+EngineStates.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
+TestEngineStates = EngineStates.TestCase

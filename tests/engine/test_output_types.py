@@ -1,0 +1,188 @@
+"""Smaller vectors: each type's error is bounded, saturates, and depends on nothing but the vector."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
+from benchmarks import output_types
+from embedder.engine.postprocess import dequantize, int8_step, quantize
+from embedder.errors import InvalidRequest
+from embedder.http.response import to_base64, to_json, wire_vector
+from embedder.inputs.items import OutputDtype, check_output_dtype
+from tests.conftest import ROOT, finish
+
+DTYPES: tuple[OutputDtype, ...] = get_args(OutputDtype)
+DIMENSIONS = st.sampled_from([64, 65, 100, 128, 192, 768, 2048, 4096])
+
+
+@st.composite
+def unit_vectors(draw: st.DrawFn) -> NDArray[np.float32]:
+    """Of many sizes: even ones, and some where few values hold nearly everything."""
+    dimensions = draw(DIMENSIONS)
+    values = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).normal(size=dimensions)
+    values *= np.exp(draw(st.sampled_from([0.0, 0.5, 2.0])) * np.random.default_rng(dimensions).normal(size=dimensions))
+    return finish(values.astype(np.float32), None, normalize=True)
+
+
+anything = arrays(np.float32, DIMENSIONS, elements=st.floats(-10, 10, width=32))
+
+
+def cosine(one: NDArray[Any], other: NDArray[Any]) -> float:
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+
+
+@given(unit_vectors())
+def test_float_types_keep_what_their_bits_can(vector: NDArray[np.float32]) -> None:
+    assert np.array_equal(quantize(vector, "float32"), vector)
+    half = quantize(vector, "float16")
+    assert half.dtype == np.float16
+    assert np.abs(half - vector).max() <= 2.0**-11
+    assert cosine(half, vector) >= 1 - 1e-6
+
+
+@given(unit_vectors())
+@pytest.mark.parametrize("output_dtype", ["int8", "uint8"])
+def test_integers_are_within_half_a_step(output_dtype: OutputDtype, vector: NDArray[np.float32]) -> None:
+    step = int8_step(len(vector))
+    covered = vector.clip(-127 * step, 127 * step)
+    restored = dequantize(quantize(vector, output_dtype), output_dtype, len(vector))
+    assert restored.dtype == np.float32
+    assert np.abs(restored - covered).max() <= step / 2 * (1 + 1e-5)
+
+
+@given(st.integers(0, 2**32 - 1), DIMENSIONS)
+def test_integers_of_evenly_spread_vectors_keep_the_cosine(seed: int, dimensions: int) -> None:
+    row = np.random.default_rng(seed).normal(size=dimensions).astype(np.float32)
+    vector = finish(row, None, normalize=True)
+    restored = dequantize(quantize(vector, "int8"), "int8", dimensions)
+    # the error is a step's, s / sqrt(12) a value: 1 - d * s**2 / 24 = 1 - 12**2 / 127**2 / 24 = 0.99963, with room
+    assert cosine(restored, vector) >= 0.9993
+
+
+@given(unit_vectors())
+def test_uint8_is_int8_and_128(vector: NDArray[np.float32]) -> None:
+    signed, unsigned = quantize(vector, "int8"), quantize(vector, "uint8")
+    assert (signed.dtype, unsigned.dtype) == (np.int8, np.uint8)
+    assert np.array_equal(unsigned.astype(int) - 128, signed)
+    assert np.array_equal(quantize(-vector, "int8"), -signed)
+
+
+@given(unit_vectors())
+def test_bits_are_the_signs_packed_from_the_highest(vector: NDArray[np.float32]) -> None:
+    unsigned, signed = quantize(vector, "ubinary"), quantize(vector, "binary")
+    assert (unsigned.dtype, signed.dtype) == (np.uint8, np.int8)
+    assert unsigned.shape == signed.shape == (math.ceil(len(vector) / 8),)
+    assert np.array_equal(unsigned.astype(int) - 128, signed)
+    bits = "".join("1" if value > 0 else "0" for value in vector)
+    assert "".join(f"{byte:08b}" for byte in unsigned).rstrip("0") == bits.rstrip("0")
+    for values, output_dtype in ((unsigned, "ubinary"), (signed, "binary")):
+        assert np.array_equal(dequantize(values, output_dtype, len(vector)), np.where(vector > 0, 1, -1))  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([512, 2048, 4096]))
+def test_cosine_of_the_signs_is_that_of_a_gaussian(seed: int, dimensions: int) -> None:
+    vector = finish(np.random.default_rng(seed).normal(size=dimensions).astype(np.float32), None, normalize=True)
+    signs = dequantize(quantize(vector, "ubinary"), "ubinary", dimensions)
+    assert abs(cosine(signs, vector) - math.sqrt(2 / math.pi)) < 0.1
+
+
+@settings(max_examples=50)
+@given(anything, st.sampled_from(DTYPES))
+def test_nothing_wraps_round(vector: NDArray[np.float32], output_dtype: OutputDtype) -> None:
+    values = quantize(vector, output_dtype)
+    if output_dtype in ("int8", "uint8"):
+        middle = 128 if output_dtype == "uint8" else 0
+        steps = values.astype(int) - middle
+        assert np.abs(steps).max() <= 127
+        assert (steps[vector > 1] > 0).all()
+        assert (steps[vector >= 127 * int8_step(len(vector))] == 127).all()
+        assert (steps[vector <= -127 * int8_step(len(vector))] == -127).all()
+    else:
+        assert np.isfinite(values.astype(np.float64)).all()
+
+
+def test_half_floats_saturate() -> None:
+    values = quantize(np.array([1e30, -1e30, 65504.0], np.float32), "float16")
+    assert values.tolist() == [65504.0, -65504.0, 65504.0]
+
+
+@pytest.mark.parametrize("output_dtype", DTYPES)
+def test_rows_of_a_batch_are_what_each_is_alone(output_dtype: OutputDtype) -> None:
+    rows = np.random.default_rng(0).normal(size=(32, 192)).astype(np.float32)
+    rows[3] *= 50
+    batch = quantize(rows, output_dtype)
+    assert all(np.array_equal(batch[index], quantize(row, output_dtype)) for index, row in enumerate(rows))
+    restored = dequantize(batch, output_dtype, 192)
+    assert restored.shape == rows.shape
+    assert np.array_equal(restored[5], dequantize(batch[5], output_dtype, 192))
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "step"), [(64, 1 / 127), (144, 1 / 127), (192, 12 / 192**0.5 / 127), (2048, 0.0020879)]
+)
+def test_step_is_the_documented_formula(dimensions: int, step: float) -> None:
+    assert int8_step(dimensions) == pytest.approx(step, rel=1e-4)
+
+
+def test_no_value_of_a_unit_vector_saturates_up_to_144_dimensions() -> None:
+    vector = np.eye(1, 144, dtype=np.float32)[0]
+    assert dequantize(quantize(vector, "int8"), "int8", 144)[0] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("output_dtype", ["int8", "uint8"])
+def test_integers_need_a_unit_vector(output_dtype: OutputDtype) -> None:
+    check_output_dtype(output_dtype, normalize=True)
+    with pytest.raises(InvalidRequest, match=rf"^output_dtype: got {output_dtype} with normalize false; allowed:"):
+        check_output_dtype(output_dtype, normalize=False)
+
+
+@pytest.mark.parametrize("output_dtype", ["float32", "float16", "binary", "ubinary"])
+def test_others_do_not(output_dtype: OutputDtype) -> None:
+    check_output_dtype(output_dtype, normalize=False)
+
+
+# On the wire
+
+
+@pytest.mark.parametrize("output_dtype", DTYPES)
+def test_lists_hold_the_very_values(output_dtype: OutputDtype) -> None:
+    vector = finish(np.random.default_rng(1).normal(size=100).astype(np.float32), None, normalize=True)
+    values = quantize(vector, output_dtype)
+    sent = json.loads(to_json({"embedding": wire_vector(values, "float")}))["embedding"]
+    assert np.array_equal(np.array(sent, values.dtype), values)
+    is_float = output_dtype in ("float32", "float16")
+    assert all(isinstance(value, float if is_float else int) for value in sent)
+
+
+@pytest.mark.parametrize("output_dtype", DTYPES)
+def test_base64_holds_the_bytes_little_endian(output_dtype: OutputDtype) -> None:
+    vector = finish(np.random.default_rng(1).normal(size=100).astype(np.float32), None, normalize=True)
+    values = quantize(vector, output_dtype)
+    data = base64.b64decode(wire_vector(values, "base64"))
+    assert np.array_equal(np.frombuffer(data, values.dtype.newbyteorder("<")), values)
+    assert to_base64(values.astype(values.dtype.newbyteorder(">"))) == to_base64(values)
+    assert len(data) == {"float32": 400, "float16": 200, "int8": 100, "uint8": 100}.get(output_dtype, 13)
+
+
+def test_table_in_the_readme_is_the_measured_one() -> None:
+    rows = json.loads(output_types.RESULTS.read_text(encoding="utf-8"))["rows"]
+    assert output_types.table(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_ties_are_neither_lucky_nor_unlucky() -> None:
+    right = np.eye(3, 12, dtype=bool)
+    queries = np.ones((3, 4), np.float32)
+    gallery = np.concatenate([np.ones((3, 4)), -np.ones((9, 4))]).astype(np.float32)  # three are tied in front
+    assert output_types.recalls(queries, gallery, right) == (0.0, 1.0)
+    assert output_types.recalls(np.eye(3, 4), np.eye(12, 4), right) == (1.0, 1.0)

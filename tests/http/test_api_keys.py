@@ -1,0 +1,263 @@
+"""API keys: who is let in, how keys are replaced, and that none of them is ever shown."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import bentoml
+import httpx
+import openai
+import pytest
+
+from embedder import verify
+from embedder.http import api_keys as keys_module
+from embedder.http.api_keys import Keys
+from embedder.settings import Settings
+from tests.conftest import Server, start_server
+
+
+def bearer(key: str) -> list[tuple[bytes, bytes]]:
+    return [(b"authorization", f"Bearer {key}".encode())]
+
+
+def keys_of(text: str = "", file: Path | None = None) -> Keys:
+    return Keys(Settings(api_key=text or None, api_key_file=str(file or "")))
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys"
+    path.write_text("old-1\n\n  old-2  \n")
+    return path
+
+
+def replace(path: Path, text: str) -> None:
+    """As a secret's mount is replaced: by renaming."""
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").rename(path)
+
+
+def test_without_keys_everyone_is_let_in() -> None:
+    keys = keys_of()
+    assert keys.open_for([])
+    assert keys.open_for(bearer("anything"))
+    assert not keys.are_needed
+
+
+@pytest.mark.parametrize("key", ["one", "two", "drei"])
+@pytest.mark.parametrize("name", ["Bearer", "bearer", "BEARER"])
+def test_each_key_opens_in_both_headers(key: str, name: str) -> None:
+    keys = keys_of(" one,two ,,drei,")
+    assert keys.are_needed
+    assert keys.open_for([(b"authorization", f"{name}  {key} ".encode())])
+    assert keys.open_for([(b"X-API-Key", key.encode())])
+    assert keys.open_for([(b"authorization", b"Bearer none"), (b"x-api-key", key.encode())])
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [(b"authorization", b"")],
+        [(b"authorization", b"one")],
+        [(b"authorization", b"Basic one")],
+        [(b"authorization", b"Bearer")],
+        [(b"authorization", b"Bearer ")],
+        [(b"authorization", b"Bearerone")],
+        [(b"x-api-key", b"")],
+        [(b"x-api-key", b"on")],
+        [(b"x-api-key", b"onee")],
+        [(b"x-api-key", b"ONE")],
+        [(b"x-api-key", b"one,two")],
+        [(b"x-api-key", b"\xff\x00")],
+        [(b"cookie", b"one")],
+    ],
+    ids=str,
+)
+def test_anything_else_does_not(headers: list[tuple[bytes, bytes]]) -> None:
+    assert not keys_of("one,two").open_for(headers)
+
+
+def test_every_key_is_compared_each_time_by_digests_of_one_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bytes, bytes]] = []
+    real = hmac.compare_digest
+
+    def compare(left: bytes, right: bytes) -> bool:
+        seen.append((left, right))
+        return real(left, right)
+
+    monkeypatch.setattr(keys_module.hmac, "compare_digest", compare)
+    keys = keys_of("one,two,three")
+    for presented in ("one", "three", "x" * 1000, "o"):
+        seen.clear()
+        keys.open_for(bearer(presented))
+        assert len(seen) == 3
+        assert {len(digest) for pair in seen for digest in pair} == {32}
+
+
+def test_file_holds_keys_beside_the_settings(key_file: Path) -> None:
+    keys = keys_of("mine", key_file)
+    assert all(keys.open_for(bearer(key)) for key in ("mine", "old-1", "old-2"))
+    assert not any(keys.open_for(bearer(key)) for key in ("old-1\n\n  old-2", "old", ""))
+
+
+def test_replaced_file_is_read_at_the_next_request(key_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = keys_of("", key_file)
+    with caplog.at_level(logging.INFO, "embedder.http.api_keys"):
+        replace(key_file, "s3cret-1\n")
+        assert keys.open_for(bearer("s3cret-1"))
+        assert not keys.open_for(bearer("old-1"))
+        key_file.write_text("s3cret-02\n")  # in place
+        assert keys.open_for(bearer("s3cret-02"))
+        assert not keys.open_for(bearer("s3cret-1"))
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+    assert "s3cret" not in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["missing", "empty", "blank", "folder"])
+def test_unusable_file_leaves_the_last_good_keys_and_one_line(
+    fault: str, key_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = keys_of("", key_file)
+    if fault in ("missing", "folder"):
+        key_file.unlink()
+    if fault == "folder":
+        key_file.mkdir()
+    if fault in ("empty", "blank"):
+        replace(key_file, " \n\n" * (fault == "blank"))
+    for _ in range(3):
+        assert keys.open_for(bearer("old-1"))
+        assert not keys.open_for([])
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert str(key_file) in record.getMessage()
+    if fault == "folder":
+        key_file.rmdir()
+    replace(key_file, "new\n")
+    assert keys.open_for(bearer("new"))
+    assert not keys.open_for(bearer("old-1"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"api_key": " , "}, "EMBEDDER_API_KEY holds no key"),
+        ({"api_key_file": "/no/such/file"}, "EMBEDDER_API_KEY_FILE='/no/such/file' cannot be read: No such file"),
+        ({"api_key_file": os.devnull}, f"EMBEDDER_API_KEY_FILE='{os.devnull}' holds no key"),
+    ],
+)
+def test_promise_of_keys_without_keys_stops_the_start(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Keys(Settings(**settings))
+
+
+def test_key_is_not_in_any_text_made_of_the_settings() -> None:
+    settings = Settings(api_key="s3cret")
+    shown = f"{settings} {settings!r} {settings.model_dump()} {settings.model_dump_json()} {Keys(settings).__dict__}"
+    with pytest.raises(ValueError, match="validation errors") as caught:
+        Settings(api_key="s3cret", workers=0, max_pixels=1)
+    assert "s3cret" not in shown + str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def guarded(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A service with two keys in its settings and one in a file."""
+    folder = tmp_path_factory.mktemp("guarded")
+    (folder / "keys").write_text("s3cret-file\n")
+    settings = {"api_key": "s3cret-one,s3cret-two", "api_key_file": str(folder / "keys"), "access_log": "true"}
+    server = start_server(folder, model=str(random_checkpoint), device="cpu", **settings)
+    yield server
+    assert server.stop() == 0
+    assert "s3cret" not in server.log.read_text()
+    assert "status=401" in server.log.read_text()
+
+
+CLOSED = [
+    ("POST", "/txt/embed"),
+    ("POST", "/img/embed"),
+    ("POST", "/embed"),
+    ("POST", "/v1/embeddings"),
+    ("GET", "/v1/models"),
+    ("POST", "/v2/embed"),
+    ("GET", "/info"),
+    ("GET", "/openapi.json"),
+    ("GET", "/docs.json"),
+    ("GET", "/playground/collection"),
+    ("GET", "/playground/thumbnails/0"),
+    # BentoML's own
+    ("POST", "/embed_texts"),
+    ("POST", "/embed_images"),
+    ("GET", "/metrics"),
+    ("GET", "/schema.json"),
+    ("GET", "/"),
+    ("GET", "/static_content/index.css"),
+    # none at all
+    ("GET", "/no-such-route"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), CLOSED)
+def test_route_is_closed_without_a_key_and_open_with_it(method: str, path: str, guarded: Server) -> None:
+    body = {"json": {"texts": ["red"]}} if method == "POST" else {}
+    url = guarded.url + path
+    refused = httpx.request(method, url, headers={"x-api-key": "s3cret-on"}, **body)
+    assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+    assert refused.json()["error"]["code"] == "invalid_api_key"
+    assert "s3cret" not in refused.text
+    let_in = httpx.request(method, url, headers={"x-api-key": "s3cret-one"}, **body)
+    assert let_in.status_code != 401
+    assert "s3cret" not in let_in.text
+
+
+@pytest.mark.parametrize("path", ["/livez", "/health", "/playground"])
+def test_body_for_an_open_path_needs_a_key_and_is_not_held_without(path: str, guarded: Server) -> None:
+    answer = httpx.post(f"{guarded.url}{path}", content=b"x" * 2**20, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+@pytest.mark.parametrize("path", ["/livez", "/healthz", "/readyz", "/health", "/playground", "/playground/script.js"])
+def test_probes_and_the_page_are_open(path: str, guarded: Server) -> None:
+    assert httpx.get(guarded.url + path).status_code == 200
+
+
+def test_no_body_is_waited_for_without_a_key(guarded: Server) -> None:
+    """The answer comes while nothing of the promised body has been sent."""
+    head = b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000000\r\n\r\n"
+    host, port = guarded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head)
+        assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
+
+
+def test_clients_send_their_key_as_they_always_do(guarded: Server) -> None:
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="s3cret-two") as client:
+        assert len(client.embeddings.create(model="any", input="red").data) == 1
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="wrong") as client:
+        with pytest.raises(openai.AuthenticationError) as refused:
+            client.embeddings.create(model="any", input="red")
+        assert refused.value.code == "invalid_api_key"
+    with bentoml.SyncHTTPClient(guarded.url, token="s3cret-file") as bento:
+        assert len(bento.embed_texts(texts=["red"])) == 1
+
+
+def test_service_with_keys_is_verified_with_one(guarded: Server, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("s3cret-one\nanother\n")
+    command = ["any", "--url", guarded.url]
+    assert verify.main([*command, "--key-file", str(tmp_path / "keys")]) == 0
+    assert verify.main(command) == 1
+
+
+def test_document_says_that_one_is_needed(guarded: Server) -> None:
+    document = httpx.get(f"{guarded.url}/openapi.json", headers={"x-api-key": "s3cret-one"}).json()
+    assert document["security"] == [{"bearer": []}, {"header": []}]
+
+
+def test_key_is_replaced_while_the_service_runs(guarded: Server) -> None:
+    replace(guarded.log.with_name("keys"), "s3cret-new\n")
+    for key, status in (("s3cret-new", 200), ("s3cret-one", 200), ("s3cret-file", 401)):
+        assert httpx.get(f"{guarded.url}/info", headers={"authorization": f"Bearer {key}"}).status_code == status

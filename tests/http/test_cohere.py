@@ -1,0 +1,93 @@
+"""Bodies of Cohere's route become items; vectors are written by type."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedder.engine.postprocess import Embedding, quantize
+from embedder.errors import InvalidRequest, RequestTooLarge
+from embedder.http.cohere import CohereEmbedResponse, CohereRequest, cohere_body, parse_cohere
+from embedder.http.messages import QUERY_INSTRUCTION
+from embedder.inputs.items import EmbeddingItem, Image, Text
+from embedder.settings import Settings
+
+SETTINGS = Settings(max_items_per_request=4)
+URI = "data:image/png;base64,AAAA"
+
+
+def parse(**fields: Any) -> CohereRequest:
+    return parse_cohere(json.dumps(fields).encode(), SETTINGS)
+
+
+def test_texts_images_and_inputs_are_items() -> None:
+    assert parse(texts=["a", URI]).items == (EmbeddingItem((Text("a"),)), EmbeddingItem((Text(URI),)))
+    assert parse(images=[URI]).items == (EmbeddingItem((Image(URI),)),)
+    content = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": URI}}]
+    assert parse(inputs=[{"content": content}]).items == (EmbeddingItem((Text("a"), Image(URI))),)
+
+
+def test_options_are_coheres() -> None:
+    request = parse(texts=["a"], model="x", input_type="search_query", output_dimension=64, truncate="NONE", priority=5)
+    assert request.items == (EmbeddingItem((Text("a"),), QUERY_INSTRUCTION, 64, truncate="none"),)
+    assert request.types == ("float",)
+    for input_type in ("search_document", "classification", "clustering", "image"):
+        assert parse(texts=["a"], input_type=input_type).items[0].instruction is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "give one of `texts`, `images` and `inputs`; got none"),
+        ({"texts": ["a"], "images": [URI]}, "give one of `texts`, `images` and `inputs`; got texts and images"),
+        ({"texts": []}, "texts: got an empty list; allowed: at least one item"),
+        ({"texts": "a"}, "texts: got 'a' (a string); input should be a valid list"),
+        ({"texts": ["a", 5]}, "texts[1]: got 5 (a number); input should be a valid string"),
+        ({"inputs": ["a"]}, "item 0: got 'a' (a string); allowed: an object with content"),
+        ({"inputs": [{"content": []}]}, "item 0: an item needs at least one of text, image or video; got none"),
+        ({"inputs": [{"text": "a"}]}, "item 0: extra fields not permitted: text"),
+        ({"texts": ["a"], "embedding_types": ["float", "int4"]}, "embedding_types[1]: got 'int4' (a string); "),
+        ({"texts": ["a"], "embedding_types": []}, "embedding_types: got an empty list"),
+        ({"texts": ["a"], "truncate": "MIDDLE"}, "truncate: got 'MIDDLE' (a string); input should be 'NONE', "),
+        ({"texts": ["a"], "max_tokens": 512}, "max_tokens: got 512; allowed: -1, or from 8192"),
+        ({"texts": ["a"], "instruction": "b"}, "extra fields not permitted: instruction"),
+    ],
+)
+def test_wrong_request_says_what_was_got_and_what_is_allowed(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(**fields)
+    assert str(caught.value).startswith(message)
+
+
+def test_too_many_items_are_refused() -> None:
+    with pytest.raises(RequestTooLarge, match="got 5 items; allowed: 1 to 4"):
+        parse(texts=list("abcde"))
+
+
+def test_answer_has_a_list_for_each_type_and_what_was_embedded() -> None:
+    kinds = ["base64", "float", "int8", "uint8", "binary", "ubinary", "float"]
+    request = parse(
+        inputs=[{"content": [{"type": "image", "image": URI}] * 2}, {"content": "b"}], embedding_types=kinds
+    )
+    vectors = np.eye(2, 8, dtype=np.float32)
+    embeddings = [Embedding(vectors[0], 40, 0), Embedding(vectors[1], 60, 5)]
+    body = json.loads(cohere_body(request, embeddings, 60))
+    CohereEmbedResponse.model_validate(body)
+    assert list(body["embeddings"]) == kinds[:-1]
+    assert body["embeddings"]["float"] == vectors.tolist()
+    assert [
+        np.frombuffer(base64.b64decode(one), "<f4").tolist() for one in body["embeddings"]["base64"]
+    ] == vectors.tolist()
+    for kind in ("int8", "uint8", "binary", "ubinary"):
+        assert body["embeddings"][kind] == [quantize(vector, kind).tolist() for vector in vectors]
+    assert body["response_type"] == "embeddings_by_type"
+    assert len(body["id"]) == 36
+    assert body["meta"] == {
+        "api_version": {"version": "2"},
+        "billed_units": {"input_tokens": 100, "images": 2},
+        "warnings": ["item 1: got 65 tokens; allowed: 60; 5 of the text were cut"],
+    }

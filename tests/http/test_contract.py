@@ -1,0 +1,64 @@
+"""The running service keeps its OpenAPI document, whatever the document allows or forbids to be sent.
+
+Schemathesis makes the requests: the document's examples and random bodies, good and bad; in the long version also the
+borders of each schema, undeclared methods and content types. The same ones in every run (conftest's profile).
+"""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import schemathesis
+from schemathesis.checks import not_a_server_error
+from schemathesis.config import SchemathesisConfig
+from schemathesis.openapi import from_dict
+from schemathesis.specs.openapi.checks import (
+    allow_header_conformance,
+    content_type_conformance,
+    negative_data_rejection,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+from embedder.http.openapi import openapi_document
+from embedder.settings import Settings
+from tests.conftest import Server
+
+REFUSED = {"negative_data_rejection": {"expected-statuses": ["400", "405", "413", "415"]}}
+DOCUMENT = openapi_document(Settings(), "0")
+SHORT = SchemathesisConfig.from_dict({"checks": REFUSED, "phases": {"coverage": {"enabled": False}}})
+LONG = SchemathesisConfig.from_dict({"checks": REFUSED})
+
+# `positive_data_acceptance` is not among them: no schema tells base64 of a picture from other strings.
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+    unsupported_method,
+    allow_header_conformance,
+]
+
+
+def check(case: schemathesis.Case, server: Server) -> None:
+    checks = list(CHECKS)
+    if case.path == "/embed":  # answers 200 as long as one of its items is good
+        checks.remove(negative_data_rejection)
+    case.call_and_validate(base_url=server.url, checks=checks, timeout=60)
+
+
+@from_dict(DOCUMENT, config=SHORT).parametrize()
+@hypothesis.settings(max_examples=25)
+def test_answers_are_as_the_document_says(case: schemathesis.Case, server: Server) -> None:
+    check(case, server)
+
+
+@pytest.mark.slow
+@from_dict(DOCUMENT, config=LONG).parametrize()
+@hypothesis.settings(max_examples=100)
+def test_answers_to_many_more_are_as_the_document_says(case: schemathesis.Case, server: Server) -> None:
+    check(case, server)

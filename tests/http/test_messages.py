@@ -1,0 +1,120 @@
+"""The forms in which clients write content become the native form; what cannot be kept is refused."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+
+from embedder.errors import InvalidRequest
+from embedder.http.messages import (
+    QUERY_INSTRUCTION,
+    InputType,
+    check_length,
+    instruction_of,
+    item_of_conversation,
+    item_of_string,
+    parts_of_content,
+)
+from embedder.settings import Settings
+
+URI = "data:image/png;base64,AAAA"
+CLIP = "data:video/mp4;base64,AAAA"
+IMAGE = {"type": "image", "image": URI}
+
+
+@pytest.mark.parametrize(
+    ("part", "native"),
+    [
+        ({"type": "text", "text": "a"}, {"type": "text", "text": "a"}),
+        ({"type": "input_text", "text": "a"}, {"type": "text", "text": "a"}),
+        ({"type": "image_url", "image_url": {"url": URI}}, IMAGE),
+        ({"type": "image_url", "image_url": {"url": URI, "detail": "high"}}, IMAGE),
+        ({"type": "image_url", "image_url": URI, "uuid": "7"}, IMAGE),
+        ({"type": "input_image", "image_url": URI, "detail": "auto"}, IMAGE),
+        ({"type": "image", "image": URI}, IMAGE),
+        ({"type": "image_base64", "image_base64": URI}, IMAGE),
+        ({"type": "video_url", "video_url": {"url": CLIP}}, {"type": "video", "video": CLIP}),
+        ({"type": "input_video", "input_video": {"data": "AA", "format": "mp4"}}, {"type": "video", "video": "AA"}),
+        ({"type": "video", "video": [URI, URI], "fps": 1}, {"type": "video", "video": [URI, URI], "fps": 1}),
+    ],
+)
+def test_part_in_any_clients_form_is_a_native_part(part: dict[str, Any], native: dict[str, Any]) -> None:
+    assert parts_of_content([part]) == [native]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (5, "content: got 5"),
+        (None, "content: got None"),
+        (["a"], "got 'a'"),
+        ([{"text": "a"}], "has one of the types text, input_text"),
+        ([{"type": ["text"], "text": "a"}], "has one of the types"),
+        ([{"type": "input_audio", "input_audio": {}}], "has one of the types"),
+        ([{"type": "text"}], "a part of type text needs a field text, and no other"),
+        ([{"type": "text", "text": "a", "input_text": "b"}], "and no other that holds it"),
+        ([{"type": "image_url", "image_url": URI, "max_pixels": 5}], "extra fields not permitted: max_pixels"),
+        ([{"type": "image_url", "image_url": {"url": URI, "path": "a"}}], "extra fields not permitted: path"),
+        ([{"type": "image_url", "image_url": URI, "fps": 1}], "extra fields not permitted: fps"),
+    ],
+)
+def test_content_that_cannot_be_understood_says_why(content: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        parts_of_content(content)
+
+
+def test_string_is_a_text_unless_it_is_the_data_uri_of_a_picture_or_clip() -> None:
+    assert item_of_string("data:image/png;base64,AAAA") == {"image": "data:image/png;base64,AAAA"}
+    assert item_of_string("data:video/mp4;base64,AAAA") == {"video": "data:video/mp4;base64,AAAA"}
+    for text in ("red", "", "data: we counted", " data:image/png;base64,AAAA", "https://example.com/a.png"):
+        assert item_of_string(text) == {"text": text}
+
+
+def test_conversation_is_its_user_message_and_the_system_message_its_instruction() -> None:
+    user = {
+        "role": "user",
+        "content": [{"type": "image_url", "image_url": {"url": URI}}, {"type": "text", "text": "a"}],
+    }
+    content = [IMAGE, {"type": "text", "text": "a"}]
+    assert item_of_conversation([user]) == {"content": content}
+    system = {"role": "system", "content": [{"type": "text", "text": "Find "}, {"type": "text", "text": "it."}]}
+    empty = {"role": "assistant", "content": [{"type": "text", "text": ""}]}  # as in vLLM's example
+    assert item_of_conversation([system, user, empty]) == {"instruction": "Find it.", "content": content}
+    assert item_of_conversation([{"role": "developer", "content": "Find."}, user])["instruction"] == "Find."
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("a", "messages: got 'a'"),
+        (["a"], "objects with role and content"),
+        ([{"role": "user", "content": "a"}] * 2, "second or unusable message of role 'user'"),
+        ([{"role": "system", "content": "a"}] * 2, "second or unusable message of role 'system'"),
+        ([{"role": "assistant", "content": "Sure."}], "second or unusable message of role 'assistant'"),
+        ([{"role": "tool", "content": "a"}], "role 'tool'"),
+        ([{"content": "a"}], "role None"),
+        ([{"role": "system", "content": [{"type": "image_url", "image_url": URI}]}], "allowed: text"),
+        ([{"role": "system", "content": [{"type": "text", "text": 5}]}], "allowed: text"),
+        ([{"role": "user", "content": "a", "tool_calls": []}], "extra fields not permitted: tool_calls"),
+    ],
+)
+def test_dialogue_that_the_model_was_not_trained_on_is_refused(messages: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        item_of_conversation(messages)
+
+
+def test_queries_get_the_query_instruction_and_all_others_the_default() -> None:
+    queries = {name for name in get_args(InputType) if instruction_of(name) == QUERY_INSTRUCTION}
+    assert queries == {"search_query", "query", "retrieval.query", "code.query"}
+    assert {instruction_of(name) for name in set(get_args(InputType)) - queries} == {None}
+    assert instruction_of(None) is None
+
+
+def test_clients_own_limit_may_not_be_below_the_services() -> None:
+    settings = Settings(max_input_tokens=1000)
+    for tokens in (None, -1, 1000, 32768):
+        check_length("max_tokens", tokens, settings)
+    for tokens in (999, 0, -2):
+        with pytest.raises(InvalidRequest, match=rf"max_tokens: got {tokens}; allowed: -1, or from 1000"):
+            check_length("max_tokens", tokens, settings)

@@ -1,0 +1,163 @@
+"""Bodies of OpenAI's route become items; vectors, the model and errors are written as OpenAI's clients read them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedder.engine.postprocess import Embedding
+from embedder.errors import EngineFailed, InvalidRequest, Overloaded, RequestTooLarge
+from embedder.http.messages import QUERY_INSTRUCTION
+from embedder.http.openai import (
+    EmbeddingsResponse,
+    ModelsResponse,
+    OpenAIErrorResponse,
+    embeddings_body,
+    models_body,
+    openai_error_body,
+    parse_embeddings,
+)
+from embedder.http.response import error_fields
+from embedder.inputs.items import EmbeddingItem, EmbeddingRequest, Image, Text, Video
+from embedder.settings import Settings
+
+SETTINGS = Settings(max_items_per_request=4)
+URI = "data:image/png;base64,AAAA"
+URL_PART = {"type": "image_url", "image_url": {"url": URI}}
+
+
+def parse(**fields: Any) -> EmbeddingRequest:
+    return parse_embeddings(json.dumps(fields).encode(), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("a", [(Text("a"),)]),
+        (["a", "b"], [(Text("a"),), (Text("b"),)]),
+        (URI, [(Image(URI),)]),
+        (["a", URI], [(Text("a"),), (Image(URI),)]),
+        ("data:video/mp4;base64,AAAA", [(Video("data:video/mp4;base64,AAAA"),)]),
+        ([{"text": "a"}, {"image": "AAAA"}], [(Text("a"),), (Image("AAAA"),)]),
+        ({"text": "a", "image": "AAAA"}, [(Image("AAAA"), Text("a"))]),
+        ({"content": [{"type": "input_text", "text": "a"}, URL_PART]}, [(Text("a"), Image(URI))]),
+        ({"content": "a"}, [(Text("a"),)]),
+        (URL_PART, [(Image(URI),)]),
+        ([{"type": "text", "text": "a"}, URL_PART], [(Text("a"),), (Image(URI),)]),
+        ({"text": URI}, [(Text(URI),)]),  # said to be a text
+    ],
+)
+def test_input_in_any_clients_form(value: Any, parts: list[Any]) -> None:
+    assert [item.parts for item in parse(input=value).items] == parts
+
+
+def test_conversation_is_one_item_and_a_list_of_them_several() -> None:
+    user = {"role": "user", "content": [URL_PART, {"type": "text", "text": "a"}]}
+    system = {"role": "system", "content": "Find."}
+    item = EmbeddingItem((Image(URI), Text("a")), "Find.")
+    last = {"role": "assistant", "content": ""}
+    extras = {"add_generation_prompt": False, "continue_final_message": True, "add_special_tokens": True}
+    assert parse(messages=[system, user, last], **extras).items == (item,)
+    alone = EmbeddingItem((Image(URI), Text("a")))
+    assert parse(messages=[[system, user], [user]], truncate_prompt_tokens=8192).items == (item, alone)  # as mteb
+
+
+def test_options_are_openais_and_our_own() -> None:
+    request = parse(input="a", model="x", dimensions=64, encoding_format="base64", user="me", provider={}, priority=1)
+    assert request == EmbeddingRequest((EmbeddingItem((Text("a"),), None, 64),), True, "base64")
+    ours = parse(input="a", instruction="Find.", normalize=False, truncate="none", output_dtype="float16")
+    item = EmbeddingItem((Text("a"),), "Find.", normalize=False, truncate="none")
+    assert ours == EmbeddingRequest((item,), True, "float", "float16")
+
+
+def test_instruction_is_the_items_own_then_the_requests_then_that_of_queries() -> None:
+    entries = [{"text": "a", "instruction": "Mine."}, "b"]
+    assert [item.instruction for item in parse(input=entries, instruction="All.", task="retrieval.query").items] == [
+        "Mine.",
+        "All.",
+    ]
+    assert [item.instruction for item in parse(input=entries, input_type="search_query").items] == [
+        "Mine.",
+        QUERY_INSTRUCTION,
+    ]
+    assert parse(input="b", input_type="search_document").items[0].instruction is None
+
+
+@pytest.mark.parametrize("value", [[1, 2], [[1, 2], [3]], [[1], "a"]])
+def test_token_ids_are_refused_with_the_clients_switch(value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"got token ids; .* OpenAIEmbeddings\(check_embedding_ctx_length=False\)"):
+        parse(input=value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "give either `input` or `messages`"),
+        ({"input": "a", "messages": [{"role": "user", "content": "a"}]}, "give either `input` or `messages`"),
+        ({"input": []}, "input: got an empty list; allowed: at least one item"),
+        ({"input": 5}, "input: got 5 (a number); allowed: a string, an object, or a list of them"),
+        ({"input": ["a", 5]}, "item 1: got 5 (a number); allowed: a string, or an object with text, image, video or"),
+        ({"input": ["a", ["b"]]}, "item 1: got ['b'] (a list); allowed: "),
+        ({"input": ["a", {"txt": "b"}]}, "item 1: extra fields not permitted: txt"),
+        ({"input": {"text": "a", "content": "b"}}, "item 0: give either `content` or `text`/`image`/`video`"),
+        ({"input": [{}]}, "item 0: an item needs at least one of text, image or video; got none"),
+        ({"messages": []}, "messages: got [] (a list); allowed: a list of at least one message"),
+        ({"messages": "a"}, "messages: got 'a' (a string); allowed: a list of at least one message"),
+        ({"messages": [{"role": "system", "content": "a"}]}, "item 0: an item needs at least one of text, image or"),
+        ({"input": "a", "encoding_format": "bytes"}, "encoding_format: got 'bytes' (a string); input should be"),
+        ({"input": "a", "input_type": "other"}, "input_type: got 'other' (a string); input should be 'search_query', "),
+        ({"input": "a", "chat_template": "{{ x }}"}, "extra fields not permitted: chat_template"),
+        ({"input": "a", "truncate_prompt_tokens": 512}, "truncate_prompt_tokens: got 512; allowed: -1, or from 8192"),
+        ({"input": "a", "output_dtype": "int8", "normalize": False}, "item 0: output_dtype: got int8 with normalize"),
+    ],
+)
+def test_wrong_request_says_what_was_got_and_what_is_allowed(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(**fields)
+    assert str(caught.value).startswith(message)
+
+
+def test_too_many_items_are_refused() -> None:
+    with pytest.raises(RequestTooLarge, match="got 5 items; allowed: 1 to 4"):
+        parse(input=list("abcde"))
+
+
+def test_answer_has_openais_shape() -> None:
+    request = parse(input=["a", "b"], output_dtype="int8")
+    vectors = [np.array([1.0, 0.0], np.float32), np.array([0.0, -1.0], np.float32)]
+    embeddings = [Embedding(vector, 50 + 51 * index, 4 * index) for index, vector in enumerate(vectors)]
+    body = json.loads(embeddings_body(request, embeddings, "the model", 101))
+    assert body == {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": 0, "embedding": [127, 0]},
+            {"object": "embedding", "index": 1, "embedding": [0, -127]},
+        ],
+        "model": "the model",
+        "usage": {"prompt_tokens": 151, "total_tokens": 151},
+        "warnings": ["item 1: got 105 tokens; allowed: 101; 4 of the text were cut"],
+    }
+    EmbeddingsResponse.model_validate(body)
+
+
+def test_models_has_the_one_with_its_limit() -> None:
+    body = json.loads(models_body("the model", 1234.5, 8192))
+    (card,) = ModelsResponse.model_validate(body, strict=True).data
+    assert (card.id, card.created, card.max_model_len) == ("the model", 1234, 8192)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "param"),
+    [
+        (InvalidRequest("m", item=3), "invalid_request_error", "input[3]"),
+        (Overloaded("m", retry_after_s=1), "rate_limit_error", None),
+        (EngineFailed("m", item=0), "server_error", "input[0]"),
+    ],
+)
+def test_error_has_openais_shape_and_our_code(error: Any, kind: str, param: str | None) -> None:
+    body = json.loads(openai_error_body(error_fields(error)["error"]))
+    assert body == {"error": {"message": str(error), "type": kind, "param": param, "code": error.code}}
+    OpenAIErrorResponse.model_validate(body, strict=True)

@@ -1,0 +1,309 @@
+"""The document is valid, says what the routes take, and what the benchmark's client looks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema
+import openapi_spec_validator
+import pytest
+
+from embedder.errors import InvalidRequest
+from embedder.http.cohere import parse_cohere
+from embedder.http.embed import parse_embed
+from embedder.http.openai import parse_embeddings
+from embedder.http.openapi import ERRORS, EXAMPLES, openapi_document
+from embedder.inputs.items import ImageRequest, TextRequest, parse_image_request, parse_text_request
+from embedder.settings import Settings
+
+DOCUMENT = openapi_document(Settings(max_items_per_request=7), "1.2.3")
+ROUTES = ["/txt/embed", "/img/embed"]
+
+
+def resolve(schema: dict[str, Any]) -> dict[str, Any]:
+    """Follow `$ref` as the benchmark's client does."""
+    while "$ref" in schema:
+        place: Any = DOCUMENT
+        for key in schema["$ref"].removeprefix("#/").split("/"):
+            place = place[key]
+        schema = place
+    return schema
+
+
+def body_schema(path: str) -> dict[str, Any]:
+    return resolve(DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"])
+
+
+def references(node: Any) -> set[str]:
+    if isinstance(node, dict):
+        own = {node["$ref"]} if isinstance(node.get("$ref"), str) else set()
+        return own.union(*map(references, node.values()))
+    return set().union(*map(references, node)) if isinstance(node, list) else set()
+
+
+def test_document_is_valid_openapi() -> None:
+    openapi_spec_validator.validate(DOCUMENT)
+    assert DOCUMENT["openapi"] == "3.1.0"
+    assert DOCUMENT["info"]["version"] == "1.2.3"
+
+
+def test_keys_are_described_where_they_are_needed() -> None:
+    closed = openapi_document(Settings(), "1", needs_key=True)
+    openapi_spec_validator.validate(closed)
+    assert closed["security"] == [{"bearer": []}, {"header": []}]
+    assert {scheme["type"] for scheme in closed["components"]["securitySchemes"].values()} == {"http", "apiKey"}
+    assert closed["paths"]["/health"]["get"]["security"] == []
+    assert DOCUMENT["security"] == [{}]
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_input_takes_a_list_of_at_most_the_settings_number(path: str) -> None:
+    options = resolve(body_schema(path)["properties"]["input"])["anyOf"]
+    assert {"type": "string"} in options
+    (array,) = (option for option in options if option.get("type") == "array")
+    assert (array["minItems"], array["maxItems"], array["items"]) == (1, 7, {"type": "string"})
+
+
+def test_another_limit_makes_another_document() -> None:
+    schemas = openapi_document(Settings(max_items_per_request=9), "1")["components"]["schemas"]
+    assert [option.get("maxItems") for option in schemas["TextRequest"]["properties"]["input"]["anyOf"]] == [None, 9]
+    assert openapi_document(Settings(max_items_per_request=7), "1.2.3") == DOCUMENT
+
+
+@pytest.mark.parametrize(("path", "model"), [("/txt/embed", TextRequest), ("/img/embed", ImageRequest)])
+def test_fields_are_those_of_the_wire_and_no_other(path: str, model: Any) -> None:
+    schema = body_schema(path)
+    assert set(schema["properties"]) == set(model.model_fields)
+    assert schema["required"] == ["input"]
+    assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_examples_are_bodies_that_are_accepted(path: str) -> None:
+    model = TextRequest if path == "/txt/embed" else ImageRequest
+    for example in body_schema(path)["properties"]["input"]["examples"]:
+        assert model.model_validate({"input": example}).input == example
+
+
+def test_every_reference_leads_somewhere() -> None:
+    found = references(DOCUMENT)
+    assert {resolve({"$ref": reference})["title"] for reference in found} >= {"TextRequest", "EmbeddingResponse"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES)
+def test_every_error_has_the_one_body_or_openais(path: str) -> None:
+    body = "OpenAIErrorResponse" if path.startswith("/v1") else "ErrorResponse"
+    responses = DOCUMENT["paths"][path]["post"]["responses"]
+    assert set(responses) == {"200", *map(str, ERRORS)}
+    for status in ERRORS:
+        schema = responses[str(status)]["content"]["application/json"]["schema"]
+        assert schema == {"$ref": f"#/components/schemas/{body}"}
+
+
+def test_embedding_may_be_floats_or_base64_once_or_in_a_list() -> None:
+    schema = DOCUMENT["components"]["schemas"]["EmbeddingResponse"]["properties"]["embedding"]
+    numbers, text = {"type": "array", "items": {"type": "number"}}, {"type": "string"}
+    assert schema["anyOf"] == [numbers, text, {"type": "array", "items": {"anyOf": [numbers, text]}}]
+
+
+def is_valid(path: str, body: Any) -> bool:
+    schema = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    validator = jsonschema.Draft202012Validator({**schema, "components": DOCUMENT["components"]})
+    return bool(validator.is_valid(body))
+
+
+def parse(path: str, body: Any) -> Any:
+    parsers: dict[str, Callable[[bytes, Settings], Any]] = {
+        "/txt/embed": parse_text_request,
+        "/img/embed": parse_image_request,
+        "/embed": parse_embed,
+        "/v1/embeddings": parse_embeddings,
+        "/v2/embed": parse_cohere,
+    }
+    return parsers[path](json.dumps(body).encode(), Settings(max_items_per_request=7))
+
+
+def test_every_post_route_is_described_with_examples_that_its_own_schema_allows() -> None:
+    assert {path for path, methods in DOCUMENT["paths"].items() if "post" in methods} == set(EXAMPLES)
+    for path, examples in EXAMPLES.items():
+        for name, body in examples.items():
+            assert is_valid(path, body), (path, name)
+
+
+def test_operations_have_names_of_their_own() -> None:
+    names = [method["operationId"] for methods in DOCUMENT["paths"].values() for method in methods.values()]
+    assert len(set(names)) == len(names) == len(DOCUMENT["paths"])
+    assert all(name.isidentifier() for name in names)
+
+
+TEXT_PART = {"type": "text", "text": "a"}
+URL_PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+USER = {"role": "user", "content": [TEXT_PART, URL_PART]}
+CHAT_INPUTS: list[Any] = [
+    "a",
+    ["a", "b"],
+    {"text": "a"},
+    [{"text": "a", "image": "AAAA"}, "b"],
+    {"text": "a", "instruction": "Find.", "dimensions": 64},
+    {"content": [TEXT_PART, URL_PART]},
+    [{"content": "a"}],
+    TEXT_PART,
+    [URL_PART, {"type": "input_image", "image_url": "data:image/png;base64,AAAA", "detail": "low"}],
+    {"type": "input_video", "input_video": {"data": "AAAA", "format": "mp4"}},
+    {"content": [{"type": "video", "video": ["AAAA", "BBBB"], "fps": 1}]},
+    {"video": ["AAAA", "BBBB"], "fps": 1},
+    # and wrong ones
+    5,
+    [],
+    [1, 2],
+    [[1, 2]],
+    [["a"]],
+    {},
+    {"txt": "a"},
+    {"content": [{"type": "audio", "audio": "AAAA"}]},
+    {"content": [{**URL_PART, "max_pixels": 5}]},
+    {"text": "a", "id": "b"},
+    ["a"] * 8,
+]
+BODIES: list[tuple[str, Any]] = [
+    *(("/v1/embeddings", {"input": value}) for value in CHAT_INPUTS),
+    *(
+        ("/v1/embeddings", {"messages": value})
+        for value in (
+            [USER],
+            [[USER], [USER]],
+            [{"role": "system", "content": "Find."}, USER, {"role": "assistant", "content": ""}],
+            [],
+            [{"role": "tool", "content": "a"}],
+            [{"role": "user", "content": 5}],
+            [{**USER, "cost": 1}],
+        )
+    ),
+    ("/v1/embeddings", {"input": "a", "instrction": "b"}),
+    ("/v1/embeddings", {"input": "a", "encoding_format": "bytes"}),
+    ("/v2/embed", {"texts": ["a"], "truncate": "NONE", "input_type": "clustering", "priority": 1}),
+    ("/v2/embed", {"images": ["AAAA"], "embedding_types": ["float"]}),
+    ("/v2/embed", {"inputs": [{"content": [TEXT_PART, URL_PART]}]}),
+    ("/v2/embed", {"texts": []}),
+    ("/v2/embed", {"texts": "a"}),
+    ("/v2/embed", {"inputs": [{"content": [TEXT_PART], "id": 1}]}),
+    ("/v2/embed", {"inputs": [{"text": "a"}]}),
+    ("/v2/embed", {"texts": ["a"], "embedding_types": ["float16"]}),
+    ("/v2/embed", {"texts": ["a"], "truncate": "end"}),
+    ("/embed", {"items": ["a"], "normalize": False}),
+    ("/embed", {"items": []}),
+    ("/embed", {"items": "a"}),
+    ("/embed", {"items": ["a"] * 8}),
+    ("/embed", {"input": ["a"]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES)
+def test_document_allows_what_the_parser_takes_and_nothing_else(path: str, body: Any) -> None:
+    try:
+        parse(path, body)
+    except InvalidRequest:
+        assert not is_valid(path, body)
+    else:
+        assert is_valid(path, body)
+
+
+@pytest.mark.parametrize(
+    ("entry", "is_good"),
+    [
+        ("a", True),
+        ({"text": "a", "id": 5}, True),
+        ({"text": ["a", "b"], "image": "AAAA", "truncate": "none"}, True),
+        ({"content": [TEXT_PART, {"type": "image", "image": "AAAA"}], "normalize": False}, True),
+        ({"content": TEXT_PART}, True),
+        ({"video": ["AAAA"], "fps": 2.0}, True),
+        (5, False),
+        ({}, False),
+        ({"id": "a"}, False),
+        ({"text": 5}, False),
+        ({"text": "a", "id": True}, False),
+        ({"text": "a", "txt": "b"}, False),
+        ({"content": [URL_PART]}, False),
+        ({"text": "a", "normalize": "no"}, False),
+        ({"text": "a", "truncate": "middle"}, False),
+    ],
+)
+def test_document_tells_good_items_from_bad(entry: Any, is_good: bool) -> None:
+    (item,) = parse("/embed", {"items": [entry]}).items
+    assert isinstance(item, InvalidRequest) is not is_good
+    assert is_valid("/embed", {"items": [entry]}) is is_good
+
+
+PARSERS: dict[str, Callable[[bytes, Settings], Any]] = {
+    "/txt/embed": parse_text_request,
+    "/img/embed": parse_image_request,
+    "/embed": parse_embed,
+    "/v1/embeddings": parse_embeddings,
+    "/v2/embed": parse_cohere,
+}
+
+
+@pytest.mark.parametrize("path", PARSERS)
+def test_null_means_the_same_as_leaving_a_field_out_on_every_route(path: str) -> None:
+    """As LiteLLM, Dify and many generated clients send it; and the document says so."""
+    schema = body_schema(path)
+    validator = jsonschema.Draft202012Validator({**schema, "components": DOCUMENT["components"]})
+    example = next(iter(EXAMPLES[path].values()))
+    names = set(schema["properties"]) - set(schema.get("required", ())) - set(example)
+    assert len(names) >= 5
+    plain = PARSERS[path](json.dumps(example).encode(), Settings())
+    for given in [{name: None} for name in sorted(names)] + [dict.fromkeys(names)]:
+        validator.validate({**example, **given})
+        assert PARSERS[path](json.dumps({**example, **given}).encode(), Settings()) == plain
+
+
+NULLS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("/embed", {"items": [{"text": "red"}]}, {"items": [dict.fromkeys(["image", "video", "content", "fps"])]}),
+    (
+        "/embed",
+        {"items": [{"text": "red"}]},
+        {"items": [dict.fromkeys(["instruction", "normalize", "truncate", "id"])]},
+    ),
+    (
+        "/embed",
+        {"items": [{"content": [{"type": "text", "text": "red"}]}]},
+        {"items": [{"content": [{"image": None, "fps": None}]}]},
+    ),
+    ("/v1/embeddings", {"input": [{"text": "red"}]}, {"input": [dict.fromkeys(["content", "image", "normalize"])]}),
+    (
+        "/v1/embeddings",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "red"}]}]},
+        {"messages": [{"name": None, "tool_calls": None, "content": [{"image_url": None, "detail": None}]}]},
+    ),
+    (
+        "/v1/embeddings",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "aGVsbG8="}}]}]},
+        {"messages": [{"content": [{"image_url": {"detail": None, "format": None}}]}]},
+    ),
+    (
+        "/v2/embed",
+        {"inputs": [{"content": [{"type": "text", "text": "red"}]}]},
+        {"inputs": [{"content": [{"image_url": None}]}]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "nulls"), NULLS)
+def test_null_inside_items_parts_and_messages_means_not_given(
+    path: str, body: dict[str, Any], nulls: dict[str, Any]
+) -> None:
+    with_nulls = json.dumps(merged(nulls, body)).encode()
+    plain = PARSERS[path](json.dumps(body).encode(), Settings())
+    assert PARSERS[path](with_nulls, Settings()) == plain
+    assert not any(isinstance(item, Exception) for item in plain.items)
+
+
+def merged(under: Any, over: Any) -> Any:
+    """Two JSON values of one shape as one; where both say something, `over` counts."""
+    if isinstance(under, dict) and isinstance(over, dict):
+        return {name: merged(under.get(name), over.get(name)) for name in {**under, **over}}
+    if isinstance(under, list) and isinstance(over, list):
+        return [merged(one, other) for one, other in zip(under, over, strict=True)]
+    return under if over is None else over

@@ -1,0 +1,97 @@
+"""Looks for inputs that break a door for untrusted bytes, by coverage: `python -m tests.inputs.fuzz media`.
+
+Atheris (the `fuzz` extra) changes good inputs in whatever way reaches new lines of ours and of Pillow's. It stops at
+the first one that gives anything but a result or an error of ours, and leaves it in the folder it was started in.
+`test_fuzz` puts the same functions to the same test by hypothesis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
+
+import numpy as np
+
+from embedder.errors import InvalidMedia, InvalidRequest, MediaTooLarge
+from embedder.http.cohere import parse_cohere
+from embedder.http.embed import parse_embed
+from embedder.http.openai import parse_embeddings
+from embedder.inputs.image import ImageGeometry, load_image
+from embedder.inputs.items import EmbeddingItem, Video, parse_image_request, parse_text_request
+from embedder.inputs.video import load_video
+from embedder.settings import Settings
+from tests.conftest import encoded, picture
+from tests.inputs import hostile
+
+SETTINGS = Settings(max_image_pixels=1_000_000, max_items_per_request=20, decode_timeout_s=5)
+GEOMETRY = ImageGeometry(32, 4096, 65_536)
+PARSERS = (parse_text_request, parse_image_request, parse_embed, parse_embeddings, parse_cohere)
+
+
+def check_image(data: bytes) -> None:
+    """A picture of whole tokens, or one of the two errors that media has."""
+    try:
+        values = load_image(data, GEOMETRY, SETTINGS)
+    except (InvalidMedia, MediaTooLarge):
+        return
+    assert values.dtype == np.uint8
+    assert values.shape[0] % 32 == values.shape[1] % 32 == 0 < values.size
+
+
+def check_video(data: bytes) -> None:
+    """An even number of frames and a time for each, or one of the two errors."""
+    try:
+        clip = load_video(Video(data), GEOMETRY, SETTINGS)
+    except (InvalidMedia, MediaTooLarge):
+        return
+    assert len(clip.frames) == len(clip.seconds)
+    assert len(clip.frames) % 2 == 0 < clip.frames.size
+
+
+def check_request(data: bytes) -> None:
+    """Items or an error of the caller's, on every route."""
+    for parse in PARSERS:
+        try:
+            items = parse(data, SETTINGS).items
+        except InvalidRequest:
+            continue
+        assert all(isinstance(item, EmbeddingItem | InvalidRequest) for item in items)
+        assert 1 <= len(items) <= SETTINGS.max_items_per_request
+
+
+IMAGES = {kind: encoded(picture(40, 36), kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF")}
+CHECKS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
+    "media": (check_image, list(IMAGES.values())),
+    "video": (check_video, list(hostile.films().values())),
+    "request": (check_request, [json.dumps(body).encode() for body in hostile.GOOD_BODIES.values()]),
+}
+
+
+def main() -> None:
+    """The command."""
+    import atheris  # with the extra alone
+
+    parser = argparse.ArgumentParser(description="Look for inputs that break a door for untrusted bytes.")
+    parser.add_argument("what", choices=CHECKS)
+    parser.add_argument("--seconds", type=int, default=600)
+    chosen = parser.parse_args()
+    check, seeds = CHECKS[chosen.what]
+    for function in gc.get_objects():  # what is imported already; not torch
+        if isinstance(function, FunctionType) and str(function.__module__).startswith(("PIL.", "embedder.")):
+            atheris.instrument_func(function)
+    with tempfile.TemporaryDirectory() as corpus:
+        for number, seed in enumerate(seeds):
+            (Path(corpus) / str(number)).write_bytes(seed)
+        options = [f"-max_total_time={chosen.seconds}", "-timeout=30", "-rss_limit_mb=4096", "-max_len=65536"]
+        atheris.Setup([sys.argv[0], *options, corpus], check)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

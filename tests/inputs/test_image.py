@@ -1,0 +1,454 @@
+"""Pictures become what the reference makes of them; whatever else the bytes are is refused in words."""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+import struct
+import threading
+import time
+import tracemalloc
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from numpy.typing import NDArray
+from qwen_vl_utils.vision_process import fetch_image, smart_resize
+
+from embedder.errors import InvalidMedia, MediaTooLarge
+from embedder.inputs import image as media
+from embedder.inputs.image import ImageGeometry, decoded_bytes, load_image, open_image, resized_size
+from embedder.settings import Settings
+from tests.conftest import encoded, picture
+from tests.inputs.hostile import chunk, jpeg_of_scans, png
+
+SETTINGS = Settings(max_image_pixels=1_000_000, max_image_bytes=200_000, max_video_frames=8)
+CHECKPOINT = ImageGeometry(32, 4096, 1_310_720)  # the checkpoint's preprocessor_config.json
+REFERENCE = ImageGeometry(32, 4096, 1_843_200)  # the reference code
+SMALL = ImageGeometry(32, 4096, 16_384)
+
+
+def load(source: Any, geometry: ImageGeometry = CHECKPOINT) -> NDArray[np.uint8]:
+    return load_image(source, geometry, SETTINGS)
+
+
+def reference(image: PIL.Image.Image, geometry: ImageGeometry = CHECKPOINT) -> NDArray[np.uint8]:
+    sizes = {"min_pixels": geometry.min_pixels, "max_pixels": geometry.max_pixels}
+    return np.asarray(fetch_image({"image": image, **sizes}, image_patch_size=16))
+
+
+def with_alpha(width: int = 40, height: int = 36) -> PIL.Image.Image:
+    image = picture(width, height).convert("RGBA")
+    image.putalpha(PIL.Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+# Geometry
+
+
+@pytest.mark.parametrize("geometry", [CHECKPOINT, REFERENCE, ImageGeometry(28, 3136, 1_003_520)])
+def test_size_is_the_references_for_many_sizes(geometry: ImageGeometry) -> None:
+    generator = random.Random(0)
+    for _ in range(3000):
+        height, width = (round(2 ** generator.uniform(1, 12.5)) for _ in range(2))
+        if max(height, width) / min(height, width) <= 200:
+            expected = smart_resize(height, width, geometry.factor, geometry.min_pixels, geometry.max_pixels)
+            assert resized_size(height, width, geometry) == expected, (height, width)
+
+
+def test_sides_are_whole_tokens_and_never_zero_however_small_the_maximum() -> None:
+    generator = random.Random(1)
+    num_zero = 0
+    for _ in range(3000):
+        height = generator.randint(2, 5000)
+        width = min(5000, max(2, round(height * generator.uniform(0.005, 200))))
+        geometry = ImageGeometry(32, 1024, generator.choice([1024, 4096, 9000]))
+        if max(height, width) / min(height, width) <= 200:
+            size = resized_size(height, width, geometry)
+            assert all(side >= 32 and side % 32 == 0 for side in size), (height, width)
+            expected = smart_resize(height, width, 32, geometry.min_pixels, geometry.max_pixels)
+            num_zero += 0 in expected
+            assert size == expected or 0 in expected, (height, width)
+    assert num_zero  # the case is met
+
+
+def test_long_picture_under_a_small_maximum_keeps_one_row() -> None:
+    # 8,000,000 px into 4,096: both sides shrink by sqrt(8e6 / 4096) = 44.2, to 4.5 x 905; 905 floors to 28 * 32
+    assert smart_resize(200, 40_000, 32, 1024, 4096) == (0, 896)
+    assert resized_size(200, 40_000, ImageGeometry(32, 1024, 4096)) == (32, 896)
+
+
+def test_pixel_regimes_differ_on_large_pictures_alone() -> None:
+    assert resized_size(1000, 1000, CHECKPOINT) == resized_size(1000, 1000, REFERENCE) == (992, 992)
+    assert resized_size(2000, 2000, CHECKPOINT) == (1120, 1120)  # sqrt(1,310,720) = 1144.9, floored to 35 * 32
+    assert resized_size(2000, 2000, REFERENCE) == (1344, 1344)  # sqrt(1,843,200) = 1357.6, floored to 42 * 32
+
+
+def test_aspect_ratio_above_200_is_refused() -> None:
+    assert resized_size(10, 2000, CHECKPOINT)[0] == 32
+    with pytest.raises(
+        InvalidMedia, match=r"^image of 2010x10 pixels has an aspect ratio of 201:1; allowed: up to 200:1$"
+    ):
+        resized_size(10, 2010, CHECKPOINT)
+
+
+# Values
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (33, 47), (2, 3), (300, 20), (500, 701), (9, 400)])
+@pytest.mark.parametrize("geometry", [CHECKPOINT, SMALL])
+def test_resized_values_are_the_references_bit_for_bit(size: tuple[int, int], geometry: ImageGeometry) -> None:
+    image = picture(*size)
+    assert np.array_equal(load(encoded(image), geometry), reference(image, geometry))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK", "YCbCr", "HSV"])
+def test_every_mode_is_as_in_the_reference(mode: str) -> None:
+    image = with_alpha() if mode == "RGBA" else picture(40, 36).convert(mode)
+    assert np.array_equal(load(image), reference(image))
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options"),
+    [("PNG", {}), ("BMP", {}), ("GIF", {}), ("JPEG", {"quality": 90}), ("JPEG", {"progressive": True}), ("WEBP", {})],
+)
+def test_every_format_is_as_in_the_reference(file_format: str, options: dict[str, Any]) -> None:
+    data = encoded(picture(50, 70), file_format, **options)
+    assert np.array_equal(load(data), reference(PIL.Image.open(io.BytesIO(data))))
+
+
+def test_cmyk_jpeg_is_as_in_the_reference() -> None:
+    data = encoded(picture(50, 70).convert("CMYK"), "JPEG")
+    assert PIL.Image.open(io.BytesIO(data)).mode == "CMYK"
+    assert np.array_equal(load(data), reference(PIL.Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_transparency_lies_on_white_as_in_the_reference(file_format: str) -> None:
+    data = encoded(with_alpha(), file_format, **({"lossless": True} if file_format == "WEBP" else {}))
+    assert np.array_equal(load(data), reference(PIL.Image.open(io.BytesIO(data))))
+    clear = PIL.Image.new("RGBA", (32, 32), (10, 20, 30, 0))
+    assert (load(encoded(clear, file_format)) == 255).all()
+
+
+def test_other_ways_to_be_transparent_lie_on_white_too() -> None:
+    """The reference drops their transparency; ours treats the same picture the same in every mode."""
+    gray = PIL.Image.new("LA", (64, 64), (40, 0))
+    palette = PIL.Image.new("P", (64, 64), 0)
+    palette.putpalette([9, 9, 9])
+    with_palette_alpha = encoded(palette, "PNG", transparency=b"\x00")
+    keyed = encoded(PIL.Image.new("RGB", (64, 64), (1, 2, 3)), "PNG", transparency=(1, 2, 3))
+    gif = encoded(palette, "GIF", transparency=0)
+    for source in (encoded(gray), palette.convert("PA"), with_palette_alpha, keyed, gif):
+        if isinstance(source, PIL.Image.Image):
+            source.putalpha(0)
+        assert (load(source) == 255).all()
+    assert (load(encoded(palette)) == 9).all()
+
+
+def test_half_transparent_gray_is_half_way_to_white() -> None:
+    # 128 / 255 of 40 on white: 40 * 0.502 + 255 * 0.498 = 147.1
+    assert (abs(load(PIL.Image.new("LA", (64, 64), (40, 128))).astype(int) - 147) <= 1).all()
+
+
+def test_16_bit_gray_is_scaled_not_clipped() -> None:
+    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    loaded = load(encoded(PIL.Image.fromarray(values)))
+    assert np.array_equal(loaded, np.repeat((values // 257).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_transparent_value_of_16_bit_gray_lies_on_white() -> None:
+    values = np.full((64, 64), 5140, np.uint16)  # 20 of 255
+    values[:, :32] = 1000
+    loaded = load(encoded(PIL.Image.fromarray(values), transparency=1000))
+    assert (loaded[:, :32] == 255).all()
+    assert (loaded[:, 32:] == 20).all()
+
+
+def test_16_bit_color_keeps_its_upper_byte() -> None:
+    row = b"\x00" + struct.pack(">HHH", 0x1234, 0x8000, 0xFFFF) * 64
+    assert (load(png(64, 64, row * 64, bit_depth=16)) == (0x12, 0x80, 0xFF)).all()
+
+
+def test_animation_gives_its_first_frame() -> None:
+    frames = [PIL.Image.new("RGB", (64, 64), color) for color in ("red", "blue", "green")]
+    for file_format in ("GIF", "PNG", "WEBP"):
+        data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:])
+        assert getattr(PIL.Image.open(io.BytesIO(data)), "n_frames", 1) == 3
+        assert (abs(load(data).astype(int) - (255, 0, 0)) < 8).all()  # WebP loses a little
+
+
+def test_exif_orientation_is_not_applied() -> None:
+    image = picture(96, 64)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turn a quarter
+    data = encoded(image, exif=exif)
+    assert PIL.Image.open(io.BytesIO(data)).getexif()[0x0112] == 6
+    assert np.array_equal(load(data), load(image))
+
+
+# Base64
+
+
+def test_base64_in_short_lines_costs_little_memory() -> None:
+    text = "AB\n" * 3_000_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidMedia, match="not a known image"):
+            load_image(text, CHECKPOINT, SETTINGS.model_copy(update={"max_image_bytes": len(text)}))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * len(text)  # a list of the lines would be 20 times as large
+
+
+def test_every_form_of_base64_is_the_same_picture() -> None:
+    data = encoded(picture(40, 40))
+    text = base64.b64encode(data).decode()
+    lines = base64.encodebytes(data).decode()
+    expected = load(data)
+    for form in (text, lines, lines.replace("\n", "\r\n"), f"data:image/png;base64,{text}", f"data:;base64,{text}"):
+        assert np.array_equal(load(form), expected)
+    # what the data URI calls it does not matter, the bytes do
+    assert np.array_equal(load(f"data:image/jpeg;charset=x;base64,{text}"), expected)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "image is empty (0 bytes)"),
+        (b"", "image is empty (0 bytes)"),
+        ("data:image/png;base64,", "image is empty (0 bytes)"),
+        ("data:image/png,abc", "image is a data URI that is not base64: 'data:image/png'"),
+        ("data:image/png;base64", "image is a data URI that is not base64: 'data:image/png;base64'"),
+        (None, "image is given as NoneType; allowed: base64, bytes or a PIL image"),
+        (5, "image is given as int; allowed: base64, bytes or a PIL image"),
+        (["AAAA"], "image is given as list; allowed: base64, bytes or a PIL image"),
+    ],
+)
+def test_source_of_another_form_is_refused(source: Any, message: str) -> None:
+    with pytest.raises(InvalidMedia) as caught:
+        load(source)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/etc/passwd",
+        "file:///etc/passwd",
+        "https://example.com/a.png",
+        "../x.png",
+        "not base64!",
+        "AAAAA",
+        "AAA",
+        "AA-_",
+        "\u00e9\u00e9",
+        "\ud800AAA",
+    ],
+)
+def test_text_that_is_not_base64_is_refused_and_no_path_is_opened(text: str) -> None:
+    with pytest.raises(InvalidMedia, match=r"^(image is not valid base64 \(|the bytes are not a known image)"):
+        load(text)
+
+
+def test_path_of_a_real_picture_is_not_opened(tmp_path: Any) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(picture(40, 40)))
+    for form in (str(path), path.as_uri()):
+        with pytest.raises(InvalidMedia):
+            load(form)
+
+
+# What is refused
+
+TIFF = encoded(picture(40, 40), "TIFF")
+MP4 = b"\x00\x00\x00\x20ftypisom" + b"\x00" * 100
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"%PDF-1.7\n" + b"x" * 100, "a PDF document"),
+        (encoded(picture(40, 40), "PDF"), "a PDF document"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "an SVG drawing"),
+        (b'\n <?xml version="1.0"?><svg/>', "an XML or SVG document"),
+        (b"<!DOCTYPE html><html></html>", "an HTML page"),
+        (TIFF, "a TIFF image"),
+        (MP4, "an MP4 video or HEIF/AVIF image"),
+        (b"\x1aE\xdf\xa3" + b"x" * 100, "a Matroska or WebM video"),
+        (b"PK\x03\x04" + b"x" * 100, "a ZIP archive or office document"),
+        (b"just words", "not a known image"),
+        (b"\x00", "not a known image"),
+    ],
+)
+def test_bytes_of_another_kind_are_called_by_name(data: bytes, kind: str) -> None:
+    with pytest.raises(InvalidMedia) as caught:
+        load(data)
+    start = data[:8].hex(" ")
+    message = str(caught.value)
+    assert message.startswith(f"the bytes are {kind}")
+    assert message.endswith("; allowed: JPEG, PNG, WEBP, GIF, BMP")
+    assert start in message or data is MP4
+
+
+@pytest.mark.parametrize("file_format", ["PPM", "TGA", "ICO", "PCX", "DDS", "SGI", "JPEG2000"])
+def test_formats_beyond_the_five_are_refused_though_pil_reads_them(file_format: str) -> None:
+    with pytest.raises(InvalidMedia, match=r"^the bytes are not a known image"):
+        load(encoded(picture(32, 32), file_format))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_picture_cut_short_anywhere_is_refused(file_format: str) -> None:
+    data = encoded(picture(64, 48), file_format)
+    last = len(data) - (20 if file_format == "PNG" else 2)  # without its end marks alone a picture is still whole
+    for length in {*range(1, 40), *range(40, last, max(1, last // 60))}:
+        with pytest.raises(InvalidMedia):
+            load(data[:length])
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP", "BMP"])
+def test_damaged_bytes_give_a_picture_or_our_error_and_no_warning(file_format: str) -> None:
+    data = encoded(picture(48, 48).convert("P") if file_format == "GIF" else picture(48, 48), file_format)
+    generator = random.Random(2)
+    num_refused = 0
+    for _ in range(120):
+        damaged = bytearray(data)
+        for _ in range(generator.choice([1, 3])):
+            damaged[generator.randrange(min(len(data), 300))] = generator.randrange(256)
+        try:
+            assert load(bytes(damaged)).dtype == np.uint8
+        except (InvalidMedia, MediaTooLarge):
+            num_refused += 1
+    assert num_refused
+
+
+def test_picture_of_one_pixel_is_refused() -> None:
+    with pytest.raises(InvalidMedia, match=r"^image of 1x1 pixels; allowed: at least 2 on each side$"):
+        load(encoded(picture(1, 1)))
+    with pytest.raises(InvalidMedia, match=r"^image of 100x1 pixels; allowed: at least 2 on each side$"):
+        load(picture(100, 1))
+    assert load(encoded(picture(2, 2))).shape == (64, 64, 3)  # the least that min_pixels of 4096 allows
+
+
+def test_picture_of_1_to_500_is_refused() -> None:
+    with pytest.raises(
+        InvalidMedia, match=r"^image of 2x1000 pixels has an aspect ratio of 500:1; allowed: up to 200:1$"
+    ):
+        load(encoded(picture(2, 1000)))
+
+
+@pytest.mark.parametrize("side", [30_000, 13_000, 1001])
+def test_too_many_pixels_are_refused_by_the_header_alone(side: int) -> None:
+    """Without a warning (they are errors here); PIL's own limits stand at 89 and 179 million pixels."""
+    with pytest.raises(MediaTooLarge, match=f"{side * side}.* pixels.*; allowed: up to 1000000( pixels)?$"):
+        load(png(side, side))  # had it been decoded it would be InvalidMedia: there are no pixels in it
+
+
+def test_pixels_at_the_limit_are_allowed() -> None:
+    assert load(encoded(PIL.Image.new("RGB", (1000, 1000)))).shape == (992, 992, 3)
+
+
+def test_pil_image_is_held_to_the_same_limit() -> None:
+    with pytest.raises(MediaTooLarge, match=r"^image of 1001x1000 = 1001000 pixels; allowed: up to 1000000$"):
+        load(PIL.Image.new("RGB", (1001, 1000)))
+
+
+def test_too_many_bytes_are_refused_in_every_form() -> None:
+    data = encoded(picture(40, 40)) + b"\x00" * 200_000
+    message = r"^image of (about )?\d+ bytes; allowed: up to 200000$"
+    with pytest.raises(MediaTooLarge, match=message):
+        load(data)
+    with pytest.raises(MediaTooLarge, match=message):
+        load(base64.b64encode(data).decode())
+    exact = data[:200_000]
+    assert load(exact).shape == load(base64.b64encode(exact).decode()).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bit_gray_of_a_program_is_refused_for_nothing_tells_its_range(mode: str) -> None:
+    with pytest.raises(InvalidMedia, match=f"^image of mode {mode}, whose range nothing tells; allowed: 8 bits, or 16"):
+        load(picture(40, 40).convert(mode))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
+def test_decoding_ends_at_the_deadline(file_format: str) -> None:
+    data = encoded(picture(40, 40), file_format)
+    load_image(data, CHECKPOINT, Settings(decode_timeout_s=60))
+    with pytest.raises(MediaTooLarge, match=r"^decoding took over 0.5 s; send smaller or fewer pictures$"):
+        load_image(data, CHECKPOINT, Settings(decode_timeout_s=0.5), deadline=time.monotonic())
+
+
+def test_chunks_without_an_end_are_cut_off_in_time() -> None:
+    data = png(64, 64, more=chunk(b"tEXt", b"a\0b") * 1_000_000)
+    start = time.thread_time()
+    with pytest.raises((MediaTooLarge, InvalidMedia)):
+        load_image(data, CHECKPOINT, Settings(decode_timeout_s=0.2))
+    assert time.thread_time() - start < 2
+
+
+def test_progressive_jpeg_of_a_hundred_scans_is_the_most() -> None:
+    image = picture(64, 64)
+    num_own = jpeg_of_scans(image, 0).count(b"\xff\xda")
+    load(jpeg_of_scans(image, 100 - num_own))
+    with pytest.raises(MediaTooLarge, match=r"^JPEG image of 101 scans; allowed: up to 100$"):
+        load(jpeg_of_scans(image, 101 - num_own))
+
+
+def test_warnings_of_the_rest_of_the_program_are_left_alone() -> None:
+    before = list(warnings.filters)
+    load(encoded(picture(40, 40)))
+    assert warnings.filters == before
+
+
+def test_what_decodes_at_once_fits_the_room_and_goes_in_the_order_it_came() -> None:
+    room = media._Room(100)
+    running: list[int] = []
+    peaks: list[int] = []
+    order: list[int] = []
+    lock = threading.Lock()
+
+    def decode(num_bytes: int) -> None:
+        with room(num_bytes):
+            with lock:
+                running.append(num_bytes)
+                order.append(num_bytes)
+                peaks.append(sum(running))
+            time.sleep(0.05)
+            with lock:
+                running.remove(num_bytes)
+
+    threads = [threading.Thread(target=decode, args=(num_bytes,)) for num_bytes in (60, 90, 30, 500, 50, 50)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.005)
+    for thread in threads:
+        thread.join()
+    assert order == [60, 90, 30, 500, 50, 50]  # 30 would have fitted beside 60, but 90 came before
+    assert max(peak for peak in peaks if peak != 500) <= 100  # more than the room goes alone
+    assert sorted(peaks)[-2] == 100
+
+
+@pytest.mark.parametrize(("file_format", "mode"), [("WEBP", "RGBA"), ("PNG", "LA"), ("PNG", "RGB"), ("JPEG", "RGB")])
+def test_memory_of_decoding_is_taken_from_the_room_before(
+    file_format: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    room = media.decoding
+
+    @contextmanager
+    def watched(num_bytes: int) -> Iterator[None]:
+        with room(num_bytes):
+            taken.append(num_bytes)
+            yield
+
+    monkeypatch.setattr(media, "decoding", watched)
+    data = encoded(PIL.Image.new(mode, (1000, 800)), file_format)
+    load(data)
+    assert taken == [decoded_bytes(open_image(data, Settings()))]
+    assert 4 * 800_000 <= taken[0] <= 20 * 800_000

@@ -1,0 +1,281 @@
+"""Bodies and mappings become items; what is wrong is named, with what is allowed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+import PIL.Image
+import pytest
+
+from embedder.errors import InvalidRequest, RequestTooLarge
+from embedder.inputs.image import ImageGeometry, load_image
+from embedder.inputs.items import (
+    EXAMPLE_IMAGE,
+    EmbeddingItem,
+    EmbeddingRequest,
+    Image,
+    Text,
+    Video,
+    item_from_fields,
+    parse_image_request,
+    parse_text_request,
+)
+from embedder.settings import Settings
+
+SETTINGS = Settings(max_items_per_request=3)
+Parse = Callable[[bytes, Settings], EmbeddingRequest]
+BOTH = pytest.mark.parametrize("parse", [parse_text_request, parse_image_request])
+
+
+def parse_text(**fields: Any) -> EmbeddingRequest:
+    return parse_text_request(orjson.dumps(fields), SETTINGS)
+
+
+def test_string_is_one_item_with_the_defaults() -> None:
+    item = EmbeddingItem((Text("red"),), instruction=None, dimensions=None, normalize=True)
+    assert parse_text(input="red") == EmbeddingRequest((item,), is_list=False, encoding_format="float")
+
+
+def test_image_route_makes_images() -> None:
+    request = parse_image_request(b'{"input": ["AAAA", "BBBB"]}', SETTINGS)
+    assert [item.parts for item in request.items] == [(Image("AAAA"),), (Image("BBBB"),)]
+
+
+def test_list_of_one_is_still_a_list() -> None:
+    assert parse_text(input=["red"]).is_list
+    assert parse_text(input=["red"]).items == parse_text(input="red").items
+
+
+def test_list_keeps_its_order() -> None:
+    assert [item.parts for item in parse_text(input=["b", "a", ""]).items] == [(Text("b"),), (Text("a"),), (Text(""),)]
+
+
+def test_options_go_to_every_item() -> None:
+    options = {"instruction": "Find.", "dimensions": 64, "normalize": False, "encoding_format": "base64"}
+    request = parse_text(input=["a", "b"], **options)
+    assert {(item.instruction, item.dimensions, item.normalize) for item in request.items} == {("Find.", 64, False)}
+    assert request.encoding_format == "base64"
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["input", "inputs", "content", "contents"])
+def test_input_has_synonyms(parse: Parse, name: str) -> None:
+    assert parse(orjson.dumps({name: ["a"]}), SETTINGS) == parse(b'{"input": ["a"]}', SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["dimensions", "dim", "dimension", "output_dimension"])
+def test_dimensions_have_synonyms(name: str) -> None:
+    assert parse_text(input="a", **{name: 64}).items[0].dimensions == 64
+
+
+@pytest.mark.parametrize("fields", [{"input": "a", "inputs": ["b"]}, {"input": "a", "dim": 64, "dimensions": 128}])
+def test_two_names_for_one_field_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=r"^extra fields not permitted: (inputs|dim)$"):
+        parse_text(**fields)
+
+
+@BOTH
+def test_unknown_fields_are_named(parse: Parse) -> None:
+    with pytest.raises(InvalidRequest, match=r"^extra fields not permitted: instrction, zz$"):
+        parse(b'{"input": 5, "instrction": "x", "zz": 1}', SETTINGS)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "input: missing"),
+        ({"input": None}, "input: missing"),
+        ({"input": 3}, "input: got 3 (a number); allowed: a string or a list of strings"),
+        ({"input": 2.5}, "input: got 2.5 (a number); allowed: a string or a list of strings"),
+        ({"input": True}, "input: got True (a boolean); allowed: a string or a list of strings"),
+        ({"input": {"a": 1}}, "input: got {'a': 1} (an object); allowed: a string or a list of strings"),
+        ({"input": []}, "input: got an empty list; allowed: at least one item"),
+        ({"contents": []}, "contents: got an empty list; allowed: at least one item"),
+        ({"input": ["a", 3]}, "input[1]: got 3 (a number); input should be a valid string"),
+        ({"inputs": [None]}, "inputs[0]: got None (null); input should be a valid string"),
+        ({"input": ["a", ["b"]]}, "input[1]: got ['b'] (a list); input should be a valid string"),
+        ({"input": ["a", {"text": "b"}]}, "input[1]: got {'text': 'b'} (an object); input should be a valid string"),
+        ({"input": "a", "instruction": 5}, "instruction: got 5 (a number); input should be a valid string"),
+        ({"input": "a", "instruction": ["x"]}, "instruction: got ['x'] (a list); input should be a valid string"),
+        ({"input": "a", "normalize": 1}, "normalize: got 1 (a number); input should be a valid boolean"),
+        (
+            {"input": "a", "encoding_format": "hex"},
+            "encoding_format: got 'hex' (a string); input should be 'float' or 'base64'",
+        ),
+        (
+            {"input": "a", "encoding_format": []},
+            "encoding_format: got [] (a list); input should be 'float' or 'base64'",
+        ),
+    ],
+)
+def test_wrong_type_says_where_what_was_got_and_what_is_allowed(
+    parse: Parse, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(orjson.dumps(fields), SETTINGS)
+    assert str(caught.value) == message
+
+
+def test_long_values_are_shortened_in_messages() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_text(input=[["x" * 1000]])
+    assert str(caught.value).startswith("input[0]: got ['xxxx")
+    assert len(str(caught.value)) < 150
+
+
+@pytest.mark.parametrize("value", ["64", 0, -1, 1.5, True, [64]])
+def test_dimensions_of_any_type_reach_the_check_that_knows_the_model(value: Any) -> None:
+    assert parse_text(input="a", dimensions=value).items[0].dimensions == value
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"input=red",
+        b'{"input": NaN}',
+        b'{"input": "a", "dimensions": NaN}',
+        b'{"input": "a", "dimensions": Infinity}',
+        b'{"input": "\\ud800"}',  # a lone surrogate, escaped
+        b'{"input": "\xed\xa0\x80"}',  # the same as bytes: not UTF-8
+        b'{"input": "\xff"}',
+        b'{"input": "a"} {}',
+        b"[" * 5000 + b"]" * 5000,
+    ],
+)
+def test_body_that_is_not_json_is_refused(parse: Parse, body: bytes) -> None:
+    with pytest.raises(InvalidRequest, match=r"^the body is not valid JSON: "):
+        parse(body, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"), [(b"[]", "a list"), (b'"a"', "a string"), (b"3", "a number"), (b"null", "null")]
+)
+def test_body_is_an_object(body: bytes, kind: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^the body must be a JSON object, got {kind}$"):
+        parse_text_request(body, SETTINGS)
+
+
+def test_escaped_surrogate_pair_is_one_character() -> None:
+    body = json.dumps({"input": "\U0001f600"}).encode()
+    assert rb"\ud83d\ude00" in body  # what json.dumps sends
+    assert parse_text_request(body, SETTINGS).items[0].parts == (Text("\U0001f600"),)
+
+
+@BOTH
+def test_too_many_items_are_refused_with_the_limit(parse: Parse) -> None:
+    assert len(parse(b'{"input": ["a", "b", "c"]}', SETTINGS).items) == 3
+    with pytest.raises(RequestTooLarge, match=r"^got 4 items; allowed: 1 to 3$"):
+        parse(b'{"input": ["a", "b", "c", "d"]}', SETTINGS)
+
+
+def test_example_image_of_the_contract_is_a_red_square() -> None:
+    values = load_image(EXAMPLE_IMAGE, ImageGeometry(32, 1024, 4096), Settings())
+    assert values.shape == (32, 32, 3)
+    assert (values == (230, 30, 40)).all()
+
+
+def test_native_order_is_video_image_text() -> None:
+    item = item_from_fields({"text": ["t1", "t2"], "image": "i", "video": ["f1", "f2"]})
+    assert item.parts == (Video(("f1", "f2")), Image("i"), Text("t1"), Text("t2"))
+
+
+def test_content_keeps_the_callers_order() -> None:
+    content = [
+        {"type": "text", "text": "a"},
+        {"type": "image", "image": "i"},
+        {"type": "text", "text": "b"},
+        {"type": "video", "video": ["f"]},
+    ]
+    assert item_from_fields({"content": content}).parts == (Text("a"), Image("i"), Text("b"), Video(("f",)))
+
+
+def test_a_single_part_needs_no_list() -> None:
+    assert item_from_fields({"content": {"type": "text", "text": "a"}}).parts == (Text("a"),)
+
+
+def test_list_of_frames_is_one_video_and_list_of_lists_several() -> None:
+    assert item_from_fields({"video": ["a", "b"]}).parts == (Video(("a", "b")),)
+    assert item_from_fields({"video": [["a"], ["b"]]}).parts == (Video(("a",)), Video(("b",)))
+    assert item_from_fields({"video": Video(("a",), fps=1.0)}).parts == (Video(("a",), fps=1.0),)
+    assert item_from_fields({"video": ["a", "b"], "fps": 1}).parts == (Video(("a", "b"), fps=1),)
+
+
+def test_encoded_video_is_one_string_and_several_say_that_they_are_videos() -> None:
+    clip = "data:video/mp4;base64,AAAA"
+    assert item_from_fields({"video": "AAAA"}).parts == (Video("AAAA"),)
+    assert item_from_fields({"video": b"bytes", "fps": 0.5}).parts == (Video(b"bytes", 0.5),)
+    assert item_from_fields({"video": [clip, clip]}).parts == (Video(clip), Video(clip))
+    assert item_from_fields({"video": [clip, ["a"]]}).parts == (Video(clip), Video(("a",)))
+    content = [{"type": "video", "video": clip, "fps": 2}]
+    assert item_from_fields({"content": content}).parts == (Video(clip, 2),)
+
+
+def test_pil_images_and_bytes_pass_through() -> None:
+    image = PIL.Image.new("RGB", (4, 4))
+    assert item_from_fields({"image": [image, b"bytes"]}).parts == (Image(image), Image(b"bytes"))
+
+
+def test_options_of_an_item_are_its_own() -> None:
+    item = item_from_fields({"text": "a", "instruction": "Find.", "dimensions": 64, "normalize": False})
+    assert item == EmbeddingItem((Text("a"),), "Find.", 64, normalize=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (5, "got 5 (a number); allowed: a text, or an object with text, image or content"),
+        (None, "got None (null); allowed: a text, or an object with text, image or content"),
+        ([], "got [] (a list); allowed: a text, or an object with text, image or content"),
+        ({}, "an item needs at least one of text, image or video; got none"),
+        ({"text": []}, "an item needs at least one of text, image or video; got none"),
+        ({"content": []}, "an item needs at least one of text, image or video; got none"),
+        ({"content": None}, "an item needs at least one of text, image or video; got none"),
+        ({"txt": "a", "img": "b"}, "extra fields not permitted: img, txt"),
+        ({"text": "a", 1: 2}, "extra fields not permitted: 1"),
+        ({"text": "a", "content": []}, "give either `content` or `text`/`image`/`video`, not both"),
+        ({"text": 5}, "text: got 5 (a number); allowed: a string"),
+        ({"text": b"a"}, "text: got b'a' (bytes); allowed: a string"),
+        ({"text": ["a", None]}, "text: got None (null); allowed: a string"),
+        ({"video": 5}, "video: got 5 (a number); allowed: base64, a data URI, a URL, or a list of frames"),
+        ({"video": [["a"], 5]}, "video: got 5 (a number); allowed: base64, a data URI, a URL, or a list of frames"),
+        ({"text": "a", "normalize": "no"}, "normalize: got 'no' (a string); allowed: true or false"),
+        ({"content": ["a"]}, "a part of `content` has type text, image or video; got 'a' (a string)"),
+        (
+            {"content": [{"text": "a"}]},
+            "a part of `content` has type text, image or video; got {'text': 'a'} (an object)",
+        ),
+        (
+            {"content": [{"type": ["text"]}]},
+            "a part of `content` has type text, image or video; got {'type': ['text']} (an object)",
+        ),
+        ({"content": [{"type": "text"}]}, "text: got None (null); allowed: a string"),
+        (
+            {"content": [{"type": "video"}]},
+            "video: got None (null); allowed: base64, a data URI, a URL, or a list of frames",
+        ),
+        ({"video": "a", "fps": 0}, "fps: got 0 (a number); allowed: a number from 0.01 to 1000"),
+        ({"video": ["a"], "fps": True}, "fps: got True (a boolean); allowed: a number from 0.01 to 1000"),
+        ({"text": "a", "fps": 1}, "extra fields not permitted: fps"),
+        ({"text": "a", "truncate": "END"}, "truncate: got 'END' (a string); allowed: end, start, none"),
+        ({"content": [{"type": "text", "text": "a", "txt": "b"}]}, "extra fields not permitted: txt"),
+        ({"content": [{"type": "image", "image": "a", "max_pixels": 1}]}, "extra fields not permitted: max_pixels"),
+    ],
+)
+def test_item_that_cannot_be_understood_says_why(fields: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        item_from_fields(fields)
+    assert str(caught.value) == message
+
+
+def test_part_without_its_image_is_an_error_of_the_caller() -> None:
+    (part,) = item_from_fields({"content": [{"type": "image"}]}).parts
+    assert isinstance(part, Image)
+    with pytest.raises(InvalidRequest, match=r"^image is given as NoneType; allowed: base64, bytes or a PIL image$"):
+        load_image(part.source, ImageGeometry(32, 4096, 8192), Settings())

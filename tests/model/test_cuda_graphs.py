@@ -1,0 +1,60 @@
+"""Graphs of small text batches: what they lay out is exact on any device; that they replay it right needs CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embedder import Embedder
+from embedder.errors import ModelUnavailable
+from embedder.inputs.items import EmbeddingItem, Image, Text
+from embedder.inputs.preprocess import ModelInput
+from embedder.model.cuda_graphs import CPU, MAX_ITEMS, SIZES, TextGraphs, filled, graph_size
+from embedder.model.packing import pack
+from tests.conftest import picture
+
+TEXTS = ("red", "a much longer query about a green square", "a", "blue")
+
+
+def texts(embedder: Embedder, *contents: str) -> list[ModelInput]:
+    return [embedder.preprocessor(EmbeddingItem((Text(content),))) for content in contents]
+
+
+def test_filled_batch_gives_the_same_rows(embedder: Embedder) -> None:
+    inputs = texts(embedder, *TEXTS)
+    plain = embedder.forward(pack(inputs, 1, CPU))
+    rows = embedder.forward(pack(filled(inputs, 256), 1, CPU))[: len(inputs)]
+    assert torch.allclose(rows, plain, rtol=0, atol=1e-5)  # before unit length, where values reach 10
+
+
+def test_batch_that_fills_its_graph_gets_no_filler(embedder: Embedder) -> None:
+    inputs = texts(embedder, "red")
+    assert len(filled(inputs, inputs[0].num_tokens)) == 1
+
+
+def test_graph_is_the_smallest_that_holds_the_batch(embedder: Embedder) -> None:
+    query = texts(embedder, "red")
+    assert graph_size(query) == next(size for size in SIZES if size >= query[0].num_tokens)
+    assert graph_size(texts(embedder, "red " * max(SIZES))) is None
+    assert graph_size(query * (MAX_ITEMS + 1)) is None
+    assert graph_size([embedder.preprocessor(EmbeddingItem((Image(picture(64, 64)),)))]) is None
+
+
+def test_graphs_without_a_gpu_are_refused(random_checkpoint: Path) -> None:
+    with pytest.raises(ModelUnavailable, match="EMBEDDER_CUDA_GRAPHS needs a GPU; the device is cpu"):
+        Embedder(str(random_checkpoint), device="cpu", cuda_graphs=True)
+
+
+@pytest.mark.gpu
+def test_replayed_graph_equals_the_plain_forward(random_checkpoint: Path) -> None:
+    with Embedder(str(random_checkpoint), device="cuda", attention="varlen") as embedder:
+        graphs = TextGraphs(embedder.forward.language, embedder.device)
+        for contents in (TEXTS[:1], TEXTS, TEXTS[::-1], TEXTS[:1]):  # a graph keeps nothing of the batch before
+            inputs = texts(embedder, *contents)
+            plain = embedder.forward(pack(inputs, 1, embedder.device)).float().cpu().numpy()
+            rows = graphs(inputs, graph_size(inputs) or 0).float().cpu().numpy()
+            cosine = (plain * rows).sum(1) / np.linalg.norm(plain, axis=1) / np.linalg.norm(rows, axis=1)
+            assert cosine.min() >= 0.9999

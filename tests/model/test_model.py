@@ -1,0 +1,451 @@
+"""The parts of the forward pass against transformers' own, and a naive attention. The whole: test_parity.py."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.qwen3_vl import modeling_qwen3_vl as reference
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+from embedder.errors import ModelUnavailable
+from embedder.inputs.items import EmbeddingItem, Image, Text, Video
+from embedder.inputs.preprocess import Preprocessor, load_tokenizer, read_vision_config
+from embedder.model.attention import (
+    choose_attention,
+    flash_attention_fault,
+    lower_right,
+    one_split,
+    sdpa_attention,
+    varlen_attention,
+)
+from embedder.model.forward import Forward
+from embedder.model.language import MAX_KEPT_TOKENS
+from embedder.model.packing import MAX_SHARED_TOKENS, Run, Sequences, pack
+from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
+from embedder.model.vision import ROPE_THETA
+from embedder.model.weights import choose_device, load_model, visual_cost
+from embedder.settings import Settings
+from tests.conftest import picture, words
+
+CPU = torch.device("cpu")
+GRIDS = torch.tensor([[1, 2, 2], [1, 4, 62], [3, 6, 4], [1, 48, 48], [1, 80, 2]])  # time, height, width in patches
+
+
+@pytest.fixture(scope="module")
+def model(random_checkpoint: Path) -> Any:
+    return load_model(random_checkpoint, torch.float32, CPU)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Positions
+
+
+def test_vision_rotary_is_transformers(model: Any) -> None:
+    coordinates = get_vision_position_ids(GRIDS, 2)
+    tower = model.visual
+    head_dim = tower.config.hidden_size // tower.config.num_heads
+    cos, sin = vision_rotary(coordinates, head_dim, ROPE_THETA)
+    expected = tower.rotary_pos_emb(torch.empty(0), coordinates)
+    # rows reach 80, where one float32 rounding of the angle is 4e-6
+    assert torch.allclose(cos, expected[0], rtol=0, atol=1e-5)
+    assert torch.allclose(sin, expected[1], rtol=0, atol=1e-5)
+
+
+def test_rotation_is_transformers_in_both_towers() -> None:
+    states, cos, sin = randn(7, 3, 8), randn(7, 8, seed=1), randn(7, 8, seed=2)
+    ours = apply_rotary(states, cos, sin)
+    vision, _ = reference.apply_rotary_pos_emb_vision(states, states, cos, sin)
+    text, _ = reference.apply_rotary_pos_emb(states[None], states[None], cos[None], sin[None], unsqueeze_dim=2)
+    assert torch.allclose(ours, vision, rtol=0, atol=1e-6)
+    assert torch.allclose(ours, text[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [8, 24, 48])
+def test_position_grid_is_resampled_as_in_transformers(side: int) -> None:
+    table = randn(side * side, 5)
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        GRIDS, side, mode="bilinear", align_corners=True, spatial_merge_size=2
+    )
+    expected = (table[indices] * weights[:, :, None]).sum(1)
+    sizes = torch.cat([grid[1:].expand(int(grid.prod()), 2) for grid in GRIDS])
+    resampled = interpolate_position_grid(table, get_vision_position_ids(GRIDS, 2), sizes)
+    assert torch.allclose(resampled, expected, rtol=0, atol=1e-4)  # a place up to 47 rounds by 4e-6, values reach 4
+
+
+def test_position_grid_of_its_own_size_is_itself() -> None:
+    table = randn(64, 5)
+    coordinates = torch.cartesian_prod(torch.arange(8), torch.arange(8))
+    resampled = interpolate_position_grid(table, coordinates, torch.full((64, 2), 8))
+    assert torch.allclose(resampled, table, rtol=0, atol=1e-5)
+
+
+# Attention
+
+
+def sequences(lengths: list[int], paired_with: list[int] | None = None) -> Sequences:
+    """As `packing` makes them, written without it: runs of equal length, cut as those of `paired_with`."""
+    ends = np.cumsum(lengths).tolist()
+    keys = paired_with or lengths
+    runs: list[Run] = []
+    for index, (start, length) in enumerate(zip([0, *ends[:-1]], lengths, strict=True)):
+        if index and keys[index] == keys[index - 1]:
+            runs[-1] = replace(runs[-1], count=runs[-1].count + 1)
+        else:
+            runs.append(Run(start, 1, length))
+    return Sequences(torch.tensor([0, *ends], dtype=torch.int32), max(lengths), tuple(runs))
+
+
+def naive_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_lengths: list[int], key_lengths: list[int], causal: bool
+) -> Tensor:
+    """One softmax for each sequence, head and query token, in float64; the last query attends all keys."""
+    query, key, value = query.double(), key.double(), value.double()
+    num_heads, head_dim = query.shape[1:]
+    repeats = num_heads // key.shape[1]
+    attended = torch.empty_like(query)
+    query_start = key_start = 0
+    for query_length, key_length in zip(query_lengths, key_lengths, strict=True):
+        for head in range(num_heads):
+            for place in range(query_length):
+                stop = key_start + key_length - (query_length - place - 1 if causal else 0)
+                keys, values = (one[key_start:stop, head // repeats] for one in (key, value))
+                weights = torch.softmax(keys @ query[query_start + place, head] / math.sqrt(head_dim), dim=0)
+                attended[query_start + place, head] = weights @ values
+        query_start += query_length
+        key_start += key_length
+    return attended
+
+
+LENGTHS = [5, 5, 1, 9, 9, 9, 5, 2]
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_ragged_attention_is_a_softmax_per_sequence(num_heads: int, num_kv_heads: int, causal: bool) -> None:
+    total = sum(LENGTHS)
+    query, key, value = randn(total, num_heads, 8), randn(total, num_kv_heads, 8, seed=1), randn(total, num_kv_heads, 8)
+    where = sequences(LENGTHS)
+    attended = sdpa_attention(query, key, value, where, where, causal=causal)
+    expected = naive_attention(query, key, value, LENGTHS, LENGTHS, causal)
+    assert (attended - expected).abs().max() < 1e-5
+
+
+def test_pooled_token_attends_its_whole_sequence() -> None:
+    query, key, value = randn(len(LENGTHS), 6, 8), randn(sum(LENGTHS), 2, 8, seed=1), randn(sum(LENGTHS), 2, 8, seed=2)
+    ones = [1] * len(LENGTHS)
+    attended = sdpa_attention(query, key, value, sequences(ones, paired_with=LENGTHS), sequences(LENGTHS), causal=False)
+    assert (attended - naive_attention(query, key, value, ones, LENGTHS, causal=False)).abs().max() < 1e-5
+
+
+def test_pooled_last_token_is_the_last_row_of_causal_attention() -> None:
+    query, key, value = randn(sum(LENGTHS), 4, 8), randn(sum(LENGTHS), 2, 8, seed=1), randn(sum(LENGTHS), 2, 8, seed=2)
+    where = sequences(LENGTHS)
+    last = (torch.tensor(LENGTHS).cumsum(0) - 1).tolist()
+    whole = sdpa_attention(query, key, value, where, where, causal=True)[last]
+    pooled = sequences([1] * len(LENGTHS), paired_with=LENGTHS)
+    alone = sdpa_attention(query[last], key, value, pooled, where, causal=False)
+    assert (whole - alone).abs().max() < 1e-5
+
+
+def test_cpu_takes_sdpa() -> None:
+    for name in ("auto", "sdpa"):
+        assert choose_attention(name, CPU, torch.float32) == ("sdpa", sdpa_attention)
+
+
+@pytest.mark.parametrize("name", ["varlen", "flash_attn"])
+def test_cuda_back_ends_are_refused_on_the_cpu(name: str) -> None:
+    with pytest.raises(ModelUnavailable, match=f"^attention back end {name} needs CUDA; on cpu use sdpa$"):
+        choose_attention(name, CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "capability", "reason"),
+    [
+        ("sdpa", torch.bfloat16, (9, 0), "sdpa serves the CPU; on CUDA use varlen or flash_attn"),
+        ("varlen", torch.float32, (9, 0), "computes in 16 bits; EMBEDDER_DTYPE=float32 is for the CPU"),
+        ("varlen", torch.bfloat16, (7, 5), r"has compute capability \(7, 5\); allowed: \(8, 0\) or newer"),
+        ("flash_attn", torch.bfloat16, (9, 0), "flash-attn cannot be used: ModuleNotFoundError.*; use varlen"),
+    ],
+)
+def test_what_a_gpu_cannot_serve_is_refused(
+    name: str, dtype: torch.dtype, capability: tuple[int, int], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with pytest.raises(ModelUnavailable, match=reason):
+        choose_attention(name, torch.device("cuda"), dtype)
+
+
+def test_cuda_takes_a_packed_kernel_without_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert choose_attention("auto", torch.device("cuda"), torch.bfloat16)[0] in ("varlen", "flash_attn")
+
+
+def test_package_called_flash_attn_that_lacks_the_function_is_not_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As flash-attn 4 installs itself: a folder `flash_attn/cute`, and no `flash_attn/__init__.py`."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    flash_attention_fault.cache_clear()
+    assert choose_attention("auto", torch.device("cuda"), torch.bfloat16)[0] == "varlen"
+    assert "flash_attn_varlen_func" in (flash_attention_fault() or "")
+    flash_attention_fault.cache_clear()
+
+
+# Keyword arguments of torch.ops.aten._flash_attention_forward, as its schema gives them
+_OF_TORCH_2_11 = ("scale", "window_size_left", "window_size_right", "seqused_k", "alibi_slopes")
+FLASH_ARGUMENTS = {"2.11": _OF_TORCH_2_11, "2.13": (*_OF_TORCH_2_11, "block_table", "num_splits")}
+
+
+class FlashOperator:
+    """The operator with the arguments of one version of torch, by a loop with flash attention's semantics."""
+
+    def __init__(self, keywords: tuple[str, ...]) -> None:
+        arguments = [SimpleNamespace(name=name) for name in keywords]
+        self.default = SimpleNamespace(_schema=SimpleNamespace(arguments=arguments))
+        self.keywords = {*keywords, "return_debug_mask"}
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *where: Any, **keywords: Any) -> tuple[Tensor, None]:
+        assert set(keywords) <= self.keywords
+        queries, keys, max_queries, max_keys, dropout, causal = where
+        lengths = [torch.diff(ends).tolist() for ends in (queries, keys)]
+        assert (max(lengths[0]), max(lengths[1])) == (max_queries, max_keys)
+        assert not dropout
+        assert (keywords["window_size_left"], keywords["window_size_right"]) == (-1, 0 if causal else -1)
+        return naive_attention(query, key, value, *lengths, causal), None
+
+
+@pytest.mark.parametrize("version", FLASH_ARGUMENTS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_kernel_of_each_torch_is_called_as_it_can_be(
+    version: str, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator = FlashOperator(FLASH_ARGUMENTS[version])
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", operator)
+    one_split.cache_clear()
+    shared = [length + 3 for length in LENGTHS]
+    query, key, value = randn(sum(LENGTHS), 4, 8), randn(sum(shared), 2, 8, seed=1), randn(sum(shared), 2, 8, seed=2)
+    where = sequences(LENGTHS, paired_with=shared), sequences(shared, paired_with=LENGTHS)
+    expected = sdpa_attention(query, key, value, *where, causal=causal)
+    assert (varlen_attention(query, key, value, *where, causal=causal) - expected).abs().max() < 1e-5
+    one_split.cache_clear()
+
+
+def test_recorded_arguments_of_the_packed_kernel_are_those_of_this_torch() -> None:
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    keywords = tuple(one.name for one in schema.arguments if one.kwarg_only)
+    assert keywords == FLASH_ARGUMENTS[".".join(torch.__version__.split(".")[:2])]
+
+
+@pytest.mark.parametrize(("num_queries", "is_kept"), [(40, True), (2000, False)])
+def test_large_masks_are_not_kept(num_queries: int, is_kept: bool) -> None:
+    """Every length of a text has one of its own, of up to 64 MB."""
+    mask = weakref.ref(lower_right(num_queries, num_queries + 20))
+    assert (mask() is not None) == is_kept
+
+
+# The whole, step by step
+
+
+@pytest.fixture(scope="module")
+def preprocessor(random_checkpoint: Path) -> Preprocessor:
+    settings = Settings()
+    return Preprocessor(load_tokenizer(random_checkpoint), read_vision_config(random_checkpoint, settings), settings)
+
+
+def test_visual_cost_is_what_the_towers_multiply(model: Any, preprocessor: Preprocessor) -> None:
+    """By torch's own count, without attention; norms, which do no products, are the percents between."""
+    (patches,) = preprocessor(EmbeddingItem((Image(picture(128, 128)),))).patches
+    pixels = torch.zeros(len(patches.pixels), 2 * patches.pixels.shape[1])
+
+    def products(call: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            call()
+        return sum(n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
+
+    of_vision = products(lambda: model.visual(pixels, grid_thw=torch.tensor([patches.grid_thw])))
+    embedded = torch.zeros(1, 16, model.config.text_config.hidden_size)
+    of_language = products(lambda: model.language_model(inputs_embeds=embedded))
+    expected = (of_vision / (len(pixels) / 4)) / (of_language / 16)
+    assert visual_cost(model) == pytest.approx(expected, rel=0.05)
+
+
+def test_packed_vision_tower_is_transformers(model: Any, preprocessor: Preprocessor) -> None:
+    """Normalisation folded into the patch embedding, a picture's two frames into one, clips behind pictures."""
+    items = [
+        EmbeddingItem((Video((picture(64, 96, 1), picture(64, 96, 2), picture(64, 96, 3))), Text("clip"))),
+        EmbeddingItem((Image(picture(64, 64, 5)), Image(picture(100, 70, 4)))),
+    ]
+    inputs = [preprocessor(item) for item in items]
+    packed = pack(inputs, 2, CPU).vision
+    assert packed is not None
+    forward = Forward(model, preprocessor.vision, "sdpa")
+    with torch.inference_mode():
+        tokens, deepstack = forward.vision(packed)
+        ordered = [*inputs[1].patches, *inputs[0].patches]  # pictures first, the small one before the large
+        pixels = [one.pixels.reshape(-1, 3, one.num_frames, 256).repeat(2 // one.num_frames, 2) for one in ordered]
+        normalised = (torch.from_numpy(np.concatenate(pixels)).flatten(1).float() / 255 - 0.5) / 0.5
+        expected = model.visual(normalised, grid_thw=torch.tensor([one.grid_thw for one in ordered]))
+    assert torch.allclose(tokens, expected.pooler_output, rtol=0, atol=1e-5 * float(tokens.abs().max()))
+    assert len(deepstack) == len(expected.deepstack_features) == 2
+    for one, other in zip(deepstack, expected.deepstack_features, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-5 * float(one.abs().max()))
+
+
+def test_keys_of_a_prefix_come_before_those_of_the_queries() -> None:
+    own, prefix = [3, 3, 1, 6], [4, 4, 4, 0]
+    keys = [one + more for one, more in zip(own, prefix, strict=True)]
+    query = randn(sum(own), 6, 8)
+    key, value = randn(sum(keys), 2, 8, seed=1), randn(sum(keys), 2, 8, seed=2)
+    attended = sdpa_attention(query, key, value, sequences(own), sequences(keys, paired_with=own), causal=True)
+    query_start = key_start = 0
+    for num_queries, num_keys in zip(own, keys, strict=True):
+        for place in range(num_queries):  # the last query sees all keys, the one before all but the last
+            alone = query[query_start + place][None]
+            stop = key_start + num_keys - num_queries + place + 1
+            seen = slice(key_start, stop)
+            expected = naive_attention(alone, key[seen], value[seen], [1], [stop - key_start], causal=False)
+            assert (attended[query_start + place] - expected[0]).abs().max() < 1e-5
+        query_start, key_start = query_start + num_queries, key_start + num_keys
+
+
+def rows_of(forward: Forward, preprocessor: Preprocessor, items: list[EmbeddingItem]) -> Tensor:
+    return forward(pack([preprocessor(item) for item in items], 2, CPU))
+
+
+@pytest.mark.parametrize("before", ["", "\n", "\n\n ", " "])
+def test_kept_prefix_gives_the_same_states(model: Any, preprocessor: Preprocessor, before: str) -> None:
+    items = [EmbeddingItem((Text(before + words(5, seed)),), instruction=f"Task {seed % 3}") for seed in range(7)]
+    forward = Forward(model, preprocessor.vision, "sdpa")
+    cold, warm = rows_of(forward, preprocessor, items), rows_of(forward, preprocessor, items)
+    assert len(forward.language._kept) == 3
+    assert torch.equal(cold, warm)
+    for item, row in zip(items, warm, strict=True):
+        one = preprocessor(item)
+        with torch.inference_mode():
+            states = model(input_ids=torch.from_numpy(one.input_ids)[None]).last_hidden_state
+        assert torch.allclose(row, states[0, -1], rtol=0, atol=1e-5 * float(row.abs().max()))
+
+
+def test_kept_prefixes_are_bounded_and_the_oldest_goes_first(model: Any, preprocessor: Preprocessor) -> None:
+    forward = Forward(model, preprocessor.vision, "sdpa")
+    for seed in range(60):
+        rows_of(forward, preprocessor, [EmbeddingItem((Text("red"),), instruction=words(60, seed))])
+    kept = list(forward.language._kept)
+    assert MAX_KEPT_TOKENS / 2 < sum(map(len, kept)) <= MAX_KEPT_TOKENS
+    newest = preprocessor(EmbeddingItem((Text("red"),), instruction=words(60, 59)))
+    assert kept[-1] == tuple(newest.input_ids[: newest.num_prefix_tokens].tolist())
+
+
+def test_batch_of_many_instructions_keeps_the_first_of_them(model: Any, preprocessor: Preprocessor) -> None:
+    """And gives the same rows; keys and values of each would take memory in every layer."""
+    forward = Forward(model, preprocessor.vision, "sdpa")
+    items = [EmbeddingItem((Text(words(5, seed)),), instruction=words(60, seed)) for seed in range(20)]
+    together = rows_of(forward, preprocessor, items)
+    assert MAX_SHARED_TOKENS / 2 < sum(map(len, forward.language._kept)) <= MAX_SHARED_TOKENS
+    for item, row in zip(items, together, strict=True):
+        alone = rows_of(Forward(model, preprocessor.vision, "sdpa"), preprocessor, [item])[0]
+        assert torch.allclose(row, alone, rtol=0, atol=1e-5 * float(row.abs().max()))
+
+
+def test_very_long_instruction_is_not_kept(model: Any, preprocessor: Preprocessor) -> None:
+    forward = Forward(model, preprocessor.vision, "sdpa")
+    items = [EmbeddingItem((Text("red"),), instruction=words(400)), EmbeddingItem((Text("green"),))]
+    together = rows_of(forward, preprocessor, items)
+    assert [len(prefix) < 30 for prefix in forward.language._kept] == [True]
+    for item, row in zip(items, together, strict=True):
+        alone = rows_of(forward, preprocessor, [item])[0]
+        assert torch.allclose(row, alone, rtol=0, atol=1e-5 * float(row.abs().max()))
+
+
+def test_state_of_the_last_token_is_transformers(model: Any, preprocessor: Preprocessor) -> None:
+    inputs = [preprocessor(EmbeddingItem((Text(words(count, count)),))) for count in (1, 30, 7, 30)]
+    with torch.inference_mode():
+        rows = Forward(model, preprocessor.vision, "sdpa")(pack(inputs, 2, CPU))
+        for row, one in zip(rows, inputs, strict=True):
+            states = model(input_ids=torch.from_numpy(one.input_ids)[None]).last_hidden_state
+            assert torch.allclose(row, states[0, -1], rtol=0, atol=1e-5 * float(row.abs().max()))
+
+
+# Weights
+
+
+@pytest.fixture
+def damaged(random_checkpoint: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Tensor]], Any]], Path]:
+    """A copy of the checkpoint with its weights changed."""
+
+    def damage(change: Callable[[dict[str, Tensor]], Any]) -> Path:
+        for path in random_checkpoint.iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        weights = load_file(tmp_path / "model.safetensors")
+        change(weights)
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        return tmp_path
+
+    return damage
+
+
+@pytest.mark.parametrize("name", ["visual.merger.norm.weight", "language_model.layers.0.self_attn.q_norm.weight"])
+def test_missing_weight_stops_the_start_by_name(name: str, damaged: Any) -> None:
+    folder = damaged(lambda weights: weights.pop(f"model.{name}"))
+    with pytest.raises(ModelUnavailable, match=f"lacks 1 weights, e.g. {name}$"):
+        load_model(folder, torch.float32, CPU)
+
+
+def test_weight_of_another_shape_stops_the_start(damaged: Any) -> None:
+    folder = damaged(lambda weights: weights.update({"model.visual.merger.norm.weight": torch.ones(3)}))
+    with pytest.raises(ModelUnavailable, match=r"^cannot (load|read the weights of) "):
+        load_model(folder, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("length", [None, 0, 5000])
+def test_weights_that_are_missing_or_cut_short_stop_the_start(length: int | None, damaged: Any) -> None:
+    folder = damaged(lambda weights: None)
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    if length is not None:
+        (folder / "model.safetensors").write_bytes(data[:length])
+    with pytest.raises(ModelUnavailable, match=r"^cannot (load|read the weights of) "):
+        load_model(folder, torch.float32, CPU)
+
+
+def test_weights_have_the_dtype_asked_for_and_learn_nothing(random_checkpoint: Path) -> None:
+    model = load_model(random_checkpoint, torch.bfloat16, CPU)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert not any(weight.requires_grad for weight in model.parameters())
+    assert not model.training
+
+
+@pytest.mark.parametrize("device", ["nonsense", "mps", "meta", "cuda:x"])
+def test_device_that_is_no_device_is_refused(device: str) -> None:
+    with pytest.raises(ModelUnavailable) as caught:
+        choose_device(Settings(device=device))
+    assert str(caught.value) == f"EMBEDDER_DEVICE={device!r}: allowed are auto, cpu, cuda, cuda:N"
+
+
+def test_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ModelUnavailable, match=rf"'cuda:99', but this machine has {torch.cuda.device_count()} GPUs$"):
+        choose_device(Settings(device="cuda:99"))
+
+
+def test_device_is_the_one_named_or_the_one_there_is() -> None:
+    assert choose_device(Settings(device="cpu")) == CPU
+    expected = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+    assert choose_device(Settings(device="auto"), worker=0) == expected

@@ -1,0 +1,367 @@
+"""Starts that fail, stops under load, and workers that are killed, with a real `bentoml serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from embedder.server.lifecycle import Drain, own_server
+from tests.conftest import ROOT, Server, start_server
+
+NUM_CLIENTS = 6
+BODY = b'{"input": ["red", "green"]}'
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+
+
+def serve(folder: Path, *options: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """`bentoml serve` that is expected to end by itself."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
+    environment |= {f"EMBEDDER_{name.upper()}": value for name, value in settings.items()}
+    (folder / "temporary").mkdir(exist_ok=True)
+    environment |= {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(folder / "bentoml")}
+    environment |= {"TMPDIR": str(folder / "temporary")}
+    command = [str(Path(sys.executable).parent / "bentoml"), "serve", "--host", "127.0.0.1", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+def without_its_end(checkpoint: Path, folder: Path) -> Path:
+    """A copy whose download stopped early."""
+    for path in checkpoint.iterdir():
+        data = path.read_bytes()
+        (folder / path.name).write_bytes(data[:-1000] if path.suffix == ".safetensors" else data)
+    return folder
+
+
+@pytest.mark.parametrize("fault", ["variable", "key file", "model", "port", "usual port", "device", "weights"])
+def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path, tmp_path: Path) -> None:
+    settings, reason = {"model": str(random_checkpoint), "device": "cpu"}, ""
+    options: list[str] = ["--port", "0"]
+    with contextlib.ExitStack() as listeners:
+        match fault:
+            case "variable":
+                settings, reason = {"max_itmes": "5"}, "unknown settings: EMBEDDER_MAX_ITMES; known are: "
+            case "key file":
+                settings["api_key_file"] = str(tmp_path / "keys")
+                reason = f"EMBEDDER_API_KEY_FILE='{tmp_path}/keys' cannot be read: No such file or directory"
+            case "model":
+                settings["model"] = "./no-such-folder"
+                reason = "EMBEDDER_MODEL='./no-such-folder' is neither a folder nor a hub id"
+            case "port" | "usual port":
+                port = 0 if fault == "port" else 3000
+                with contextlib.suppress(OSError):  # of the usual one, where somebody else listens on it
+                    taken = listeners.enter_context(socket.create_server(("127.0.0.1", port)))
+                    port = taken.getsockname()[1]
+                options = ["--port", str(port)] if fault == "port" else []
+                reason = f"cannot listen on 127.0.0.1, port {port}: Address already in use"
+            case "device":
+                settings["device"], reason = "cuda:99", "EMBEDDER_DEVICE='cuda:99', but this machine has "
+            case "weights":
+                settings["model"] = str(without_its_end(random_checkpoint, tmp_path))
+                reason = f"cannot read the weights of {tmp_path}: "
+        run = serve(tmp_path, *options, **settings)
+    output = run.stdout + run.stderr
+    assert run.returncode == 1, output
+    assert [line for line in output.splitlines() if f"the service does not start: {reason}" in line], output
+    assert "Traceback" not in output
+    assert not list((tmp_path / "temporary").glob("*metrics*"))
+
+
+@pytest.fixture
+def lone(
+    request: pytest.FixtureRequest, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Server]:
+    """A service of the test's own, with variables the test gives. Whatever becomes of it, it is gone at the end."""
+    for name, value in getattr(request, "param", {}).items():
+        monkeypatch.setenv(name, value)
+    server = start_server(tmp_path, model=str(random_checkpoint), device="cpu")
+    yield server
+    server.process.kill()  # its worker sees to itself
+    server.process.wait(10)
+
+
+@pytest.mark.parametrize(("request_s", "least_s", "most_s"), [(0.1, 0.1, 0.3), (5.0, 0.5, 0.9)])
+def test_server_is_stopped_when_no_request_is_left_or_the_time_is_over(
+    request_s: float, least_s: float, most_s: float
+) -> None:
+    """Who does not read its answer must not hold the worker."""
+    drain = Drain()
+
+    async def stopped_after_s() -> float:
+        server = uvicorn.Server(uvicorn.Config(app="none"))
+        signal.signal(signal.SIGTERM, server.handle_exit)
+        drain.begin_at_sigterm(own_server(), 0.5)
+
+        async def answer() -> None:
+            with drain.request():
+                await asyncio.sleep(request_s)
+
+        request = asyncio.create_task(answer())
+        await asyncio.sleep(0)
+        start = time.monotonic()
+        signal.raise_signal(signal.SIGTERM)
+        async with asyncio.timeout(5):
+            while not server.should_exit:
+                await asyncio.sleep(0.01)
+        request.cancel()
+        return time.monotonic() - start
+
+    usual = signal.getsignal(signal.SIGTERM)
+    try:
+        assert least_s <= asyncio.run(stopped_after_s()) < most_s
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    assert drain.is_draining
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def under_way(server: Server) -> int:
+    """Requests that the worker has taken and not answered, this question left out."""
+    text = httpx.get(f"{server.url}/metrics", timeout=60).text
+    (line,) = [line for line in text.splitlines() if line.startswith("embedder_requests_in_progress ")]
+    return int(float(line.rpartition(" ")[2])) - 1
+
+
+def half_sent(server: Server) -> list[http.client.HTTPConnection]:
+    """Requests that the worker has taken and whose bodies have begun: under way for as long as a test likes."""
+    connections = []
+    for _ in range(NUM_CLIENTS):
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+        connection.putrequest("POST", "/txt/embed")
+        connection.putheader("content-type", "application/json")
+        connection.putheader("content-length", str(len(BODY)))
+        connection.endheaders(BODY[:5])
+        connections.append(connection)
+    wait_for(lambda: under_way(server) == NUM_CLIENTS, 60)
+    return connections
+
+
+def finish(connection: http.client.HTTPConnection) -> tuple[int, int, str | None]:
+    """Send the rest: status, number of vectors and `connection` of the answer."""
+    connection.send(BODY[5:])
+    answer = connection.getresponse()
+    return answer.status, len(json.loads(answer.read())["embedding"]), answer.getheader("connection")
+
+
+def test_sigterm_lets_what_was_taken_finish_and_refuses_the_rest(lone: Server) -> None:
+    url = f"{lone.url}/v1/embeddings"
+    with httpx.Client(timeout=60) as kept_alive:
+        assert "connection" not in kept_alive.get(f"{lone.url}/readyz").headers
+        taken = half_sent(lone)
+        lone.process.terminate()
+        wait_for(lambda: httpx.get(f"{lone.url}/readyz", timeout=60).status_code == 503, 20)
+        for refused in (
+            kept_alive.post(url, json={"input": "late"}),
+            httpx.post(url, json={"input": "later"}, timeout=60),
+        ):
+            assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+            assert refused.json()["error"]["code"] == "shutting_down"
+        assert httpx.get(f"{lone.url}/livez", timeout=60).status_code == 200
+    assert [finish(connection) for connection in taken] == [(200, 2, "close")] * NUM_CLIENTS
+    assert lone.process.wait(60) == 0
+    assert "Traceback" not in lone.log.read_text()
+
+
+def test_sigterm_in_a_crowd_leaves_nobody_waiting(lone: Server) -> None:
+    """Clients that ask again and again: every request is answered, refused with 503, or its connection is closed."""
+
+    def ask_until_refused() -> list[object]:
+        outcomes: list[object] = []
+        with httpx.Client(base_url=lone.url, timeout=60) as client:
+            while outcomes[-1:] in ([], [200]):
+                try:
+                    outcomes.append(client.post("/txt/embed", json={"input": "red"}).status_code)
+                except httpx.TimeoutException:
+                    raise
+                except httpx.TransportError as error:
+                    outcomes.append(error)
+        return outcomes
+
+    with ThreadPoolExecutor(16) as pool:
+        clients = [pool.submit(ask_until_refused) for _ in range(16)]
+        time.sleep(2)
+        lone.process.terminate()
+        last = [client.result()[-1] for client in clients]
+    assert all(outcome == 503 or isinstance(outcome, httpx.TransportError) for outcome in last), last
+    assert lone.process.wait(60) == 0
+
+
+def test_who_does_not_read_answers_does_not_hold_a_service_that_stops(random_checkpoint: Path, tmp_path: Path) -> None:
+    server = start_server(tmp_path, model=str(random_checkpoint), device="cpu", request_timeout_s="1")
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.setblocking(False)
+        request = b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n"
+        with contextlib.suppress(BlockingIOError):
+            connection.sendall(request * 400)
+        time.sleep(1)
+        server.process.terminate()
+        assert server.process.wait(30) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime: Debian's package faketime")
+def test_clock_that_jumps_costs_no_answer(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day forth and back, with requests on their way: nothing hangs, and no deadline passes that did not."""
+    shift = tmp_path / "shift"
+    shift.write_text("+0")
+    monkeypatch.setenv("LD_PRELOAD", str(FAKETIME))
+    monkeypatch.setenv("FAKETIME_TIMESTAMP_FILE", str(shift))
+    monkeypatch.setenv("FAKETIME_NO_CACHE", "1")
+    monkeypatch.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+    server = start_server(tmp_path, model=str(random_checkpoint), device="cpu")
+    monkeypatch.delenv("LD_PRELOAD")
+    bodies = {
+        "/txt/embed": {"input": "red"},
+        "/embed_texts": {"texts": [{"text": "red"}]},
+    }  # BentoML batches the second
+    days = set[str]()
+    is_over = threading.Event()
+
+    def ask(path: str) -> None:
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            while not is_over.is_set():
+                answer = client.post(path, json=bodies[path])
+                assert answer.status_code == 200, answer.text
+                days.add(answer.headers["date"][:16])
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(ask, path) for path in (*bodies, *bodies)]
+        try:
+            for seen, jump in enumerate(("+0", "+1d", "-1d"), 1):
+                shift.write_text(jump)
+                wait_for(lambda seen=seen: len(days) == seen or any(client.done() for client in clients), 60)
+        finally:
+            is_over.set()
+        for client in clients:
+            client.result()
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 20 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(folder)]
+    if os.geteuid() or subprocess.run(mount, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_full_disk_costs_no_answer(random_checkpoint: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log too is on it: lines are lost, requests are not."""
+    for name in ("TMPDIR", "BENTOML_HOME", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(small_disk))
+    server = start_server(small_disk, model=str(random_checkpoint), device="cpu")
+    try:
+        fill(small_disk)
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            for _ in range(30):
+                for path, body in {
+                    "/txt/embed": {"input": "red"},
+                    "/embed_texts": {"texts": [{"text": "red"}]},
+                }.items():
+                    assert client.post(path, json=body).status_code == 200
+                assert client.post("/embed", json={"items": []}).status_code == 400
+                assert client.get("/nosuch").status_code == 404
+            assert 'embedder_requests_total{route="other",status="404"}' in client.get("/metrics").text
+            assert client.get("/readyz").status_code == 200
+    finally:
+        status = server.stop()
+    assert status == 0
+
+
+def fill(folder: Path) -> None:
+    """Until its file system has no room."""
+    with (folder / "rest").open("wb", buffering=0) as rest, contextlib.suppress(OSError):
+        while True:
+            rest.write(bytes(4096))
+
+
+ARBITER = """
+from circus import get_arbiter
+from embedder.server.lifecycle import stop_when_told
+
+{prepare}
+arbiter = get_arbiter([{{"cmd": "sleep 60", "numprocesses": 2, "warmup_delay": 2}}])
+print("starting", flush=True)
+arbiter.start()
+"""
+
+
+@pytest.mark.parametrize("prepare", ["stop_when_told()", "pass  # what would be if it were not for that"])
+def test_arbiter_that_is_busy_with_a_worker_stops_when_it_is_done(prepare: str) -> None:
+    command = [sys.executable, "-c", ARBITER.format(prepare=prepare)]
+    arbiter = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        assert arbiter.stdout
+        arbiter.stdout.readline()
+        time.sleep(1)  # of the four seconds in which it starts them
+        arbiter.terminate()
+        if prepare.startswith("stop"):
+            assert arbiter.wait(15) == 0
+        else:
+            with pytest.raises(subprocess.TimeoutExpired):
+                arbiter.wait(8)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(arbiter.pid, signal.SIGKILL)
+        arbiter.wait()
+        arbiter.stdout.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "lone", [{}, {"BENTOML_CONTAINERIZED": "true"}], ids=["elsewhere", "in a container"], indirect=True
+)
+def test_killed_worker_fails_its_requests_at_once(lone: Server) -> None:
+    """Then BentoML starts another; in a container it ends, for whoever started the container."""
+    taken = half_sent(lone)
+    os.kill(lone.workers[0], signal.SIGKILL)
+    for connection in taken:
+        connection.sock.settimeout(5)
+        with pytest.raises(ConnectionError):
+            finish(connection)
+    if "BENTOML_CONTAINERIZED" in os.environ:
+        assert lone.process.wait(120) == 1
+        return
+    assert httpx.post(f"{lone.url}/txt/embed", json={"input": "red"}, timeout=200).status_code == 200
+    assert lone.stop() == 0
+
+
+@pytest.mark.slow
+def test_worker_whose_arbiter_was_killed_finishes_and_ends(lone: Server) -> None:
+    (worker,) = lone.workers
+    taken = half_sent(lone)
+    lone.process.kill()
+    wait_for(lambda: httpx.get(f"{lone.url}/readyz", timeout=60).status_code == 503, 20)
+    assert [finish(connection) for connection in taken] == [(200, 2, "close")] * NUM_CLIENTS
+    wait_for(lambda: not Path(f"/proc/{worker}").exists(), 60)
+    with socket.create_server(("127.0.0.1", httpx.URL(lone.url).port or 0)):  # the port is free again
+        pass

@@ -1,0 +1,128 @@
+"""`Embedder` as a program uses it."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import io
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from embedder import Embedder
+from embedder.errors import InvalidMedia, InvalidRequest, ModelUnavailable, UnsupportedDimensions
+from embedder.inputs.items import EmbeddingItem, Text
+from embedder.settings import available_cores
+from tests.conftest import encoded, picture
+
+
+def test_an_item_may_be_given_in_every_form(embedder: Embedder) -> None:
+    text = embedder.embed(["red", {"text": "red"}, {"text": ["red"]}, EmbeddingItem((Text("red"),))])
+    png = encoded(picture(70, 50))
+    b64 = base64.b64encode(png).decode()
+    forms = [PIL.Image.open(io.BytesIO(png)), {"image": png}, {"image": b64}]
+    forms += [{"image": f"data:image/png;base64,{b64}"}, {"content": [{"type": "image", "image": png}]}]
+    image = embedder.embed(forms)
+    assert all(np.abs(vector - text[0]).max() <= 1e-6 for vector in text)
+    assert all(np.abs(vector - image[0]).max() <= 1e-6 for vector in image)
+
+
+def test_vectors_are_float32_of_unit_length(embedder: Embedder) -> None:
+    for vector in embedder.embed(["red", {"image": picture(64, 64)}], dimensions=64):
+        assert vector.dtype == np.float32
+        assert vector.shape == (64,)
+        assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
+
+
+def test_items_own_options_go_before_the_calls(embedder: Embedder) -> None:
+    own = {"text": "red", "instruction": "Find it.", "dimensions": 64}
+    vectors = embedder.embed([own, "red"], instruction="Look.", dimensions=128)
+    assert [len(vector) for vector in vectors] == [64, 128]
+    expected = embedder.embed([own])[0]
+    assert np.abs(vectors[0] - expected).max() <= 1e-6
+
+
+def test_instruction_changes_the_vector_and_the_default_is_the_published_one(embedder: Embedder) -> None:
+    plain, default, other = embedder.embed(
+        ["red", {"text": "red", "instruction": "Represent the user's input."}, {"text": "red", "instruction": "Other."}]
+    )
+    assert np.abs(plain - default).max() <= 1e-6
+    assert np.abs(plain - other).max() > 1e-3
+
+
+def test_error_names_the_item(embedder: Embedder) -> None:
+    with pytest.raises(InvalidMedia, match=r"^item 2: the bytes are a PDF document"):
+        embedder.embed(["red", "green", {"image": b"%PDF-1.7 ..."}, "blue"])
+    with pytest.raises(UnsupportedDimensions, match=r"^item 1: dimensions: got 5000"):
+        embedder.embed(["red", {"text": "green", "dimensions": 5000}])
+    with pytest.raises(InvalidRequest, match=r"^item 0: got int; allowed: a text"):
+        embedder.embed([5])  # type: ignore[list-item]
+    assert len(embedder.embed(["still works"])) == 1
+
+
+def test_more_items_than_the_queue_holds_are_embedded(random_checkpoint: Path) -> None:
+    with Embedder(str(random_checkpoint), device="cpu", max_queued_tokens=200) as embedder:
+        assert len(embedder.embed([f"text {index}" for index in range(100)])) == 100
+
+
+def test_of_what_was_embedded_only_vectors_are_kept(random_checkpoint: Path) -> None:
+    num_futures = []
+
+    def texts() -> Iterator[str]:
+        yield from ["red"] * 599
+        num_futures.append(sum(type(one) is Future for one in gc.get_objects()))
+        yield "red"
+
+    with Embedder(str(random_checkpoint), device="cpu", max_queued_tokens=2048, max_input_tokens=1024) as small:
+        assert len(small.embed(texts())) == 600
+    assert num_futures[0] < 200  # a queue holds 68 of them
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("no/such/folder", "neither a folder nor a hub id"),
+        ("./missing", "neither a folder nor a hub id"),
+        ("owner/name-that-is-not-there", "could not be downloaded"),
+    ],
+)
+def test_missing_model_is_an_error_that_says_what_to_do(
+    model: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelUnavailable, match=reason):
+        Embedder(model)
+
+
+def test_other_architectures_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ModelUnavailable, match="'bert' model; only qwen3_vl"):
+        Embedder(str(tmp_path))
+
+
+def test_importing_the_package_is_light() -> None:
+    program = "import sys, embedder; print(sorted({'torch', 'transformers', 'torchvision'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(available_cores() < 2 or not Path("/proc/self/task").is_dir(), reason="needs two cores, and Linux")
+def test_loading_leaves_no_threads_behind() -> None:
+    """They would be more than cores with the engine's own, and OpenMP's would sleep between any two of its products."""
+    program = """
+import os, threading, torch
+from embedder import Embedder
+torch.set_num_threads(torch.get_num_threads())  # starts one of another kind
+count = lambda: len(os.listdir("/proc/self/task")) - threading.active_count()
+before = count()
+with Embedder() as embedder:
+    loaded = count()
+    embedder.embed(["red"])
+    print(loaded - before, count() > loaded)
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "0 True"

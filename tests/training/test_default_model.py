@@ -1,0 +1,97 @@
+"""The checkpoint in the package finds what its card says, through the product's own path, without any download."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from embedder import Embedder
+from training.data import COLOUR_NAMES, COLOURS
+from training.evaluate import Meter, colour_rows
+
+PACKAGE = Path(__file__).parents[2] / "embedder"
+DEMO = json.loads((PACKAGE / "demo" / "drawings.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Iterator[Embedder]:
+    with Embedder() as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def tiles() -> list[Image.Image]:
+    with Image.open(PACKAGE / "demo" / DEMO["sheet"]) as sheet:
+        side, columns = DEMO["tile_pixels"], DEMO["columns"]
+        corners = [(n % columns * side, n // columns * side) for n in range(len(DEMO["drawings"]))]
+        return [sheet.crop((left, top, left + side, top + side)) for left, top in corners]
+
+
+@pytest.fixture(scope="module")
+def drawing_vectors(embedder: Embedder, tiles: list[Image.Image]) -> NDArray[np.float32]:
+    return np.stack(embedder.embed(tiles))
+
+
+@pytest.fixture(scope="module")
+def name_vectors(embedder: Embedder) -> NDArray[np.float32]:
+    return np.stack(embedder.embed([drawing["name"] for drawing in DEMO["drawings"]]))
+
+
+def recall(queries: NDArray[np.float32], gallery: NDArray[np.float32], at: int) -> float:
+    """Of queries whose right answer stands at the same place in the gallery."""
+    first = np.argsort(-(queries @ gallery.T), axis=1)[:, :at]
+    return float((first == np.arange(len(queries))[:, None]).any(axis=1).mean())
+
+
+def test_checkpoint_is_small_enough_for_a_repository() -> None:
+    assert sum(file.stat().st_size for file in (PACKAGE / "default_model").iterdir()) <= 12_000_000
+    assert sum(file.stat().st_size for file in (PACKAGE / "demo").iterdir()) <= 3_000_000
+
+
+def test_colour_names_find_their_swatches(embedder: Embedder) -> None:
+    rows, loss_at_64_dimensions = colour_rows(Meter(embedder))
+    at_1, at_5 = rows[0].values
+    assert at_1 >= 0.82
+    assert at_5 >= 0.98
+    assert loss_at_64_dimensions <= 0.03
+
+
+def test_red_is_nearest_to_the_red_swatch(embedder: Embedder) -> None:
+    swatches = [Image.new("RGB", (64, 64), tuple(int(value) for value in colour)) for colour in COLOURS]
+    red, *vectors = embedder.embed(["red", *swatches])
+    assert COLOUR_NAMES[int(np.argmax(np.stack(vectors) @ red))] == "red"
+
+
+def test_demo_names_find_their_drawings(
+    name_vectors: NDArray[np.float32], drawing_vectors: NDArray[np.float32]
+) -> None:
+    assert recall(name_vectors, drawing_vectors, 1) >= 0.90
+    assert recall(name_vectors, drawing_vectors, 5) >= 0.98
+
+
+def test_64_dimensions_lose_little(name_vectors: NDArray[np.float32], drawing_vectors: NDArray[np.float32]) -> None:
+    cut = [
+        vectors[:, :64] / np.linalg.norm(vectors[:, :64], axis=1, keepdims=True)
+        for vectors in (name_vectors, drawing_vectors)
+    ]
+    assert recall(*cut, 5) > 0.99 * recall(name_vectors, drawing_vectors, 5)
+
+
+def test_drawings_are_found_at_other_sizes(
+    embedder: Embedder, tiles: list[Image.Image], name_vectors: NDArray[np.float32]
+) -> None:
+    for side in (64, 192):
+        vectors = np.stack(embedder.embed([tile.resize((side, side)) for tile in tiles[::4]]))
+        assert recall(name_vectors[::4], vectors, 5) >= 0.98
+
+
+def test_clip_of_a_drawing_is_near_its_name(
+    embedder: Embedder, tiles: list[Image.Image], name_vectors: NDArray[np.float32]
+) -> None:
+    clips = [{"video": [tile] * 4} for tile in tiles[::8]]
+    vectors = np.stack(embedder.embed(clips))
+    assert recall(vectors, name_vectors[::8], 5) >= 0.95
