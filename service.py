@@ -36,14 +36,14 @@ from embedder.engine.aio import embed_all, embed_each
 from embedder.engine.engine import Engine
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EmbedderError
-from embedder.http.api_keys import Keys
-from embedder.http.cohere import cohere_body, parse_cohere
-from embedder.http.embed import embed_body, parse_embed, whole_failure
-from embedder.http.guard import Edge
-from embedder.http.json_limits import VALUES_PER_ITEM
-from embedder.http.openai import embeddings_body, models_body, parse_embeddings
+from embedder.http.api_keys import ApiKeys
+from embedder.http.cohere import cohere_response, parse_cohere
+from embedder.http.embed import embed_response, parse_embed, whole_failure
+from embedder.http.guard import RequestGuard
+from embedder.http.json_limits import MAX_VALUES_PER_ITEM
+from embedder.http.openai import embeddings_response, models_response, parse_embeddings
 from embedder.http.openapi import openapi_document
-from embedder.http.response import embedding_body, error_body, to_json
+from embedder.http.response import embedding_response, error_body, to_json
 from embedder.inputs.items import (
     EXAMPLE_IMAGE,
     EmbeddingItem,
@@ -68,9 +68,9 @@ from embedder.server.lifecycle import (
     stop_when_told,
 )
 from embedder.settings import Settings, make_metrics_folder, metrics_folder
-from embedder.telemetry.log import count_items, request_id, share_log
-from embedder.telemetry.metrics import CONTENT_TYPE, CountRequests, Metrics
-from embedder.telemetry.tracing import Tracing, is_traced
+from embedder.telemetry.log import configure_logging, count_items, request_id
+from embedder.telemetry.metrics import CONTENT_TYPE, Metrics, MetricsMiddleware
+from embedder.telemetry.tracing import TracingMiddleware, is_traced
 
 logger = logging.getLogger("embedder.service")
 
@@ -91,7 +91,7 @@ EMBEDDING_ROUTES = frozenset({"/txt/embed", "/img/embed", "/embed", "/v1/embeddi
 
 try:
     SETTINGS = Settings.from_environment()
-    KEYS = Keys(SETTINGS)
+    KEYS = ApiKeys(SETTINGS)
     METRICS = Metrics((*EMBEDDING_ROUTES, "/embed_texts", "/embed_images"), metrics_folder())
 except (ValueError, OSError) as error:
     raise SystemExit(f"the service does not start: {error}") from None
@@ -146,23 +146,23 @@ class Qwen3VLEmbedding:
     @staticmethod
     def find_model() -> None:
         """Once, before the workers start: what is named is there, or the service says why not and does not start."""
-        share_log(SETTINGS.log_format)
+        configure_logging(SETTINGS.log_format)
         end_with_workers()
         stop_when_told()
         try:
             make_metrics_folder()
             check_port()
-            Collection(SETTINGS, is_embedded_model=find_checkpoint(SETTINGS).is_embedded)
+            Collection(SETTINGS, is_bundled_model=find_checkpoint(SETTINGS).is_bundled)
         except (errors.ModelUnavailable, ValueError, OSError) as error:
             raise SystemExit(f"the service does not start: {error}") from None
 
     def __init__(self) -> None:
-        share_log(SETTINGS.log_format)
+        configure_logging(SETTINGS.log_format)
         self.arbiter = os.getppid()
         worker = (bentoml.server_context.worker_index or 1) - 1
         with _or_give_up():
             self.embedder = embedder.Embedder(settings=SETTINGS, worker=worker, observer=METRICS, on_failure=self._end)
-        self.collection = Collection(SETTINGS, is_embedded_model=self.embedder.checkpoint.is_embedded)
+        self.collection = Collection(SETTINGS, is_bundled_model=self.embedder.checkpoint.is_bundled)
         self.is_ready = False
         self.started_s = time.time()
         app.state.service = self
@@ -261,7 +261,7 @@ def _row_item(row: Any) -> EmbeddingItem | EmbedderError:
     try:
         return item_from_fields(row)
     except EmbedderError as error:
-        return errors.to_keep(error)
+        return errors.without_traceback(error)
 
 
 async def _embed(items: Sequence[EmbeddingItem | EmbedderError]) -> list[Embedding]:
@@ -323,7 +323,7 @@ async def _answered(work: Awaitable[Response], path: str) -> Response:
     except ClientDisconnect:
         return Response(status_code=errors.NO_ANSWER)
     except EmbedderError as error:
-        return _error_response(errors.to_keep(error))  # its frames hold the items, whose futures hold the error
+        return _error_response(errors.without_traceback(error))
     except Exception:
         logger.exception("an error of ours at %s", path)
         text = f"internal error; the service's log has the reason at request {request_id()}"
@@ -372,7 +372,7 @@ async def embed_items(body: bytes) -> Response:
     outcomes = await embed_each(_engine(), parsed.items, SETTINGS.request_timeout_s)
     count_items(len(outcomes), sum(one.num_tokens for one in outcomes if isinstance(one, Embedding)))
     failure = whole_failure(outcomes)
-    answer = embed_body(parsed, outcomes, _model_name(), SETTINGS.max_input_tokens)
+    answer = embed_response(parsed, outcomes, _model_name(), SETTINGS.max_input_tokens)
     return _json_response(answer, _status(failure) if failure else 200, _cache_headers(outcomes))
 
 
@@ -380,13 +380,13 @@ async def embed_items(body: bytes) -> Response:
 async def embed_openai(body: bytes) -> Response:
     parsed = parse_embeddings(body, SETTINGS)
     embeddings = await _embed(parsed.items)
-    answer = embeddings_body(parsed, embeddings, _model_name(), SETTINGS.max_input_tokens)
+    answer = embeddings_response(parsed, embeddings, _model_name(), SETTINGS.max_input_tokens)
     return _json_response(answer, headers=_cache_headers(embeddings))
 
 
 @_get("/v1/models")
 async def list_models(_: Request) -> Response:
-    return _json_response(models_body(_model_name(), app.state.service.started_s, SETTINGS.max_input_tokens))
+    return _json_response(models_response(_model_name(), app.state.service.started_s, SETTINGS.max_input_tokens))
 
 
 @_post("/v2/embed")
@@ -394,7 +394,7 @@ async def embed_cohere(body: bytes) -> Response:
     parsed = parse_cohere(body, SETTINGS)
     embeddings = await _embed(parsed.items)
     return _json_response(
-        cohere_body(parsed, embeddings, SETTINGS.max_input_tokens), headers=_cache_headers(embeddings)
+        cohere_response(parsed, embeddings, SETTINGS.max_input_tokens), headers=_cache_headers(embeddings)
     )
 
 
@@ -442,7 +442,7 @@ async def openapi(_: Request) -> Response:
 
 async def _answer(request: EmbeddingRequest) -> Response:
     embeddings = await _embed(request.items)
-    body = embedding_body(request, embeddings, _model_name(), SETTINGS.max_input_tokens)
+    body = embedding_response(request, embeddings, _model_name(), SETTINGS.max_input_tokens)
     return _json_response(body, headers=_cache_headers(embeddings))
 
 
@@ -498,11 +498,11 @@ class Front:
 
 def _guard(bento_app: ASGIApp) -> ASGIApp:
     """The whole service, as the server sees it."""
-    guarded: ASGIApp = Edge(
+    guarded: ASGIApp = RequestGuard(
         Front(bento_app),
         max_body_bytes=SETTINGS.max_body_bytes,
         max_held_bytes=SETTINGS.max_held_bytes,
-        max_values=VALUES_PER_ITEM * SETTINGS.max_items_per_request,
+        max_values=MAX_VALUES_PER_ITEM * SETTINGS.max_items_per_request,
         max_read_s=SETTINGS.request_timeout_s,
         keys=KEYS,
         drain=DRAIN,
@@ -511,8 +511,8 @@ def _guard(bento_app: ASGIApp) -> ASGIApp:
         count_held_bytes=METRICS.held_bytes.inc,
     )
     if is_traced():
-        guarded = Tracing(guarded, routes=EMBEDDING_ROUTES, version=embedder.__version__)
-    return CountRequests(guarded, metrics=METRICS)
+        guarded = TracingMiddleware(guarded, routes=EMBEDDING_ROUTES, version=embedder.__version__)
+    return MetricsMiddleware(guarded, metrics=METRICS)
 
 
 class GuardedService(type(Qwen3VLEmbedding)):  # type: ignore[misc]  # the decorator made a BentoML Service of it

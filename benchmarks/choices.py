@@ -246,11 +246,11 @@ def _pauses_ms() -> dict[str, float]:
         return (time.perf_counter() - start) * 1e3
 
     gc.collect()
-    as_it_is = statistics.median(collection_ms() for _ in range(5))
+    uncompiled = statistics.median(collection_ms() for _ in range(5))
     gc.freeze()
     frozen = statistics.median(collection_ms() for _ in range(5))
     gc.unfreeze()
-    return {"of all that is loaded": as_it_is, "ours: frozen after loading": frozen}
+    return {"of all that is loaded": uncompiled, "ours: frozen after loading": frozen}
 
 
 async def _switch_intervals(folder: Path, seconds: float) -> dict[str, float]:

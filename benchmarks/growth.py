@@ -2,7 +2,7 @@
 
 `python -m benchmarks.growth`, the `tiny` shape. In the library a run is one call of `embed`, whose answer itself takes
 memory: that of the vectors is subtracted. Memory is the median of a run's second half, as what a batch takes comes and
-goes; time is the process's own, as a shared machine's clock counts its neighbours too. The smallest size runs once more
+goes; time is the process's own, as a shared machine's clock counts its neighbors too. The smallest size runs once more
 at the end: such a machine is not as fast as it was before.
 """
 

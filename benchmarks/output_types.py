@@ -1,7 +1,7 @@
-"""What smaller vectors cost: recall of colour names -> swatches, for each output type and number of dimensions.
+"""What smaller vectors cost: recall of color names -> swatches, for each output type and number of dimensions.
 
 `python -m benchmarks.output_types [MODEL]` embeds matplotlib's 949 xkcd names and a swatch of each with the embedded
-model (or MODEL), quantises both sides as the service does, writes benchmarks/results/output_types.json and prints the
+model (or MODEL), quantizes both sides as the service does, writes benchmarks/results/output_types.json and prints the
 table as Markdown. Queries and gallery are of the same type: integers and bits are compared as they are stored.
 """
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from embedder import Embedder
 from embedder.engine.postprocess import dequantize, finish_vectors, quantize
 from embedder.inputs.items import OutputDtype
-from training.data import COLOUR_NAMES, COLOURS
+from training.data import COLOR_NAMES, COLORS
 
 RESULTS = Path(__file__).parent / "results" / "output_types.json"
 DIMENSIONS = (64, 128, 256, 512, 1024, 2048)
@@ -41,7 +41,7 @@ def embed(embedder: Embedder, items: list[Any], what: str) -> NDArray[np.float32
 
 
 def as_stored(vectors: NDArray[np.float32], dimensions: int, output_dtype: OutputDtype) -> NDArray[np.float32]:
-    """What a client compares: cut, unit length, quantised, and back."""
+    """What a client compares: cut, unit length, quantized, and back."""
     cut = np.stack(finish_vectors(vectors, [(dimensions, True)] * len(vectors)))
     back = dequantize(quantize(cut, output_dtype), output_dtype, dimensions)
     return back / np.linalg.norm(back, axis=1, keepdims=True)
@@ -73,9 +73,9 @@ def recalls(
 
 
 def measure(names: NDArray[np.float32], swatches: NDArray[np.float32]) -> list[dict[str, Any]]:
-    """A row for each type and size. Two names of one colour are both right."""
-    colours = COLOURS[: len(names)]
-    right = (colours[:, None] == colours[None]).all(-1)
+    """A row for each type and size. Two names of one color are both right."""
+    colors = COLORS[: len(names)]
+    right = (colors[:, None] == colors[None]).all(-1)
     full = names.shape[1]
     rows = []
     for output_dtype in get_args(OutputDtype):
@@ -119,8 +119,8 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.monotonic()
     with Embedder(arguments.model) as embedder:
-        names = embed(embedder, list(COLOUR_NAMES), "colour names")
-        pictures = [Image.new("RGB", (SIDE, SIDE), tuple(int(value) for value in colour)) for colour in COLOURS]
+        names = embed(embedder, list(COLOR_NAMES), "color names")
+        pictures = [Image.new("RGB", (SIDE, SIDE), tuple(int(value) for value in color)) for color in COLORS]
         swatches = embed(embedder, pictures, "swatches")
         info = embedder.info()
     rows = measure(names, swatches)

@@ -20,7 +20,7 @@ class LocalProtocol:
     """`{"input": ..}` and `{"embedding": ..}`: the `local` provider schema, ours and the peers'."""
 
     def bodies(self, items: Sequence[Item], size: int) -> list[bytes]:
-        """One body for each group of `size` neighbours."""
+        """One body for each group of `size` neighbors."""
         groups = _groups([item["text"] if "text" in item else data_uri(item["image"]) for item in items], size)
         return [orjson.dumps({"input": group[0] if size == 1 else group}) for group in groups]
 
@@ -35,7 +35,7 @@ class VLLMProtocol:
     name = "model"
 
     def bodies(self, items: Sequence[Item], size: int) -> list[bytes]:
-        """One body for each group of `size` neighbours; none for several pictures, of which a request takes one."""
+        """One body for each group of `size` neighbors; none for several pictures, of which a request takes one."""
         if "text" in items[0]:
             fields = [{"input": group} for group in _groups([_prompt(item["text"]) for item in items], size)]
         else:

@@ -186,7 +186,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """A byte-level BPE of at most `vocab_size` ids (Qwen's 26 added tokens last), trained on `texts`.
 
-    Qwen's normaliser (NFC) and pre-tokenizer; with `add_special_tokens=True` it appends one `<|endoftext|>`, as the
+    Qwen's normalizer (NFC) and pre-tokenizer; with `add_special_tokens=True` it appends one `<|endoftext|>`, as the
     published tokenizer of Qwen3-VL-Embedding is reported to do.
     """
     backend = Tokenizer(models.BPE())

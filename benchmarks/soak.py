@@ -33,7 +33,7 @@ from embedder.embedder import Embedder
 CALLERS = 16
 NUM_ITEMS = 48  # distinct ones
 MAX_ITEMS = 4  # in a request
-MAX_DIFFERENCE = 1e-5  # of a value, float32: neighbours change the order of sums
+MAX_DIFFERENCE = 1e-5  # of a value, float32: neighbors change the order of sums
 MAX_GROWTH_MB, MAX_GROWTH_FILES = 64, 8  # from the second tenth to the last, of the medians
 NUM_SAMPLES = 200  # of memory and files: a single one differs by some 50 MB from the next, as batches do
 SEED = 11

@@ -56,7 +56,7 @@ def _image(_: np.random.Generator, __: list[str], index: int, height: int, width
 
 @cache
 def _jpeg(seed: int, height: int, width: int) -> bytes:
-    """Smooth colours with some grain: about 1 bit a pixel, as photographs are."""
+    """Smooth colors with some grain: about 1 bit a pixel, as photographs are."""
     rng = np.random.default_rng([SEED, seed])
     coarse = PIL.Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), PIL.Image.Resampling.BICUBIC), np.int16)

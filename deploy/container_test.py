@@ -23,13 +23,13 @@ from deploy.build import ROOT, build, revision
 from deploy.podman import RUN, missing, podman, prepare_build, workspace
 from deploy.sbom import bill_of_materials
 from embedder.http.openapi import EXAMPLES
-from embedder.model.checkpoint import EMBEDDED, PUBLISHED, PUBLISHED_REVISION
+from embedder.model.checkpoint import BUNDLED, PUBLISHED, PUBLISHED_REVISION
 
 IMAGE = f"localhost/container-test:{embedder.__version__}"
 WITH_MODEL = "localhost/container-test:with-model"
 HARDENED = ["--read-only", "--read-only-tmpfs=false", "--tmpfs", "/tmp:mode=1777", "--cap-drop", "all"]
 HARDENED += ["--security-opt", "no-new-privileges"]
-MOUNTED = ["-v", f"{EMBEDDED}:/model:ro", "-e", "EMBEDDER_MODEL=/model"]
+MOUNTED = ["-v", f"{BUNDLED}:/model:ro", "-e", "EMBEDDER_MODEL=/model"]
 UNLISTED = ("/livez", "/readyz", "/metrics", "/docs.json", "/playground", "/")  # routes that /openapi.json leaves out
 MAX_BYTES = 1_800_000_000  # with torch's CPU build
 NOT_IN_THE_IMAGE = """
@@ -113,7 +113,7 @@ def check_models(folder: Path) -> None:
     snapshot = folder / f"cache/huggingface/hub/models--{PUBLISHED.replace('/', '--')}/snapshots/{PUBLISHED_REVISION}"
     snapshot.parent.mkdir(parents=True)
     snapshot.symlink_to("/model")
-    offline = ["-v", f"{EMBEDDED}:/model:ro", "-v", f"{folder}/cache:/cache:ro", "-e", "HF_HUB_OFFLINE=1"]
+    offline = ["-v", f"{BUNDLED}:/model:ro", "-v", f"{folder}/cache:/cache:ro", "-e", "HF_HUB_OFFLINE=1"]
     with container(IMAGE, *offline) as (_, client):
         info = client.get("/info").json()
     require(info["revision"] == PUBLISHED_REVISION, "the pinned 2B is served from a mounted cache, offline", info)
@@ -126,7 +126,7 @@ def check_models(folder: Path) -> None:
         f"IMAGE={IMAGE}",
         "-t",
         WITH_MODEL,
-        str(EMBEDDED),
+        str(BUNDLED),
     )
     with container(WITH_MODEL) as (_, client):
         info = client.get("/info").json()

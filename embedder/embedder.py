@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from embedder.engine.engine import Engine, WaitForRows
 from embedder.engine.observer import Observer
 from embedder.engine.postprocess import Embedding
-from embedder.errors import DeviceOutOfMemory, InvalidRequest, ModelUnavailable, of_item
+from embedder.errors import DeviceOutOfMemory, InvalidRequest, ModelUnavailable, attributed_to_item
 from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text, item_from_fields
 from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer, read_vision_config
 from embedder.model.checkpoint import find_checkpoint
 from embedder.model.cuda_graphs import TextGraphs, graph_size
-from embedder.model.device_errors import device_faults
+from embedder.model.device_errors import device_errors
 from embedder.model.forward import Forward
 from embedder.model.memory_budget import find_budget
 from embedder.model.packing import pack
@@ -96,7 +96,7 @@ class Embedder:
             self.forward.hidden_size,
             self._within_memory() if self.device.type == "cuda" else self.settings,
             observer=observer,
-            max_flights=2 if self.device.type == "cuda" else 1,
+            max_in_flight=2 if self.device.type == "cuda" else 1,
             stuck_after_s=self.settings.stuck_after_s or (STUCK_AFTER_S if self.device.type == "cuda" else math.inf),
             on_failure=on_failure,
         )
@@ -117,13 +117,13 @@ class Embedder:
         request = object()
 
         def take_first() -> None:
-            with of_item(len(vectors)):
+            with attributed_to_item(len(vectors)):
                 vectors.append(futures[0].result().vector)
             futures.popleft()
 
         try:
             for index, item in enumerate(items):
-                with of_item(index):
+                with attributed_to_item(index):
                     one = _to_item(item, instruction, dimensions)
                     futures.append(self.engine.submit(one, request=request, wait=True))
                 while futures and futures[0].done():
@@ -141,7 +141,7 @@ class Embedder:
         return {
             "model": self.checkpoint.name,
             "revision": self.checkpoint.revision,
-            "is_embedded_model": self.checkpoint.is_embedded,
+            "is_bundled_model": self.checkpoint.is_bundled,
             "hidden_size": self.forward.hidden_size,
             "default_instruction": self.settings.default_instruction,
             "pixels": {"min": vision.min_pixels, "max": vision.max_pixels, "multiple_of": vision.factor},
@@ -176,7 +176,7 @@ class Embedder:
         """The settings, with batches that the GPU holds beside all that will be kept there."""
 
         def run(inputs: list[ModelInput]) -> None:
-            with device_faults(self.device):
+            with device_errors(self.device):
                 kept = torch.empty(self.forward.language.max_kept_bytes, dtype=torch.uint8, device=self.device)
             self._launch(inputs)()
             del kept
@@ -186,7 +186,7 @@ class Embedder:
 
     def _record_graphs(self) -> TextGraphs:
         try:
-            with device_faults(self.device):
+            with device_errors(self.device):
                 return TextGraphs(self.forward.language, self.device)
         except DeviceOutOfMemory as error:
             raise ModelUnavailable(f"EMBEDDER_CUDA_GRAPHS: no memory is left for the graphs: {error}") from error
@@ -205,11 +205,11 @@ class Embedder:
 
     def _launch(self, inputs: list[ModelInput]) -> WaitForRows:
         order = sorted(range(len(inputs)), key=lambda index: inputs[index].num_tokens)
-        with device_faults(self.device):
+        with device_errors(self.device):
             wait_for_rows = pool(self._forward([inputs[index] for index in order]))
 
         def wait() -> NDArray[np.float32]:
-            with device_faults(self.device):
+            with device_errors(self.device):
                 return wait_for_rows()[np.argsort(order)]
 
         return wait
@@ -221,9 +221,9 @@ class Embedder:
         return self.forward(pack(inputs, self.preprocessor.vision.merge_size, self.device))
 
     def _announce(self, seconds: float) -> None:
-        if self.checkpoint.is_embedded:
+        if self.checkpoint.is_bundled:
             logger.warning(
-                "serving the small model shipped in the package: it knows colours, shapes and emoji drawings, "
+                "serving the small model shipped in the package: it knows colors, shapes and emoji drawings, "
                 "and is for trying out. Set EMBEDDER_MODEL=Qwen/Qwen3-VL-Embedding-2B for the real one"
             )
         logger.info(

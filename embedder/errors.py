@@ -146,23 +146,23 @@ class ModelUnavailable(EmbedderError):
 
 NO_ANSWER = 499  # status of a request whose caller went away, as nginx says it
 
-OF_AN_ITEM = (InvalidRequest, MediaUnavailable, EngineFailed)  # what one item can be to blame for
+ITEM_ERRORS = (InvalidRequest, MediaUnavailable, EngineFailed)  # what one item can be to blame for
 
 
 Raised = TypeVar("Raised", bound="EmbedderError")
 
 
-def to_keep(error: Raised) -> Raised:
+def without_traceback(error: Raised) -> Raised:
     """The error without the frames it came through, for those who keep it: frames hold a caller's bytes, in cycles."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
 
 @contextmanager
-def of_item(index: int) -> Iterator[None]:
+def attributed_to_item(index: int) -> Iterator[None]:
     """What an item is to blame for and is raised inside says which item it was."""
     try:
         yield
-    except OF_AN_ITEM as error:
+    except ITEM_ERRORS as error:
         error.item = index
         raise

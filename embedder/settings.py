@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 PREFIX = "EMBEDDER_"
-METRICS_FOLDER, OF_PROMETHEUS = "QWEN3_VL_EMBEDDING_METRICS", "PROMETHEUS_MULTIPROC_DIR"
+METRICS_FOLDER, PROMETHEUS_FOLDER = "QWEN3_VL_EMBEDDING_METRICS", "PROMETHEUS_MULTIPROC_DIR"
 _URL_HOST = r"(https?://)?(\*|(\*\.)?[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
 _URL_HOSTS = rf"^({_URL_HOST}( *, *{_URL_HOST})*)?$"
 
@@ -176,9 +176,9 @@ def make_metrics_folder() -> None:
 
 def metrics_folder() -> str | None:
     """Where prometheus_client keeps the numbers of all worker processes, from now on; None outside of such a one."""
-    if OF_PROMETHEUS in os.environ and METRICS_FOLDER in os.environ:
-        os.environ[OF_PROMETHEUS] = os.environ[METRICS_FOLDER]
-    return os.environ.get(OF_PROMETHEUS)
+    if PROMETHEUS_FOLDER in os.environ and METRICS_FOLDER in os.environ:
+        os.environ[PROMETHEUS_FOLDER] = os.environ[METRICS_FOLDER]
+    return os.environ.get(PROMETHEUS_FOLDER)
 
 
 def trace_exporter_variable() -> str | None:

@@ -109,7 +109,7 @@ class Reference:
 
 
 def probe_picture(width: int, height: int, seed: int) -> str:
-    """Smooth colours, as PNG in base64."""
+    """Smooth colors, as PNG in base64."""
     values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     PIL.Image.fromarray(values).resize((width, height), PIL.Image.Resampling.BILINEAR).save(buffer, "PNG")
@@ -196,11 +196,11 @@ def verify(
 
     Raises `ModelUnavailable`, `ServiceUnreachable`; `InvalidRequest` if `image` is not a picture.
     """
-    is_here = not url or model == "embedded" or Path(model).is_dir()
+    is_here = not url or model == "bundled" or Path(model).is_dir()
     reference = None
     checks: list[Check] = []
     if is_here:
-        name = "" if model == "embedded" else model
+        name = "" if model == "bundled" else model
         with Embedder(name, max_pixels=max_pixels, **options) as library:
             if not url:
                 checks += _own_checks(library, library.info())

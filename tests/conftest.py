@@ -79,7 +79,7 @@ def embedder(random_checkpoint: Path) -> Iterator[Embedder]:
 
 
 def picture(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
-    """Smooth colours with some detail, different for each seed."""
+    """Smooth colors with some detail, different for each seed."""
     values = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return PIL.Image.fromarray(values).resize((width, height), PIL.Image.Resampling.BILINEAR)
 

@@ -16,7 +16,7 @@ from embedder.errors import (
     ModelUnavailable,
     Overloaded,
     ShuttingDown,
-    of_item,
+    attributed_to_item,
 )
 
 CLASSES = {
@@ -59,7 +59,7 @@ def test_overloaded_carries_the_time_to_come_back() -> None:
 
 @pytest.mark.parametrize("error", [InvalidRequest("x"), InvalidMedia("x"), MediaUnavailable("x"), EngineFailed("x")])
 def test_fault_of_an_item_gets_its_index(error: EmbedderError) -> None:
-    with pytest.raises(type(error)) as caught, of_item(7):
+    with pytest.raises(type(error)) as caught, attributed_to_item(7):
         raise error
     assert caught.value is error
     assert error.item == 7
@@ -76,14 +76,14 @@ def test_fault_of_an_item_gets_its_index(error: EmbedderError) -> None:
     ],
 )
 def test_no_item_is_blamed_for_the_services_state(error: EmbedderError) -> None:
-    with pytest.raises(type(error)), of_item(7):
+    with pytest.raises(type(error)), attributed_to_item(7):
         raise error
     assert error.item is None
 
 
 def test_foreign_errors_and_results_pass_of_item_unchanged() -> None:
-    with of_item(0):
+    with attributed_to_item(0):
         value = 1
     assert value == 1
-    with pytest.raises(ZeroDivisionError), of_item(0):
+    with pytest.raises(ZeroDivisionError), attributed_to_item(0):
         value //= 0

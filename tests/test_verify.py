@@ -94,7 +94,7 @@ NOT_THE_2B = dict.fromkeys(GOLDEN, "not the published 2B")
 
 
 def test_embedded_model_passes_as_a_command() -> None:
-    command = [sys.executable, "-m", "embedder.verify", "embedded", "--device", "cpu"]
+    command = [sys.executable, "-m", "embedder.verify", "bundled", "--device", "cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "12 ok, 0 missed, 8 not checked" in done.stdout
@@ -154,7 +154,7 @@ def test_service_without_its_folder_is_checked_by_http_alone(
 def test_service_of_another_model_is_a_miss(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     status, verdicts = run(capsys, "owner/another", "--url", server.url)
     assert (status, missed(verdicts)) == (1, {"model served"})
-    status, verdicts = run(capsys, "embedded", "--url", server.url, "--device", "cpu")
+    status, verdicts = run(capsys, "bundled", "--url", server.url, "--device", "cpu")
     assert status == 1
     assert missed(verdicts) == {
         f"service = {other}, {kind}" for other in ("library", "transformers") for kind in ("text", "image")
@@ -196,7 +196,7 @@ WRONG: dict[str, set[str]] = {  # and what shows it by HTTP alone
     "instruction dropped": {"an instruction changes the vector"},
     "instruction as it is": {"an instruction gets its full stop"},
     "another default": {"default instruction"},
-    "neighbours shine through": BATCH,
+    "neighbors shine through": BATCH,
     "another order": BATCH,
     "one route without template": {"/txt/embed = /embed"},
 }
@@ -226,7 +226,7 @@ def wrong_answer(fault: str, embedder: Embedder, raw_text: Callable[[str], Vecto
                 else vector
                 for item, vector in zip(items, vectors, strict=True)
             ]
-        if fault == "neighbours shine through":
+        if fault == "neighbors shine through":
             vectors = [unit(vector + np.float32(0.1) * vectors[0]) for vector in vectors]
         if fault == "another order":
             vectors = vectors[1:] + vectors[:1]
@@ -353,11 +353,11 @@ def test_service_that_refuses_is_quoted(server: Server) -> None:
     "arguments",
     [
         (),
-        ("embedded", "--image", "/nowhere/demo.jpeg"),
+        ("bundled", "--image", "/nowhere/demo.jpeg"),
         ("/nowhere/model",),
-        ("embedded", "--url", "localhost:3000"),
+        ("bundled", "--url", "localhost:3000"),
         ("any", "--url", "http://127.0.0.1:9"),
-        ("embedded", "--dtype", "float8"),
+        ("bundled", "--dtype", "float8"),
     ],
 )
 def test_what_cannot_be_asked_is_a_usage_error(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:

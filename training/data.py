@@ -21,8 +21,8 @@ from training.prepare import DRAWING_PIXELS
 Picture = np.ndarray  # (height, width, 3) uint8
 Size = tuple[int, int]  # height, width
 
-COLOUR_NAMES = tuple(name.removeprefix("xkcd:") for name in XKCD_COLORS)
-COLOURS = np.array([[round(255 * value) for value in to_rgb(name)] for name in XKCD_COLORS.values()], np.uint8)
+COLOR_NAMES = tuple(name.removeprefix("xkcd:") for name in XKCD_COLORS)
+COLORS = np.array([[round(255 * value) for value in to_rgb(name)] for name in XKCD_COLORS.values()], np.uint8)
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross", "star", "stripe")
 BACKGROUNDS = ((255, 255, 255), (0, 0, 0), (240, 240, 240), (32, 33, 36), (255, 250, 240), (230, 240, 255))
 
@@ -67,7 +67,7 @@ def plain_picture(drawings: Drawings, row: int, size: Size) -> Picture:
 def varied_frames(
     drawings: Drawings, row: int, size: Size, random: Generator, strength: float, num_frames: int, is_mirrored: bool
 ) -> list[Picture]:
-    """The drawing turned, scaled, shifted, recoloured a little, on some background, sometimes through JPEG.
+    """The drawing turned, scaled, shifted, recolored a little, on some background, sometimes through JPEG.
 
     Of a clip the frames share all that and move a little from one to the next.
     """
@@ -81,14 +81,14 @@ def varied_frames(
     shift = [random.uniform(-1, 1) * room for room in free]
     pace = [random.normal(0, 0.03) * side for side in (width, height)] if num_frames > 1 else [0.0, 0.0]
     background = _background(random) if random.random() < strength else (255, 255, 255)
-    table = _recolouring(random) if random.random() < 0.7 * strength else None
+    table = _recoloring(random) if random.random() < 0.7 * strength else None
     quality = int(random.integers(35, 95)) if random.random() < 0.1 * strength else None
     frames = []
     for frame in range(num_frames):
-        centre = [
+        center = [
             side / 2 + moved + frame * step for side, moved, step in zip((width, height), shift, pace, strict=True)
         ]
-        affine = _placement(drawing.width / 2, centre, scale, stretch, angle, is_mirrored)
+        affine = _placement(drawing.width / 2, center, scale, stretch, angle, is_mirrored)
         layer = drawing.transform((width, height), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
         picture = _on_background(layer, background)
         if table is not None:
@@ -98,13 +98,13 @@ def varied_frames(
 
 
 def _placement(
-    half: float, centre: list[float], scale: float, stretch: float, angle: float, is_mirrored: bool
+    half: float, center: list[float], scale: float, stretch: float, angle: float, is_mirrored: bool
 ) -> tuple[float, ...]:
-    """PIL's affine: from picture to drawing coordinates, so that the drawing's middle lies at `centre`."""
+    """PIL's affine: from picture to drawing coordinates, so that the drawing's middle lies at `center`."""
     across, down = (-1 if is_mirrored else 1) / (scale * stretch), stretch / scale
     turn = (math.cos(angle) * across, math.sin(angle) * across, -math.sin(angle) * down, math.cos(angle) * down)
-    offset_x = half - turn[0] * centre[0] - turn[1] * centre[1]
-    offset_y = half - turn[2] * centre[0] - turn[3] * centre[1]
+    offset_x = half - turn[0] * center[0] - turn[1] * center[1]
+    offset_y = half - turn[2] * center[0] - turn[3] * center[1]
     return (turn[0], turn[1], offset_x, turn[2], turn[3], offset_y)
 
 
@@ -124,7 +124,7 @@ def _background(random: Generator) -> tuple[int, ...]:
     return tuple(int(value) for value in random.integers(0, 256, 3))
 
 
-def _recolouring(random: Generator) -> np.ndarray:
+def _recoloring(random: Generator) -> np.ndarray:
     """(256, 3) a gain and an offset per channel, mostly common to all: brightness, contrast and a slight cast."""
     gain = random.normal(1, 0.12) + random.normal(0, 0.05, 3)
     offset = random.normal(0, 12) + random.normal(0, 5, 3)
@@ -137,16 +137,16 @@ def _through_jpeg(picture: Picture, quality: int) -> Picture:
     return np.asarray(Image.open(buffer))
 
 
-def swatch(colour: int, size: Size) -> Picture:
-    return np.broadcast_to(COLOURS[colour], (*size, 3))
+def swatch(color: int, size: Size) -> Picture:
+    return np.broadcast_to(COLORS[color], (*size, 3))
 
 
-def shape_picture(colour: int, shape: str, size: Size, random: Generator) -> Picture:
-    """One of SHAPES in a colour on a plain background, somewhere in the picture."""
+def shape_picture(color: int, shape: str, size: Size, random: Generator) -> Picture:
+    """One of SHAPES in a color on a plain background, somewhere in the picture."""
     height, width = size
     background = (255, 255, 255) if random.random() < 0.7 else BACKGROUNDS[random.integers(len(BACKGROUNDS))]
     image = Image.new("RGB", (width, height), background)
-    draw, fill = ImageDraw.Draw(image), tuple(int(value) for value in COLOURS[colour])
+    draw, fill = ImageDraw.Draw(image), tuple(int(value) for value in COLORS[color])
     radius = min(size) * random.uniform(0.25, 0.48)
     x = width / 2 + random.uniform(-1, 1) * (width / 2 - radius)
     y = height / 2 + random.uniform(-1, 1) * (height / 2 - radius)
@@ -170,6 +170,6 @@ def shape_picture(colour: int, shape: str, size: Size, random: Generator) -> Pic
 
 
 def _corners(x: float, y: float, radii: list[float]) -> list[tuple[float, float]]:
-    """Points around a centre, the first one on top."""
+    """Points around a center, the first one on top."""
     step = 2 * math.pi / len(radii)
     return [(x + r * math.sin(i * step), y - r * math.cos(i * step)) for i, r in enumerate(radii)]

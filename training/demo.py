@@ -49,7 +49,7 @@ def main() -> None:
         "tile_pixels": TILE_PIXELS,
         "columns": COLUMNS,
         "style": "Noto Emoji",
-        "licence": "Apache-2.0, copyright Google Inc.",
+        "license": "Apache-2.0, copyright Google Inc.",
         "drawings": [{"name": captions[row]["name"], "emoji": captions[row]["emoji"]} for row in shown],
     }
     text = json.dumps(description, indent=1, ensure_ascii=False)

@@ -1,7 +1,7 @@
 """A checkpoint folder -> the table of what it finds, printed and as JSON in training/results/.
 
-`python -m training.evaluate [FOLDER] [--only colours]`. Everything runs through the product's own path, `Embedder`. The
-colours need nothing but matplotlib; the other rows need the data of `python -m training.prepare`. The vendor twemoji
+`python -m training.evaluate [FOLDER] [--only colors]`. Everything runs through the product's own path, `Embedder`. The
+colors need nothing but matplotlib; the other rows need the data of `python -m training.prepare`. The vendor twemoji
 was never trained on; 15 % of the keywords were not, or for half of their drawings only. Recall at k: the share of
 queries with a right answer among the first k of the whole gallery.
 """
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from embedder import Embedder
 from training import data as pictures
-from training.data import COLOUR_NAMES, COLOURS, Drawings, Size
+from training.data import COLOR_NAMES, COLORS, Drawings, Size
 from training.prepare import DEFAULT_DATA, HELD_OUT_STYLE
 
 RESULTS = Path(__file__).parent / "results" / "default_model.json"
@@ -88,14 +88,14 @@ def loss_at_small(full: float, small: float) -> float:
     return max(0.0, 1 - small / full)
 
 
-def colour_rows(meter: Meter) -> tuple[list[Row], float]:
-    """The row of the colours, and its loss of R@5 at 64 dimensions."""
-    names = meter.embed(list(COLOUR_NAMES), "colour names")
-    swatches = meter.embed([Image.fromarray(pictures.swatch(i, (64, 64))) for i in range(len(COLOURS))], "swatches")
-    right = (COLOURS[:, None] == COLOURS[None]).all(-1)
+def color_rows(meter: Meter) -> tuple[list[Row], float]:
+    """The row of the colors, and its loss of R@5 at 64 dimensions."""
+    names = meter.embed(list(COLOR_NAMES), "color names")
+    swatches = meter.embed([Image.fromarray(pictures.swatch(i, (64, 64))) for i in range(len(COLORS))], "swatches")
+    right = (COLORS[:, None] == COLORS[None]).all(-1)
     values = recalls(names, swatches, right)
     small = recall(names, swatches, right, 5, SMALL_DIMENSIONS)
-    row = Row("colour name -> swatch, 949, R@1 / R@5", values, (0.65, 0.92), (0.90, 0.99))
+    row = Row("color name -> swatch, 949, R@1 / R@5", values, (0.65, 0.92), (0.90, 0.99))
     return [row], loss_at_small(values[1], small)
 
 
@@ -220,7 +220,7 @@ def print_table(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a checkpoint of the embedded default model.")
     parser.add_argument("folder", nargs="?", default="", help="the package's own model if not given")
-    parser.add_argument("--only", choices=("colours",), help="what needs no downloads")
+    parser.add_argument("--only", choices=("colors",), help="what needs no downloads")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--json", type=Path, default=RESULTS)
     chosen = parser.parse_args()
@@ -230,9 +230,9 @@ def main() -> None:
         first_vector_s = time.monotonic() - start
         figures: dict[str, Any] = {"first_vector_s": round(first_vector_s, 2), "query_ms": query_ms(embedder)}
         meter = Meter(embedder)
-        rows, loss = colour_rows(meter)
-        losses = {"colour name -> swatch": Loss(len(COLOUR_NAMES), loss)}
-        if chosen.only == "colours":
+        rows, loss = color_rows(meter)
+        losses = {"color name -> swatch": Loss(len(COLOR_NAMES), loss)}
+        if chosen.only == "colors":
             pass
         elif not (chosen.data / "captions.json").exists():
             print("drawings and clips: not measured, their data is not prepared (python -m training.prepare)")

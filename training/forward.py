@@ -2,7 +2,8 @@
 
 Same numbers as `Qwen3VLModel.forward` and last-token pooling (tests/training/test_training.py), several times faster
 in training on a CPU: all images of a batch share one grid, so attention is one dense product; the system prompt is
-computed once per batch; the last layer computes only the pooled token; attention is eager, since the fused one's backward is slow.
+computed once per batch; the last layer computes only the pooled token; attention is eager, since the fused one's
+backward is slow.
 """
 
 from dataclasses import dataclass

@@ -141,7 +141,7 @@ def render_style(data: Path, style: str, captions: list[Caption]) -> None:
 
 def render(icon_set: dict[str, Any], icon: str) -> np.ndarray:
     """One icon of an iconify set -> (224, 224, 4) uint8 RGB premultiplied with alpha, centred."""
-    import resvg_py  # only here: tests and the colours' evaluation do without it
+    import resvg_py  # only here: tests and the colors' evaluation do without it
 
     icon = icon_set.get("aliases", {}).get(icon, {}).get("parent", icon)
     drawing = icon_set["icons"][icon]

@@ -4,7 +4,7 @@
 every SAVE_EVERY steps and resumed from there. Weights and gradients are bfloat16 (what is shipped) over float32
 master copies, which is three times as fast as float32 on a CPU with AMX.
 
-What is learned against what: every drawing and every colour has one learned vector, a proxy, dropped at the end.
+What is learned against what: every drawing and every color has one learned vector, a proxy, dropped at the end.
 Pictures and texts are each pulled to their proxies (softmax over all of them; a keyword has many right ones) and to
 each other (InfoNCE over the batch), at the full size and at a smaller Matryoshka size drawn for each step. The last
 stage also has the smaller size order everything as the full one does, whatever is asked and seen (distillation).
@@ -30,7 +30,7 @@ from transformers import Qwen2Tokenizer, Qwen3VLModel
 from benchmarks.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
 from training import data as pictures
 from training import forward
-from training.data import COLOUR_NAMES, COLOURS, SHAPES
+from training.data import COLOR_NAMES, COLORS, SHAPES
 from training.prepare import DEFAULT_DATA, HELD_OUT_STYLE, TRAINED_STYLES
 from training.prompt import DEFAULT_INSTRUCTION, INSTRUCTIONS, prefix_ids, text_tokens, visual_tokens
 
@@ -72,7 +72,7 @@ class Stage:
     sizes: dict[tuple[int, int], float]
     swatches: float
     shapes: float
-    texts: int = 192  # read in a step: the pictures' own, then of any drawings and colours
+    texts: int = 192  # read in a step: the pictures' own, then of any drawings and colors
     strength: float = 1.0  # of the drawings' variation
     last_rate: float = 0.02  # the learning rate falls to this share of itself, along a cosine
     clips: float = 0.0
@@ -154,7 +154,7 @@ DISTILLATION = Stage(
 IMITATED_SCALE = 20.0  # of cosines: soft, so that the order of all counts and not of the first alone
 # What people ask for most, so seen more often than the other 938.
 BASIC = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "grey")
-BASIC_COLOURS = [COLOUR_NAMES.index(name) for name in BASIC]
+BASIC_COLORS = [COLOR_NAMES.index(name) for name in BASIC]
 # Names of drawings that mean something else in a mirror, or are writing.
 SIDED = re.compile("left|right|arrow|clock|button|mark|sign|symbol|input|keycap|letter|flag|play|moon|hand|fist")
 
@@ -172,7 +172,7 @@ class Captions:
         self.names = [caption["name"] for caption in self.captions]
         self.keywords = [caption["keywords"] + caption["late_keywords"] * late for caption in self.captions]
         self.num_drawings = len(self.captions)
-        self.num_proxies = self.num_drawings + len(COLOURS)
+        self.num_proxies = self.num_drawings + len(COLORS)
         held_out = [{*c["held_out_keywords"], *([] if late else c["late_keywords"])} for c in self.captions]
         self.held_out = set().union(*held_out)
         self.meanings: dict[str, set[int]] = defaultdict(set)
@@ -180,11 +180,11 @@ class Captions:
             words = {word for word in _words_of(name) if len(word) > 2 and not (late and word in held_out[row])}
             for text in (name.lower(), *self.keywords[row], *words):
                 self.meanings[text].add(row)
-        for colour, name in enumerate(COLOUR_NAMES):
-            same = (COLOURS[colour] == COLOURS).all(1).nonzero()[0]
+        for color, name in enumerate(COLOR_NAMES):
+            same = (COLORS[color] == COLORS).all(1).nonzero()[0]
             self.meanings[name].update(int(other) + self.num_drawings for other in same)
         if not late:
-            for word in self.held_out - {name.lower() for name in self.names} - set(COLOUR_NAMES):
+            for word in self.held_out - {name.lower() for name in self.names} - set(COLOR_NAMES):
                 self.meanings.pop(word, None)
         self.drawings_by_word: dict[str, set[int]] = defaultdict(set)
         self.phrase_words: list[list[str]] = []
@@ -206,13 +206,13 @@ class Captions:
             *prompts,
             *self.names,
             *self.meanings,
-            *(f"{name} {shape}" for name in COLOUR_NAMES for shape in SHAPES),
+            *(f"{name} {shape}" for name in COLOR_NAMES for shape in SHAPES),
         ]
 
     def text_for(self, proxy: int, random: Generator) -> tuple[str, set[int]]:
-        """A way to call the drawing or colour, and all proxies that it means."""
+        """A way to call the drawing or color, and all proxies that it means."""
         if proxy >= self.num_drawings:
-            text = COLOUR_NAMES[proxy - self.num_drawings]
+            text = COLOR_NAMES[proxy - self.num_drawings]
             return _varied(text, random), self.meanings[text]
         chance = random.random()
         if chance < 0.15 and len(self.phrase_words[proxy]) > 1:
@@ -262,7 +262,7 @@ class Example:
 
 
 class Training:
-    """Weights, proxies and optimiser; one call of `step` is one update."""
+    """Weights, proxies and optimizer; one call of `step` is one update."""
 
     def __init__(self, folder: Path, run: Path, seed: int, start: Path | None = None) -> None:
         """`start`: a checkpoint to train on, whose proxies begin where its pictures are; without one, from nothing."""
@@ -393,14 +393,14 @@ class Training:
         chance = random.random()
         if chance < stage.swatches:
             basic = random.random() < 0.2
-            colour = int(random.choice(BASIC_COLOURS)) if basic else int(random.integers(len(COLOURS)))
-            target = captions.num_drawings + colour
-            return Example([pictures.swatch(colour, size)] * num_frames, target, *captions.text_for(target, random))
+            color = int(random.choice(BASIC_COLORS)) if basic else int(random.integers(len(COLORS)))
+            target = captions.num_drawings + color
+            return Example([pictures.swatch(color, size)] * num_frames, target, *captions.text_for(target, random))
         if chance < stage.swatches + stage.shapes:
-            colour, shape = int(random.integers(len(COLOURS))), int(random.integers(len(SHAPES)))
-            target = captions.num_proxies + colour * len(SHAPES) + shape
-            frames = [pictures.shape_picture(colour, SHAPES[shape], size, random)] * num_frames
-            return Example(frames, target, f"{COLOUR_NAMES[colour]} {SHAPES[shape]}", {target})
+            color, shape = int(random.integers(len(COLORS))), int(random.integers(len(SHAPES)))
+            target = captions.num_proxies + color * len(SHAPES) + shape
+            frames = [pictures.shape_picture(color, SHAPES[shape], size, random)] * num_frames
+            return Example(frames, target, f"{COLOR_NAMES[color]} {SHAPES[shape]}", {target})
         if not self.queue:
             self.queue = list(random.permutation(len(self.drawings)))
         style, row = self.drawings[self.queue.pop()]
@@ -495,7 +495,7 @@ def similarities(rows: Tensor, columns: Tensor, size: int) -> Tensor:
 
 
 def to_pixels(frames: list[np.ndarray]) -> Tensor:
-    """(num_frames, 3, height, width) in -1..1, as the processor normalises."""
+    """(num_frames, 3, height, width) in -1..1, as the processor normalizes."""
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -527,7 +527,7 @@ def start_proxies(styles: dict[str, pictures.Drawings], num_drawings: int) -> Te
     """(num_proxies, hidden_size): random waves over what a picture looks like, so that like pictures start alike.
 
     From random directions instead, the vision tower stayed near chance for hundreds of steps. A drawing is described by
-    the strongest principal components of its coarse picture, the mean of its styles; a colour by its RGB.
+    the strongest principal components of its coarse picture, the mean of its styles; a color by its RGB.
     """
     width = MATRYOSHKA[-1]
     coarse = torch.zeros(num_drawings, 4 * 8 * 8)
@@ -542,11 +542,11 @@ def start_proxies(styles: dict[str, pictures.Drawings], num_drawings: int) -> Te
     components, spread, _ = torch.linalg.svd(coarse - coarse.mean(0), full_matrices=False)
     looks = components[:, :40] * spread[:40].sqrt()  # half whitened: fine differences count more
     nearest = torch.cdist(looks, looks).fill_diagonal_(torch.inf).min(1).values.median()
-    colours = torch.from_numpy(COLOURS / 255.0).float() * 8
+    colors = torch.from_numpy(COLORS / 255.0).float() * 8
     return torch.cat(
         [
             torch.cos(described @ torch.randn(described.shape[1], width) + torch.rand(width) * 2 * math.pi)
-            for described in (looks / nearest, colours)
+            for described in (looks / nearest, colors)
         ]
     )
 
@@ -583,8 +583,8 @@ def drawing_vectors(training: Training, drawings: pictures.Drawings) -> Tensor:
 
 
 def swatch_vectors(training: Training) -> Tensor:
-    """(num_colours, hidden_size), 64x64."""
-    return picture_vectors_of(training, [pictures.swatch(colour, (64, 64)) for colour in range(len(COLOURS))])
+    """(num_colors, hidden_size), 64x64."""
+    return picture_vectors_of(training, [pictures.swatch(color, (64, 64)) for color in range(len(COLORS))])
 
 
 def pictured_proxies(training: Training) -> Tensor:
@@ -624,12 +624,12 @@ def run_stage(training: Training, name: str, stage: Stage, run: Path) -> None:
 
 def report(training: Training) -> None:
     """A first look, on bfloat16 vectors, at the full size and at 64; `training.evaluate` measures."""
-    colours = torch.from_numpy(COLOURS.astype(np.int64))
+    colors = torch.from_numpy(COLORS.astype(np.int64))
     asked = {
-        "colour": (
-            text_vectors_of(training, list(COLOUR_NAMES)),
+        "color": (
+            text_vectors_of(training, list(COLOR_NAMES)),
             swatch_vectors(training),
-            (colours[:, None] == colours[None]).all(-1),
+            (colors[:, None] == colors[None]).all(-1),
         )
     }
     for style in ("noto", HELD_OUT_STYLE):

@@ -10,10 +10,10 @@ from coloraide import Color
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from training.data import COLOUR_NAMES, COLOURS
+from training.data import COLOR_NAMES, COLORS
 
-NAMES = list(COLOUR_NAMES)
-COLORS: NDArray[np.uint8] = COLOURS  # (949, 3)
+NAMES = list(COLOR_NAMES)
+COLORS: NDArray[np.uint8] = COLORS  # (949, 3)
 SIDE = 64  # of a swatch, in pixels
 
 

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, help="the first so many colors and drawings only, to try")
     parser.add_argument("--results", type=Path, default=RESULTS)
     chosen = parser.parse_args(arguments)
-    name = name_of({"model": chosen.model}) if chosen.model else "embedded"
+    name = name_of({"model": chosen.model}) if chosen.model else "bundled"
     results = ["--results", str(chosen.results)]
     few = [] if chosen.count is None else ["--count", str(chosen.count)]
     few_colors = [] if chosen.count is None else ["--colors", str(chosen.count)]

@@ -51,13 +51,13 @@ class EmbedderModel(AbsEncoder):
         **_: Any,
     ) -> NDArray[np.float32]:
         """(num_inputs, hidden_size). `inputs` are batches, each a mapping of `text` and `image` to lists."""
-        instruction = instruction_of(task_metadata, prompt_type)
+        instruction = instruction_for(task_metadata, prompt_type)
         what = f"{task_metadata.name} {hf_subset} {hf_split} {prompt_type.value if prompt_type else ''}"
         batches = tqdm(inputs, desc=what, unit="batch")
         return np.concatenate([self.vectors.embed(list(items_of(batch)), instruction) for batch in batches])
 
 
-def instruction_of(metadata: TaskMetadata, prompt_type: PromptType | None) -> str | None:
+def instruction_for(metadata: TaskMetadata, prompt_type: PromptType | None) -> str | None:
     """As the model card has it: a query brings the task's own sentence, or the card's for queries; a document none.
 
     Where mteb knows no sides (classification, clustering, similarity) the task's sentence goes with every input.

@@ -31,7 +31,7 @@ class Columns:
     instruction: str | None = None
     id: str | None = None
 
-    def of_item(self) -> dict[str, str]:
+    def item_columns(self) -> dict[str, str]:
         """Field of an item -> its column."""
         named = {field: getattr(self, field) for field in CONTENT if getattr(self, field)}
         named = named or {field: field for field in CONTENT}
@@ -60,7 +60,7 @@ class Source:
         self.columns, self.settings = columns, settings
         self.format, self.names = find_files(path, self.folder)
         self.id_type = pa.string()
-        self._read = {*columns.of_item().values(), *filter(None, [columns.id])}
+        self._read = {*columns.item_columns().values(), *filter(None, [columns.id])}
         if self.format is PARQUET:
             self._check_parquet()
 
@@ -85,7 +85,7 @@ class Source:
     def _fields(self, record: Mapping[str, Any] | EmbedderError) -> dict[str, Any] | EmbedderError:
         if isinstance(record, EmbedderError):
             return record
-        found = {field: record.get(column) for field, column in self.columns.of_item().items()}
+        found = {field: record.get(column) for field, column in self.columns.item_columns().items()}
         try:
             return {
                 field: self._media(value, field) if field in ("image", "video") else _text(value, field)
@@ -127,7 +127,7 @@ class Source:
             schema = pq.read_schema(self.folder / file)
             if missing := sorted(named - set(schema.names)):
                 raise ValueError(f"{file} has no column {', '.join(missing)}; it has {', '.join(schema.names)}")
-            if not set(columns.of_item().values()) & set(schema.names):
+            if not set(columns.item_columns().values()) & set(schema.names):
                 raise ValueError(f"{file} has no column text, image or video; it has {', '.join(schema.names)}")
             if columns.id:
                 self.id_type = schema.field(columns.id).type

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from embedder.engine.engine import Engine, Room
 from embedder.engine.postprocess import Embedding
-from embedder.errors import OF_AN_ITEM, DeadlineExceeded, EmbedderError, of_item, to_keep
+from embedder.errors import ITEM_ERRORS, DeadlineExceeded, EmbedderError, attributed_to_item, without_traceback
 from embedder.inputs.items import EmbeddingItem
 
 Outcome = Embedding | EmbedderError
@@ -24,7 +24,7 @@ async def embed_all(
     embeddings = []
     async with _submitted(engine, items, timeout_s) as futures:
         for index, future in enumerate(futures):
-            with of_item(index):
+            with attributed_to_item(index):
                 embeddings.append(await _result(future))
     return embeddings
 
@@ -41,8 +41,8 @@ async def embed_each(engine: Engine, items: Sequence[EmbeddingItem | EmbedderErr
 async def _outcome(future: Future[Embedding]) -> Outcome:
     try:
         return await _result(future)
-    except OF_AN_ITEM as error:
-        return to_keep(error)
+    except ITEM_ERRORS as error:
+        return without_traceback(error)
 
 
 async def _result(future: Future[Embedding]) -> Embedding:
@@ -84,7 +84,7 @@ def _submit(engine: Engine, item: EmbeddingItem | EmbedderError, request: object
         if isinstance(item, EmbedderError):
             raise item
         return engine.submit(item, request=request, room=room, wake=False)
-    except OF_AN_ITEM as error:
+    except ITEM_ERRORS as error:
         refused: Future[Embedding] = Future()
-        refused.set_exception(to_keep(error))
+        refused.set_exception(without_traceback(error))
         return refused

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.engine.cache import Twins, VectorCache, content_key
-from embedder.engine.observer import Batch, Journey, Observer, begin_journey
+from embedder.engine.observer import Batch, ItemTrace, Observer, begin_trace
 from embedder.engine.postprocess import Embedding, check_dimensions, finish_vectors
 from embedder.engine.scheduler import Rate, Scheduler
 from embedder.errors import (
@@ -40,7 +40,7 @@ from embedder.errors import (
     Overloaded,
     RequestTooLarge,
     ShuttingDown,
-    to_keep,
+    without_traceback,
 )
 from embedder.inputs.address import has_url
 from embedder.inputs.fetch import MAX_FETCHES, Fetcher
@@ -69,7 +69,7 @@ class _Job:
     takes `num_bytes`.
 
     `key`: what the vector depends on, where vectors are cached; otherwise the job is like no other. `context`: of the
-    request, for the log and for who listens to `journey`.
+    request, for the log and for who listens to `trace`.
     """
 
     item: EmbeddingItem
@@ -78,7 +78,7 @@ class _Job:
     num_bytes: int = 0
     future: Future[Embedding] = field(default_factory=Future)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
-    journey: Journey = field(init=False)
+    trace: ItemTrace = field(init=False)
     model_input: ModelInput = field(init=False)
     key: Hashable = field(default_factory=object)
 
@@ -96,7 +96,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class _Flight:
+class _InFlightBatch:
     """A batch that was launched, and how to wait for its rows."""
 
     jobs: list[_Job]
@@ -113,7 +113,7 @@ class Engine:
     batch takes longer than `stuck_after_s`, and after a bug of ours, whatever waits fails, `failure` says why, and
     `on_failure` is called with it, once.
 
-    `max_flights` batches are launched before the first is waited for, if so many wait: 2 where `launch` returns while
+    `max_in_flight` batches are launched before the first is waited for, if so many wait: 2 where `launch` returns while
     the device computes, which then computes without a break; 1 where `launch` itself computes.
 
     `fetch` puts bytes in the place of an item's URLs, or raises, soon once its second argument has turned true; by
@@ -132,7 +132,7 @@ class Engine:
         *,
         fetch: Fetch | None = None,
         observer: Observer | None = None,
-        max_flights: int = 1,
+        max_in_flight: int = 1,
         stuck_after_s: float = math.inf,
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
@@ -143,7 +143,7 @@ class Engine:
         self._preprocess = preprocess
         self._launch = launch
         self._observer = observer or Observer()
-        self._max_flights = max_flights
+        self._max_in_flight = max_in_flight
         self._stuck_after_s = stuck_after_s
         self._on_failure = on_failure
         self._lock = threading.RLock()  # guards all that follows
@@ -163,7 +163,9 @@ class Engine:
         self._device_rate = Rate(self._inputs.seconds_per_token)
         self._answer_rate = Rate(0.001)
         self._answered_at_s = 0.0  # the last answer, or when there began to be something to answer
-        self._flights: deque[_Flight] = deque()  # launched and not yet waited for; of the engine's thread alone
+        self._in_flight: deque[_InFlightBatch] = (
+            deque()
+        )  # launched and not yet waited for; of the engine's thread alone
         self._batch_since_s = math.inf  # when the batch on the device began
         self._landed_s = 0.0  # when the last one ended
         self._num_fitting = 0  # batches since the last that did not fit the device's memory
@@ -211,15 +213,15 @@ class Engine:
             if not self._pending:
                 self._answered_at_s = now_s
             self._pending.add(job)
-            job.journey = begin_journey(item, job.num_tokens)
-            self._observer.admitted(job.journey)
+            job.trace = begin_trace(item, job.num_tokens)
+            self._observer.admitted(job.trace)
             is_short = is_short_text(item)
             if not is_short:
                 is_fetched = self.settings.url_hosts and has_url(item)
                 (self._fetches if is_fetched else self._items).put(job, job.num_tokens, job.request, now_s)
                 (self._has_fetches if is_fetched else self._has_items).notify()
         # the caller's future must not hold the item's pixels
-        job.future.add_done_callback(partial(self._leave, weakref.ref(job), job.journey))
+        job.future.add_done_callback(partial(self._leave, weakref.ref(job), job.trace))
         if is_short:
             self._prepare(job, wake=wake)
         return job.future
@@ -313,7 +315,7 @@ class Engine:
             if isinstance(outcome, Embedding):
                 job.future.set_result(outcome)
             elif outcome:
-                job.future.set_exception(to_keep(outcome))
+                job.future.set_exception(without_traceback(outcome))
 
     def _take_out(self, job: _Job) -> None:
         self._pending.remove(job)
@@ -329,12 +331,12 @@ class Engine:
             self._has_fetches.notify_all()
             self._has_items.notify_all()
 
-    def _leave(self, reference: weakref.ref[_Job], journey: Journey, future: Future[Embedding]) -> None:
+    def _leave(self, reference: weakref.ref[_Job], trace: ItemTrace, future: Future[Embedding]) -> None:
         """A future is done: where that was the caller's doing, nobody waits for the job."""
         job = reference()
         if job and future.cancelled():
             self._answer((job, None))
-        self._observer.answered(journey, future)
+        self._observer.answered(trace, future)
 
     def _prepare_items(self, queue: Scheduler[_Job], has_jobs: threading.Condition) -> None:
         """One of the threads that preprocess."""
@@ -350,23 +352,23 @@ class Engine:
 
     def _prepare(self, job: _Job, *, wake: bool = True) -> None:
         try:
-            with job.journey.preprocessing():
+            with job.trace.preprocessing():
                 job.model_input = self._preprocess(self._fetch(job.item, job.future.done))
                 if self.settings.cache_bytes:
                     job.key = content_key(job.model_input)
         except EmbedderError as error:
-            self._observer.preprocessed(job.journey)
+            self._observer.preprocessed(job.trace)
             self._answer((job, error))
         except KeyboardInterrupt:  # of the program that brought a short text
             job.future.cancel()
             raise
         except BaseException:  # a panic in a library written in Rust is no Exception
             logger.exception("preprocessing failed")
-            self._observer.preprocessed(job.journey)
+            self._observer.preprocessed(job.trace)
             self._answer((job, _hidden()))
         else:
-            job.journey.count(job.model_input)
-            self._observer.preprocessed(job.journey)
+            job.trace.count(job.model_input)
+            self._observer.preprocessed(job.trace)
             self._put_input(job, wake=wake)
 
     def _put_input(self, job: _Job, *, wake: bool) -> None:
@@ -397,15 +399,15 @@ class Engine:
 
     def _launch_next(self) -> bool:
         """Launch the next batch. False: nothing waits, or enough is launched."""
-        jobs = self._next_batch() if len(self._flights) < self._max_flights else []
+        jobs = self._next_batch() if len(self._in_flight) < self._max_in_flight else []
         if jobs:
-            self._flights.append(self._start_flight(jobs))
+            self._in_flight.append(self._start_flight(jobs))
         return bool(jobs)
 
     def _land_next(self) -> bool:
         """Answer the batch that was launched first. False: there is none, for it is all over."""
-        if self._flights:
-            self._land(self._flights.popleft())
+        if self._in_flight:
+            self._land(self._in_flight.popleft())
             return True
         return False
 
@@ -413,7 +415,7 @@ class Engine:
         """What is still wanted of it; while nothing is launched, waits for work. Empty: nothing waits."""
         with self._lock:
             while True:
-                if not self._flights:
+                if not self._in_flight:
                     self._has_inputs.wait_for(lambda: len(self._inputs) or self._is_over)
                 taken = self._inputs.take(time.monotonic())
                 jobs = self._wanted([job for job in taken if self._twins.start(job.key, job)])
@@ -428,16 +430,16 @@ class Engine:
                 self._twins.finish(job.key)
             return wanted
 
-    def _start_flight(self, jobs: list[_Job]) -> _Flight:
+    def _start_flight(self, jobs: list[_Job]) -> _InFlightBatch:
         start_s = time.monotonic()
         self._batch_since_s = min(self._batch_since_s, start_s)
         try:
             wait = self._launch([job.model_input for job in jobs])
         except Exception as error:
-            return _Flight(jobs, partial(_raise, error), start_s)  # in its turn
-        return _Flight(jobs, wait, start_s)
+            return _InFlightBatch(jobs, partial(_raise, error), start_s)  # in its turn
+        return _InFlightBatch(jobs, wait, start_s)
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: _InFlightBatch) -> None:
         """Answer a batch. If it failed it is split, until whoever spoils it fails alone."""
         jobs = flight.jobs
         try:
@@ -459,9 +461,9 @@ class Engine:
                 self._shrink_batches(jobs)
         else:
             for job in jobs:
-                job.journey.batch = batch
+                job.trace.batch = batch
             self._finish(jobs, rows)
-            self._observer.ran(batch, [job.journey for job in jobs])
+            self._observer.ran(batch, [job.trace for job in jobs])
             self._grow_batches()
             return
         middle = len(jobs) // 2
@@ -469,13 +471,13 @@ class Engine:
             if wanted := self._wanted(half):
                 self._land(self._start_flight(wanted))
 
-    def _timed_rows(self, flight: _Flight) -> tuple[NDArray[np.float32], Batch]:
+    def _timed_rows(self, flight: _InFlightBatch) -> tuple[NDArray[np.float32], Batch]:
         try:
             rows = flight.wait()
         finally:
             end_s = time.monotonic()
             start_s, self._landed_s = max(flight.started_s, self._landed_s), end_s
-            self._batch_since_s = end_s if self._flights else math.inf
+            self._batch_since_s = end_s if self._in_flight else math.inf
         jobs = flight.jobs
         assert rows.shape == (len(jobs), self.hidden_size)
         batch = Batch(len(jobs), sum(job.model_input.cost for job in jobs), start_s, end_s)

@@ -1,7 +1,7 @@
 """What the engine tells of its work: numbers and times, and nothing of what callers sent.
 
 The engine calls an `Observer`; who measures (`metrics`) is one. Whoever wants to know of the items of one request
-(`tracing`) sets `JOURNEYS` around it. All times are seconds of `time.monotonic`.
+(`tracing`) sets `ITEM_TRACES` around it. All times are seconds of `time.monotonic`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Batch:
 
 
 @dataclass(slots=True)
-class Journey:
+class ItemTrace:
     """One item's way through the engine; None and 0 stand where it has not come to, or will not.
 
     `num_tokens` counts text and visual tokens; the first `num_prefix_tokens` of them are shared with other items.
@@ -79,31 +79,31 @@ class Journey:
 class Observer:
     """Is told what becomes of items, by the engine's threads, which wait meanwhile. This one does not care."""
 
-    def admitted(self, journey: Journey) -> None:
+    def admitted(self, trace: ItemTrace) -> None:
         """An item has a place in the queue."""
 
-    def preprocessed(self, journey: Journey) -> None:
+    def preprocessed(self, trace: ItemTrace) -> None:
         """An item was preprocessed, or failed there: then it has no tokens."""
 
-    def ran(self, batch: Batch, journeys: Sequence[Journey]) -> None:
+    def ran(self, batch: Batch, traces: Sequence[ItemTrace]) -> None:
         """A batch came back from the device."""
 
-    def answered(self, journey: Journey, future: Future[Embedding]) -> None:
+    def answered(self, trace: ItemTrace, future: Future[Embedding]) -> None:
         """An item left: with its vector, with an error, or cancelled because nobody waits for it any more."""
 
 
-JOURNEYS: ContextVar[list[Journey] | None] = ContextVar("journeys", default=None)
+ITEM_TRACES: ContextVar[list[ItemTrace] | None] = ContextVar("traces", default=None)
 
 
-def begin_journey(item: EmbeddingItem, estimated_tokens: int) -> Journey:
-    """The journey of an item just admitted; whoever listens in this context gets to know it."""
-    journey = Journey(kind_of(item), estimated_tokens, time.monotonic())
-    if (journeys := JOURNEYS.get()) is not None:
-        journeys.append(journey)
-    return journey
+def begin_trace(item: EmbeddingItem, estimated_tokens: int) -> ItemTrace:
+    """The trace of an item just admitted; whoever listens in this context gets to know it."""
+    trace = ItemTrace(item_kind(item), estimated_tokens, time.monotonic())
+    if (traces := ITEM_TRACES.get()) is not None:
+        traces.append(trace)
+    return trace
 
 
-def kind_of(item: EmbeddingItem) -> Kind:
+def item_kind(item: EmbeddingItem) -> Kind:
     """What an item is made of; `mixed` where its parts are not all of one kind."""
     kinds = {_KIND_OF_PART[type(part)] for part in item.parts}
     return kinds.pop() if len(kinds) == 1 else "mixed"

@@ -1,4 +1,4 @@
-"""A pooled row -> the vector that was asked for: cut to `dimensions`, brought to unit length, quantised if asked."""
+"""A pooled row -> the vector that was asked for: cut to `dimensions`, brought to unit length, quantized if asked."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def finish_vectors(
 ) -> list[NDArray[np.float32] | EngineFailed]:
     """(num_rows, hidden_size) -> of each row what is `wanted`, its dimensions and whether its length shall be 1.
 
-    Cut first, then normalise. An `EngineFailed` stands for a row with a value that is not finite. A vector does not
+    Cut first, then normalize. An `EngineFailed` stands for a row with a value that is not finite. A vector does not
     depend on the rows beside it; those that want the same go through numpy together, as each call there may hand the
     interpreter to another thread.
     """

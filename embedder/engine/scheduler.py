@@ -2,7 +2,7 @@
 
 The jobs of a request stand in a line of their own, and only the first of each line competes. Its place is the moment
 when its turn came plus `STRETCH` times as long as it will take; the lowest goes first. So cheap jobs go first, with
-ageing: a first job is overtaken only by those that come before its place. The turn of the next begins when the device,
+aging: a first job is overtaken only by those that come before its place. The turn of the next begins when the device,
 had it been for this line alone, would be done with the one before, but never so early that its place would be past.
 So lines share the device by time, and whoever comes is held up by one job of each line that was there, not by all.
 """

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 Headers = Iterable[tuple[bytes, bytes]]
 
 
-class Keys:
+class ApiKeys:
     """The keys that open the service; with none of either kind it is open to everyone.
 
     Raises `ValueError` where a setting promises keys and there are none.

@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from embedder.engine.postprocess import Embedding, quantize
-from embedder.errors import InvalidRequest, of_item
-from embedder.http.messages import InputType, check_length, instruction_of, parts_of_content
-from embedder.http.response import accounts, to_base64, to_json
+from embedder.errors import InvalidRequest, attributed_to_item
+from embedder.http.messages import InputType, check_length, instruction_for, parts_from_content
+from embedder.http.response import to_base64, to_json, usage_fields
 from embedder.inputs.items import (
     AnyDimensions,
     EmbeddingItem,
     Image,
+    NonEmptyList,
     RequestBody,
-    Several,
     check_item_count,
     item_from_fields,
     refuse_unknown,
@@ -35,12 +35,12 @@ EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 class CohereEmbedRequest(RequestBody):
     """Body of `POST /v2/embed`: one of `texts`, `images` and `inputs`."""
 
-    texts: Several[str] | None = None
-    images: Several[str] | None = Field(None, description="Data URIs, bare base64, or URLs.")
-    inputs: Several[Any] | None = Field(None, description="Mixtures, in your order.")
+    texts: NonEmptyList[str] | None = None
+    images: NonEmptyList[str] | None = Field(None, description="Data URIs, bare base64, or URLs.")
+    inputs: NonEmptyList[Any] | None = Field(None, description="Mixtures, in your order.")
     model: Any = Field(None, description="Any name: there is one model here.")
     input_type: InputType | None = Field(None, description="Queries get the query instruction, all others the default.")
-    embedding_types: Several[EmbeddingType] = Field(["float"])
+    embedding_types: NonEmptyList[EmbeddingType] = Field(["float"])
     output_dimension: AnyDimensions = Field(None, description="Matryoshka size.")
     truncate: Literal["NONE", "START", "END"] = Field("END", description="Of text over the limit: an error, or cut.")
     max_tokens: int | None = Field(None, description="Only a number that is not below the service's own limit.")
@@ -89,21 +89,21 @@ def parse_cohere(body: bytes, settings: Settings) -> CohereRequest:
     entries: list[Any] = getattr(wire, given[0])
     check_item_count(len(entries), settings)
     options = {
-        "instruction": instruction_of(wire.input_type),
+        "instruction": instruction_for(wire.input_type),
         "dimensions": wire.output_dimension,
         "truncate": wire.truncate.lower(),
     }
     items: list[EmbeddingItem] = []
     for index, entry in enumerate(entries):
-        with of_item(index):
+        with attributed_to_item(index):
             content = _content(entry) if given == ["inputs"] else {given[0].removesuffix("s"): entry}
             items.append(item_from_fields({**options, **content}))
     return CohereRequest(tuple(items), tuple(dict.fromkeys(wire.embedding_types)))
 
 
-def cohere_body(request: CohereRequest, embeddings: Sequence[Embedding], limit: int) -> bytes:
+def cohere_response(request: CohereRequest, embeddings: Sequence[Embedding], limit: int) -> bytes:
     """The answer to a request. `limit` is the number of tokens that texts were cut to."""
-    account = accounts(dict(enumerate(embeddings)), limit)
+    account = usage_fields(dict(enumerate(embeddings)), limit)
     num_images = sum(isinstance(part, Image) for item in request.items for part in item.parts)
     meta = {
         "api_version": {"version": "2"},
@@ -124,7 +124,7 @@ def _content(entry: Any) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
         raise InvalidRequest(f"got {shown(entry)}; allowed: an object with content")
     refuse_unknown(entry, {"content"})
-    return {"content": parts_of_content(entry.get("content"))}
+    return {"content": parts_from_content(entry.get("content"))}
 
 
 def _typed(vector: NDArray[np.float32], kind: EmbeddingType) -> Any:

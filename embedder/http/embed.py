@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from embedder.engine.postprocess import Embedding, quantize
-from embedder.errors import EmbedderError, InvalidRequest, to_keep
-from embedder.http.response import Usage, Vector, accounts, error_fields, to_json, wire_vector
+from embedder.errors import EmbedderError, InvalidRequest, without_traceback
+from embedder.http.response import Usage, Vector, encode_vector, error_fields, to_json, usage_fields
 from embedder.inputs.items import (
     EmbeddingItem,
     EncodingFormat,
@@ -82,7 +82,9 @@ def parse_embed(body: bytes, settings: Settings) -> NativeRequest:
     return NativeRequest(items, ids, wire.encoding_format, wire.output_dtype)
 
 
-def embed_body(request: NativeRequest, outcomes: Sequence[Embedding | EmbedderError], model: str, limit: int) -> bytes:
+def embed_response(
+    request: NativeRequest, outcomes: Sequence[Embedding | EmbedderError], model: str, limit: int
+) -> bytes:
     """The answer, with one outcome for each item. `limit` is the number of tokens that texts were cut to."""
     results = []
     for index, (name, outcome) in enumerate(zip(request.ids, outcomes, strict=True)):
@@ -90,12 +92,12 @@ def embed_body(request: NativeRequest, outcomes: Sequence[Embedding | EmbedderEr
         if isinstance(outcome, EmbedderError):
             result["error"] = {"code": outcome.code, "message": outcome.message}
         else:
-            result["embedding"] = wire_vector(quantize(outcome.vector, request.output_dtype), request.encoding_format)
+            result["embedding"] = encode_vector(quantize(outcome.vector, request.output_dtype), request.encoding_format)
         results.append(result)
     embedded = {index: outcome for index, outcome in enumerate(outcomes) if isinstance(outcome, Embedding)}
     failure = whole_failure(outcomes)
     head = error_fields(failure) if failure else {}
-    return to_json({**head, "results": results, "model": model, **accounts(embedded, limit)})
+    return to_json({**head, "results": results, "model": model, **usage_fields(embedded, limit)})
 
 
 def whole_failure(outcomes: Sequence[Embedding | EmbedderError]) -> EmbedderError | None:
@@ -111,15 +113,15 @@ def _read(entry: Any, wire: EmbedRequest) -> tuple[Id, EmbeddingItem | InvalidRe
     try:
         match entry:
             case str():
-                entry = {**wire.of_each_item(), "text": entry}
+                entry = {**wire.item_options(), "text": entry}
             case Mapping():
                 name = _id(entry.get("id"))
                 own = {field: value for field, value in without_nulls(entry).items() if field != "id"}
-                entry = {**wire.of_each_item(), **own}
+                entry = {**wire.item_options(), **own}
         item = item_from_fields(entry)
         check_output_dtype(wire.output_dtype, item.normalize)
     except InvalidRequest as error:
-        return name, to_keep(error)
+        return name, without_traceback(error)
     return name, item
 
 

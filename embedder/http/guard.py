@@ -25,10 +25,10 @@ from embedder.errors import (
     RequestTooLarge,
     ShuttingDown,
     UnsupportedContentType,
-    to_keep,
+    without_traceback,
 )
-from embedder.http.api_keys import Keys
-from embedder.http.json_limits import has_more_values
+from embedder.http.api_keys import ApiKeys
+from embedder.http.json_limits import exceeds_value_count
 from embedder.http.openai import openai_error_body
 from embedder.http.response import error_body, to_json
 from embedder.server.lifecycle import Drain
@@ -69,7 +69,7 @@ _OF_A_PAGE = [  # that brings no such headers of its own
 ]
 
 
-class Edge:
+class RequestGuard:
     """ASGI middleware. Reads a request's body whole, counting as it comes, and gives error answers our shape.
 
     A body that takes longer than `max_read_s` would hold its connection, and a worker that drains, for ever. All bodies
@@ -85,7 +85,7 @@ class Edge:
         max_values: int,
         max_read_s: float,
         *,
-        keys: Keys,
+        keys: ApiKeys,
         drain: Drain,
         open_paths: frozenset[str],
         is_logged: bool,
@@ -131,7 +131,7 @@ class Edge:
                     await _check_values(body, self.max_values)
                     receive = _replay(body, receive)
             except tuple(_REFUSALS) as error:
-                refusal = to_keep(error)  # its frames hold the body
+                refusal = without_traceback(error)  # its frames hold the body
             except ClientDisconnect:  # while sending
                 return
             else:
@@ -320,7 +320,7 @@ async def _drop(receive: Receive) -> None:
 async def _check_values(body: bytes, most: int) -> None:
     """Raises `RequestTooLarge` for a body of so many values that building them would stop the event loop."""
     is_large = len(body) > 2**20  # a smaller one is counted in 5 ms at worst
-    if await asyncio.to_thread(has_more_values, body, most) if is_large else has_more_values(body, most):
+    if await asyncio.to_thread(exceeds_value_count, body, most) if is_large else exceeds_value_count(body, most):
         raise RequestTooLarge(f"the body holds more than {most} JSON values; allowed: up to that")
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-VALUES_PER_ITEM = 100  # allowed, on average over a request; a list of 64 frames has 67
+MAX_VALUES_PER_ITEM = 100  # allowed, on average over a request; a list of 64 frames has 67
 BLOCK_BYTES = 2**20
 _QUOTE, _BACKSLASH = b'"\\'
 
 
-def has_more_values(body: bytes, most: int) -> bool:
+def exceeds_value_count(body: bytes, most: int) -> bool:
     """Whether a body holds more than `most` values; each but the first stands behind a comma or a bracket."""
     if len(body) <= most:
         return False

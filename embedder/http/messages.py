@@ -47,7 +47,7 @@ KINDS = {  # what a part may call itself, and what it is
 }
 
 
-def instruction_of(input_type: InputType | None) -> str | None:
+def instruction_for(input_type: InputType | None) -> str | None:
     """A query's instruction for the types that are queries; None, the default, for all others."""
     return QUERY_INSTRUCTION if input_type in _QUERIES else None
 
@@ -60,7 +60,7 @@ def check_length(name: str, tokens: int | None, settings: Settings) -> None:
         )
 
 
-def item_of_string(text: str) -> dict[str, Any]:
+def item_from_string(text: str) -> dict[str, Any]:
     """A string is a text, unless it is the data URI of a picture or clip."""
     for media in ("image", "video"):
         if text.startswith(f"data:{media}/"):
@@ -68,7 +68,7 @@ def item_of_string(text: str) -> dict[str, Any]:
     return {"text": text}
 
 
-def item_of_conversation(messages: Any) -> dict[str, Any]:
+def item_from_conversation(messages: Any) -> dict[str, Any]:
     """One user message is the content, a system message the instruction.
 
     An empty message of the assistant may stand at the end: vLLM's clients send it for the sake of its header, which
@@ -82,7 +82,7 @@ def item_of_conversation(messages: Any) -> dict[str, Any]:
         if role in ("system", "developer") and "instruction" not in fields:
             fields["instruction"] = _plain_text(content)
         elif role == "user" and "content" not in fields:
-            fields["content"] = parts_of_content(content)
+            fields["content"] = parts_from_content(content)
         elif role != "assistant" or _plain_text(content):
             raise InvalidRequest(
                 f"messages: got a second or unusable message of role {shown(role)}; allowed: one system message (the "
@@ -91,7 +91,7 @@ def item_of_conversation(messages: Any) -> dict[str, Any]:
     return fields
 
 
-def parts_of_content(content: Any) -> list[dict[str, Any]]:
+def parts_from_content(content: Any) -> list[dict[str, Any]]:
     """The content of a message or input, a string or a list of parts, with every part in the native form."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
@@ -140,7 +140,7 @@ def _role_and_content(message: Any) -> tuple[Any, Any]:
 
 def _plain_text(content: Any) -> str:
     """Text of a message that may hold nothing else."""
-    parts = parts_of_content("" if content is None else content)
+    parts = parts_from_content("" if content is None else content)
     if any(part["type"] != "text" or not isinstance(part["text"], str) for part in parts):
         raise InvalidRequest(f"messages: got {shown(content)} in a system or assistant message; allowed: text")
     return "".join(part["text"] for part in parts)

@@ -13,17 +13,17 @@ from typing import Any, Literal
 from pydantic import AliasChoices, BaseModel, Field
 
 from embedder.engine.postprocess import Embedding, quantize
-from embedder.errors import InvalidRequest, Overloaded, of_item
+from embedder.errors import InvalidRequest, Overloaded, attributed_to_item
 from embedder.http.messages import (
     InputType,
     check_length,
-    instruction_of,
+    instruction_for,
     is_part,
-    item_of_conversation,
-    item_of_string,
-    parts_of_content,
+    item_from_conversation,
+    item_from_string,
+    parts_from_content,
 )
-from embedder.http.response import Usage, Vector, accounts, to_json, wire_vector
+from embedder.http.response import Usage, Vector, encode_vector, to_json, usage_fields
 from embedder.inputs.items import (
     EmbeddingItem,
     EmbeddingRequest,
@@ -123,26 +123,26 @@ def parse_embeddings(body: bytes, settings: Settings) -> EmbeddingRequest:
         raise InvalidRequest("give either `input` or `messages`")
     entries = _inputs(wire.input) if wire.messages is None else _conversations(wire.messages)
     check_item_count(len(entries), settings)
-    translate = _item_of_input if wire.messages is None else item_of_conversation
-    options = wire.of_each_item()
+    translate = _item_of_input if wire.messages is None else item_from_conversation
+    options = wire.item_options()
     if options["instruction"] is None:
-        options["instruction"] = instruction_of(wire.input_type)
+        options["instruction"] = instruction_for(wire.input_type)
     items: list[EmbeddingItem] = []
     for index, entry in enumerate(entries):
-        with of_item(index):
+        with attributed_to_item(index):
             items.append(item_from_fields({**options, **translate(entry)}))
             check_output_dtype(wire.output_dtype, items[-1].normalize)
     return EmbeddingRequest(tuple(items), True, wire.encoding_format, wire.output_dtype)
 
 
-def embeddings_body(request: EmbeddingRequest, embeddings: Sequence[Embedding], model: str, limit: int) -> bytes:
+def embeddings_response(request: EmbeddingRequest, embeddings: Sequence[Embedding], model: str, limit: int) -> bytes:
     """The answer to a request. `limit` is the number of tokens that texts were cut to."""
-    vectors = (wire_vector(quantize(one.vector, request.output_dtype), request.encoding_format) for one in embeddings)
+    vectors = (encode_vector(quantize(one.vector, request.output_dtype), request.encoding_format) for one in embeddings)
     data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
-    return to_json({"object": "list", "data": data, "model": model, **accounts(dict(enumerate(embeddings)), limit)})
+    return to_json({"object": "list", "data": data, "model": model, **usage_fields(dict(enumerate(embeddings)), limit)})
 
 
-def models_body(model: str, started_s: float, max_input_tokens: int) -> bytes:
+def models_response(model: str, started_s: float, max_input_tokens: int) -> bytes:
     """The one model. Clients read from `max_model_len` how long an item may be."""
     card = {"id": model, "object": "model", "created": int(started_s), "owned_by": "qwen3-vl-embedding-service"}
     return to_json({"object": "list", "data": [{**card, "max_model_len": max_input_tokens}]})
@@ -186,12 +186,12 @@ def _conversations(messages: Any) -> Sequence[Any]:
 def _item_of_input(entry: Any) -> dict[str, Any]:
     """One entry of `input` -> an item in the native form."""
     if isinstance(entry, str):
-        return item_of_string(entry)
+        return item_from_string(entry)
     if not isinstance(entry, Mapping):
         raise InvalidRequest(f"got {shown(entry)}; allowed: a string, or an object with text, image, video or content")
     if is_part(entry):
-        return {"content": parts_of_content([entry])}
+        return {"content": parts_from_content([entry])}
     fields = without_nulls(entry)
     if "content" in fields:
-        return {**fields, "content": parts_of_content(fields["content"])}
+        return {**fields, "content": parts_from_content(fields["content"])}
     return fields

@@ -60,25 +60,25 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
-def embedding_body(request: EmbeddingRequest, embeddings: Sequence[Embedding], model: str, limit: int) -> bytes:
+def embedding_response(request: EmbeddingRequest, embeddings: Sequence[Embedding], model: str, limit: int) -> bytes:
     """The answer to a request. `limit` is the number of tokens that texts were cut to."""
-    vectors = [wire_vector(quantize(one.vector, request.output_dtype), request.encoding_format) for one in embeddings]
+    vectors = [encode_vector(quantize(one.vector, request.output_dtype), request.encoding_format) for one in embeddings]
     return to_json(
         {
             "embedding": vectors if request.is_list else vectors[0],
             "model": model,
             "dimensions": len(embeddings[0].vector),
-            **accounts(dict(enumerate(embeddings)), limit),
+            **usage_fields(dict(enumerate(embeddings)), limit),
         }
     )
 
 
-def wire_vector(vector: NDArray[Any], encoding_format: EncodingFormat) -> Any:
+def encode_vector(vector: NDArray[Any], encoding_format: EncodingFormat) -> Any:
     """One vector as the request wants it written."""
     return to_base64(vector) if encoding_format == "base64" else vector
 
 
-def accounts(embeddings: Mapping[int, Embedding], limit: int) -> dict[str, Any]:
+def usage_fields(embeddings: Mapping[int, Embedding], limit: int) -> dict[str, Any]:
     """`usage`, and `warnings` where text was cut, of what was embedded, by its index in the request."""
     num_tokens = sum(one.num_tokens for one in embeddings.values())
     fields: dict[str, Any] = {"usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens}}
@@ -103,7 +103,7 @@ def error_fields(error: EmbedderError) -> dict[str, Any]:
 
 
 def to_base64(vector: NDArray[Any]) -> str:
-    """The values' bytes in base64, little-endian: float32 for a vector as embedded, else as it was quantised."""
+    """The values' bytes in base64, little-endian: float32 for a vector as embedded, else as it was quantized."""
     return pybase64.b64encode(vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes()).decode("ascii")
 
 

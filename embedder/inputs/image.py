@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_JPEG_SCANS = 100  # a camera's progressive picture has 10; each may cost a pass over all pixels, for 60 bytes
 TRIMMED_BYTES = 2**27
-MIN_SIDE_PIXELS = 2  # a 1-pixel side holds no picture; the model would see one colour enlarged 64 times
+MIN_SIDE_PIXELS = 2  # a 1-pixel side holds no picture; the model would see one color enlarged 64 times
 
 _SIGNATURES = {
     b"%PDF": "a PDF document",

@@ -39,7 +39,7 @@ Truncate = Literal["end", "start", "none"]
 AnyDimensions = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})]
 _Entry = TypeVar("_Entry")
 # A list of the wire, of one at least; the first fault ends its reading, for a million more would cost seconds.
-Several = Annotated[list[_Entry], Field(min_length=1, fail_fast=True)]
+NonEmptyList = Annotated[list[_Entry], Field(min_length=1, fail_fast=True)]
 Wire = TypeVar("Wire", bound=BaseModel)
 
 
@@ -130,7 +130,7 @@ class Options(RequestBody):
     )
     truncate: Truncate = Field("end", description="Of text over the limit: which end is cut; `none`: an error.")
 
-    def of_each_item(self) -> dict[str, Any]:
+    def item_options(self) -> dict[str, Any]:
         """What each item takes of these, in the native form; what an item says itself goes before."""
         return {name: getattr(self, name) for name in ("instruction", "dimensions", "normalize", "truncate")}
 
@@ -141,7 +141,7 @@ _INPUT_NAMES = AliasChoices("input", "inputs", "content", "contents")
 class TextRequest(Options):
     """Body of `POST /txt/embed`."""
 
-    input: str | Several[str] = Field(
+    input: str | NonEmptyList[str] = Field(
         validation_alias=_INPUT_NAMES,
         description="One text, or several; `embedding` has the same shape.",
         examples=["red"],
@@ -151,7 +151,7 @@ class TextRequest(Options):
 class ImageRequest(Options):
     """Body of `POST /img/embed`."""
 
-    input: str | Several[str] = Field(
+    input: str | NonEmptyList[str] = Field(
         validation_alias=_INPUT_NAMES,
         description="One image in base64 (bare or as a data URI) or its URL, or several; `embedding` has their shape.",
         examples=[EXAMPLE_IMAGE],
@@ -172,7 +172,7 @@ def _request(wire: TextRequest | ImageRequest, part: type[Text] | type[Image], s
     inputs = wire.input if isinstance(wire.input, list) else [wire.input]
     check_item_count(len(inputs), settings)
     check_output_dtype(wire.output_dtype, wire.normalize)
-    items = tuple(EmbeddingItem((part(value),), **wire.of_each_item()) for value in inputs)
+    items = tuple(EmbeddingItem((part(value),), **wire.item_options()) for value in inputs)
     return EmbeddingRequest(items, isinstance(wire.input, list), wire.encoding_format, wire.output_dtype)
 
 

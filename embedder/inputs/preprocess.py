@@ -283,7 +283,7 @@ class Preprocessor:
 def patchify(frames: NDArray[np.uint8], patch_size: int, merge_size: int) -> Patches:
     """(grid_t, frames, height, width, channels) -> patch rows, in the order of transformers' image processor.
 
-    Rows run over blocks of merge_size**2 neighbours, so that the merger joins consecutive rows; within a row the
+    Rows run over blocks of merge_size**2 neighbors, so that the merger joins consecutive rows; within a row the
     order is channel, frame, y, x.
     """
     grid_t, num_frames, height, width, channels = frames.shape
@@ -354,7 +354,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _joined(runs: Sequence[list[int] | Pads]) -> list[list[int] | Pads]:
-    """Neighbouring runs of ids as one: a numpy call takes as long for ten ids as for one."""
+    """Neighboring runs of ids as one: a numpy call takes as long for ten ids as for one."""
     joined: list[list[int] | Pads] = []
     for run in runs:
         last = joined[-1] if joined else None

@@ -76,7 +76,7 @@ def _check_gpu(device: torch.device, dtype: torch.dtype) -> None:
 def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, *, causal: bool
 ) -> Tensor:
-    """scaled_dot_product_attention, neighbours of equal length in one call."""
+    """scaled_dot_product_attention, neighbors of equal length in one call."""
     attended = torch.empty_like(query)
     is_grouped = query.shape[1] > key.shape[1]
     for query_run, key_run in zip(queries.runs, keys.runs, strict=True):

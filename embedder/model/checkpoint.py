@@ -11,7 +11,7 @@ from pathlib import Path
 from embedder.errors import ModelUnavailable
 from embedder.settings import Settings
 
-EMBEDDED = Path(str(importlib.resources.files("embedder") / "default_model"))
+BUNDLED = Path(str(importlib.resources.files("embedder") / "default_model"))
 PUBLISHED = "Qwen/Qwen3-VL-Embedding-2B"
 PUBLISHED_REVISION = "9f2f7e710d6d81056aa5c0a4f04764fec6bb7bda"
 
@@ -20,12 +20,12 @@ _FILES = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this machine. `name` is what the operator called it; `is_embedded`: the package's own."""
+    """A checkpoint on this machine. `name` is what the operator called it; `is_bundled`: the package's own."""
 
     folder: Path
     name: str
     revision: str
-    is_embedded: bool
+    is_bundled: bool
 
 
 def find_checkpoint(settings: Settings) -> Checkpoint:
@@ -36,12 +36,12 @@ def find_checkpoint(settings: Settings) -> Checkpoint:
 
     Raises `ModelUnavailable` saying what was looked for and what to do.
     """
-    if not settings.model and EMBEDDED.is_dir():
-        return _checked(Checkpoint(EMBEDDED, "embedded", "", is_embedded=True))
+    if not settings.model and BUNDLED.is_dir():
+        return _checked(Checkpoint(BUNDLED, "bundled", "", is_bundled=True))
     if not settings.model:
         return _checked(_download(PUBLISHED, settings.revision or PUBLISHED_REVISION))
     if Path(settings.model).is_dir():
-        return _checked(Checkpoint(Path(settings.model), settings.model, "", is_embedded=False))
+        return _checked(Checkpoint(Path(settings.model), settings.model, "", is_bundled=False))
     if settings.model.count("/") != 1 or settings.model.startswith((".", "/", "~")):
         raise ModelUnavailable(f"EMBEDDER_MODEL={settings.model!r} is neither a folder nor a hub id (owner/name)")
     return _checked(_download(settings.model, settings.revision))
@@ -61,7 +61,7 @@ def _download(name: str, revision: str) -> Checkpoint:
             f"model {wanted} is not in the local cache and could not be downloaded{offline}: {reason}. "
             "Make the hub reachable, or mount a checkpoint and set EMBEDDER_MODEL to its folder"
         ) from error
-    return Checkpoint(folder, name, folder.name, is_embedded=False)
+    return Checkpoint(folder, name, folder.name, is_bundled=False)
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:

@@ -11,7 +11,7 @@ Function = Callable[..., Any]
 Fuse = Callable[[Function], Function]
 
 
-def as_it_is(function: Function) -> Function:
+def uncompiled(function: Function) -> Function:
     """Operation by operation."""
     return function
 

@@ -15,7 +15,7 @@ _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate
 
 
 @contextmanager
-def device_faults(device: torch.device) -> Iterator[None]:
+def device_errors(device: torch.device) -> Iterator[None]:
     """Raises `DeviceOutOfMemory`, with the memory freed again, or `DeviceFailed`; any other error passes unchanged."""
     try:
         yield

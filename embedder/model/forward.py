@@ -9,7 +9,7 @@ from torch import Tensor
 
 from embedder.inputs.preprocess import VisionConfig
 from embedder.model.attention import choose_attention
-from embedder.model.compile import as_it_is, compiled
+from embedder.model.compile import compiled, uncompiled
 from embedder.model.language import Language
 from embedder.model.packing import PackedBatch
 from embedder.model.vision import Vision
@@ -26,7 +26,7 @@ class Forward:
         self.dtype: torch.dtype = model.dtype
         self.hidden_size: int = model.config.text_config.hidden_size
         self.attention_name, back_end = choose_attention(attention, self.device, self.dtype)
-        fuse = compiled if is_compiled else as_it_is
+        fuse = compiled if is_compiled else uncompiled
         self.vision = Vision(model.visual, vision, back_end, fuse)
         self.language = Language(model.language_model, back_end, fuse)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedder.model.attention import Attention
-from embedder.model.compile import Fuse, as_it_is
+from embedder.model.compile import Fuse, uncompiled
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, pack_prefixes
 from embedder.model.positions import apply_rotary
 
@@ -30,7 +30,7 @@ MAX_KEPT_TOKENS = 4096  # of all kept prefixes together: 470 MB for the 2B, 600 
 class Language:
     """The tower of one checkpoint, and the prefixes it has seen."""
 
-    def __init__(self, tower: Module, attention: Attention, fuse: Fuse = as_it_is) -> None:
+    def __init__(self, tower: Module, attention: Attention, fuse: Fuse = uncompiled) -> None:
         self.tower = tower
         self.attention = attention
         self._project, self._finish = (
@@ -120,7 +120,7 @@ class Language:
         for layer in self.tower.layers:
             query, key, value = self._project(layer, hidden_states, cos, sin)
             parts = zip(torch.split(key, lengths), torch.split(value, lengths), strict=True)
-            by_layer.append([(one.clone(), other.clone()) for one, other in parts])  # a view would keep its neighbours
+            by_layer.append([(one.clone(), other.clone()) for one, other in parts])  # a view would keep its neighbors
             if layer is not self.tower.layers[-1]:
                 attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=True)
                 hidden_states = self._finish(layer, hidden_states, attended)

@@ -35,7 +35,7 @@ class Run:
 class Sequences:
     """Where each sequence stands in a packed row.
 
-    `cu_seqlens`: (num_sequences + 1,) int32, on the device. `runs`: the same as neighbours of equal length, for the
+    `cu_seqlens`: (num_sequences + 1,) int32, on the device. `runs`: the same as neighbors of equal length, for the
     CPU, which has no kernel for `cu_seqlens`.
     """
 
@@ -206,7 +206,7 @@ def _coordinates(grid_thw: tuple[int, int, int], merge_size: int) -> NDArray[np.
 
 
 def _sequences(lengths: NDArray[np.int64], counts: Sequence[int], device: torch.device) -> Sequences:
-    """`counts` says how many neighbours each run takes, which must be of equal length."""
+    """`counts` says how many neighbors each run takes, which must be of equal length."""
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     firsts = np.cumsum(counts) - counts
     runs = (
@@ -216,7 +216,7 @@ def _sequences(lengths: NDArray[np.int64], counts: Sequence[int], device: torch.
 
 
 def _run_lengths(values: Iterable[object]) -> list[int]:
-    """How many neighbours are equal, run by run."""
+    """How many neighbors are equal, run by run."""
     return [len(list(equal)) for _, equal in groupby(values)]
 
 

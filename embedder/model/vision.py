@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embedder.inputs.preprocess import VisionConfig
 from embedder.model.attention import Attention
-from embedder.model.compile import Fuse, as_it_is
+from embedder.model.compile import Fuse, uncompiled
 from embedder.model.packing import PackedVision
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 
@@ -22,7 +22,7 @@ ROPE_THETA = 10_000.0  # of Qwen3VLVisionRotaryEmbedding in transformers
 class Vision:
     """The tower of one checkpoint."""
 
-    def __init__(self, tower: Module, config: VisionConfig, attention: Attention, fuse: Fuse = as_it_is) -> None:
+    def __init__(self, tower: Module, config: VisionConfig, attention: Attention, fuse: Fuse = uncompiled) -> None:
         self.tower = tower
         self.attention = attention
         self._project, self._finish = fuse(_project), fuse(_finish)

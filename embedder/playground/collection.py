@@ -81,12 +81,12 @@ class Collection:
     Raises `ValueError` where the operator's folder is none.
     """
 
-    def __init__(self, settings: Settings, *, is_embedded_model: bool) -> None:
-        self.title, self.licence, self.num_left_out = "", "", 0
+    def __init__(self, settings: Settings, *, is_bundled_model: bool) -> None:
+        self.title, self.license, self.num_left_out = "", "", 0
         self._sources: list[Source] = []
         if settings.demo_folder:
             self._take_folder(Path(settings.demo_folder), settings)
-        elif is_embedded_model:
+        elif is_bundled_model:
             self._take_demo()
         self.num_pictures = len(self._sources)
         self.pictures: list[Picture] = []
@@ -132,7 +132,7 @@ class Collection:
         return {
             "status": status,
             "title": self.title,
-            "licence": self.licence,
+            "license": self.license,
             "num_done": len(self.pictures) + len(self.skipped),
             "num_pictures": self.num_pictures,
             "num_left_out": self.num_left_out,
@@ -163,7 +163,7 @@ class Collection:
     def _take_demo(self) -> None:
         """The drawings, cut out of their sheet."""
         sheet_of = json.loads((_DEMO / "drawings.json").read_text(encoding="utf-8"))
-        self.title, self.licence = sheet_of["style"], sheet_of["licence"]
+        self.title, self.license = sheet_of["style"], sheet_of["license"]
         side, columns = sheet_of["tile_pixels"], sheet_of["columns"]
 
         @functools.cache  # for as long as sources are left

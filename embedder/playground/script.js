@@ -305,12 +305,12 @@ function closest(shown, vectors) {
 /** Three shapes and their names, drawn here. */
 async function addExample() {
   const shapes = [["red circle", "#d92b2b"], ["green square", "#1f9d3f"], ["blue triangle", "#2450d6"]];
-  const pictures = await Promise.all(shapes.map(async ([name, colour]) => {
+  const pictures = await Promise.all(shapes.map(async ([name, color]) => {
     const canvas = make("canvas", { width: 128, height: 128 });
     const pen = canvas.getContext("2d");
     pen.fillStyle = "#ffffff";
     pen.fillRect(0, 0, 128, 128);
-    pen.fillStyle = colour;
+    pen.fillStyle = color;
     pen.beginPath();
     if (name.endsWith("circle")) pen.arc(64, 64, 48, 0, 7);
     else if (name.endsWith("square")) pen.rect(20, 20, 88, 88);
@@ -363,13 +363,13 @@ function drawBuilding(answer) {
 }
 
 function drawCollection() {
-  const { title, licence, pictures, skipped, num_left_out } = collection;
+  const { title, license, pictures, skipped, num_left_out } = collection;
   byId("search-label").textContent = `Search ${counted(pictures.length, "picture")} of ${title}`;
-  if (licence) {
-    byId("attribution").textContent = `Pictures: ${title}, ${licence}`;
+  if (license) {
+    byId("attribution").textContent = `Pictures: ${title}, ${license}`;
     byId("attribution").hidden = false;
   }
-  if (info.is_embedded_model) {
+  if (info.is_bundled_model) {
     const chips = SUGGESTIONS.map((word) => make("button", { type: "button", textContent: word, onclick: () => searchText(word) }));
     byId("suggestions").replaceChildren(...chips);
   }
@@ -628,7 +628,7 @@ async function start() {
     return;
   }
   byId("banner").hidden = true;
-  const name = info.is_embedded_model ? "the small model of the package" : info.model;
+  const name = info.is_bundled_model ? "the small model of the package" : info.model;
   byId("model").replaceChildren(make("strong", { textContent: name }), `, ${info.hidden_size} dimensions, on ${info.device}`);
   byId("limits").textContent =
     `Images are sent as they are: up to ${megabytes(info.limits.max_image_bytes)} and ` +

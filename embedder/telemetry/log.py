@@ -73,7 +73,7 @@ def request_id() -> str:
     return request.id if request else ""
 
 
-def share_log(log_format: Literal["text", "json"]) -> None:
+def configure_logging(log_format: Literal["text", "json"]) -> None:
     """BentoML's handlers also for our lines; and none of its tracebacks, bodies and all, for what a caller did."""
     ours, theirs = logging.getLogger("embedder"), logging.getLogger("bentoml")
     for handler in theirs.handlers:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from embedder.engine.observer import KINDS, Batch, Journey, Observer
+from embedder.engine.observer import KINDS, Batch, ItemTrace, Observer
 from embedder.errors import NO_ANSWER, EmbedderError
 
 if TYPE_CHECKING:
@@ -140,34 +140,34 @@ class Metrics(Observer):
         if code:
             self.errors.labels(code).inc()
 
-    def admitted(self, journey: Journey) -> None:
-        self.items[journey.kind].inc()
+    def admitted(self, trace: ItemTrace) -> None:
+        self.items[trace.kind].inc()
         self.queue_items.inc()
-        self.queue_tokens.inc(journey.estimated_tokens)
+        self.queue_tokens.inc(trace.estimated_tokens)
 
-    def preprocessed(self, journey: Journey) -> None:
-        started_s, ended_s = journey.preprocess_started_s, journey.preprocess_ended_s
+    def preprocessed(self, trace: ItemTrace) -> None:
+        started_s, ended_s = trace.preprocess_started_s, trace.preprocess_ended_s
         assert started_s is not None
         assert ended_s is not None
-        self.wait_seconds["preprocess"].observe(started_s - journey.admitted_s)
-        self.preprocess_seconds[journey.kind].observe(ended_s - started_s)
+        self.wait_seconds["preprocess"].observe(started_s - trace.admitted_s)
+        self.preprocess_seconds[trace.kind].observe(ended_s - started_s)
 
-    def ran(self, batch: Batch, journeys: Sequence[Journey]) -> None:
-        for journey in journeys:
-            assert journey.preprocess_ended_s is not None
-            self.wait_seconds["device"].observe(batch.started_s - journey.preprocess_ended_s)
-        num_visual_tokens = sum(journey.num_visual_tokens for journey in journeys)
-        self.tokens["text"].inc(sum(journey.num_tokens for journey in journeys) - num_visual_tokens)
+    def ran(self, batch: Batch, traces: Sequence[ItemTrace]) -> None:
+        for trace in traces:
+            assert trace.preprocess_ended_s is not None
+            self.wait_seconds["device"].observe(batch.started_s - trace.preprocess_ended_s)
+        num_visual_tokens = sum(trace.num_visual_tokens for trace in traces)
+        self.tokens["text"].inc(sum(trace.num_tokens for trace in traces) - num_visual_tokens)
         self.tokens["visual"].inc(num_visual_tokens)
-        self.prefix_tokens.inc(sum(journey.num_prefix_tokens for journey in journeys))
-        self.cut_items.inc(sum(journey.num_cut_tokens > 0 for journey in journeys))
+        self.prefix_tokens.inc(sum(trace.num_prefix_tokens for trace in traces))
+        self.cut_items.inc(sum(trace.num_cut_tokens > 0 for trace in traces))
         self.forward_seconds.observe(batch.seconds)
         self.batch_items.observe(batch.num_items)
         self.batch_tokens.observe(batch.num_tokens)
 
-    def answered(self, journey: Journey, future: Future[Embedding]) -> None:
+    def answered(self, trace: ItemTrace, future: Future[Embedding]) -> None:
         self.queue_items.dec()
-        self.queue_tokens.dec(journey.estimated_tokens)
+        self.queue_tokens.dec(trace.estimated_tokens)
         if future.cancelled():
             self.cancelled_items.inc()
         elif isinstance(error := future.exception(), EmbedderError):
@@ -203,7 +203,7 @@ class Metrics(Observer):
         return Gauge(f"embedder_{name}", documentation, registry=self._registry, multiprocess_mode="livesum")
 
 
-class CountRequests:
+class MetricsMiddleware:
     """ASGI middleware around the edge: every answer, its time, and the code of one that is an error."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

@@ -29,7 +29,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, set_span_in_context
 from opentelemetry.util.types import Attributes
 
-from embedder.engine.observer import JOURNEYS, Journey
+from embedder.engine.observer import ITEM_TRACES, ItemTrace
 from embedder.settings import trace_exporter_variable
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _otlp_exporter() -> type[SpanExporter]:
     return OTLPSpanExporter
 
 
-class Tracing:
+class TracingMiddleware:
     """ASGI middleware around the edge: a span for each request to one of `routes`, and those of its stages."""
 
     def __init__(
@@ -99,14 +99,14 @@ class Tracing:
                 status, answered_s = message["status"], time.monotonic()
             await send(message)
 
-        journeys: list[Journey] = []
-        token = JOURNEYS.set(journeys)
+        traces: list[ItemTrace] = []
+        token = ITEM_TRACES.set(traces)
         try:
             await self.app(scope, receive, watch)
         finally:
-            JOURNEYS.reset(token)
-            _Drawing(self.tracer, span).draw(journeys, answered_s)
-            _end(span, status, journeys)
+            ITEM_TRACES.reset(token)
+            _Drawing(self.tracer, span).draw(traces, answered_s)
+            _end(span, status, traces)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the last spans before the service says that it is done: no exit handler runs after that."""
@@ -134,23 +134,23 @@ class _Drawing:
         self._now_s = time.monotonic()
         self._epoch_ns = time.time_ns() - round(self._now_s * 1e9)
 
-    def draw(self, journeys: list[Journey], answered_s: float | None) -> None:
-        for number, journey in _slowest(journeys):
-            self._draw_item({"embedder.item.number": number, "embedder.item.kind": journey.kind}, journey)
-        batches = Counter(journey.batch for journey in journeys if journey.batch)
+    def draw(self, traces: list[ItemTrace], answered_s: float | None) -> None:
+        for number, trace in _slowest(traces):
+            self._draw_item({"embedder.item.number": number, "embedder.item.kind": trace.kind}, trace)
+        batches = Counter(trace.batch for trace in traces if trace.batch)
         for batch, num_items in batches.items():
             attributes = {"embedder.batch.items": batch.num_items, "embedder.batch.tokens": batch.num_tokens}
             self._stage("forward", batch.started_s, batch.ended_s, {"embedder.items": num_items, **attributes})
         if batches and answered_s is not None:
             self._stage("serialize", max(batch.ended_s for batch in batches), answered_s)
 
-    def _draw_item(self, item: Mapping[str, str | int], journey: Journey) -> None:
-        started_s, ended_s, batch = journey.preprocess_started_s, journey.preprocess_ended_s, journey.batch
-        self._stage("wait_preprocess", journey.admitted_s, started_s, item)
+    def _draw_item(self, item: Mapping[str, str | int], trace: ItemTrace) -> None:
+        started_s, ended_s, batch = trace.preprocess_started_s, trace.preprocess_ended_s, trace.batch
+        self._stage("wait_preprocess", trace.admitted_s, started_s, item)
         if started_s is not None:
-            tokens = {"embedder.tokens": journey.num_tokens, "embedder.visual_tokens": journey.num_visual_tokens}
+            tokens = {"embedder.tokens": trace.num_tokens, "embedder.visual_tokens": trace.num_visual_tokens}
             self._stage("preprocess", started_s, ended_s, {**item, **tokens})
-        if ended_s is not None and journey.num_tokens:
+        if ended_s is not None and trace.num_tokens:
             self._stage("wait_device", ended_s, batch.started_s if batch else None, item)
 
     def _stage(self, name: str, start_s: float, end_s: float | None, attributes: Attributes = None) -> None:
@@ -163,19 +163,19 @@ class _Drawing:
         return self._epoch_ns + round(seconds * 1e9)
 
 
-def _slowest(journeys: list[Journey]) -> list[tuple[int, Journey]]:
+def _slowest(traces: list[ItemTrace]) -> list[tuple[int, ItemTrace]]:
     """With their numbers, in the order in which they were taken."""
 
-    def ended_s(entry: tuple[int, Journey]) -> float:
+    def ended_s(entry: tuple[int, ItemTrace]) -> float:
         batch = entry[1].batch
         return batch.ended_s if batch else float("inf")
 
-    return sorted(sorted(enumerate(journeys), key=ended_s)[-MAX_DRAWN_ITEMS:], key=lambda entry: entry[0])
+    return sorted(sorted(enumerate(traces), key=ended_s)[-MAX_DRAWN_ITEMS:], key=lambda entry: entry[0])
 
 
-def _end(span: Span, status: int, journeys: list[Journey]) -> None:
-    span.set_attribute("embedder.items", len(journeys))
-    span.set_attribute("embedder.tokens", sum(journey.num_tokens for journey in journeys))
+def _end(span: Span, status: int, traces: list[ItemTrace]) -> None:
+    span.set_attribute("embedder.items", len(traces))
+    span.set_attribute("embedder.tokens", sum(trace.num_tokens for trace in traces))
     if status:
         span.set_attribute("http.response.status_code", status)
     if status >= 500:

@@ -186,8 +186,8 @@ def test_variant_with_other_vectors_ends_the_run(monkeypatch: pytest.MonkeyPatch
 
 
 def test_frozen_heap_is_not_walked() -> None:
-    as_it_is, frozen = choices._pauses_ms().values()
-    assert frozen < as_it_is
+    uncompiled, frozen = choices._pauses_ms().values()
+    assert frozen < uncompiled
 
 
 def test_documented_goals_are_those_of_the_recorded_results() -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from benchmarks.quality import ablations, colors, neighbors, suite
 from benchmarks.quality.color_data import COLORS, NAMES, ciede2000
 from benchmarks.quality.local_schema import Client, Endpoint, LocalService, read_models
-from benchmarks.quality.mteb_model import EmbedderModel, instruction_of, items_of
+from benchmarks.quality.mteb_model import EmbedderModel, instruction_for, items_of
 from benchmarks.quality.published import MMTEB
 from benchmarks.quality.targets import Item, Library, RequestFailed, Service
 from benchmarks.quality.tasks import LOCAL_TASKS
@@ -116,14 +116,14 @@ def test_folder_of_other_weights_is_refused(embedder: Embedder, tmp_path: Path) 
 def test_queries_and_documents_get_the_instructions_of_the_model_card() -> None:
     query, document = mteb.types.PromptType.query, mteb.types.PromptType.document
     own = LOCAL_TASKS["Swatches"](4).metadata
-    assert instruction_of(own, query) == "Find the color."
-    assert instruction_of(own, document) is None
+    assert instruction_for(own, query) == "Find the color."
+    assert instruction_for(own, document) is None
     without = own.model_copy(update={"prompt": None})
-    assert instruction_of(without, query) == QUERY_INSTRUCTION
-    assert instruction_of(without, document) is None
-    assert instruction_of(without, None) is None
+    assert instruction_for(without, query) == QUERY_INSTRUCTION
+    assert instruction_for(without, document) is None
+    assert instruction_for(without, None) is None
     symmetric = own.model_copy(update={"prompt": "Say what it is about."})
-    assert [instruction_of(symmetric, side) for side in (None, query, document)] == ["Say what it is about."] * 2 + [
+    assert [instruction_for(symmetric, side) for side in (None, query, document)] == ["Say what it is about."] * 2 + [
         None
     ]
 
@@ -158,7 +158,7 @@ def test_published_figures_stand_beside_a_complete_run_of_their_benchmark() -> N
     text = suite.table(data)
     assert f"| {MMTEB} | 63.9 | 65.0 | +1.1 |" in text
     assert "NOT RUN: c: no hub" in text
-    assert not suite.compare("embedded", rows, complete=None)
+    assert not suite.compare("bundled", rows, complete=None)
 
 
 # Colors. The second service shares no code with ours: it knows each name's RGB, but takes every tenth for the next one.

@@ -79,7 +79,7 @@ def test_python_snippet_prints_what_it_says(snippet: str, default_server: Server
 
 
 def test_small_model_says_what_it_is(default_server: Server) -> None:
-    assert httpx.get(f"{default_server.url}/info").json()["is_embedded_model"] is True
+    assert httpx.get(f"{default_server.url}/info").json()["is_bundled_model"] is True
     assert "serving the small model shipped in the package" in default_server.log.read_text()
 
 
@@ -101,9 +101,9 @@ def test_models_yaml_entry_drives_the_benchmarks_client(default_server: Server) 
 
 
 def test_red_is_nearest_to_the_red_swatch_of_949(default_server: Server) -> None:
-    colours = list(matplotlib.colors.XKCD_COLORS.values())
-    assert len(colours) == 949
-    swatches = [base64.b64encode(encoded(PIL.Image.new("RGB", (64, 64), colour))).decode() for colour in colours]
+    colors = list(matplotlib.colors.XKCD_COLORS.values())
+    assert len(colors) == 949
+    swatches = [base64.b64encode(encoded(PIL.Image.new("RGB", (64, 64), color))).decode() for color in colors]
     vectors: list[list[float]] = []
     for start in range(0, len(swatches), 100):
         answer = httpx.post(
@@ -112,7 +112,7 @@ def test_red_is_nearest_to_the_red_swatch_of_949(default_server: Server) -> None
         vectors += answer.json()["embedding"]
     red = np.array(httpx.post(f"{default_server.url}/txt/embed", json={"input": "red"}).json()["embedding"])
     assert np.linalg.norm(red) == pytest.approx(1, abs=1e-6)
-    assert colours[int(np.argmax(np.array(vectors) @ red))] == matplotlib.colors.XKCD_COLORS["xkcd:red"]
+    assert colors[int(np.argmax(np.array(vectors) @ red))] == matplotlib.colors.XKCD_COLORS["xkcd:red"]
 
 
 def test_settings_table_is_the_codes() -> None:

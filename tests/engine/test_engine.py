@@ -166,7 +166,7 @@ def test_value_that_is_not_finite_is_an_error_never_an_answer(engine: Engine, mo
 def test_batch_that_does_not_fit_is_split_and_the_next_ones_are_smaller_for_a_while(
     engine: Engine, model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedder.engine, "FITTING_BATCHES", 12)
+    monkeypatch.setattr(embedder.engine.engine, "FITTING_BATCHES", 12)
     model.capacity = 450
     texts = [f"{index:100}" for index in range(10)]
     for text, future in zip(texts, held_back(engine, model, texts), strict=True):
@@ -197,7 +197,7 @@ def test_item_that_does_not_fit_alone_fails_alone(engine: Engine, model: FakeMod
 def ahead(model: FakeModel) -> Iterator[Engine]:
     """An engine that launches one batch ahead; a batch has room for two of `x` * 50."""
     settings = Settings(max_batch_tokens=100, max_input_tokens=100)
-    engine = Engine(model.preprocess, model.launch_ahead, HIDDEN_SIZE, settings, max_flights=2)
+    engine = Engine(model.preprocess, model.launch_ahead, HIDDEN_SIZE, settings, max_in_flight=2)
     yield engine
     model.gate.set()
     engine.close()
@@ -219,7 +219,7 @@ def test_one_batch_is_launched_ahead_and_no_more(ahead: Engine, model: FakeModel
 def test_device_waits_for_no_launch_while_work_waits() -> None:
     """Launching takes 10 ms, computing 20: of ten batches the device waits for the first alone."""
     seconds = {}
-    for max_flights in (1, 2):
+    for max_in_flight in (1, 2):
         model = FakeModel(seconds_per_item=0.01)
         model.gate.set()
 
@@ -228,10 +228,10 @@ def test_device_waits_for_no_launch_while_work_waits() -> None:
             return model.launch_ahead(inputs)
 
         settings = Settings(max_batch_tokens=100, max_input_tokens=100)
-        engine = Engine(model.preprocess, launch, HIDDEN_SIZE, settings, max_flights=max_flights)
+        engine = Engine(model.preprocess, launch, HIDDEN_SIZE, settings, max_in_flight=max_in_flight)
         start = time.monotonic()
         wait([engine.submit(item(f"{index:50}")) for index in range(20)], timeout=10)
-        seconds[max_flights] = time.monotonic() - start
+        seconds[max_in_flight] = time.monotonic() - start
         engine.close()
     assert seconds[2] < 0.85 * seconds[1]  # 0.21 of 0.3 s
 
@@ -248,7 +248,7 @@ def test_batch_that_fails_ahead_of_another_costs_nobody_else(ahead: Engine, mode
 
 def test_device_that_hangs_with_two_batches_is_given_up(model: FakeModel) -> None:
     settings = Settings(max_batch_tokens=100, max_input_tokens=100)
-    engine = Engine(model.preprocess, model.launch_ahead, HIDDEN_SIZE, settings, max_flights=2, stuck_after_s=0.3)
+    engine = Engine(model.preprocess, model.launch_ahead, HIDDEN_SIZE, settings, max_in_flight=2, stuck_after_s=0.3)
     model.gate.clear()
     futures = [engine.submit(item(f"{index:50}")) for index in range(9)]
     for future in futures:
@@ -497,7 +497,7 @@ def test_of_two_requests_that_do_not_fit_together_one_is_refused_whole(model: Fa
 def test_preprocessing_waits_while_what_it_made_fills_the_memory(
     model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedder.engine, "READY_BYTES", 5)
+    monkeypatch.setattr(embedder.engine.engine, "READY_BYTES", 5)
     monkeypatch.setattr(ModelInput, "num_bytes", property(lambda _: 1))
     model.gate.clear()
     with running(model, preprocess_threads=2) as engine:

@@ -25,9 +25,9 @@ class EngineStates(RuleBasedStateMachine):
     @initialize(
         cache_bytes=st.sampled_from([0, 1000]),
         is_sound=st.sampled_from([True, True, False]),
-        max_flights=st.integers(1, 3),
+        max_in_flight=st.integers(1, 3),
     )
-    def start(self, cache_bytes: int, is_sound: bool, max_flights: int) -> None:
+    def start(self, cache_bytes: int, is_sound: bool, max_in_flight: int) -> None:
         self.is_sound = is_sound
         self.model = FakeModel(capacity=100)
         self.model.gate.set()
@@ -38,8 +38,8 @@ class EngineStates(RuleBasedStateMachine):
             max_input_tokens=256,
             cache_bytes=cache_bytes,
         )
-        launch = self.model.launch if max_flights == 1 else self.model.launch_ahead
-        self.engine = Engine(self.model.preprocess, launch, HIDDEN_SIZE, choice, max_flights=max_flights)
+        launch = self.model.launch if max_in_flight == 1 else self.model.launch_ahead
+        self.engine = Engine(self.model.preprocess, launch, HIDDEN_SIZE, choice, max_in_flight=max_in_flight)
         self.submitted: list[tuple[str, Future[Embedding]]] = []
 
     @rule(text=st.sampled_from(TEXTS), request=st.sampled_from(["bulk", None]))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from benchmarks import output_types
 from embedder.engine.postprocess import dequantize, int8_step, quantize
 from embedder.errors import InvalidRequest
-from embedder.http.response import to_base64, to_json, wire_vector
+from embedder.http.response import encode_vector, to_base64, to_json
 from embedder.inputs.items import OutputDtype, check_output_dtype
 from tests.conftest import ROOT, finish
 
@@ -159,7 +159,7 @@ def test_others_do_not(output_dtype: OutputDtype) -> None:
 def test_lists_hold_the_very_values(output_dtype: OutputDtype) -> None:
     vector = finish(np.random.default_rng(1).normal(size=100).astype(np.float32), None, normalize=True)
     values = quantize(vector, output_dtype)
-    sent = json.loads(to_json({"embedding": wire_vector(values, "float")}))["embedding"]
+    sent = json.loads(to_json({"embedding": encode_vector(values, "float")}))["embedding"]
     assert np.array_equal(np.array(sent, values.dtype), values)
     is_float = output_dtype in ("float32", "float16")
     assert all(isinstance(value, float if is_float else int) for value in sent)
@@ -169,7 +169,7 @@ def test_lists_hold_the_very_values(output_dtype: OutputDtype) -> None:
 def test_base64_holds_the_bytes_little_endian(output_dtype: OutputDtype) -> None:
     vector = finish(np.random.default_rng(1).normal(size=100).astype(np.float32), None, normalize=True)
     values = quantize(vector, output_dtype)
-    data = base64.b64decode(wire_vector(values, "base64"))
+    data = base64.b64decode(encode_vector(values, "base64"))
     assert np.array_equal(np.frombuffer(data, values.dtype.newbyteorder("<")), values)
     assert to_base64(values.astype(values.dtype.newbyteorder(">"))) == to_base64(values)
     assert len(data) == {"float32": 400, "float16": 200, "int8": 100, "uint8": 100}.get(output_dtype, 13)

@@ -22,7 +22,7 @@ def test_vector_has_unit_length_whatever_its_size(dimensions: int | None) -> Non
     assert abs(np.linalg.norm(vector.astype(np.float64)) - 1) < 1e-6
 
 
-def test_vector_is_cut_before_it_is_normalised() -> None:
+def test_vector_is_cut_before_it_is_normalized() -> None:
     expected = ROW[:64].astype(np.float64) / np.linalg.norm(ROW[:64].astype(np.float64))
     assert np.abs(finish(ROW, 64, normalize=True) - expected).max() < 1e-7
     wrong = ROW[:64] / np.linalg.norm(ROW)  # the other order

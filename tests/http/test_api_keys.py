@@ -16,7 +16,7 @@ import pytest
 
 from embedder import verify
 from embedder.http import api_keys as keys_module
-from embedder.http.api_keys import Keys
+from embedder.http.api_keys import ApiKeys
 from embedder.settings import Settings
 from tests.conftest import Server, start_server
 
@@ -25,8 +25,8 @@ def bearer(key: str) -> list[tuple[bytes, bytes]]:
     return [(b"authorization", f"Bearer {key}".encode())]
 
 
-def keys_of(text: str = "", file: Path | None = None) -> Keys:
-    return Keys(Settings(api_key=text or None, api_key_file=str(file or "")))
+def keys_of(text: str = "", file: Path | None = None) -> ApiKeys:
+    return ApiKeys(Settings(api_key=text or None, api_key_file=str(file or "")))
 
 
 @pytest.fixture
@@ -153,12 +153,12 @@ def test_unusable_file_leaves_the_last_good_keys_and_one_line(
 )
 def test_promise_of_keys_without_keys_stops_the_start(settings: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Keys(Settings(**settings))
+        ApiKeys(Settings(**settings))
 
 
 def test_key_is_not_in_any_text_made_of_the_settings() -> None:
     settings = Settings(api_key="s3cret")
-    shown = f"{settings} {settings!r} {settings.model_dump()} {settings.model_dump_json()} {Keys(settings).__dict__}"
+    shown = f"{settings} {settings!r} {settings.model_dump()} {settings.model_dump_json()} {ApiKeys(settings).__dict__}"
     with pytest.raises(ValueError, match="validation errors") as caught:
         Settings(api_key="s3cret", workers=0, max_pixels=1)
     assert "s3cret" not in shown + str(caught.value)

@@ -11,7 +11,7 @@ import pytest
 
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EngineFailed, InvalidMedia, InvalidRequest, RequestTooLarge
-from embedder.http.embed import EmbedResponse, NativeRequest, embed_body, parse_embed, whole_failure
+from embedder.http.embed import EmbedResponse, NativeRequest, embed_response, parse_embed, whole_failure
 from embedder.inputs.items import EmbeddingItem, Image, Text
 from embedder.settings import Settings
 
@@ -24,7 +24,7 @@ def parse(*items: Any, **options: Any) -> NativeRequest:
 
 
 def answer(request: NativeRequest, *outcomes: Any) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads(embed_body(request, outcomes, "the model", 100))
+    body: dict[str, Any] = json.loads(embed_response(request, outcomes, "the model", 100))
     EmbedResponse.model_validate({name: value for name, value in body.items() if name != "error"})
     return body
 

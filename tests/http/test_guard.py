@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embedder.http.api_keys import Keys
-from embedder.http.guard import PROBES, Edge
+from embedder.http.api_keys import ApiKeys
+from embedder.http.guard import PROBES, RequestGuard
 from embedder.server.lifecycle import Drain
 from embedder.settings import Settings
 
@@ -21,10 +21,10 @@ LIMIT, MAX_HELD, MAX_VALUES, MAX_READ_S = 10, 15, 3, 0.05
 MADE_ID = re.compile(rb"[0-9a-f]{32}")
 
 
-def edge(app: ASGIApp, *, api_key: str | None = None, drain: Drain | None = None) -> Edge:
-    keys, drain = Keys(Settings(api_key=api_key)), drain or Drain()
+def edge(app: ASGIApp, *, api_key: str | None = None, drain: Drain | None = None) -> RequestGuard:
+    keys, drain = ApiKeys(Settings(api_key=api_key)), drain or Drain()
     opened = frozenset({"/page"})
-    return Edge(
+    return RequestGuard(
         app, LIMIT, MAX_HELD, MAX_VALUES, MAX_READ_S, keys=keys, drain=drain, open_paths=opened, is_logged=False
     )
 

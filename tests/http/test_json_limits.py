@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from embedder.http import json_limits as values
-from embedder.http.json_limits import has_more_values
+from embedder.http.json_limits import exceeds_value_count
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text('a,[{"\\\n\u00e9'),
@@ -29,10 +29,10 @@ def test_count_is_exact(value: object, block_bytes: int) -> None:
     count = num_values([value])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(values, "BLOCK_BYTES", block_bytes)
-        assert not has_more_values(body, count)
-        assert has_more_values(body, count - 1)
+        assert not exceeds_value_count(body, count)
+        assert exceeds_value_count(body, count - 1)
 
 
 @pytest.mark.parametrize("body", [b"", b"5", b'"' + b"," * 100 + b'"', b'"' + b'\\",' * 100 + b'"'])
 def test_commas_in_a_string_are_no_values(body: bytes) -> None:
-    assert not has_more_values(body, 1)
+    assert not exceeds_value_count(body, 1)

@@ -11,10 +11,10 @@ from embedder.http.messages import (
     QUERY_INSTRUCTION,
     InputType,
     check_length,
-    instruction_of,
-    item_of_conversation,
-    item_of_string,
-    parts_of_content,
+    instruction_for,
+    item_from_conversation,
+    item_from_string,
+    parts_from_content,
 )
 from embedder.settings import Settings
 
@@ -40,7 +40,7 @@ IMAGE = {"type": "image", "image": URI}
     ],
 )
 def test_part_in_any_clients_form_is_a_native_part(part: dict[str, Any], native: dict[str, Any]) -> None:
-    assert parts_of_content([part]) == [native]
+    assert parts_from_content([part]) == [native]
 
 
 @pytest.mark.parametrize(
@@ -61,14 +61,14 @@ def test_part_in_any_clients_form_is_a_native_part(part: dict[str, Any], native:
 )
 def test_content_that_cannot_be_understood_says_why(content: Any, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        parts_of_content(content)
+        parts_from_content(content)
 
 
 def test_string_is_a_text_unless_it_is_the_data_uri_of_a_picture_or_clip() -> None:
-    assert item_of_string("data:image/png;base64,AAAA") == {"image": "data:image/png;base64,AAAA"}
-    assert item_of_string("data:video/mp4;base64,AAAA") == {"video": "data:video/mp4;base64,AAAA"}
+    assert item_from_string("data:image/png;base64,AAAA") == {"image": "data:image/png;base64,AAAA"}
+    assert item_from_string("data:video/mp4;base64,AAAA") == {"video": "data:video/mp4;base64,AAAA"}
     for text in ("red", "", "data: we counted", " data:image/png;base64,AAAA", "https://example.com/a.png"):
-        assert item_of_string(text) == {"text": text}
+        assert item_from_string(text) == {"text": text}
 
 
 def test_conversation_is_its_user_message_and_the_system_message_its_instruction() -> None:
@@ -77,11 +77,11 @@ def test_conversation_is_its_user_message_and_the_system_message_its_instruction
         "content": [{"type": "image_url", "image_url": {"url": URI}}, {"type": "text", "text": "a"}],
     }
     content = [IMAGE, {"type": "text", "text": "a"}]
-    assert item_of_conversation([user]) == {"content": content}
+    assert item_from_conversation([user]) == {"content": content}
     system = {"role": "system", "content": [{"type": "text", "text": "Find "}, {"type": "text", "text": "it."}]}
     empty = {"role": "assistant", "content": [{"type": "text", "text": ""}]}  # as in vLLM's example
-    assert item_of_conversation([system, user, empty]) == {"instruction": "Find it.", "content": content}
-    assert item_of_conversation([{"role": "developer", "content": "Find."}, user])["instruction"] == "Find."
+    assert item_from_conversation([system, user, empty]) == {"instruction": "Find it.", "content": content}
+    assert item_from_conversation([{"role": "developer", "content": "Find."}, user])["instruction"] == "Find."
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,14 @@ def test_conversation_is_its_user_message_and_the_system_message_its_instruction
 )
 def test_dialogue_that_the_model_was_not_trained_on_is_refused(messages: Any, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        item_of_conversation(messages)
+        item_from_conversation(messages)
 
 
 def test_queries_get_the_query_instruction_and_all_others_the_default() -> None:
-    queries = {name for name in get_args(InputType) if instruction_of(name) == QUERY_INSTRUCTION}
+    queries = {name for name in get_args(InputType) if instruction_for(name) == QUERY_INSTRUCTION}
     assert queries == {"search_query", "query", "retrieval.query", "code.query"}
-    assert {instruction_of(name) for name in set(get_args(InputType)) - queries} == {None}
-    assert instruction_of(None) is None
+    assert {instruction_for(name) for name in set(get_args(InputType)) - queries} == {None}
+    assert instruction_for(None) is None
 
 
 def test_clients_own_limit_may_not_be_below_the_services() -> None:

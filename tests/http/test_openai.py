@@ -15,8 +15,8 @@ from embedder.http.openai import (
     EmbeddingsResponse,
     ModelsResponse,
     OpenAIErrorResponse,
-    embeddings_body,
-    models_body,
+    embeddings_response,
+    models_response,
     openai_error_body,
     parse_embeddings,
 )
@@ -129,7 +129,7 @@ def test_answer_has_openais_shape() -> None:
     request = parse(input=["a", "b"], output_dtype="int8")
     vectors = [np.array([1.0, 0.0], np.float32), np.array([0.0, -1.0], np.float32)]
     embeddings = [Embedding(vector, 50 + 51 * index, 4 * index) for index, vector in enumerate(vectors)]
-    body = json.loads(embeddings_body(request, embeddings, "the model", 101))
+    body = json.loads(embeddings_response(request, embeddings, "the model", 101))
     assert body == {
         "object": "list",
         "data": [
@@ -144,7 +144,7 @@ def test_answer_has_openais_shape() -> None:
 
 
 def test_models_has_the_one_with_its_limit() -> None:
-    body = json.loads(models_body("the model", 1234.5, 8192))
+    body = json.loads(models_response("the model", 1234.5, 8192))
     (card,) = ModelsResponse.model_validate(body, strict=True).data
     assert (card.id, card.created, card.max_model_len) == ("the model", 1234, 8192)
 

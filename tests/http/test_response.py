@@ -23,7 +23,7 @@ from embedder.errors import (
     Overloaded,
     ShuttingDown,
 )
-from embedder.http.response import EmbeddingResponse, ErrorResponse, embedding_body, error_body, to_base64, to_json
+from embedder.http.response import EmbeddingResponse, ErrorResponse, embedding_response, error_body, to_base64, to_json
 from embedder.inputs.items import EmbeddingItem, EmbeddingRequest, EncodingFormat, Text
 
 VECTORS = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
@@ -43,7 +43,7 @@ def answer(
 ) -> dict[str, Any]:
     items = (EmbeddingItem((Text("a"),)),) * len(embeddings)
     request = EmbeddingRequest(items, is_list, encoding_format)
-    body: dict[str, Any] = json.loads(embedding_body(request, embeddings, "the model", limit))
+    body: dict[str, Any] = json.loads(embedding_response(request, embeddings, "the model", limit))
     EmbeddingResponse.model_validate(body, strict=True)
     return body
 

@@ -22,7 +22,7 @@ from embedder import Embedder
 from embedder.errors import EmbedderError
 from embedder.http.cohere import parse_cohere
 from embedder.http.embed import parse_embed
-from embedder.http.json_limits import VALUES_PER_ITEM, has_more_values
+from embedder.http.json_limits import MAX_VALUES_PER_ITEM, exceeds_value_count
 from embedder.http.openai import parse_embeddings
 from embedder.inputs.items import parse_text_request
 from embedder.settings import Settings
@@ -33,7 +33,7 @@ TOLERANCE = 1e-6  # of a value; float32, whatever is in the batch beside it
 MAX_GROWN_BYTES = 600 * 2**20  # the last bodies of 64 MiB until they are collected, and allocators' share; 350 MB seen
 MAX_PARSE_S = 0.3  # of CPU for the largest body; the event loop stands still as long
 SETTINGS = Settings()
-MAX_VALUES = VALUES_PER_ITEM * SETTINGS.max_items_per_request
+MAX_VALUES = MAX_VALUES_PER_ITEM * SETTINGS.max_items_per_request
 GOOD: list[Any] = [f"good item {number}" for number in range(12)] + [
     {"image": base64.b64encode(encoded(picture(64, 32, seed))).decode()} for seed in range(3)
 ]
@@ -195,7 +195,7 @@ def parse_s(body: bytes) -> float:
 @pytest.mark.parametrize("body", [pytest.param(body, id=name) for name, body in hostile.large_bodies()])
 def test_largest_body_stops_the_event_loop_for_a_moment_only(body: bytes) -> None:
     """What counts the values runs in a thread and lets go of Python's lock; what parses does not."""
-    assert has_more_values(body, MAX_VALUES) or parse_s(body) < MAX_PARSE_S
+    assert exceeds_value_count(body, MAX_VALUES) or parse_s(body) < MAX_PARSE_S
 
 
 @pytest.mark.parametrize("field", ["input", "items", "texts"])
@@ -203,7 +203,7 @@ def test_largest_body_stops_the_event_loop_for_a_moment_only(body: bytes) -> Non
 def test_as_many_values_as_a_body_may_hold_cost_a_moment_only(field: str, entry: Any) -> None:
     num_each = 1 + sum(map(json.dumps(entry).count, "[{"))
     body = json.dumps({field: [entry] * (MAX_VALUES // num_each - 2)}).encode()
-    assert not has_more_values(body, MAX_VALUES)
+    assert not exceeds_value_count(body, MAX_VALUES)
     assert parse_s(body) < MAX_PARSE_S
 
 

@@ -106,7 +106,7 @@ def reference(item: EmbeddingItem, processor: Any) -> Any:
 
 
 def raw_pixels(values: torch.Tensor) -> NDArray[np.uint8]:
-    """(num_patches, 1536) normalised -> (num_patches, channels, frames, patch**2) of 0..255."""
+    """(num_patches, 1536) normalized -> (num_patches, channels, frames, patch**2) of 0..255."""
     return (values * 0.5 + 0.5).mul(255).round().numpy().astype(np.uint8).reshape(-1, 3, 2, 256)
 
 

@@ -17,7 +17,7 @@ from embedder.settings import Settings
 
 def test_folder_is_taken_as_it_is(random_checkpoint: Path) -> None:
     name = str(random_checkpoint)
-    assert find_checkpoint(Settings(model=name)) == Checkpoint(random_checkpoint, name, "", is_embedded=False)
+    assert find_checkpoint(Settings(model=name)) == Checkpoint(random_checkpoint, name, "", is_bundled=False)
 
 
 @pytest.mark.parametrize("model", ["no-such-folder", "./a/b", "/no/such", "~/model", "a/b/c", "../x"])

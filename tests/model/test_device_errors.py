@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from embedder.errors import DeviceFailed, DeviceOutOfMemory
-from embedder.model.device_errors import device_faults
+from embedder.model.device_errors import device_errors
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -26,7 +26,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("allocate", [torch.empty, np.empty])
 def test_memory_that_the_cpu_does_not_have_is_out_of_memory(allocate: Callable[[int], object]) -> None:
-    with pytest.raises(DeviceOutOfMemory, match=r"Unable to allocate|can't allocate memory"), device_faults(CPU):
+    with pytest.raises(DeviceOutOfMemory, match=r"Unable to allocate|can't allocate memory"), device_errors(CPU):
         allocate(10**15)
 
 
@@ -39,7 +39,7 @@ def test_memory_that_the_cpu_does_not_have_is_out_of_memory(allocate: Callable[[
     ],
 )
 def test_full_gpu_is_out_of_memory_and_its_cache_is_emptied(error: Exception, calls: list[str]) -> None:
-    with pytest.raises(DeviceOutOfMemory), device_faults(CUDA):
+    with pytest.raises(DeviceOutOfMemory), device_errors(CUDA):
         raise error
     assert calls == ["empty_cache"]
 
@@ -51,16 +51,16 @@ def test_error_that_stays_is_a_lost_device(monkeypatch: pytest.MonkeyPatch) -> N
         raise assertion
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    with pytest.raises(DeviceFailed) as caught, device_faults(CUDA):
+    with pytest.raises(DeviceFailed) as caught, device_errors(CUDA):
         raise assertion
     assert caught.value.message == "AcceleratorError: CUDA error: device-side assert triggered"
 
 
 def test_error_of_one_launch_passes_unchanged(calls: list[str]) -> None:
-    with pytest.raises(torch.AcceleratorError, match="invalid configuration"), device_faults(CUDA):
+    with pytest.raises(torch.AcceleratorError, match="invalid configuration"), device_errors(CUDA):
         raise torch.AcceleratorError("CUDA error: invalid configuration argument")
     assert calls == ["synchronize"]
-    with pytest.raises(RuntimeError, match="shapes"), device_faults(CPU):
+    with pytest.raises(RuntimeError, match="shapes"), device_errors(CPU):
         raise RuntimeError("shapes do not fit")
 
 
@@ -72,7 +72,7 @@ def test_batch_that_did_not_fit_is_not_held_by_its_error() -> None:
         alive.append(weakref.ref(tensor))
         raise torch.OutOfMemoryError("full")
 
-    with pytest.raises(DeviceOutOfMemory) as caught, device_faults(CPU):
+    with pytest.raises(DeviceOutOfMemory) as caught, device_errors(CPU):
         forward()
     assert caught.value.__cause__ is not None
     assert alive[0]() is None

@@ -288,7 +288,7 @@ def test_visual_cost_is_what_the_towers_multiply(model: Any, preprocessor: Prepr
 
 
 def test_packed_vision_tower_is_transformers(model: Any, preprocessor: Preprocessor) -> None:
-    """Normalisation folded into the patch embedding, a picture's two frames into one, clips behind pictures."""
+    """Normalization folded into the patch embedding, a picture's two frames into one, clips behind pictures."""
     items = [
         EmbeddingItem((Video((picture(64, 96, 1), picture(64, 96, 2), picture(64, 96, 3))), Text("clip"))),
         EmbeddingItem((Image(picture(64, 64, 5)), Image(picture(100, 70, 4)))),
@@ -301,8 +301,8 @@ def test_packed_vision_tower_is_transformers(model: Any, preprocessor: Preproces
         tokens, deepstack = forward.vision(packed)
         ordered = [*inputs[1].patches, *inputs[0].patches]  # pictures first, the small one before the large
         pixels = [one.pixels.reshape(-1, 3, one.num_frames, 256).repeat(2 // one.num_frames, 2) for one in ordered]
-        normalised = (torch.from_numpy(np.concatenate(pixels)).flatten(1).float() / 255 - 0.5) / 0.5
-        expected = model.visual(normalised, grid_thw=torch.tensor([one.grid_thw for one in ordered]))
+        normalized = (torch.from_numpy(np.concatenate(pixels)).flatten(1).float() / 255 - 0.5) / 0.5
+        expected = model.visual(normalized, grid_thw=torch.tensor([one.grid_thw for one in ordered]))
     assert torch.allclose(tokens, expected.pooler_output, rtol=0, atol=1e-5 * float(tokens.abs().max()))
     assert len(deepstack) == len(expected.deepstack_features) == 2
     for one, other in zip(deepstack, expected.deepstack_features, strict=True):

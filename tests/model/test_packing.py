@@ -50,7 +50,7 @@ def vision() -> PackedVision:
 
 
 def check_cover(sequences: Sequences, lengths: list[int]) -> None:
-    """Offsets are the running sum, and the runs hold every sequence whole and once, neighbours of a length together."""
+    """Offsets are the running sum, and the runs hold every sequence whole and once, neighbors of a length together."""
     assert sequences.cu_seqlens.tolist() == [0, *np.cumsum(lengths)]
     assert sequences.cu_seqlens.dtype == torch.int32  # what the kernels take
     assert sequences.max_seqlen == max(lengths)

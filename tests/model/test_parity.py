@@ -75,7 +75,7 @@ def test_batch_of_everything_equals_padded_transformers(embedder: Embedder, orac
     assert_equal(embedder.embed(items), oracle.embed(items))
 
 
-def test_vector_does_not_depend_on_its_63_neighbours(embedder: Embedder) -> None:
+def test_vector_does_not_depend_on_its_63_neighbors(embedder: Embedder) -> None:
     items = list(ITEMS.values())
     strangers = [{"text": words(1 + seed * 3, seed)} for seed in range(64 - len(items))]
     alone = [embedder.embed([item])[0] for item in items]

@@ -186,8 +186,8 @@ def test_fewer_dimensions_and_an_instruction_change_the_matrix(page: Page, small
     whole = page.matrix(2)[0, 1]
     page.choose_dimensions(64)
     page.one("#compare .more summary").click()
-    page.one("#compare-instruction").send_keys("Find the colour.", Keys.TAB)
-    first, second = vectors(small_server, ["red", "green"], dimensions=64, instruction="Find the colour.")
+    page.one("#compare-instruction").send_keys("Find the color.", Keys.TAB)
+    first, second = vectors(small_server, ["red", "green"], dimensions=64, instruction="Find the color.")
     page.wait(lambda: abs(page.matrix(2)[0, 1] - first @ second) <= 0.0051)
     assert abs(whole - first @ second) > 0.0051
 

@@ -219,7 +219,7 @@ DONE = Embedding(np.ones(4, np.float32) / 2, 20, 0)
 
 def test_status_counts_while_it_is_built(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedder.playground.collection._PIXELS_TOGETHER", 1)
-    collection = Collection(Settings(demo_folder=str(pictures)), is_embedded_model=False)
+    collection = Collection(Settings(demo_folder=str(pictures)), is_bundled_model=False)
     seen: list[tuple[str, int]] = []
 
     def look() -> None:
@@ -235,7 +235,7 @@ def test_full_queue_is_waited_for_and_the_end_of_the_service_ends_it(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embedder.playground.collection._PIXELS_TOGETHER", 1)
-    collection = Collection(Settings(demo_folder=str(pictures)), is_embedded_model=False)
+    collection = Collection(Settings(demo_folder=str(pictures)), is_bundled_model=False)
     full, slow = Overloaded("full", retry_after_s=0.01), DeadlineExceeded("slow")
     engine: Any = FakeEngine([full, DONE, slow, DONE, ShuttingDown("over")])
     asyncio.run(collection.build(engine))
@@ -246,7 +246,7 @@ def test_full_queue_is_waited_for_and_the_end_of_the_service_ends_it(
 def test_queue_that_is_smaller_than_a_round_takes_one_picture_at_a_time(
     pictures: Path, random_checkpoint: Path
 ) -> None:
-    collection = Collection(Settings(demo_folder=str(pictures)), is_embedded_model=False)
+    collection = Collection(Settings(demo_folder=str(pictures)), is_bundled_model=False)
     with Embedder(str(random_checkpoint), device="cpu", max_queued_tokens=400) as embedder:
         asyncio.run(collection.build(embedder.engine))
     assert collection.status == "ready"
@@ -256,13 +256,13 @@ def test_queue_that_is_smaller_than_a_round_takes_one_picture_at_a_time(
 def test_large_folder_is_cut_and_says_how_much_was_left_out(tmp_path: Path) -> None:
     for index in range(MAX_PICTURES + 3):
         (tmp_path / f"{index:05}.png").touch()
-    collection = Collection(Settings(demo_folder=str(tmp_path)), is_embedded_model=False)
+    collection = Collection(Settings(demo_folder=str(tmp_path)), is_bundled_model=False)
     assert (collection.num_pictures, collection.num_left_out) == (MAX_PICTURES, 3)
 
 
 def test_small_model_comes_with_its_drawings(embedder: Embedder) -> None:
     described = json.loads((DEMO / "drawings.json").read_text(encoding="utf-8"))
-    collection = Collection(Settings(), is_embedded_model=True)
+    collection = Collection(Settings(), is_bundled_model=True)
     assert collection.num_pictures == len(described["drawings"])
     del collection._sources[5:]
     asyncio.run(collection.build(embedder.engine))
@@ -270,4 +270,4 @@ def test_small_model_comes_with_its_drawings(embedder: Embedder) -> None:
     side, sheet = described["tile_pixels"], PIL.Image.open(DEMO / "drawings.png")
     tile = sheet.crop((4 * side, 0, 5 * side, side))
     np.testing.assert_allclose(collection.pictures[4].vector, embedder.embed([tile])[0], atol=1e-6)
-    assert collection.licence == described["licence"]
+    assert collection.license == described["license"]

@@ -305,7 +305,7 @@ def test_probes_and_info(client: httpx.Client, random_checkpoint: Path) -> None:
     assert client.get("/health").json() == {"status": "ready"}
     info = client.get("/info").json()
     assert info["model"] == str(random_checkpoint)
-    assert info["is_embedded_model"] is False
+    assert info["is_bundled_model"] is False
     assert info["pixels"] == {"min": 4096, "max": 1_310_720, "multiple_of": 32}
     assert info["hidden_size"] == 192
     assert info["device"] == "cpu"

@@ -15,13 +15,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from embedder.engine.aio import embed_each
 from embedder.engine.engine import Engine, WaitForRows
-from embedder.http.api_keys import Keys
-from embedder.http.guard import Edge
+from embedder.http.api_keys import ApiKeys
+from embedder.http.guard import RequestGuard
 from embedder.inputs.items import EmbeddingItem, Text
 from embedder.inputs.preprocess import ModelInput
 from embedder.server.lifecycle import Drain
 from embedder.settings import Settings
-from embedder.telemetry.log import begin_request, count_items, request_id, share_log
+from embedder.telemetry.log import begin_request, configure_logging, count_items, request_id
 
 SECRET = "what the caller sent"
 
@@ -36,7 +36,7 @@ def lines(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
     ours, theirs = logging.getLogger("embedder"), logging.getLogger("bentoml")
     before = ours.handlers, ours.propagate, ours.level, theirs.handlers
     theirs.handlers = [handler]
-    share_log(request.param)
+    configure_logging(request.param)
     yield stream
     ours.handlers, ours.propagate, ours.level, theirs.handlers = before
 
@@ -113,8 +113,8 @@ def ask(path: str, *, is_logged: bool = True, status: int | None = 200) -> None:
     async def send(message: Message) -> None:
         pass
 
-    keys, limits = Keys(Settings()), (99, 99, 9, 9.0)
-    edge = Edge(app, *limits, keys=keys, drain=Drain(), open_paths=frozenset(), is_logged=is_logged)
+    keys, limits = ApiKeys(Settings()), (99, 99, 9, 9.0)
+    edge = RequestGuard(app, *limits, keys=keys, drain=Drain(), open_paths=frozenset(), is_logged=is_logged)
     headers = [(b"x-request-id", b"mine"), (b"authorization", SECRET.encode())]
     query = {"query_string": SECRET.encode()}
     asyncio.run(edge({"type": "http", "method": "POST", "path": path, "headers": headers, **query}, receive, send))

@@ -30,7 +30,7 @@ from embedder import Embedder
 from embedder.engine.engine import Engine
 from embedder.errors import EmbedderError
 from embedder.settings import Settings
-from embedder.telemetry.metrics import CountRequests, Metrics
+from embedder.telemetry.metrics import Metrics, MetricsMiddleware
 from tests.conftest import ROOT, Server, encoded, picture, start_server, words
 from tests.fake_model import HIDDEN_SIZE, FakeModel, item
 
@@ -270,7 +270,7 @@ def test_items_that_are_given_up_or_fail_leave_the_queue(metrics: Metrics, gate:
 def test_request_without_an_answer_is_counted_as_one_that_went_away(metrics: Metrics) -> None:
     async def gone(scope: Any, receive: Any, send: Any) -> None: ...
 
-    asyncio.run(CountRequests(gone, metrics)({"type": "http", "path": "/embed"}, None, None))  # type: ignore[arg-type]
+    asyncio.run(MetricsMiddleware(gone, metrics)({"type": "http", "path": "/embed"}, None, None))  # type: ignore[arg-type]
     numbers = parsed(metrics.exposition().decode())
     assert numbers['embedder_requests_total{route="/embed",status="499"}'] == 1
 

@@ -24,7 +24,7 @@ from opentelemetry.trace import StatusCode
 from embedder.engine.aio import embed_each
 from embedder.engine.engine import Engine
 from embedder.errors import DeadlineExceeded
-from embedder.telemetry.tracing import MAX_DRAWN_ITEMS, Tracing, is_traced
+from embedder.telemetry.tracing import MAX_DRAWN_ITEMS, TracingMiddleware, is_traced
 from tests.conftest import start_server
 from tests.fake_model import FakeModel, item, running
 
@@ -62,7 +62,7 @@ def spans_of(
     async def send(message: Any) -> None: ...
 
     scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
-    asyncio.run(Tracing(app, ["/embed"], "0", provider)(scope, None, send))  # type: ignore[arg-type]
+    asyncio.run(TracingMiddleware(app, ["/embed"], "0", provider)(scope, None, send))  # type: ignore[arg-type]
     return list(exporter.get_finished_spans())
 
 

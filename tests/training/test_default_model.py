@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedder import Embedder
-from training.data import COLOUR_NAMES, COLOURS
-from training.evaluate import Meter, colour_rows
+from training.data import COLOR_NAMES, COLORS
+from training.evaluate import Meter, color_rows
 
 PACKAGE = Path(__file__).parents[2] / "embedder"
 DEMO = json.loads((PACKAGE / "demo" / "drawings.json").read_text(encoding="utf-8"))
@@ -52,8 +52,8 @@ def test_checkpoint_is_small_enough_for_a_repository() -> None:
     assert sum(file.stat().st_size for file in (PACKAGE / "demo").iterdir()) <= 3_000_000
 
 
-def test_colour_names_find_their_swatches(embedder: Embedder) -> None:
-    rows, loss_at_64_dimensions = colour_rows(Meter(embedder))
+def test_color_names_find_their_swatches(embedder: Embedder) -> None:
+    rows, loss_at_64_dimensions = color_rows(Meter(embedder))
     at_1, at_5 = rows[0].values
     assert at_1 >= 0.82
     assert at_5 >= 0.98
@@ -61,9 +61,9 @@ def test_colour_names_find_their_swatches(embedder: Embedder) -> None:
 
 
 def test_red_is_nearest_to_the_red_swatch(embedder: Embedder) -> None:
-    swatches = [Image.new("RGB", (64, 64), tuple(int(value) for value in colour)) for colour in COLOURS]
+    swatches = [Image.new("RGB", (64, 64), tuple(int(value) for value in color)) for color in COLORS]
     red, *vectors = embedder.embed(["red", *swatches])
-    assert COLOUR_NAMES[int(np.argmax(np.stack(vectors) @ red))] == "red"
+    assert COLOR_NAMES[int(np.argmax(np.stack(vectors) @ red))] == "red"
 
 
 def test_demo_names_find_their_drawings(

@@ -94,10 +94,10 @@ def test_held_out_keywords_never_change() -> None:
     assert chosen == ["heart", "angry"]
 
 
-def test_shapes_keep_their_colour() -> None:
+def test_shapes_keep_their_color() -> None:
     for shape in pictures.SHAPES:
         picture = pictures.shape_picture(5, shape, (64, 96), np.random.default_rng(1))
-        assert (picture == pictures.COLOURS[5]).all(-1).mean() > 0.02
+        assert (picture == pictures.COLORS[5]).all(-1).mean() > 0.02
 
 
 def captions_of(names: dict[str, list[str]]) -> list[dict[str, Any]]:
