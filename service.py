@@ -41,20 +41,12 @@ from embedder.http.cohere import cohere_response, parse_cohere
 from embedder.http.embed import embed_response, parse_embed, whole_failure
 from embedder.http.guard import RequestGuard
 from embedder.http.json_limits import MAX_VALUES_PER_ITEM
+from embedder.http.local import embedding_response, parse_image_request, parse_text_request
 from embedder.http.openai import embeddings_response, models_response, parse_embeddings
 from embedder.http.openapi import openapi_document
-from embedder.http.response import embedding_response, error_body, to_json
-from embedder.inputs.items import (
-    EXAMPLE_IMAGE,
-    EmbeddingItem,
-    EmbeddingRequest,
-    Image,
-    Text,
-    check_item_count,
-    item_from_fields,
-    parse_image_request,
-    parse_text_request,
-)
+from embedder.http.request_body import EmbeddingRequest, check_item_count
+from embedder.http.response import error_body, to_json
+from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text, item_from_fields
 from embedder.model.checkpoint import find_checkpoint
 from embedder.playground.collection import HEADERS, PAGE, Collection, page_file
 from embedder.server.connection import bound_connections

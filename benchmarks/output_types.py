@@ -20,8 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from embedder import Embedder
-from embedder.engine.postprocess import dequantize, finish_vectors, quantize
-from embedder.inputs.items import OutputDtype
+from embedder.engine.postprocess import OutputDtype, dequantize, finish_vectors, quantize
 from training.data import COLOR_NAMES, COLORS
 
 RESULTS = Path(__file__).parent / "results" / "output_types.json"

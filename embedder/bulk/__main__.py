@@ -31,9 +31,8 @@ except ModuleNotFoundError as missing:
 from embedder.bulk.formats import Part
 from embedder.bulk.source import Columns, Source
 from embedder.bulk.writer import OutputFormat, Writer, output_schema
-from embedder.engine.postprocess import check_dimensions
+from embedder.engine.postprocess import OutputDtype, check_dimensions
 from embedder.errors import ModelUnavailable, UnsupportedDimensions
-from embedder.inputs.items import OutputDtype
 from embedder.model.checkpoint import Checkpoint, find_checkpoint
 from embedder.settings import Settings
 

@@ -19,9 +19,9 @@ from embedder.bulk.formats import BROKEN_FILE, Part
 from embedder.bulk.source import Columns, Row, Source
 from embedder.bulk.writer import OutputFormat, Writer, output_schema
 from embedder.embedder import Embedder
-from embedder.engine.postprocess import Embedding, quantize
+from embedder.engine.postprocess import Embedding, OutputDtype, quantize
 from embedder.errors import EmbedderError, EngineFailed
-from embedder.inputs.items import OutputDtype, item_from_fields
+from embedder.inputs.items import item_from_fields
 from embedder.settings import Settings
 
 PARTS_AT_ONCE = 4  # a worker's: the device has work while a part ends, and files are waited for together

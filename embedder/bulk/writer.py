@@ -16,7 +16,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedder.inputs.items import OutputDtype
+from embedder.engine.postprocess import OutputDtype
 
 OutputFormat = Literal["parquet", "lance"]
 NOTES = "_bulk"  # our folder beside the data; pyarrow's and Lance's readers pass it by

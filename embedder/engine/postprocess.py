@@ -6,13 +6,14 @@ import math
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.errors import EngineFailed, UnsupportedDimensions
-from embedder.inputs.items import OutputDtype
+from embedder.errors import EngineFailed, InvalidRequest, UnsupportedDimensions
+
+OutputDtype = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 
 MIN_DIMENSIONS = 64  # the smallest Matryoshka size the checkpoints were trained for (model card)
 # int8 covers this many times 1/sqrt(dimensions), the root mean square of a unit vector's values. The largest of the
@@ -41,6 +42,12 @@ def check_dimensions(dimensions: int | None, hidden_size: int) -> None:
         raise UnsupportedDimensions(
             f"dimensions: got {reprlib.repr(dimensions)}; allowed: a whole number from {smallest} to {hidden_size}"
         )
+
+
+def check_output_dtype(output_dtype: OutputDtype, normalize: bool) -> None:
+    """Raises `InvalidRequest` for int8 and uint8 of a vector that is not normalized: their scale is a unit vector's."""
+    if output_dtype in ("int8", "uint8") and not normalize:
+        raise InvalidRequest(f"output_dtype: got {output_dtype} with normalize false; allowed: with normalize true")
 
 
 _NOT_FINITE = "the model gave a value that is not finite, or far too large"

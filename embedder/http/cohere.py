@@ -14,19 +14,9 @@ from pydantic import BaseModel, Field
 from embedder.engine.postprocess import Embedding, quantize
 from embedder.errors import InvalidRequest, attributed_to_item
 from embedder.http.messages import InputType, check_length, instruction_for, parts_from_content
+from embedder.http.request_body import AnyDimensions, NonEmptyList, RequestBody, check_item_count, validate_body
 from embedder.http.response import to_base64, to_json, usage_fields
-from embedder.inputs.items import (
-    AnyDimensions,
-    EmbeddingItem,
-    Image,
-    NonEmptyList,
-    RequestBody,
-    check_item_count,
-    item_from_fields,
-    refuse_unknown,
-    shown,
-    validate_body,
-)
+from embedder.inputs.items import EmbeddingItem, Image, describe_value, item_from_fields, refuse_unknown
 from embedder.settings import Settings
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
@@ -122,7 +112,7 @@ def cohere_response(request: CohereRequest, embeddings: Sequence[Embedding], lim
 
 def _content(entry: Any) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
-        raise InvalidRequest(f"got {shown(entry)}; allowed: an object with content")
+        raise InvalidRequest(f"got {describe_value(entry)}; allowed: an object with content")
     refuse_unknown(entry, {"content"})
     return {"content": parts_from_content(entry.get("content"))}
 

@@ -12,21 +12,11 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from embedder.engine.postprocess import Embedding, quantize
+from embedder.engine.postprocess import Embedding, OutputDtype, check_output_dtype, quantize
 from embedder.errors import EmbedderError, InvalidRequest, without_traceback
+from embedder.http.request_body import EncodingFormat, Options, check_item_count, validate_body
 from embedder.http.response import Usage, Vector, encode_vector, error_fields, to_json, usage_fields
-from embedder.inputs.items import (
-    EmbeddingItem,
-    EncodingFormat,
-    Options,
-    OutputDtype,
-    check_item_count,
-    check_output_dtype,
-    item_from_fields,
-    shown,
-    validate_body,
-    without_nulls,
-)
+from embedder.inputs.items import EmbeddingItem, describe_value, item_from_fields, without_nulls
 from embedder.settings import Settings
 
 Id = str | int | None
@@ -128,4 +118,4 @@ def _read(entry: Any, wire: EmbedRequest) -> tuple[Id, EmbeddingItem | InvalidRe
 def _id(name: Any) -> Id:
     if name is None or (isinstance(name, str | int) and not isinstance(name, bool)):
         return name
-    raise InvalidRequest(f"id: got {shown(name)}; allowed: a string or a whole number")
+    raise InvalidRequest(f"id: got {describe_value(name)}; allowed: a string or a whole number")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from embedder.errors import InvalidRequest
-from embedder.inputs.items import refuse_unknown, shown, without_nulls
+from embedder.inputs.items import describe_value, refuse_unknown, without_nulls
 from embedder.settings import Settings
 
 QUERY_INSTRUCTION = "Retrieve images or text relevant to the user's query."  # the model card's own, for queries
@@ -75,7 +75,7 @@ def item_from_conversation(messages: Any) -> dict[str, Any]:
     our prompt has anyway. Raises `InvalidRequest` for any other dialogue: the model was not trained on it.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise InvalidRequest(f"messages: got {shown(messages)}; allowed: a list of messages")
+        raise InvalidRequest(f"messages: got {describe_value(messages)}; allowed: a list of messages")
     fields: dict[str, Any] = {}
     for message in messages:
         role, content = _role_and_content(message)
@@ -85,8 +85,8 @@ def item_from_conversation(messages: Any) -> dict[str, Any]:
             fields["content"] = parts_from_content(content)
         elif role != "assistant" or _plain_text(content):
             raise InvalidRequest(
-                f"messages: got a second or unusable message of role {shown(role)}; allowed: one system message (the "
-                "instruction), one user message (what to embed), an empty assistant message"
+                f"messages: got a second or unusable message of role {describe_value(role)}; allowed: one system "
+                "message (the instruction), one user message (what to embed), an empty assistant message"
             )
     return fields
 
@@ -96,7 +96,7 @@ def parts_from_content(content: Any) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
-        raise InvalidRequest(f"content: got {shown(content)}; allowed: a string or a list of parts")
+        raise InvalidRequest(f"content: got {describe_value(content)}; allowed: a string or a list of parts")
     return [_part(part) for part in content]
 
 
@@ -110,14 +110,14 @@ def _part(part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     media = KINDS.get(kind) if isinstance(kind, str) else None
     if media is None:
-        raise InvalidRequest(f"a part of `content` has one of the types {', '.join(KINDS)}; got {shown(part)}")
+        raise InvalidRequest(f"a part of `content` has one of the types {', '.join(KINDS)}; got {describe_value(part)}")
     part = without_nulls(part)
     names = [name for name in part if KINDS.get(name) == media]
     own = {"fps"} & set(part) if media == "video" else set()
     refuse_unknown(part, {"type", "detail", "uuid", *names, *own})
     if len(names) != 1:
         raise InvalidRequest(
-            f"a part of type {kind} needs a field {kind}, and no other that holds it; got {shown(part)}"
+            f"a part of type {kind} needs a field {kind}, and no other that holds it; got {describe_value(part)}"
         )
     return {"type": media, media: _address(part[names[0]]), **{name: part[name] for name in own}}
 
@@ -133,7 +133,7 @@ def _address(value: Any) -> Any:
 
 def _role_and_content(message: Any) -> tuple[Any, Any]:
     if not isinstance(message, Mapping):
-        raise InvalidRequest(f"messages: got {shown(message)}; allowed: objects with role and content")
+        raise InvalidRequest(f"messages: got {describe_value(message)}; allowed: objects with role and content")
     refuse_unknown(without_nulls(message), {"role", "content", "name"})
     return message.get("role"), message.get("content")
 
@@ -142,5 +142,5 @@ def _plain_text(content: Any) -> str:
     """Text of a message that may hold nothing else."""
     parts = parts_from_content("" if content is None else content)
     if any(part["type"] != "text" or not isinstance(part["text"], str) for part in parts):
-        raise InvalidRequest(f"messages: got {shown(content)} in a system or assistant message; allowed: text")
+        raise InvalidRequest(f"messages: got {describe_value(content)} in a system or assistant message; allowed: text")
     return "".join(part["text"] for part in parts)

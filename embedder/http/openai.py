@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, Field
 
-from embedder.engine.postprocess import Embedding, quantize
+from embedder.engine.postprocess import Embedding, check_output_dtype, quantize
 from embedder.errors import InvalidRequest, Overloaded, attributed_to_item
 from embedder.http.messages import (
     InputType,
@@ -23,18 +23,9 @@ from embedder.http.messages import (
     item_from_string,
     parts_from_content,
 )
+from embedder.http.request_body import EmbeddingRequest, Options, check_item_count, validate_body
 from embedder.http.response import Usage, Vector, encode_vector, to_json, usage_fields
-from embedder.inputs.items import (
-    EmbeddingItem,
-    EmbeddingRequest,
-    Options,
-    check_item_count,
-    check_output_dtype,
-    item_from_fields,
-    shown,
-    validate_body,
-    without_nulls,
-)
+from embedder.inputs.items import EmbeddingItem, describe_value, item_from_fields, without_nulls
 from embedder.settings import Settings
 
 IGNORED = "Accepted for the clients that send it; changes nothing here."
@@ -161,7 +152,7 @@ def _inputs(value: Any) -> Sequence[Any]:
     if isinstance(value, str | Mapping):
         return [value]
     if not isinstance(value, list):
-        raise InvalidRequest(f"input: got {shown(value)}; allowed: a string, an object, or a list of them")
+        raise InvalidRequest(f"input: got {describe_value(value)}; allowed: a string, an object, or a list of them")
     if not value:
         raise InvalidRequest("input: got an empty list; allowed: at least one item")
     if _is_number(value[0]) or (isinstance(value[0], list) and value[0] and _is_number(value[0][0])):
@@ -179,7 +170,7 @@ def _is_number(value: Any) -> bool:
 def _conversations(messages: Any) -> Sequence[Any]:
     """One conversation, or several: vLLM takes the first, mteb's client sends the second."""
     if not isinstance(messages, list) or not messages:
-        raise InvalidRequest(f"messages: got {shown(messages)}; allowed: a list of at least one message")
+        raise InvalidRequest(f"messages: got {describe_value(messages)}; allowed: a list of at least one message")
     return messages if isinstance(messages[0], list) else [messages]
 
 
@@ -188,7 +179,9 @@ def _item_of_input(entry: Any) -> dict[str, Any]:
     if isinstance(entry, str):
         return item_from_string(entry)
     if not isinstance(entry, Mapping):
-        raise InvalidRequest(f"got {shown(entry)}; allowed: a string, or an object with text, image, video or content")
+        raise InvalidRequest(
+            f"got {describe_value(entry)}; allowed: a string, or an object with text, image, video or content"
+        )
     if is_part(entry):
         return {"content": parts_from_content([entry])}
     fields = without_nulls(entry)

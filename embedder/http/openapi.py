@@ -14,10 +14,11 @@ from pydantic.json_schema import models_json_schema
 
 from embedder.http.cohere import CohereEmbedRequest, CohereEmbedResponse
 from embedder.http.embed import EmbedRequest, EmbedResponse
+from embedder.http.local import EmbeddingResponse, ImageRequest, TextRequest
 from embedder.http.messages import KINDS
 from embedder.http.openai import EmbeddingsRequest, EmbeddingsResponse, ModelsResponse, OpenAIErrorResponse
-from embedder.http.response import EmbeddingResponse, ErrorResponse
-from embedder.inputs.items import EXAMPLE_IMAGE, ImageRequest, TextRequest
+from embedder.http.response import ErrorResponse
+from embedder.inputs.items import EXAMPLE_IMAGE
 from embedder.settings import Settings
 
 ERRORS = {

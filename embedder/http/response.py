@@ -6,7 +6,7 @@ serialization (2-core CPU, BentoML 1.4.39, 2026-11).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -14,7 +14,7 @@ import pybase64
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from embedder.engine.postprocess import Embedding, quantize
+from embedder.engine.postprocess import Embedding
 from embedder.errors import (
     DeadlineExceeded,
     EmbedderError,
@@ -23,7 +23,7 @@ from embedder.errors import (
     Overloaded,
     ShuttingDown,
 )
-from embedder.inputs.items import EmbeddingRequest, EncodingFormat
+from embedder.http.request_body import EncodingFormat
 
 Vector = list[float] | str
 
@@ -33,16 +33,6 @@ class Usage(BaseModel):
 
     prompt_tokens: int
     total_tokens: int
-
-
-class EmbeddingResponse(BaseModel):
-    """Answer of `/txt/embed` and `/img/embed`. `embedding` has the shape of `input`."""
-
-    embedding: Vector | list[Vector] = Field(description="Floats, or base64 of little-endian float32; a list of them.")
-    model: str
-    dimensions: int
-    usage: Usage
-    warnings: list[str] | None = Field(None, description="What was cut, item by item; absent if nothing was.")
 
 
 class ErrorBody(BaseModel):
@@ -58,19 +48,6 @@ class ErrorResponse(BaseModel):
     """Body of every answer that is not 200."""
 
     error: ErrorBody
-
-
-def embedding_response(request: EmbeddingRequest, embeddings: Sequence[Embedding], model: str, limit: int) -> bytes:
-    """The answer to a request. `limit` is the number of tokens that texts were cut to."""
-    vectors = [encode_vector(quantize(one.vector, request.output_dtype), request.encoding_format) for one in embeddings]
-    return to_json(
-        {
-            "embedding": vectors if request.is_list else vectors[0],
-            "model": model,
-            "dimensions": len(embeddings[0].vector),
-            **usage_fields(dict(enumerate(embeddings)), limit),
-        }
-    )
 
 
 def encode_vector(vector: NDArray[Any], encoding_format: EncodingFormat) -> Any:

@@ -14,7 +14,7 @@ from typing import Annotated, TypeGuard
 from pydantic import AnyUrl, TypeAdapter, UrlConstraints, ValidationError
 
 from embedder.errors import InvalidRequest
-from embedder.inputs.items import EmbeddingItem, Image, Video, shown
+from embedder.inputs.items import EmbeddingItem, Image, Video, describe_value
 
 DEFAULT_PORTS = {"https": 443, "http": 80}
 
@@ -96,7 +96,7 @@ def allowed_address(url: str, url_hosts: str) -> Address:
     """A URL -> the Address it names, if `Settings.url_hosts` has it. Raises `InvalidRequest`."""
     if not url_hosts:
         raise InvalidRequest(
-            f"got a URL, {shown(url)}, and URLs are off; send base64 or a data URI, or let the operator set "
+            f"got a URL, {describe_value(url)}, and URLs are off; send base64 or a data URI, or let the operator set "
             "EMBEDDER_URL_HOSTS"
         )
     address = _parse(url)
@@ -121,7 +121,7 @@ def _parse(url: str) -> Address:
     try:
         parsed = _URL.validate_python(url)
     except ValidationError as error:
-        raise InvalidRequest(f"URL: got {shown(url)}; {error.errors()[0]['msg']}") from error
+        raise InvalidRequest(f"URL: got {describe_value(url)}; {error.errors()[0]['msg']}") from error
     if parsed.username is not None or parsed.password is not None:
         raise InvalidRequest("URL: got one with a user name or password; allowed: without")
     assert parsed.host is not None

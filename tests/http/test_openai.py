@@ -20,8 +20,9 @@ from embedder.http.openai import (
     openai_error_body,
     parse_embeddings,
 )
+from embedder.http.request_body import EmbeddingRequest
 from embedder.http.response import error_fields
-from embedder.inputs.items import EmbeddingItem, EmbeddingRequest, Image, Text, Video
+from embedder.inputs.items import EmbeddingItem, Image, Text, Video
 from embedder.settings import Settings
 
 SETTINGS = Settings(max_items_per_request=4)

@@ -13,9 +13,9 @@ import pytest
 from embedder.errors import InvalidRequest
 from embedder.http.cohere import parse_cohere
 from embedder.http.embed import parse_embed
+from embedder.http.local import ImageRequest, TextRequest, parse_image_request, parse_text_request
 from embedder.http.openai import parse_embeddings
 from embedder.http.openapi import ERRORS, EXAMPLES, openapi_document
-from embedder.inputs.items import ImageRequest, TextRequest, parse_image_request, parse_text_request
 from embedder.settings import Settings
 
 DOCUMENT = openapi_document(Settings(max_items_per_request=7), "1.2.3")

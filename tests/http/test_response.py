@@ -23,8 +23,10 @@ from embedder.errors import (
     Overloaded,
     ShuttingDown,
 )
-from embedder.http.response import EmbeddingResponse, ErrorResponse, embedding_response, error_body, to_base64, to_json
-from embedder.inputs.items import EmbeddingItem, EmbeddingRequest, EncodingFormat, Text
+from embedder.http.local import EmbeddingResponse, embedding_response
+from embedder.http.request_body import EmbeddingRequest, EncodingFormat
+from embedder.http.response import ErrorResponse, error_body, to_base64, to_json
+from embedder.inputs.items import EmbeddingItem, Text
 
 VECTORS = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
 

@@ -19,9 +19,8 @@ import PIL.Image
 import pytest
 
 from embedder import Embedder
-from embedder.engine.postprocess import dequantize, int8_step, quantize
+from embedder.engine.postprocess import OutputDtype, dequantize, int8_step, quantize
 from embedder.errors import EmbedderError
-from embedder.inputs.items import OutputDtype
 from tests.conftest import encoded, picture, start_server, words
 from tests.inputs.test_video import clip
 

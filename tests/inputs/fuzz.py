@@ -21,9 +21,10 @@ import numpy as np
 from embedder.errors import InvalidMedia, InvalidRequest, MediaTooLarge
 from embedder.http.cohere import parse_cohere
 from embedder.http.embed import parse_embed
+from embedder.http.local import parse_image_request, parse_text_request
 from embedder.http.openai import parse_embeddings
 from embedder.inputs.image import ImageGeometry, load_image
-from embedder.inputs.items import EmbeddingItem, Video, parse_image_request, parse_text_request
+from embedder.inputs.items import EmbeddingItem, Video
 from embedder.inputs.video import load_video
 from embedder.settings import Settings
 from tests.conftest import encoded, picture

@@ -18,7 +18,7 @@ from typing import Any
 import av
 import PIL.Image
 
-from embedder.inputs.items import EXAMPLE_IMAGE, shown
+from embedder.inputs.items import EXAMPLE_IMAGE, describe_value
 from tests.conftest import encoded, picture
 
 GOOD_BODIES: dict[str, dict[str, Any]] = {
@@ -191,7 +191,7 @@ def items() -> Iterator[tuple[str, Any]]:
         *({"text": "a", **more} for more in ({"truncate": "x"}, {"normalize": 5}, {"instruction": 5}, {"fps": 1})),
         {"video": [EXAMPLE_IMAGE], "fps": 0},
     ):
-        yield shown(entry), entry
+        yield describe_value(entry), entry
 
 
 def bodies() -> Iterator[tuple[str, str, bytes, dict[str, str]]]:

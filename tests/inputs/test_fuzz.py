@@ -11,8 +11,9 @@ import pytest
 
 from embedder.http.cohere import parse_cohere
 from embedder.http.embed import parse_embed
+from embedder.http.local import parse_text_request
 from embedder.http.openai import parse_embeddings
-from embedder.inputs.items import Text, parse_text_request
+from embedder.inputs.items import Text
 from tests.inputs import fuzz, hostile
 
 NAMES = sorted({*hostile.WRONG, "text", "image", "video", "content", "type", "role", "fps", "id", "url", "image_url"})

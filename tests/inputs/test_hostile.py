@@ -23,8 +23,8 @@ from embedder.errors import EmbedderError
 from embedder.http.cohere import parse_cohere
 from embedder.http.embed import parse_embed
 from embedder.http.json_limits import MAX_VALUES_PER_ITEM, exceeds_value_count
+from embedder.http.local import parse_text_request
 from embedder.http.openai import parse_embeddings
-from embedder.inputs.items import parse_text_request
 from embedder.settings import Settings
 from tests.conftest import Server, encoded, picture
 from tests.inputs import hostile

@@ -11,18 +11,10 @@ import PIL.Image
 import pytest
 
 from embedder.errors import InvalidRequest, RequestTooLarge
+from embedder.http.local import parse_image_request, parse_text_request
+from embedder.http.request_body import EmbeddingRequest
 from embedder.inputs.image import ImageGeometry, load_image
-from embedder.inputs.items import (
-    EXAMPLE_IMAGE,
-    EmbeddingItem,
-    EmbeddingRequest,
-    Image,
-    Text,
-    Video,
-    item_from_fields,
-    parse_image_request,
-    parse_text_request,
-)
+from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text, Video, item_from_fields
 from embedder.settings import Settings
 
 SETTINGS = Settings(max_items_per_request=3)
