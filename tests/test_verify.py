@@ -1,4 +1,4 @@
-"""`python -m embedder.verify` passes what is right, names what is wrong, and says what it could not check."""
+"""`python -m embedder.verify` reports what is right, what is wrong, and what it did not check."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from embedder import Embedder, verify
+from embedder import Embedder
 from embedder.inputs.preprocess import load_tokenizer
 from embedder.model.weights import load_model
+from embedder.verify import published
+from embedder.verify.__main__ import main
+from embedder.verify.checks import verify
+from embedder.verify.http_service import Service, ServiceFault
+from embedder.verify.probes import QUERY_INSTRUCTION
 from tests.conftest import ROOT, Server, encoded, picture
 
 Vector = NDArray[np.float32]
@@ -29,20 +34,20 @@ Answer = Callable[[str, list[Any], int | None], list[Vector]]  # of path, items 
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, str]]:
-    """Exit status, and the verdict of each row."""
-    status = verify.main(arguments)
+    """The exit status, and the verdict of each row."""
+    status = main(arguments)
     header, *rows, total = capsys.readouterr().out.splitlines()
     start = header.index("verdict")
     verdicts = {re.split("  +", row)[0]: row[start:] for row in rows}
     assert len(verdicts) == len(rows)
     counts = [int(count) for count in re.findall(r"\d+", total)]
-    kinds = ("ok", "MISS", "not checked")
+    kinds = ("ok", "FAILED", "not checked")
     assert counts == [sum(one.startswith(kind) for one in verdicts.values()) for kind in kinds]
     return status, verdicts
 
 
-def missed(verdicts: dict[str, str]) -> set[str]:
-    return {name for name, verdict in verdicts.items() if verdict == "MISS"}
+def failed(verdicts: dict[str, str]) -> set[str]:
+    return {name for name, verdict in verdicts.items() if verdict == "FAILED"}
 
 
 def unchecked(verdicts: dict[str, str]) -> dict[str, str]:
@@ -52,7 +57,7 @@ def unchecked(verdicts: dict[str, str]) -> dict[str, str]:
 
 @contextmanager
 def stub(answer: Answer, **info: Any) -> Iterator[str]:
-    """The address of a server with the three routes; `answer` makes the vectors."""
+    """Run a server with the three routes and yield its URL; `answer` makes the vectors."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -85,47 +90,47 @@ def stub(answer: Answer, **info: Any) -> Iterator[str]:
             thread.join()
 
 
-GOLDEN = {
-    *(f"published: {' * '.join(pair)}" for pair in verify.GOLDEN_SIMILARITIES),
+PUBLISHED = {
+    *(f"published: {' * '.join(pair)}" for pair in published.SIMILARITIES),
     "published: first values of image",
 }
-OF_A_FOLDER = {"prompt tail", "token ids", "library = transformers", "service = library"}
-NOT_THE_2B = dict.fromkeys(GOLDEN, "not the published 2B")
+NEEDS_A_FOLDER = {"prompt end", "token ids", "library = transformers", "service = library"}
+NOT_THE_2B = dict.fromkeys(PUBLISHED, "not the published 2B")
 
 
-def test_embedded_model_passes_as_a_command() -> None:
+def test_bundled_model_passes_as_a_command() -> None:
     command = [sys.executable, "-m", "embedder.verify", "bundled", "--device", "cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "12 ok, 0 missed, 8 not checked" in done.stdout
+    assert "12 ok, 0 failed, 8 not checked" in done.stdout
     assert re.search(r"^library = transformers, image +[01]\.\d+ +>= 0\.99999 +ok$", done.stdout, re.MULTILINE)
 
 
 def test_random_checkpoint_passes(random_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, verdicts = run(capsys, str(random_checkpoint), "--device", "cpu")
     assert status == 0
-    assert not missed(verdicts)
+    assert not failed(verdicts)
     assert unchecked(verdicts) == {**NOT_THE_2B, "service = library": "no --url was given"}
 
 
-def test_checkpoint_in_bfloat16_passes_at_the_bars_of_bfloat16(random_checkpoint: Path) -> None:
+def test_checkpoint_in_bfloat16_passes_with_the_bfloat16_thresholds(random_checkpoint: Path) -> None:
     (library,) = [
         check
-        for check in verify.verify(str(random_checkpoint), device="cpu", dtype="bfloat16")
+        for check in verify(str(random_checkpoint), device="cpu", dtype="bfloat16")
         if check.name == "library = transformers, text"
     ]
-    assert (library.wanted, library.verdict) == (">= 0.9997", "ok")
+    assert (library.expected, library.verdict) == (">= 0.9997", "ok")
 
 
-def test_checkpoint_that_transformers_cannot_load_is_said_to_be_unchecked(
+def test_checkpoint_that_transformers_cannot_load_is_listed_as_not_checked(
     write_random: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_random()
     (folder / "tokenizer_config.json").write_text("[")
     status, verdicts = run(capsys, str(folder), "--device", "cpu")
     assert status == 0
-    assert unchecked(verdicts)["library = transformers"].startswith("transformers cannot load it: ")
-    assert verdicts["prompt tail"] == "ok"
+    assert unchecked(verdicts)["library = transformers"].startswith("transformers cannot load the checkpoint: ")
+    assert verdicts["prompt end"] == "ok"
 
 
 def test_running_service_passes_and_is_compared_with_its_folder(
@@ -133,37 +138,37 @@ def test_running_service_passes_and_is_compared_with_its_folder(
 ) -> None:
     status, verdicts = run(capsys, str(random_checkpoint), "--url", f"{server.url}/", "--device", "cpu")
     assert status == 0
-    assert not missed(verdicts)
+    assert not failed(verdicts)
     assert unchecked(verdicts) == NOT_THE_2B
     assert {f"service = {other}, {kind}" for other in ("library", "transformers") for kind in ("text", "image")} <= set(
         verdicts
     )
 
 
-def test_service_without_its_folder_is_checked_by_http_alone(
+def test_service_without_its_folder_is_checked_over_http_only(
     server: Server, random_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, verdicts = run(capsys, random_checkpoint.name, "--url", server.url)
     assert status == 0
     assert unchecked(verdicts) == {
         **NOT_THE_2B,
-        **dict.fromkeys(OF_A_FOLDER, "MODEL is not a folder on this machine"),
+        **dict.fromkeys(NEEDS_A_FOLDER, "MODEL is not a folder on this machine"),
     }
 
 
-def test_service_of_another_model_is_a_miss(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_service_of_another_model_fails(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     status, verdicts = run(capsys, "owner/another", "--url", server.url)
-    assert (status, missed(verdicts)) == (1, {"model served"})
+    assert (status, failed(verdicts)) == (1, {"model served"})
     status, verdicts = run(capsys, "bundled", "--url", server.url, "--device", "cpu")
     assert status == 1
-    assert missed(verdicts) == {
+    assert failed(verdicts) == {
         f"service = {other}, {kind}" for other in ("library", "transformers") for kind in ("text", "image")
     }
 
 
 @pytest.fixture(scope="module")
 def raw_text(random_checkpoint: Path) -> Callable[[str], Vector]:
-    """A text's own tokens and nothing around them: the commonest fault of other servers."""
+    """Embed a text without the prompt: the most common fault of other servers."""
     tokenizer = load_tokenizer(random_checkpoint)
     model = load_model(random_checkpoint, torch.float32, torch.device("cpu"))
 
@@ -186,17 +191,17 @@ def without(item: Any, field: str) -> Any:
 
 TEXTS = {"service = library, text", "service = transformers, text"}
 IMAGES = {"service = library, image", "service = transformers, image"}
-BATCH = {"alone = in a batch, text", "alone = in a batch, image"}
-WRONG: dict[str, set[str]] = {  # and what shows it by HTTP alone
-    "no template": {"an instruction changes the vector"},
+BATCH = {"single = in a batch, text", "single = in a batch, image"}
+WRONG: dict[str, set[str]] = {  # and the checks that detect it over HTTP
+    "no template": {"instruction changes the vector"},
     "not normalized": {"unit length"},
     "cut, not normalized again": {"unit length"},
-    "not cut": {"64 dimensions are the first"},
-    "the last dimensions": {"64 dimensions are the first"},
-    "instruction dropped": {"an instruction changes the vector"},
-    "instruction as it is": {"an instruction gets its full stop"},
+    "not cut": {"64 dimensions = first values"},
+    "the last dimensions": {"64 dimensions = first values"},
+    "instruction dropped": {"instruction changes the vector"},
+    "instruction as it is": {"instruction gets a final period"},
     "another default": {"default instruction"},
-    "neighbors shine through": BATCH,
+    "mixed with the first item of the batch": BATCH,
     "another order": BATCH,
     "one route without template": {"/txt/embed = /embed"},
 }
@@ -226,7 +231,7 @@ def wrong_answer(fault: str, embedder: Embedder, raw_text: Callable[[str], Vecto
                 else vector
                 for item, vector in zip(items, vectors, strict=True)
             ]
-        if fault == "neighbors shine through":
+        if fault == "mixed with the first item of the batch":
             vectors = [unit(vector + np.float32(0.1) * vectors[0]) for vector in vectors]
         if fault == "another order":
             vectors = vectors[1:] + vectors[:1]
@@ -239,21 +244,21 @@ def wrong_answer(fault: str, embedder: Embedder, raw_text: Callable[[str], Vecto
 
 
 @pytest.mark.parametrize("fault", WRONG)
-def test_server_with_one_fault_misses_what_shows_it(
+def test_server_with_one_fault_fails_the_check_for_it(
     fault: str, embedder: Embedder, raw_text: Callable[[str], Vector], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with stub(wrong_answer(fault, embedder, raw_text)) as url:
         status, verdicts = run(capsys, "stub", "--url", url)
     assert status == 1
-    assert WRONG[fault] <= missed(verdicts)
+    assert WRONG[fault] <= failed(verdicts)
     if fault != "another order":
-        assert missed(verdicts) - {"default instruction"} == WRONG[fault] - {"default instruction"}
+        assert failed(verdicts) - {"default instruction"} == WRONG[fault] - {"default instruction"}
 
 
-@pytest.mark.parametrize(("fault", "misses"), [("no template", TEXTS), ("blind", IMAGES), ("nothing", set())])
-def test_server_with_another_prompt_or_picture_is_told_by_its_folder(
+@pytest.mark.parametrize(("fault", "failures"), [("no template", TEXTS), ("blind", IMAGES), ("nothing", set())])
+def test_server_with_another_prompt_or_image_differs_from_its_folder(
     fault: str,
-    misses: set[str],
+    failures: set[str],
     embedder: Embedder,
     raw_text: Callable[[str], Vector],
     random_checkpoint: Path,
@@ -261,76 +266,76 @@ def test_server_with_another_prompt_or_picture_is_told_by_its_folder(
 ) -> None:
     with stub(wrong_answer(fault, embedder, raw_text)) as url:
         status, verdicts = run(capsys, str(random_checkpoint), "--url", url, "--device", "cpu")
-    assert status == bool(misses)
-    assert missed(verdicts) & (TEXTS | IMAGES) == misses
-    assert not missed(verdicts) or misses
+    assert status == bool(failures)
+    assert failed(verdicts) & (TEXTS | IMAGES) == failures
+    assert not failed(verdicts) or failures
 
 
-def test_default_instruction_of_the_operators_own_is_not_checked(
+def test_changed_default_instruction_is_not_checked(
     embedder: Embedder, raw_text: Callable[[str], Vector], capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = wrong_answer("another default", embedder, raw_text)
     with stub(answer, default_instruction="Embed it.") as url:
         status, verdicts = run(capsys, "stub", "--url", url)
     assert status == 0
-    assert unchecked(verdicts)["default instruction"] == "it is set to 'Embed it.'"
+    assert unchecked(verdicts)["default instruction"] == "the service uses 'Embed it.'"
 
 
-def test_width_that_is_not_the_announced_one_is_a_miss(
+def test_vectors_of_another_size_than_info_says_fail(
     embedder: Embedder, raw_text: Callable[[str], Vector], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with stub(wrong_answer("nothing", embedder, raw_text), hidden_size=2048) as url:
-        assert missed(run(capsys, "stub", "--url", url)[1]) == {"width"}
+        assert failed(run(capsys, "stub", "--url", url)[1]) == {"hidden_size"}
 
 
-def golden_vectors() -> dict[str, Vector]:
-    """Four unit vectors with exactly the published similarities, and the image's with the published values."""
+def published_vectors() -> dict[str, Vector]:
+    """Four unit vectors that have the published similarities; the image's vector starts with the published values."""
     names = ["image", "query", "text", "both"]
     gram = np.eye(4)
-    for pair, similarity in verify.GOLDEN_SIMILARITIES.items():
+    for pair, similarity in published.SIMILARITIES.items():
         one, other = (names.index(name) for name in pair)
         gram[one, other] = gram[other, one] = similarity
     axes = np.random.default_rng(0).normal(size=(4, 2048))
-    rest = axes[0, len(verify.GOLDEN_VALUES) :]
-    axes[0] = [*verify.GOLDEN_VALUES, *(rest / np.linalg.norm(rest) * np.sqrt(1 - (verify.GOLDEN_VALUES**2).sum()))]
+    rest = axes[0, len(published.IMAGE_VALUES) :]
+    axes[0] = [*published.IMAGE_VALUES, *(rest / np.linalg.norm(rest) * np.sqrt(1 - (published.IMAGE_VALUES**2).sum()))]
     basis = np.linalg.qr(axes.T)[0].T
     basis[0] *= np.sign(basis[0] @ axes[0])
     return dict(zip(names, (np.linalg.cholesky(gram) @ basis).astype(np.float32), strict=True))
 
 
-def test_published_values_are_met_or_missed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    golden = golden_vectors()
+def test_published_values_pass_or_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vectors = published_vectors()
     demo = tmp_path / "demo.jpeg"
     demo.write_bytes(encoded(picture(64, 64), "JPEG"))
     image = base64.b64encode(demo.read_bytes()).decode()
     names = {
-        json.dumps({"text": verify.GOLDEN_QUERY, "instruction": verify.QUERY_INSTRUCTION}): "query",
-        json.dumps({"text": verify.GOLDEN_TEXT}): "text",
+        json.dumps({"text": published.PUBLISHED_QUERY, "instruction": QUERY_INSTRUCTION}): "query",
+        json.dumps({"text": published.PUBLISHED_TEXT}): "text",
         json.dumps({"image": image}): "image",
-        json.dumps({"text": verify.GOLDEN_TEXT, "image": image}): "both",
+        json.dumps({"text": published.PUBLISHED_TEXT, "image": image}): "both",
     }
 
     def answer(path: str, items: list[Any], dimensions: int | None) -> list[Vector]:
-        found = [golden[names.get(json.dumps(item), "text")] for item in items]
+        found = [vectors[names.get(json.dumps(item), "text")] for item in items]
         return [unit(vector[:dimensions]) for vector in found]
 
     with stub(answer, model="Qwen/Qwen3-VL-Embedding-2B", hidden_size=2048) as url:
         command = ("Qwen/Qwen3-VL-Embedding-2B", "--url", url)
         right = run(capsys, *command, "--image", str(demo))[1]
-        assert {name for name in GOLDEN if right[name] == "ok"} == GOLDEN
+        assert {name for name in PUBLISHED if right[name] == "ok"} == PUBLISHED
         blind = run(capsys, *command)[1]
         assert blind["published: query * text"] == "ok"
-        assert {name: why for name, why in unchecked(blind).items() if name in GOLDEN} == dict.fromkeys(
-            GOLDEN - {"published: query * text"}, "needs --image, the demo.jpeg of the Qwen-VL assets"
+        assert {name: why for name, why in unchecked(blind).items() if name in PUBLISHED} == dict.fromkeys(
+            PUBLISHED - {"published: query * text"}, "needs --image, the demo.jpeg of the Qwen-VL assets"
         )
-        golden["image"] = np.roll(golden["image"], 1)
-        golden["query"] = golden["image"]
+        vectors["image"] = np.roll(vectors["image"], 1)
+        vectors["query"] = vectors["image"]
         status, wrong = run(capsys, *command, "--image", str(demo))
         assert status == 1
-        assert {name for name in GOLDEN if wrong[name] == "ok"} == {"published: text * both"}
+        assert {name for name in PUBLISHED if wrong[name] == "ok"} == {"published: text * both"}
 
 
-def test_service_that_answers_something_else_is_a_miss(capsys: pytest.CaptureFixture[str]) -> None:
+def test_service_with_other_response_shapes_fails(capsys: pytest.CaptureFixture[str]) -> None:
     answers: list[Answer] = [
         lambda path, items, dimensions: [np.ones((2, 2), np.float32)] * len(items),
         lambda path, items, dimensions: [np.ones(192, np.float32)],
@@ -339,14 +344,14 @@ def test_service_that_answers_something_else_is_a_miss(capsys: pytest.CaptureFix
         with stub(answer) as url:
             status, verdicts = run(capsys, "stub", "--url", url)
             assert status == 1
-            assert verdicts["answers"] == "MISS"
+            assert verdicts["responses"] == "FAILED"
 
 
-def test_service_that_refuses_is_quoted(server: Server) -> None:
-    with pytest.raises(verify.ServiceFault, match=r"/embed answers 400: .*items: got an empty list"):
-        verify.Service(server.url).embed([])
-    with pytest.raises(verify.ServiceFault, match=r"/info answers 404: .*not_found"):
-        verify.Service(f"{server.url}/nowhere").info()
+def test_error_response_of_the_service_is_quoted(server: Server) -> None:
+    with pytest.raises(ServiceFault, match=r"/embed returned status 400: .*items: got an empty list"):
+        Service(server.url).embed([])
+    with pytest.raises(ServiceFault, match=r"/info returned status 404: .*not_found"):
+        Service(f"{server.url}/nowhere").info()
 
 
 @pytest.mark.parametrize(
@@ -360,8 +365,8 @@ def test_service_that_refuses_is_quoted(server: Server) -> None:
         ("bundled", "--dtype", "float8"),
     ],
 )
-def test_what_cannot_be_asked_is_a_usage_error(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_a_usage_error(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        verify.main(arguments)
+        main(arguments)
     assert stop.value.code == 2
     assert "error: " in capsys.readouterr().err

@@ -14,10 +14,10 @@ import httpx
 import openai
 import pytest
 
-from embedder import verify
 from embedder.http import api_keys as keys_module
 from embedder.http.api_keys import ApiKeys
 from embedder.settings import Settings
+from embedder.verify.__main__ import main as verify
 from tests.conftest import Server, start_server
 
 
@@ -248,8 +248,8 @@ def test_clients_send_their_key_as_they_always_do(guarded: Server) -> None:
 def test_service_with_keys_is_verified_with_one(guarded: Server, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("s3cret-one\nanother\n")
     command = ["any", "--url", guarded.url]
-    assert verify.main([*command, "--key-file", str(tmp_path / "keys")]) == 0
-    assert verify.main(command) == 1
+    assert verify([*command, "--key-file", str(tmp_path / "keys")]) == 0
+    assert verify(command) == 1
 
 
 def test_document_says_that_one_is_needed(guarded: Server) -> None:

@@ -1,0 +1,71 @@
+"""The result of one check, and the table that the command prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from embedder.verify.probes import Vector
+
+# Minimum cosines. In float32 only rounding differs; the other two are the accepted tolerances for bfloat16.
+MIN_FLOAT32_COSINE, MIN_TEXT_COSINE, MIN_IMAGE_COSINE = 0.99999, 0.9997, 0.997
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the table. `verdict` is `ok`, `FAILED`, or `not checked: ` followed by the reason."""
+
+    name: str
+    value: str
+    expected: str
+    verdict: str
+
+
+def check(name: str, is_met: bool, value: str, expected: str) -> Check:
+    return Check(name, value, expected, "ok" if is_met else "FAILED")
+
+
+def cosine_check(name: str, value: float, minimum: float) -> Check:
+    return check(name, value >= minimum, f"{value:.7f}", f">= {minimum}")
+
+
+def not_checked(name: str, reason: str) -> Check:
+    return Check(name, "", "", f"not checked: {reason}")
+
+
+def min_cosine_for(bfloat16_minimum: float, info: Mapping[str, Any]) -> float:
+    """The minimum cosine for the dtype in `info`."""
+    return MIN_FLOAT32_COSINE if info.get("dtype") == "float32" else bfloat16_minimum
+
+
+def cosine(left: Vector, right: Vector) -> float:
+    """The cosine, or 0 if the lengths differ or a vector is zero."""
+    if len(left) != len(right):
+        return 0.0
+    a, b = left.astype(np.float64), right.astype(np.float64)
+    return float(a @ b) / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30)
+
+
+def lowest_cosine(left: Sequence[Vector], right: Sequence[Vector]) -> float:
+    return min(cosine(a, b) for a, b in zip(left, right, strict=True))
+
+
+def shorten(message: object) -> str:
+    """The first 160 characters on one line."""
+    text = message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)
+    return " ".join(text.split())[:160]
+
+
+def format_table(checks: Sequence[Check]) -> str:
+    """Aligned columns, and a last line with the counts."""
+    rows = [("check", "value", "expected", "verdict")]
+    rows += [(row.name, row.value, row.expected, row.verdict) for row in checks]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]) for row in rows
+    ]
+    num_ok, num_failed = (sum(row.verdict == verdict for row in checks) for verdict in ("ok", "FAILED"))
+    return "\n".join([*lines, f"{num_ok} ok, {num_failed} failed, {len(checks) - num_ok - num_failed} not checked"])
