@@ -142,7 +142,7 @@ def _without_prefixes(embedder: Embedder) -> Run:
 
 
 def _with_norm_modules(embedder: Embedder) -> Run:
-    return _patched(embedder, _normalize=lambda norm, states: norm(states))
+    return _patched(embedder, _rms_norm=lambda norm, states: norm(states))
 
 
 def _patched(embedder: Embedder, **functions: Callable[..., Tensor]) -> Run:

@@ -177,7 +177,7 @@ class Embedder:
 
         def run(inputs: list[ModelInput]) -> None:
             with device_errors(self.device):
-                kept = torch.empty(self.forward.language.max_kept_bytes, dtype=torch.uint8, device=self.device)
+                kept = torch.empty(self.forward.language.max_prefix_bytes, dtype=torch.uint8, device=self.device)
             self._launch(inputs)()
             del kept
 

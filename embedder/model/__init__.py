@@ -1,16 +1,21 @@
-"""PackedBatch -> hidden states: the forward pass of Qwen3-VL over transformers' weights.
+"""The model: a checkpoint's weights and their packed forward pass. The files, in the order data meets them:
 
-memory        checkpoint folder -> whether its weights can fit the device
-weights       checkpoint folder -> transformers' Qwen3VLModel on the device
-positions     coordinates -> rotary angles and the resampled position grid
-attention     one function over packed sequences, three back ends
-fusion        what stands between the products of a layer -> fewer passes, by torch.compile
-vision        patches -> visual tokens and deepstack features
-language      tokens -> the state of each item's last token
-forward       the two in order
-graphs        a few texts at once through CUDA graphs of the language tower
-faults        what torch raises -> our errors: a full device, a lost one
+checkpoint     settings to a checkpoint folder, downloaded from the hub if needed
+memory         check that the weights fit the device, before they are loaded
+weights        checkpoint folder to transformers' Qwen3VLModel on the device
+packing        preprocessed items to one packed batch (no padding) on the device
+positions      coordinates to rotary angles and interpolated position embeddings
+attention      attention over packed sequences: sdpa, varlen or flash_attn
+compile        torch.compile for the functions of a layer
+vision         patches to visual tokens and DeepStack features
+language       tokens to the final hidden state of each item's last token
+forward        both towers, in order
+cuda_graphs    CUDA graphs of the language tower for small batches of text
+pooling        hidden states to float32 rows on the host
+memory_budget  the largest batch that fits the GPU's memory
+device_errors  torch's errors to DeviceOutOfMemory and DeviceFailed
 
-The loop over the layers is ours: packed, without padding, KV cache or lm_head, and with the last layer computed only
-where it is read. The oracle of every step is transformers' own forward (tests/model/test_parity.py).
+transformers loads the weights; the forward pass is this package's own. It computes packed sequences without padding,
+KV cache or lm_head, and computes the last layer only for the pooled tokens. Each step is tested against transformers'
+own forward pass (tests/model/test_parity.py).
 """

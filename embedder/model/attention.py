@@ -1,13 +1,14 @@
-"""Packed queries, keys, values -> attended values: one function, three back ends.
+"""Attention over packed sequences, with three back ends of one signature.
 
-Every back end takes query (query_tokens, num_heads, head_dim), key and value (tokens, num_kv_heads, head_dim), and
-gives (query_tokens, num_heads, head_dim). `queries` and `keys` say where sequences stand; sequence i of one attends
-sequence i of the other. With `causal`, the last query of a sequence attends all of its keys, the one before all but the
-last, and so on: keys may be more than queries.
+Each takes query (num_queries, num_heads, head_dim), key and value (num_keys, num_kv_heads, head_dim), and returns
+(num_queries, num_heads, head_dim). `queries` and `keys` say where the sequences are; sequence i of the queries attends
+sequence i of the keys. There may be more keys than queries: with `causal`, the two sequences are aligned at their ends
+(the last query attends all keys, the one before it all but the last).
 """
 
 from __future__ import annotations
 
+import logging
 from functools import cache, lru_cache
 from typing import Protocol
 
@@ -18,8 +19,10 @@ from torch import Tensor
 from embedder.errors import ModelUnavailable
 from embedder.model.packing import Sequences
 
-LEAST_CAPABILITY = (8, 0)  # Ampere, of flash attention in bfloat16
-MAX_KEPT_MASK = 2**16  # bytes of a mask that is kept; making a larger one is little beside the attention itself
+logger = logging.getLogger(__name__)
+
+MIN_CAPABILITY = (8, 0)  # Ampere: the first architecture on which flash attention computes bfloat16
+MAX_CACHED_MASK_BYTES = 2**16  # building a larger mask takes little time compared with the attention that needs it
 
 
 class Attention(Protocol):
@@ -31,32 +34,37 @@ class Attention(Protocol):
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
-    """The back end called `name` for `device`, and its name; `auto` takes the fastest there is.
+    """The name and the function of the back end for `device`.
 
-    Raises `ModelUnavailable` where it cannot serve that device or dtype.
+    `name` is sdpa (CPU), varlen (torch's own kernel, CUDA), flash_attn (the package, CUDA) or auto: sdpa on the CPU; on
+    CUDA flash_attn if it can be imported, else varlen. Raises `ModelUnavailable` if the back end does not support the
+    device or the dtype.
     """
-    has_flash = flash_attention_fault() is None
-    if name == "auto":
-        name = ("flash_attn" if has_flash else "varlen") if device.type == "cuda" else "sdpa"
+    import_error = flash_attn_import_error()
+    if name == "auto" and device.type == "cuda":
+        name = "varlen" if import_error else "flash_attn"
+        logger.info("attention back end: %s (flash-attn: %s)", name, import_error or "installed")
+    elif name == "auto":
+        name = "sdpa"
     if name != "sdpa" and device.type != "cuda":
-        raise ModelUnavailable(f"attention back end {name} needs CUDA; on {device.type} use sdpa")
+        raise ModelUnavailable(f"attention back end {name} needs CUDA; the device is {device}. Use sdpa")
     if name == "sdpa" and device.type != "cpu":
-        raise ModelUnavailable("attention back end sdpa serves the CPU; on CUDA use varlen or flash_attn")
-    if name == "flash_attn" and not has_flash:
         raise ModelUnavailable(
-            f"EMBEDDER_ATTENTION=flash_attn, but flash-attn cannot be used: {flash_attention_fault()}; use varlen"
+            f"attention back end sdpa runs on the CPU only; the device is {device}. Use varlen or flash_attn"
         )
+    if name == "flash_attn" and import_error:
+        raise ModelUnavailable(f"EMBEDDER_ATTENTION=flash_attn: flash-attn cannot be used ({import_error}); use varlen")
     if device.type == "cuda":
         _check_gpu(device, dtype)
     return name, {"flash_attn": flash_attention, "varlen": varlen_attention, "sdpa": sdpa_attention}[name]
 
 
 @cache
-def flash_attention_fault() -> str | None:
-    """Why `flash_attn_varlen_func` cannot be imported; None where it can.
+def flash_attn_import_error() -> str | None:
+    """Why `flash_attn_varlen_func` cannot be imported, or None if it can.
 
-    The function itself is tried: flash-attn 4 installs a package of that name without it, and a wheel that was built
-    for another torch fails only when it is loaded.
+    Imports the function itself. The package's presence proves nothing: flash-attn 4 installs a package of the same
+    name without this function, and a wheel built for another torch fails only when it is loaded.
     """
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
@@ -67,52 +75,54 @@ def flash_attention_fault() -> str | None:
 
 def _check_gpu(device: torch.device, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
-        raise ModelUnavailable("attention on a GPU computes in 16 bits; EMBEDDER_DTYPE=float32 is for the CPU")
+        raise ModelUnavailable(
+            "attention on a GPU supports 16-bit dtypes only, not EMBEDDER_DTYPE=float32; use bfloat16 or auto"
+        )
     capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY:
-        raise ModelUnavailable(f"{device} has compute capability {capability}; allowed: {LEAST_CAPABILITY} or newer")
+    if capability < MIN_CAPABILITY:
+        raise ModelUnavailable(f"{device} has compute capability {capability}; allowed: {MIN_CAPABILITY} or newer")
 
 
 def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, *, causal: bool
 ) -> Tensor:
-    """scaled_dot_product_attention, neighbors of equal length in one call."""
+    """scaled_dot_product_attention, one call for consecutive sequences of equal length."""
     attended = torch.empty_like(query)
     is_grouped = query.shape[1] > key.shape[1]
     for query_run, key_run in zip(queries.runs, keys.runs, strict=True):
         is_square = query_run.length == key_run.length
         values = F.scaled_dot_product_attention(
-            query_run.of(query).transpose(1, 2),  # (count, num_heads, length, head_dim)
-            key_run.of(key).transpose(1, 2),
-            key_run.of(value).transpose(1, 2),
-            attn_mask=None if is_square or not causal else lower_right(query_run.length, key_run.length),
+            query_run.view(query).transpose(1, 2),  # (count, num_heads, length, head_dim)
+            key_run.view(key).transpose(1, 2),
+            key_run.view(value).transpose(1, 2),
+            attn_mask=None if is_square or not causal else causal_mask(query_run.length, key_run.length),
             is_causal=causal and is_square,
             enable_gqa=is_grouped,
         )
-        query_run.of(attended).copy_(values.transpose(1, 2))
+        query_run.view(attended).copy_(values.transpose(1, 2))
     return attended
 
 
-def lower_right(num_queries: int, num_keys: int) -> Tensor:
-    """Which key each query may attend, (num_queries, num_keys), where both end together."""
-    is_small = num_queries * num_keys <= MAX_KEPT_MASK
-    return _kept_mask(num_queries, num_keys) if is_small else _mask(num_queries, num_keys)
+def causal_mask(num_queries: int, num_keys: int) -> Tensor:
+    """(num_queries, num_keys) bool, True where a query attends a key; aligned at the ends."""
+    is_small = num_queries * num_keys <= MAX_CACHED_MASK_BYTES
+    return _cached_mask(num_queries, num_keys) if is_small else _make_mask(num_queries, num_keys)
 
 
-def _mask(num_queries: int, num_keys: int) -> Tensor:
+def _make_mask(num_queries: int, num_keys: int) -> Tensor:
     return torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
 
 
-_kept_mask = lru_cache(maxsize=1024)(_mask)  # every layer asks again
+_cached_mask = lru_cache(maxsize=1024)(_make_mask)  # every layer needs the same one
 
 
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, *, causal: bool
 ) -> Tensor:
-    """The packed kernel that comes with torch (CUDA), from torch 2.11 on.
+    """The flash attention kernel that torch (2.11 or newer) contains, for CUDA.
 
-    Called as an operator: `torch.nn.attention.varlen.varlen_attn` is a wrapper that fills a tensor of random states in
-    each layer, and whose keywords differ between torch 2.11 and 2.13.
+    Calls the operator instead of `torch.nn.attention.varlen.varlen_attn`. That wrapper fills a tensor of random states
+    in each layer, and its keyword arguments differ between torch 2.11 and 2.13.
     """
     attended: Tensor = torch.ops.aten._flash_attention_forward(
         query,
@@ -127,26 +137,27 @@ def varlen_attention(
         return_debug_mask=False,
         window_size_left=-1,
         window_size_right=0 if causal else -1,
-        **one_split(),
+        **num_splits_argument(),
     )[0]
     return attended
 
 
 @cache
-def one_split() -> dict[str, int]:
-    """One split of the keys, so that a vector does not depend on its neighbors in the batch.
+def num_splits_argument() -> dict[str, int]:
+    """`num_splits=1` if torch's operator has that argument (2.13 has, 2.11 has not).
 
-    torch 2.11's operator has no such argument. There the kernel may split the keys of the last layer, where each
-    sequence has one query; the rounding of a vector then depends on the size of its batch.
+    With one split of the keys a vector does not depend on the other items of its batch. Without the argument the
+    kernel may split the keys in the last layer, where each sequence has one query, by the size of the batch; vectors
+    then differ by rounding.
     """
     arguments = torch.ops.aten._flash_attention_forward.default._schema.arguments
-    return {"num_splits": 1} if any(one.name == "num_splits" for one in arguments) else {}
+    return {"num_splits": 1} if any(argument.name == "num_splits" for argument in arguments) else {}
 
 
 def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, *, causal: bool
 ) -> Tensor:
-    """The flash-attn package (CUDA)."""
+    """`flash_attn_varlen_func` of the flash-attn package, for CUDA."""
     from flash_attn import flash_attn_varlen_func
 
     attended: Tensor = flash_attn_varlen_func(

@@ -1,4 +1,4 @@
-"""Settings -> Checkpoint: the folder of the model they name, fetched from the hub where needed. No torch."""
+"""Settings to a checkpoint folder, downloaded from the hub if needed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ _FILES = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this machine. `name` is what the operator called it; `is_bundled`: the package's own."""
+    """A checkpoint folder on this machine.
+
+    `name` is the setting's value (folder or hub id), `revision` the downloaded commit; `is_bundled` marks the small
+    model shipped in the package.
+    """
 
     folder: Path
     name: str
@@ -29,22 +33,22 @@ class Checkpoint:
 
 
 def find_checkpoint(settings: Settings) -> Checkpoint:
-    """The folder the settings name, downloaded from the hub where it is a hub id.
+    """The folder that `settings.model` names, downloaded if it is a hub id.
 
-    Where they name none: the small model shipped in the package, or, in a Bento, which is built without it, the
-    published 2B. A model that was named is never replaced by another one.
+    If it is empty: the small model shipped in the package, or the published 2B in a Bento, which is built without the
+    small model. It never falls back from a named model to another one.
 
-    Raises `ModelUnavailable` saying what was looked for and what to do.
+    Raises `ModelUnavailable` if the model cannot be found or downloaded, or is not a Qwen3-VL checkpoint.
     """
     if not settings.model and BUNDLED.is_dir():
-        return _checked(Checkpoint(BUNDLED, "bundled", "", is_bundled=True))
+        return _require_qwen3_vl(Checkpoint(BUNDLED, "bundled", "", is_bundled=True))
     if not settings.model:
-        return _checked(_download(PUBLISHED, settings.revision or PUBLISHED_REVISION))
+        return _require_qwen3_vl(_download(PUBLISHED, settings.revision or PUBLISHED_REVISION))
     if Path(settings.model).is_dir():
-        return _checked(Checkpoint(Path(settings.model), settings.model, "", is_bundled=False))
+        return _require_qwen3_vl(Checkpoint(Path(settings.model), settings.model, "", is_bundled=False))
     if settings.model.count("/") != 1 or settings.model.startswith((".", "/", "~")):
         raise ModelUnavailable(f"EMBEDDER_MODEL={settings.model!r} is neither a folder nor a hub id (owner/name)")
-    return _checked(_download(settings.model, settings.revision))
+    return _require_qwen3_vl(_download(settings.model, settings.revision))
 
 
 def _download(name: str, revision: str) -> Checkpoint:
@@ -64,7 +68,8 @@ def _download(name: str, revision: str) -> Checkpoint:
     return Checkpoint(folder, name, folder.name, is_bundled=False)
 
 
-def _checked(checkpoint: Checkpoint) -> Checkpoint:
+def _require_qwen3_vl(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself, after a look at its config.json."""
     config = checkpoint.folder / "config.json"
     if not config.is_file():
         raise ModelUnavailable(f"{checkpoint.folder} has no config.json: not a checkpoint")

@@ -1,4 +1,4 @@
-"""A function of a layer and tensors -> the same, or what torch.compile makes of it: fewer passes over memory."""
+"""torch.compile for the functions of a layer."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ from typing import Any
 import torch
 
 Function = Callable[..., Any]
-Fuse = Callable[[Function], Function]
 
 
-def uncompiled(function: Function) -> Function:
-    """Operation by operation."""
-    return function
+def compile_if(is_compiled: bool, function: Function) -> Function:
+    """The function through torch.compile, or the function itself (eager mode).
 
-
-def compiled(function: Function) -> Function:
-    """One graph for all layers and all numbers of tokens from 2 on, made at the first call.
-
-    Products stay those of the library; norms, rotations, activations and sums between them become kernels of their own.
+    The compiled function is one graph for all layers and all numbers of tokens from 2 on, made at its first call.
+    Inductor fuses norms, rotations, activations and residual sums; matrix products stay those of the library.
     """
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return torch.compile(function, dynamic=True, fullgraph=True) if is_compiled else function

@@ -1,4 +1,4 @@
-"""What torch raises -> our errors, so that the engine can tell a full device from a lost one without knowing torch."""
+"""Torch's errors to this project's: tells a device without free memory from one that no longer works."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ import torch
 
 from embedder.errors import DeviceFailed, DeviceOutOfMemory
 
-# what the CUDA runtime, cuBLAS and torch's CPU allocator say, in errors that have no type of their own
+# The CUDA runtime, cuBLAS and torch's CPU allocator raise a plain RuntimeError with these words.
 _OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 @contextmanager
 def device_errors(device: torch.device) -> Iterator[None]:
-    """Raises `DeviceOutOfMemory`, with the memory freed again, or `DeviceFailed`; any other error passes unchanged."""
+    """Translate an error of the device into `DeviceOutOfMemory` or `DeviceFailed`; others pass unchanged.
+
+    After `DeviceOutOfMemory` the memory of the failed batch is free again.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch's errors are RuntimeErrors
-        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the batch
+        traceback.clear_frames(error.__traceback__)  # the frames hold the tensors of the batch
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if _is_out_of_memory(error):
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             raise DeviceOutOfMemory(reason) from error
-        if not _answers(device):
+        if not _is_usable(device):
             raise DeviceFailed(reason) from error
         raise
 
@@ -36,10 +39,10 @@ def _is_out_of_memory(error: Exception) -> bool:
     return has_type or any(phrase in str(error) for phrase in _OUT_OF_MEMORY)
 
 
-def _answers(device: torch.device) -> bool:
-    """False after an error that stays: a device-side assert or an illegal access fails every later call as well.
+def _is_usable(device: torch.device) -> bool:
+    """False after a sticky CUDA error, such as a device-side assert or an illegal access: every later call fails too.
 
-    An error of one launch alone does not stay, and must not cost the worker.
+    An error that concerns one launch only does not stay, and the worker can go on.
     """
     if device.type != "cuda":
         return True

@@ -1,4 +1,4 @@
-"""PackedBatch -> the last token's hidden state of each item: vision, then language."""
+"""PackedBatch to the final hidden state of each item's last token: the vision tower, then the language tower."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from embedder.inputs.preprocess import VisionConfig
 from embedder.model.attention import choose_attention
-from embedder.model.compile import compiled, uncompiled
 from embedder.model.language import Language
 from embedder.model.packing import PackedBatch
 from embedder.model.vision import Vision
 
 
 class Forward:
-    """The forward pass of one loaded checkpoint (transformers' Qwen3VLModel) on its device.
+    """The forward pass of a loaded checkpoint (transformers' Qwen3VLModel) on its device.
 
-    With `is_compiled` its layers go through torch.compile at the first call.
+    `attention` is a setting's value: auto, flash_attn, varlen or sdpa. With `is_compiled` the layers go through
+    torch.compile at their first call.
     """
 
     def __init__(self, model: Any, vision: VisionConfig, attention: str, *, is_compiled: bool = False) -> None:
@@ -26,13 +26,12 @@ class Forward:
         self.dtype: torch.dtype = model.dtype
         self.hidden_size: int = model.config.text_config.hidden_size
         self.attention_name, back_end = choose_attention(attention, self.device, self.dtype)
-        fuse = compiled if is_compiled else uncompiled
-        self.vision = Vision(model.visual, vision, back_end, fuse)
-        self.language = Language(model.language_model, back_end, fuse)
+        self.vision = Vision(model.visual, vision, back_end, is_compiled=is_compiled)
+        self.language = Language(model.language_model, back_end, is_compiled=is_compiled)
 
     @torch.inference_mode()
     def __call__(self, batch: PackedBatch) -> Tensor:
-        """(num_items, hidden_size) in the weights' dtype."""
+        """(num_items, hidden_size) in the weights' dtype, after the final norm."""
         if batch.vision is None:
             return self.language(batch, None, [])
         visual_tokens, deepstack = self.vision(batch.vision)

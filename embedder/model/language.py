@@ -1,8 +1,8 @@
-"""PackedBatch and visual tokens -> the state of each item's last token: the language tower, packed.
+"""The language tower: PackedBatch and visual tokens to the final hidden state of each item's last token.
 
-Under causal attention the keys and values of a prefix do not depend on what follows it, so those of an instruction are
-computed once and kept. The last layer computes keys and values of all tokens but queries, MLP and norm only of the
-pooled ones.
+Causal attention saves work twice. The keys and values of a prefix do not depend on the tokens after it, so those of an
+instruction are computed once and cached. In the last layer only the pooled tokens need a query, the MLP and the final
+norm; the others contribute keys and values.
 """
 
 from __future__ import annotations
@@ -16,39 +16,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedder.model.attention import Attention
-from embedder.model.compile import Fuse, uncompiled
+from embedder.model.compile import compile_if
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, pack_prefixes
 from embedder.model.positions import apply_rotary
 
 Module = Any  # transformers' modules, whose attributes torch leaves untyped
-Prefix = tuple[int, ...]
-KeyValue = tuple[Tensor, Tensor]  # each (tokens, num_kv_heads, head_dim), keys rotated
+Prefix = tuple[int, ...]  # token ids
+KeyAndValue = tuple[Tensor, Tensor]  # each (tokens, num_kv_heads, head_dim), keys rotated
 
-MAX_KEPT_TOKENS = 4096  # of all kept prefixes together: 470 MB for the 2B, 600 MB for the 8B, in bfloat16
+MAX_CACHED_TOKENS = 4096  # of all cached prefixes together: 470 MB for the 2B, 600 MB for the 8B, in bfloat16
 
 
 class Language:
-    """The tower of one checkpoint, and the prefixes it has seen."""
+    """The language tower of one checkpoint, and its prefix cache."""
 
-    def __init__(self, tower: Module, attention: Attention, fuse: Fuse = uncompiled) -> None:
+    def __init__(self, tower: Module, attention: Attention, *, is_compiled: bool = False) -> None:
         self.tower = tower
         self.attention = attention
-        self._project, self._finish = (
-            fuse(_project),
-            fuse(_finish),
-        )  # of whole layers: all but the last one's pooled rows
-        self._kept: OrderedDict[Prefix, list[KeyValue]] = OrderedDict()  # by layer; least recently used first
+        self._query_key_value = compile_if(is_compiled, _query_key_value)
+        self._output_and_mlp = compile_if(is_compiled, _output_and_mlp)
+        self._prefix_cache: OrderedDict[Prefix, list[KeyAndValue]] = OrderedDict()  # one pair a layer; oldest use first
 
     @property
-    def max_kept_bytes(self) -> int:
-        """Device memory that the prefixes will take: those kept, and those of one batch, twice, before others go."""
+    def max_prefix_bytes(self) -> int:
+        """Peak device memory of prefixes: the full cache, and those of one batch, both as cached and concatenated."""
         projection = self.tower.layers[0].self_attn.k_proj.weight
-        num_tokens = MAX_KEPT_TOKENS + 2 * MAX_SHARED_TOKENS
+        num_tokens = MAX_CACHED_TOKENS + 2 * MAX_SHARED_TOKENS
         return int(2 * num_tokens * len(self.tower.layers) * projection.shape[0] * projection.element_size())
 
     def __call__(self, batch: PackedBatch, visual_tokens: Tensor | None, deepstack: list[Tensor]) -> Tensor:
-        """(num_items, hidden_size), after the final norm."""
-        prefixes = self._prefix_key_values(batch)
+        """(num_items, hidden_size), after the final norm.
+
+        `visual_tokens`, and each of `deepstack` (one for each of the first layers): (num_visual_tokens, hidden_size).
+        """
+        prefixes = self._prefix_keys_and_values(batch)
         hidden_states: Tensor = self.tower.embed_tokens(batch.input_ids)  # (total_tokens, hidden_size)
         if batch.vision is not None and visual_tokens is not None:
             hidden_states[batch.vision.token_index] = visual_tokens.to(hidden_states.dtype)
@@ -58,7 +59,7 @@ class Language:
             hidden_states = self._layer(layer, hidden_states, cos, sin, batch, prefixes[index])
             if batch.vision is not None and index < len(deepstack):
                 hidden_states.index_add_(0, batch.vision.token_index, deepstack[index].to(hidden_states.dtype))
-        return _normalize(self.tower.norm, self._last_layer(last, hidden_states, cos, sin, batch, prefixes[-1]))
+        return _rms_norm(self.tower.norm, self._last_layer(last, hidden_states, cos, sin, batch, prefixes[-1]))
 
     def _layer(
         self,
@@ -67,13 +68,13 @@ class Language:
         cos: Tensor,
         sin: Tensor,
         batch: PackedBatch,
-        prefix: KeyValue | None,
+        prefix: KeyAndValue | None,
     ) -> Tensor:
-        query, *own = self._project(layer, hidden_states, cos, sin)
-        key, value = _behind(prefix, own, batch)
+        query, *own = self._query_key_value(layer, hidden_states, cos, sin)
+        key, value = _prepend_prefix(prefix, own, batch)
         attended = self.attention(query, key, value, batch.sequences, batch.keys, causal=True)
-        finished: Tensor = self._finish(layer, hidden_states, attended)
-        return finished
+        output: Tensor = self._output_and_mlp(layer, hidden_states, attended)
+        return output
 
     def _last_layer(
         self,
@@ -82,49 +83,53 @@ class Language:
         cos: Tensor,
         sin: Tensor,
         batch: PackedBatch,
-        prefix: KeyValue | None,
+        prefix: KeyAndValue | None,
     ) -> Tensor:
-        normed = _normalize(layer.input_layernorm, hidden_states)
-        key, value = _behind(prefix, _key_value(layer.self_attn, normed, cos, sin), batch)
+        """Keys and values of all tokens, the rest for the pooled tokens: (num_items, hidden_size), before the norm."""
+        normed = _rms_norm(layer.input_layernorm, hidden_states)
+        key, value = _prepend_prefix(prefix, _key_value(layer.self_attn, normed, cos, sin), batch)
         pooled = batch.pooled_index
         query = _query(layer.self_attn, normed[pooled], cos[pooled], sin[pooled])
-        attended = self.attention(query, key, value, batch.pooled, batch.keys, causal=False)  # it is the last one
-        return _finish(layer, hidden_states[pooled], attended)
+        # Not causal: the pooled token is the last of its item and attends all of its keys.
+        attended = self.attention(query, key, value, batch.pooled, batch.keys, causal=False)
+        return _output_and_mlp(layer, hidden_states[pooled], attended)
 
-    def _prefix_key_values(self, batch: PackedBatch) -> list[KeyValue] | list[None]:
-        """Keys and values of the batch's prefixes, one behind the other, for each layer; None without prefixes."""
+    def _prefix_keys_and_values(self, batch: PackedBatch) -> list[KeyAndValue] | list[None]:
+        """For each layer the keys and values of the batch's prefixes, concatenated; None if there are no prefixes."""
         if not batch.prefixes:
             return [None] * len(self.tower.layers)
-        missing = [prefix for prefix in batch.prefixes if prefix not in self._kept]
+        missing = [prefix for prefix in batch.prefixes if prefix not in self._prefix_cache]
         if missing:
-            self._kept.update(zip(missing, self._compute_prefixes(missing, batch.input_ids.device), strict=True))
+            computed = self._compute_prefixes(missing, batch.input_ids.device)
+            self._prefix_cache.update(zip(missing, computed, strict=True))
         for prefix in batch.prefixes:
-            self._kept.move_to_end(prefix)
-        of_batch = [self._kept[prefix] for prefix in batch.prefixes]
-        while len(self._kept) > 1 and sum(map(len, self._kept)) > MAX_KEPT_TOKENS:
-            self._kept.popitem(last=False)
-        if len(of_batch) == 1:
-            return of_batch[0]
+            self._prefix_cache.move_to_end(prefix)
+        prefixes = [self._prefix_cache[prefix] for prefix in batch.prefixes]
+        while len(self._prefix_cache) > 1 and sum(map(len, self._prefix_cache)) > MAX_CACHED_TOKENS:
+            self._prefix_cache.popitem(last=False)
+        if len(prefixes) == 1:
+            return prefixes[0]
         return [
             (torch.cat([key for key, _ in layer]), torch.cat([value for _, value in layer]))
-            for layer in zip(*of_batch, strict=True)
+            for layer in zip(*prefixes, strict=True)
         ]
 
-    def _compute_prefixes(self, prefixes: list[Prefix], device: torch.device) -> list[list[KeyValue]]:
-        """For each prefix its keys and values, by layer."""
+    def _compute_prefixes(self, prefixes: list[Prefix], device: torch.device) -> list[list[KeyAndValue]]:
+        """For each prefix, its keys and values of every layer."""
         batch = pack_prefixes(prefixes, device)
         hidden_states: Tensor = self.tower.embed_tokens(batch.input_ids)
         cos, sin = self._rotary(hidden_states, batch)
         lengths = [len(prefix) for prefix in prefixes]
-        by_layer = []
+        layers = []
         for layer in self.tower.layers:
-            query, key, value = self._project(layer, hidden_states, cos, sin)
+            query, key, value = self._query_key_value(layer, hidden_states, cos, sin)
             parts = zip(torch.split(key, lengths), torch.split(value, lengths), strict=True)
-            by_layer.append([(one.clone(), other.clone()) for one, other in parts])  # a view would keep its neighbors
+            # A view would keep the other prefixes of the batch in memory.
+            layers.append([(key_part.clone(), value_part.clone()) for key_part, value_part in parts])
             if layer is not self.tower.layers[-1]:
                 attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=True)
-                hidden_states = self._finish(layer, hidden_states, attended)
-        return [list(of_prefix) for of_prefix in zip(*by_layer, strict=True)]
+                hidden_states = self._output_and_mlp(layer, hidden_states, attended)
+        return [list(prefix) for prefix in zip(*layers, strict=True)]
 
     def _rotary(self, hidden_states: Tensor, batch: PackedBatch | PackedPrefixes) -> tuple[Tensor, Tensor]:
         """Cos and sin of the M-RoPE angles, each (total_tokens, head_dim)."""
@@ -132,37 +137,40 @@ class Language:
         return cos[0], sin[0]
 
 
-def _project(layer: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of every token: (tokens, heads, head_dim), the first two rotated."""
-    normed = _normalize(layer.input_layernorm, hidden_states)
+def _query_key_value(layer: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of every token, (tokens, num_heads or num_kv_heads, head_dim); query and key are rotated."""
+    normed = _rms_norm(layer.input_layernorm, hidden_states)
     return _query(layer.self_attn, normed, cos, sin), *_key_value(layer.self_attn, normed, cos, sin)
 
 
 def _query(attention: Module, normed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     heads = attention.q_proj(normed).view(len(normed), -1, attention.head_dim)
-    return apply_rotary(_normalize(attention.q_norm, heads), cos, sin)
+    return apply_rotary(_rms_norm(attention.q_norm, heads), cos, sin)
 
 
-def _key_value(attention: Module, normed: Tensor, cos: Tensor, sin: Tensor) -> KeyValue:
+def _key_value(attention: Module, normed: Tensor, cos: Tensor, sin: Tensor) -> KeyAndValue:
     key = attention.k_proj(normed).view(len(normed), -1, attention.head_dim)
     value: Tensor = attention.v_proj(normed).view(len(normed), -1, attention.head_dim)
-    return apply_rotary(_normalize(attention.k_norm, key), cos, sin), value
+    return apply_rotary(_rms_norm(attention.k_norm, key), cos, sin), value
 
 
-def _finish(layer: Module, hidden_states: Tensor, attended: Tensor) -> Tensor:
-    """Behind the attention: its projection, and the MLP."""
+def _output_and_mlp(layer: Module, hidden_states: Tensor, attended: Tensor) -> Tensor:
+    """The rest of a layer after attention: output projection and MLP, each with its residual connection."""
     hidden_states = hidden_states + layer.self_attn.o_proj(attended.flatten(1))
-    finished: Tensor = hidden_states + layer.mlp(_normalize(layer.post_attention_layernorm, hidden_states))
-    return finished
+    output: Tensor = hidden_states + layer.mlp(_rms_norm(layer.post_attention_layernorm, hidden_states))
+    return output
 
 
-def _normalize(norm: Module, states: Tensor) -> Tensor:
-    """What transformers' RMSNorm module computes, bit for bit, in one operation instead of six."""
+def _rms_norm(norm: Module, states: Tensor) -> Tensor:
+    """What transformers' RMSNorm module computes, in one operation instead of six.
+
+    Equal bit for bit on the CPU. In bfloat16 on CUDA the fused kernel rounds once, the module twice.
+    """
     return F.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def _behind(prefix: KeyValue | None, own: Sequence[Tensor], batch: PackedBatch) -> KeyValue:
-    """Own keys and values, each item's behind those of its prefix: (total_keys, num_kv_heads, head_dim)."""
+def _prepend_prefix(prefix: KeyAndValue | None, own: Sequence[Tensor], batch: PackedBatch) -> KeyAndValue:
+    """Each item's own keys and values after those of its prefix: (total_keys, num_kv_heads, head_dim)."""
     if prefix is None or batch.key_index is None:
         key, value = own
         return key, value

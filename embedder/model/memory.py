@@ -1,4 +1,4 @@
-"""Checkpoint folder -> the memory that its weights need, held against what there is, before anything is loaded."""
+"""The memory that a checkpoint's weights need against the memory that is free, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises `ModelUnavailable` where the weights alone, in `dtype`, are more than the device's free memory."""
+    """Raise `ModelUnavailable` if the weights in `dtype` need more than the device's free memory."""
     try:
         needed = weights_bytes(folder, dtype)
     except (OSError, SafetensorError) as error:
@@ -25,12 +25,13 @@ def check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None
     if free is not None and needed > free:
         raise ModelUnavailable(
             f"the weights take {needed / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')}; {device} has "
-            f"{free / 2**30:.1f} GiB free. Serve a smaller checkpoint, EMBEDDER_DTYPE=bfloat16, or on a larger device"
+            f"{free / 2**30:.1f} GiB free. Serve a smaller checkpoint, set EMBEDDER_DTYPE=bfloat16, or use a device "
+            "with more memory"
         )
 
 
 def weights_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of all weights of the folder in `dtype`; reads their shapes alone."""
+    """Bytes of all weights of the folder in `dtype`. Reads only the headers of the files."""
     num_values = 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -39,9 +40,9 @@ def weights_bytes(folder: Path, dtype: torch.dtype) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a GPU; of the CPU what the system could give, swap included, within the container's limit.
+    """Free memory of a GPU; for the CPU, available memory and free swap, within the container's limit.
 
-    None where the system does not say.
+    None if the operating system does not report it.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

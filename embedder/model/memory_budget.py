@@ -1,7 +1,7 @@
-"""How many tokens fit the device at once: found by trying, before anybody waits for an answer.
+"""The largest batch that fits the device's memory, found by running batches at start-up.
 
-An estimate would have to know every tensor that lives at the same time, and what else is on the device; a batch that
-went through is right by itself. It is tried with texts and with pictures, whose towers need memory each in its way.
+A run is exact where an estimate is not: an estimate would need every tensor that is alive at the same time, and what
+other programs hold on the device. Texts and images are both tried, because each tower has its own peak.
 """
 
 from __future__ import annotations
@@ -19,46 +19,54 @@ from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-LEAST_BUDGET = 64  # what `max_batch_tokens` may be
-PROMPT_TOKENS = 40  # about what the chat template and the instruction take of an item
+MIN_BATCH_TOKENS = 64  # the least that the setting `max_batch_tokens` allows
+PROMPT_TOKENS = 40  # upper estimate of the chat template and the instruction, in tokens
 
 
 def find_budget(preprocess: Preprocessor, run: Callable[[list[ModelInput]], object]) -> int:
-    """The largest of `max_batch_tokens`, its half, its quarter, ... of which `run` can embed a batch of either kind.
+    """The largest of `max_batch_tokens`, a half of it, a quarter, ... for which `run` embeds both test batches.
 
-    `run` raises `DeviceOutOfMemory`. Raises `ModelUnavailable` where not even a short item fits.
+    `run` raises `DeviceOutOfMemory` for a batch that does not fit. Raises `ModelUnavailable` if not even
+    `MIN_BATCH_TOKENS` fit.
     """
     settings = preprocess.settings
     budget = settings.max_batch_tokens
-    while budget >= LEAST_BUDGET:
+    while budget >= MIN_BATCH_TOKENS:
         try:
-            for inputs in _batches(preprocess, budget):
+            for inputs in _test_batches(preprocess, budget):
                 run(inputs)
         except DeviceOutOfMemory:
             budget //= 2
         else:
-            _tell(budget, settings)
+            _warn_if_reduced(budget, settings)
             return budget
-    raise ModelUnavailable("the device's memory holds the weights, but not a batch of 64 tokens beside them")
+    raise ModelUnavailable(
+        f"the weights fit the device's memory, but not a batch of {MIN_BATCH_TOKENS} tokens in addition. "
+        "Use a device with more memory, or serve a smaller checkpoint"
+    )
 
 
-def _batches(preprocess: Preprocessor, num_tokens: int) -> Iterator[list[ModelInput]]:
-    """About so many tokens of the longest texts, then of the largest pictures, that the settings allow."""
-    own = min(num_tokens, preprocess.settings.max_input_tokens) - PROMPT_TOKENS
-    num_visual = max(1, int(own / (1 + preprocess.visual_cost)))
+def _test_batches(preprocess: Preprocessor, num_tokens: int) -> Iterator[list[ModelInput]]:
+    """Two batches of about `num_tokens` tokens: the longest texts, then the largest images, that the settings allow."""
+    max_tokens = min(num_tokens, preprocess.settings.max_input_tokens) - PROMPT_TOKENS
+    num_visual = max(1, int(max_tokens / (1 + preprocess.visual_cost)))
     side = math.isqrt(min(preprocess.vision.max_pixels, num_visual * preprocess.vision.factor**2))
-    parts: tuple[Part, ...] = (Text(" a" * own), Image(PIL.Image.new("RGB", (side, side))))
+    parts: tuple[Part, ...] = (Text(" a" * max_tokens), Image(PIL.Image.new("RGB", (side, side))))
     for part in parts:
-        one = preprocess(EmbeddingItem((part,)))
-        yield [one] * max(1, num_tokens // one.cost)
+        item = preprocess(EmbeddingItem((part,)))
+        yield [item] * max(1, num_tokens // item.cost)
 
 
-def _tell(budget: int, settings: Settings) -> None:
+def _warn_if_reduced(budget: int, settings: Settings) -> None:
     if budget < settings.max_batch_tokens:
         logger.warning(
-            "batches have at most %d tokens, not %d: more do not fit the device's memory",
+            "batches have at most %d tokens, not %d (EMBEDDER_MAX_BATCH_TOKENS): larger ones do not fit the device's "
+            "memory",
             budget,
             settings.max_batch_tokens,
         )
     if budget < settings.max_input_tokens:
-        logger.warning("longer items than %d tokens may not fit either; lower EMBEDDER_MAX_INPUT_TOKENS", budget)
+        logger.warning(
+            "an item of more than %d tokens may not fit the device's memory; lower EMBEDDER_MAX_INPUT_TOKENS to that",
+            budget,
+        )

@@ -1,4 +1,7 @@
-"""The chosen ModelInputs -> PackedBatch on the device: all sequences in one row, no padding. No policy."""
+"""Preprocessed items to one packed batch on the device: all sequences concatenated, no padding.
+
+The scheduler has already chosen the items of the batch.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +17,29 @@ from torch import Tensor
 
 from embedder.inputs.preprocess import ModelInput, Patches
 
-MAX_SHARED_TOKENS = 1024  # of the distinct prefixes of a batch
+MAX_SHARED_TOKENS = 1024  # of the distinct prefixes of a batch, together
 
 
 @dataclass(frozen=True)
 class Run:
-    """`count` sequences of `length` tokens each, one behind the other from `start`."""
+    """`count` consecutive sequences of `length` tokens each; the first starts at token `start`."""
 
     start: int
     count: int
     length: int
 
-    def of(self, row: Tensor) -> Tensor:
-        """Its part of a packed row, as a view: (total_tokens, ..) -> (count, length, ..)."""
-        part = row[self.start : self.start + self.count * self.length]
-        return part.view(self.count, self.length, *row.shape[1:])
+    def view(self, packed: Tensor) -> Tensor:
+        """The run's part of a packed tensor, (total_tokens, ...), as a view of shape (count, length, ...)."""
+        part = packed[self.start : self.start + self.count * self.length]
+        return part.view(self.count, self.length, *packed.shape[1:])
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Where each sequence stands in a packed row.
+    """The boundaries of the sequences in a packed tensor.
 
-    `cu_seqlens`: (num_sequences + 1,) int32, on the device. `runs`: the same as neighbors of equal length, for the
-    CPU, which has no kernel for `cu_seqlens`.
+    `cu_seqlens`: (num_sequences + 1,) int32 on the device, cumulative lengths from 0, for the varlen kernels. `runs`:
+    the same boundaries as runs of equal length, for the CPU, which has no varlen kernel.
     """
 
     cu_seqlens: Tensor
@@ -46,15 +49,17 @@ class Sequences:
 
 @dataclass(frozen=True)
 class PackedVision:
-    """All pictures and clips of a batch, pictures first.
+    """The patches of all images and clips of a batch, images first.
 
-    `still_pixels`: (num_still_patches, channels * patch**2) uint8; `video_pixels`: (num_video_patches, channels *
-    temporal_patch * patch**2) uint8. `coordinates` and `grid_sizes`: (num_patches, 2) row and column of each patch,
-    rows and columns of its grid. `sequences`: one for each picture and for each temporal patch of a clip.
-    `token_index`: (num_visual_tokens,) places in the packed tokens, in patch order.
+    `image_pixels`: (num_image_patches, channels * patch**2) uint8.
+    `video_pixels`: (num_video_patches, channels * temporal_patch * patch**2) uint8.
+    `coordinates`: (num_patches, 2), each patch's row and column in its image.
+    `grid_sizes`: (num_patches, 2), the rows and columns of that image.
+    `sequences`: what attends each other: the patches of one image, or of one temporal patch (two frames) of a clip.
+    `token_index`: (num_visual_tokens,), where each visual token is in the packed tokens, in patch order.
     """
 
-    still_pixels: Tensor
+    image_pixels: Tensor
     video_pixels: Tensor
     coordinates: Tensor
     grid_sizes: Tensor
@@ -64,12 +69,13 @@ class PackedVision:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The items of a batch, without the prefixes that they share.
+    """The tokens of a batch. Shared prefixes are kept apart; an item's own tokens are those after its prefix.
 
-    `input_ids`: (total_tokens,). `position_ids`: (3, total_tokens). `sequences`: the items' own tokens; `keys`: what
-    they attend, prefix included. `prefixes`: the distinct prefixes, as token ids. `key_index`: (total_keys,) places in
-    the row of all prefixes followed by all own tokens; None where there is no prefix. `pooled_index`: (num_items,) each
-    item's last token. `pooled`: those as sequences of length one, for the last layer.
+    `input_ids`: (total_tokens,) int64. `position_ids`: (3, total_tokens), time, height and width of M-RoPE.
+    `sequences`: the items' own tokens. `keys`: the keys of each item, with its prefix.
+    `prefixes`: the distinct prefixes, as token ids.
+    `key_index`: (total_keys,), indices into all prefixes followed by all own tokens; None if there are no prefixes.
+    `pooled_index`: (num_items,), each item's last token. `pooled`: the same as sequences of one token.
     """
 
     input_ids: Tensor
@@ -85,7 +91,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class PackedPrefixes:
-    """Prefixes as a batch of their own: `input_ids` (total_tokens,), `position_ids` (3, total_tokens)."""
+    """A batch of prefixes: `input_ids` (total_tokens,), `position_ids` (3, total_tokens)."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -93,11 +99,12 @@ class PackedPrefixes:
 
 
 def pack(inputs: Sequence[ModelInput], merge_size: int, device: torch.device) -> PackedBatch:
-    """Lay the items one behind the other and copy them to the device.
+    """Concatenate the items in the given order, and copy them to the device.
 
-    Sorted by length they make fewer and longer runs, which attention on the CPU likes.
+    Items sorted by length give fewer and longer runs, which are faster on the CPU. `merge_size` is the vision config's
+    `spatial_merge_size`.
     """
-    inputs = _with_few_prefixes(inputs)
+    inputs = _limit_shared_prefixes(inputs)
     shared = np.array([one.num_prefix_tokens for one in inputs])
     lengths = np.array([one.num_tokens for one in inputs]) - shared
     starts = np.cumsum(lengths) - lengths
@@ -119,7 +126,7 @@ def pack(inputs: Sequence[ModelInput], merge_size: int, device: torch.device) ->
 
 
 def pack_prefixes(prefixes: Sequence[tuple[int, ...]], device: torch.device) -> PackedPrefixes:
-    """Lay prefixes one behind the other: each starts at position 0, and has text only."""
+    """Concatenate prefixes, each of text only and from position 0."""
     lengths = np.array([len(prefix) for prefix in prefixes])
     positions = np.concatenate([np.arange(length) for length in lengths])
     return PackedPrefixes(
@@ -129,62 +136,61 @@ def pack_prefixes(prefixes: Sequence[tuple[int, ...]], device: torch.device) -> 
     )
 
 
-def _with_few_prefixes(inputs: Sequence[ModelInput]) -> list[ModelInput]:
-    """Past `MAX_SHARED_TOKENS` of distinct ones in a batch, prefixes are laid out as tokens like others.
+def _limit_shared_prefixes(inputs: Sequence[ModelInput]) -> list[ModelInput]:
+    """Share at most `MAX_SHARED_TOKENS` of distinct prefixes; the other items keep theirs as ordinary tokens.
 
-    Where every item has an instruction of its own nothing is shared, and keys and values that are kept take memory in
-    every layer.
+    If every item has its own instruction, sharing saves nothing, and cached keys and values take memory in every layer.
     """
     known: set[bytes] = set()
-    left = MAX_SHARED_TOKENS
-    bounded = []
+    capacity = MAX_SHARED_TOKENS
+    limited = []
     for one in inputs:
         prefix = one.input_ids[: one.num_prefix_tokens].tobytes()
         if prefix and prefix not in known:
-            if one.num_prefix_tokens > left:
-                bounded.append(replace(one, num_prefix_tokens=0))
+            if one.num_prefix_tokens > capacity:
+                limited.append(replace(one, num_prefix_tokens=0))
                 continue
             known.add(prefix)
-            left -= one.num_prefix_tokens
-        bounded.append(one)
-    return bounded
+            capacity -= one.num_prefix_tokens
+        limited.append(one)
+    return limited
 
 
 def _share_prefixes(
     inputs: Sequence[ModelInput], starts: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> tuple[tuple[tuple[int, ...], ...], NDArray[np.int64]]:
-    """The distinct prefixes, and for each item in turn the places of its prefix and of its own tokens."""
+    """The distinct prefixes, and `key_index`: item by item the places of its prefix and of its own tokens."""
     places: dict[tuple[int, ...], NDArray[np.int64]] = {}
-    prefix_rows = 0
-    of_item = []
+    num_prefix_rows = 0
+    item_prefixes = []
     for one in inputs:
         prefix = tuple(one.input_ids[: one.num_prefix_tokens].tolist())
         if prefix not in places:
-            places[prefix] = np.arange(prefix_rows, prefix_rows + len(prefix))
-            prefix_rows += len(prefix)
-        of_item.append(places[prefix])
-    own = (np.arange(start, start + length) for start, length in zip(prefix_rows + starts, lengths, strict=True))
-    key_index = np.concatenate([part for pair in zip(of_item, own, strict=True) for part in pair])
+            places[prefix] = np.arange(num_prefix_rows, num_prefix_rows + len(prefix))
+            num_prefix_rows += len(prefix)
+        item_prefixes.append(places[prefix])
+    own = (np.arange(start, start + length) for start, length in zip(num_prefix_rows + starts, lengths, strict=True))
+    key_index = np.concatenate([part for pair in zip(item_prefixes, own, strict=True) for part in pair])
     return tuple(prefix for prefix in places if prefix), key_index
 
 
 def _pack_vision(
     inputs: Sequence[ModelInput], starts: NDArray[np.int64], merge_size: int, device: torch.device
 ) -> PackedVision | None:
-    pairs: list[tuple[Patches, NDArray[np.int64]]] = []  # patches, and where their tokens stand
+    pairs: list[tuple[Patches, NDArray[np.int64]]] = []  # patches, and the places of their visual tokens
     for model_input, start in zip(inputs, starts, strict=True):
         sizes = [len(one.pixels) // merge_size**2 for one in model_input.patches]
         places = np.split(model_input.visual_index + start, np.cumsum(sizes)[:-1])
         pairs += zip(model_input.patches, places, strict=False)
     if not pairs:
         return None
-    # pictures before clips; and grids of one size side by side
+    # images before clips, and grids of the same size next to each other
     pairs.sort(key=lambda pair: (pair[0].num_frames, pair[0].grid_thw[1] * pair[0].grid_thw[2]))
     patches = [patches for patches, _ in pairs]
     lengths = np.concatenate([np.full(t, h * w) for t, h, w in (one.grid_thw for one in patches)])
     sizes_hw = np.concatenate([np.full((len(one.pixels), 2), one.grid_thw[1:]) for one in patches])
     return PackedVision(
-        still_pixels=_to_device(_rows([one.pixels for one in patches if one.num_frames == 1]), device),
+        image_pixels=_to_device(_rows([one.pixels for one in patches if one.num_frames == 1]), device),
         video_pixels=_to_device(_rows([one.pixels for one in patches if one.num_frames > 1]), device),
         coordinates=_to_device(np.concatenate([_coordinates(one.grid_thw, merge_size) for one in patches]), device),
         grid_sizes=_to_device(sizes_hw, device),
@@ -199,14 +205,14 @@ def _rows(pixels: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 @lru_cache(maxsize=256)
 def _coordinates(grid_thw: tuple[int, int, int], merge_size: int) -> NDArray[np.int64]:
-    """Row and column of each patch of a grid, in the order of `preprocess.patchify`: (t * h * w, 2)."""
+    """Row and column of each patch of a grid, (t * h * w, 2), in the order of `preprocess.patchify`."""
     grid_t, grid_h, grid_w = grid_thw
     grid = np.indices((grid_h, grid_w)).reshape(2, grid_h // merge_size, merge_size, grid_w // merge_size, merge_size)
     return np.tile(grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2), (grid_t, 1))
 
 
 def _sequences(lengths: NDArray[np.int64], counts: Sequence[int], device: torch.device) -> Sequences:
-    """`counts` says how many neighbors each run takes, which must be of equal length."""
+    """`counts`: the number of sequences of each run; sequences of one run must have equal lengths."""
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     firsts = np.cumsum(counts) - counts
     runs = (
@@ -216,7 +222,7 @@ def _sequences(lengths: NDArray[np.int64], counts: Sequence[int], device: torch.
 
 
 def _run_lengths(values: Iterable[object]) -> list[int]:
-    """How many neighbors are equal, run by run."""
+    """The number of equal neighbors in each run (run-length encoding without the values)."""
     return [len(list(equal)) for _, equal in groupby(values)]
 
 

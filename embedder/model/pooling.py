@@ -1,6 +1,6 @@
-"""Hidden states of the pooled tokens -> float32 rows on the host.
+"""Hidden states of the pooled tokens to float32 rows on the host.
 
-Which token is pooled, each item's last, `packing` has already said, so that the last layer computes nothing else.
+`packing` chooses the pooled token, the last one of each item, so that the last layer computes no other.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from torch import Tensor
 
 
 def pool(hidden_states: Tensor) -> Callable[[], NDArray[np.float32]]:
-    """(num_items, hidden_size) on the device, after the final norm -> what waits for the same on the host."""
-    rows = hidden_states.float().to("cpu", non_blocking=True)  # pinned, and filled when the device comes to it
+    """Start copying (num_items, hidden_size) to the host; the function returned waits for the copy.
+
+    `hidden_states` are on the device, after the final norm. The rows have the same shape, in float32.
+    """
+    rows = hidden_states.float().to("cpu", non_blocking=True)  # into pinned memory, without waiting for the device
     if hidden_states.device.type != "cuda":
         return rows.numpy
-    # blocking: else the wait spins on a core that preprocessing wants
+    # A blocking event sleeps; the default one spins on a core that preprocessing needs.
     copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     copied.record(torch.cuda.current_stream(hidden_states.device))
 

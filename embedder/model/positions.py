@@ -1,4 +1,4 @@
-"""Coordinates -> what tells the towers where a patch stands: rotary angles, and the resampled position grid."""
+"""Coordinates to positional information: rotary angles, and position embeddings interpolated from a learned grid."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from torch import Tensor
 
 
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (tokens, heads, head_dim) by the angles of (tokens, head_dim)."""
+    """Rotary position embedding of (tokens, heads, head_dim) by cos and sin of shape (tokens, head_dim).
+
+    Value i of a head rotates together with value i + head_dim / 2 (transformers' `rotate_half`).
+    """
     first, second = states.chunk(2, dim=-1)
     sin_first, sin_second = sin[:, None].chunk(2, dim=-1)
     rotated = states * cos[:, None]
     rotated_first, rotated_second = rotated.chunk(2, dim=-1)
-    rotated_first.addcmul_(second, sin_first, value=-1)  # in place, 2.3x as fast as a rotated copy (CPU)
+    rotated_first.addcmul_(second, sin_first, value=-1)  # in place: 2.3 times as fast as `rotate_half` on a CPU
     rotated_second.addcmul_(first, sin_second)
     return rotated
 
 
 def vision_rotary(coordinates: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Row and column of each patch, (num_patches, 2) -> cos and sin, (num_patches, head_dim) float32.
+    """Row and column of each patch, (num_patches, 2), to cos and sin, each (num_patches, head_dim) float32.
 
-    A quarter of the frequencies for rows, a quarter for columns, then both again (transformers' axial RoPE).
+    The angles are [row frequencies, column frequencies], head_dim / 4 each, and the same again (axial RoPE,
+    `Qwen3VLVisionRotaryEmbedding` in transformers).
     """
     exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=coordinates.device) / (head_dim // 2)
     angles = (coordinates[:, :, None].float() * theta**-exponents).flatten(1)  # (num_patches, head_dim / 2)
@@ -29,9 +33,11 @@ def vision_rotary(coordinates: Tensor, head_dim: int, theta: float) -> tuple[Ten
 
 
 def interpolate_position_grid(table: Tensor, coordinates: Tensor, grid_sizes: Tensor) -> Tensor:
-    """Learned square grid, (side * side, hidden_size), bilinearly resampled to each patch: (num_patches, hidden_size).
+    """Bilinear interpolation of a learned grid, (side * side, hidden_size), at each patch: (num_patches, hidden_size).
 
-    Corners meet corners (align_corners). In float32, as transformers computes it.
+    `coordinates` and `grid_sizes`: (num_patches, 2), the patch's row and column, and the rows and columns of its image.
+    The corners of an image map to the corners of the grid (align_corners=True). Computed in float32, as in
+    transformers.
     """
     side = round(table.shape[0] ** 0.5)
     place = coordinates.float() * (side - 1) / (grid_sizes.float() - 1).clamp(min=1)  # (num_patches, 2)
@@ -41,10 +47,10 @@ def interpolate_position_grid(table: Tensor, coordinates: Tensor, grid_sizes: Te
     row_low, column_low = low.unbind(1)
     row_high, column_high = high.unbind(1)
     row_weight, column_weight = weight[:, 0:1], weight[:, 1:2]
-    resampled: Tensor = (
+    interpolated: Tensor = (
         table[row_low * side + column_low] * ((1 - row_weight) * (1 - column_weight))
         + table[row_low * side + column_high] * ((1 - row_weight) * column_weight)
         + table[row_high * side + column_low] * (row_weight * (1 - column_weight))
         + table[row_high * side + column_high] * (row_weight * column_weight)
     )
-    return resampled
+    return interpolated

@@ -1,4 +1,4 @@
-"""PackedVision -> visual tokens and their deepstack features: the vision tower, packed over all pictures and clips."""
+"""The vision tower: PackedVision to visual tokens and DeepStack features, all images and clips packed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embedder.inputs.preprocess import VisionConfig
 from embedder.model.attention import Attention
-from embedder.model.compile import Fuse, uncompiled
+from embedder.model.compile import compile_if
 from embedder.model.packing import PackedVision
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 
@@ -20,44 +20,46 @@ ROPE_THETA = 10_000.0  # of Qwen3VLVisionRotaryEmbedding in transformers
 
 
 class Vision:
-    """The tower of one checkpoint."""
+    """The vision tower of one checkpoint."""
 
-    def __init__(self, tower: Module, config: VisionConfig, attention: Attention, fuse: Fuse = uncompiled) -> None:
+    def __init__(self, tower: Module, config: VisionConfig, attention: Attention, *, is_compiled: bool = False) -> None:
         self.tower = tower
         self.attention = attention
-        self._project, self._finish = fuse(_project), fuse(_finish)
+        self._query_key_value = compile_if(is_compiled, _query_key_value)
+        self._output_and_mlp = compile_if(is_compiled, _output_and_mlp)
         self.num_heads: int = tower.config.num_heads
         self.deepstack_layers = list(tower.config.deepstack_visual_indexes)
         projection = tower.patch_embed.proj
         weight: Tensor = projection.weight  # (hidden_size, channels, frames, patch, patch)
         self.bias: Tensor = projection.bias
         self.video_weight = weight.flatten(1)
-        # a picture is the same frame twice, so its two weights add up: half of the product, and of the pixels to copy
-        self.still_weight = weight.float().sum(2).to(weight.dtype).flatten(1)
+        # The model sees an image as two equal frames. Adding the weights of the two frames up gives the same product
+        # with half of the FLOPs and half of the pixels to copy.
+        self.image_weight = weight.float().sum(2).to(weight.dtype).flatten(1)
         mean, std = torch.tensor(config.mean), torch.tensor(config.std)
         self.scale = (1 / (255 * std)).to(weight.device)  # (channels,)
         self.shift = (-mean / std).to(weight.device)
 
     def __call__(self, batch: PackedVision) -> tuple[Tensor, list[Tensor]]:
-        """Visual tokens (num_visual_tokens, language hidden_size), and as many again for each deepstack layer."""
+        """Visual tokens, and the features of each DeepStack layer; each (num_visual_tokens, language hidden_size)."""
         hidden_states = self._embed_patches(batch)
         head_dim = hidden_states.shape[1] // self.num_heads
         cos, sin = vision_rotary(batch.coordinates, head_dim, ROPE_THETA)
         deepstack = []
         for index, block in enumerate(self.tower.blocks):
-            query, key, value = self._project(block, hidden_states, cos, sin)
+            query, key, value = self._query_key_value(block, hidden_states, cos, sin)
             attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=False)
-            hidden_states = self._finish(block, hidden_states, attended)
+            hidden_states = self._output_and_mlp(block, hidden_states, attended)
             if index in self.deepstack_layers:
                 merger = self.tower.deepstack_merger_list[self.deepstack_layers.index(index)]
                 deepstack.append(merger(hidden_states))
         return self.tower.merger(hidden_states), deepstack
 
     def _embed_patches(self, batch: PackedVision) -> Tensor:
-        """Pixels -> (num_patches, hidden_size), positions added. A matrix product, not the Conv3d of the module."""
+        """Pixels to (num_patches, hidden_size), positions added. A matrix product replaces the module's Conv3d."""
         products = [
             F.linear(self._normalize(pixels), weight, self.bias)
-            for pixels, weight in ((batch.still_pixels, self.still_weight), (batch.video_pixels, self.video_weight))
+            for pixels, weight in ((batch.image_pixels, self.image_weight), (batch.video_pixels, self.video_weight))
             if len(pixels)
         ]
         patches = products[0] if len(products) == 1 else torch.cat(products)
@@ -65,22 +67,22 @@ class Vision:
         return patches + positions.to(patches.dtype)
 
     def _normalize(self, pixels: Tensor) -> Tensor:
-        """uint8 rows (channel first) -> the weights' dtype, (value / 255 - mean) / std, computed in float32."""
+        """(value / 255 - mean) / std of uint8 rows (channel first), computed in float32, in the weights' dtype."""
         values = pixels.view(len(pixels), len(self.scale), -1)
         return torch.addcmul(self.shift[:, None], values.float(), self.scale[:, None]).flatten(1).to(self.bias.dtype)
 
 
-def _project(block: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of every patch, (num_patches, heads, head_dim), the first two rotated."""
+def _query_key_value(block: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of every patch, each (num_patches, num_heads, head_dim); query and key are rotated."""
     qkv = block.attn.qkv(block.norm1(hidden_states)).view(len(hidden_states), 3, block.attn.num_heads, -1)
     query, key, value = qkv.unbind(1)
-    query = apply_rotary(query.float(), cos, sin).to(value.dtype)  # in float32, as transformers does
+    query = apply_rotary(query.float(), cos, sin).to(value.dtype)  # in float32, as in transformers
     key = apply_rotary(key.float(), cos, sin).to(value.dtype)
     return query, key, value
 
 
-def _finish(block: Module, hidden_states: Tensor, attended: Tensor) -> Tensor:
-    """Behind the attention: its projection, and the MLP."""
+def _output_and_mlp(block: Module, hidden_states: Tensor, attended: Tensor) -> Tensor:
+    """The rest of a block after attention: output projection and MLP, each with its residual connection."""
     hidden_states = hidden_states + block.attn.proj(attended.flatten(1))
-    finished: Tensor = hidden_states + block.mlp(block.norm2(hidden_states))
-    return finished
+    output: Tensor = hidden_states + block.mlp(block.norm2(hidden_states))
+    return output

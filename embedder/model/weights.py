@@ -1,4 +1,4 @@
-"""Checkpoint folder -> transformers' Qwen3VLModel on the device, every weight accounted for."""
+"""Checkpoint folder to transformers' Qwen3VLModel on the device, with every weight of it loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Qwen3VLModel  # noqa: E402 - after the
 
 
 def choose_device(settings: Settings, worker: int = 0) -> torch.device:
-    """The device of worker number `worker` (from 0): with `auto`, the GPUs in turn, or the CPU where there is none."""
+    """The device of worker number `worker`, counted from 0. `auto` assigns GPUs round-robin; without a GPU, the CPU."""
     if settings.device == "auto":
         count = torch.cuda.device_count()
         return torch.device("cuda", worker % count) if count else torch.device("cpu")
@@ -36,35 +36,34 @@ def choose_device(settings: Settings, worker: int = 0) -> torch.device:
 
 
 def visual_cost(model: PreTrainedModel) -> float:
-    """What the vision tower computes for one visual token, in tokens of the language tower.
+    """FLOPs of the vision tower for one visual token, in units of one token of the language tower.
 
-    Both do two operations with each weight for each row: patches in the blocks, `merge_size`^2 of them a token, tokens
-    in the mergers and in the language layers. Attention, some percent at these lengths, is left out.
+    Each tower takes two FLOPs for each weight and row. A visual token is `spatial_merge_size`^2 rows in the blocks and
+    one row in the mergers. Attention is left out: it is some percent of the total at the usual lengths.
     """
     vision: Any = model.visual
     blocks, mergers = (vision.patch_embed, vision.blocks), (vision.merger, vision.deepstack_merger_list)
-    of_vision = vision.spatial_merge_size**2 * sum(map(_num_weights, blocks)) + sum(map(_num_weights, mergers))
+    vision_weights = vision.spatial_merge_size**2 * sum(map(_num_weights, blocks)) + sum(map(_num_weights, mergers))
     language: Any = model.language_model
-    return float(of_vision / _num_weights(language.layers))
+    return float(vision_weights / _num_weights(language.layers))
 
 
 def _num_weights(module: torch.nn.Module) -> int:
-    return sum(one.numel() for one in module.parameters())
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Weights in `dtype` on `device`, for inference (`from_pretrained` leaves the model in eval mode).
+    """Weights in `dtype` on `device`, in eval mode and without gradients.
 
-    Keys may or may not carry the prefix of the conditional-generation class. Raises `ModelUnavailable` if files are
-    missing or the checkpoint lacks a weight (transformers would go on with random numbers in its place), or if they
-    cannot fit the device.
+    Accepts keys with and without the prefix of the conditional-generation class. Raises `ModelUnavailable` if a file or
+    a weight is missing (transformers would continue with random numbers), or if the weights do not fit the device.
     """
     check_memory(folder, dtype, device)
     try:
         loaded: Any = Qwen3VLModel.from_pretrained(
             folder, dtype=dtype, device_map={"": device}, output_loading_info=True, local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last: a file cut short
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # SafetensorError: a truncated file
         raise ModelUnavailable(f"cannot load {folder}: {error}") from error
     model: PreTrainedModel = loaded[0]
     report: dict[str, Any] = loaded[1]

@@ -177,7 +177,7 @@ def test_variants_of_the_forward_pass_give_the_same_vectors(monkeypatch: pytest.
 
 def test_variant_with_other_vectors_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_norm(embedder: Any) -> Any:
-        return choices._patched(embedder, _normalize=lambda _, states: states)
+        return choices._patched(embedder, _rms_norm=lambda _, states: states)
 
     variants = [(choices.OURS, choices._as_it_is, {}), ("wrong", without_norm, {})]
     monkeypatch.setattr(choices, "_variants", lambda: variants)

@@ -52,7 +52,7 @@ def test_other_architectures_are_refused_by_name(content: str, found: str, tmp_p
 def test_hub_id_that_cannot_be_fetched_says_what_to_do(revision: str, tmp_path: Path) -> None:
     """In a process of its own: huggingface_hub reads its variables once, at import."""
     code = (
-        "from embedder.checkpoint import find_checkpoint; from embedder.settings import Settings\n"
+        "from embedder.model.checkpoint import find_checkpoint; from embedder.settings import Settings\n"
         "from embedder.errors import ModelUnavailable\n"
         f"try: find_checkpoint(Settings(model='owner/name', revision={revision!r}))\n"
         "except ModelUnavailable as error: print(error)"

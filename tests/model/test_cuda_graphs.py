@@ -12,7 +12,7 @@ from embedder import Embedder
 from embedder.errors import ModelUnavailable
 from embedder.inputs.items import EmbeddingItem, Image, Text
 from embedder.inputs.preprocess import ModelInput
-from embedder.model.cuda_graphs import CPU, MAX_ITEMS, SIZES, TextGraphs, filled, graph_size
+from embedder.model.cuda_graphs import CPU, MAX_ITEMS, SIZES, TextGraphs, graph_size, pad_to_size
 from embedder.model.packing import pack
 from tests.conftest import picture
 
@@ -26,13 +26,13 @@ def texts(embedder: Embedder, *contents: str) -> list[ModelInput]:
 def test_filled_batch_gives_the_same_rows(embedder: Embedder) -> None:
     inputs = texts(embedder, *TEXTS)
     plain = embedder.forward(pack(inputs, 1, CPU))
-    rows = embedder.forward(pack(filled(inputs, 256), 1, CPU))[: len(inputs)]
+    rows = embedder.forward(pack(pad_to_size(inputs, 256), 1, CPU))[: len(inputs)]
     assert torch.allclose(rows, plain, rtol=0, atol=1e-5)  # before unit length, where values reach 10
 
 
 def test_batch_that_fills_its_graph_gets_no_filler(embedder: Embedder) -> None:
     inputs = texts(embedder, "red")
-    assert len(filled(inputs, inputs[0].num_tokens)) == 1
+    assert len(pad_to_size(inputs, inputs[0].num_tokens)) == 1
 
 
 def test_graph_is_the_smallest_that_holds_the_batch(embedder: Embedder) -> None:

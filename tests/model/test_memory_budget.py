@@ -46,7 +46,7 @@ def test_budget_is_what_both_kinds_fit(
     with caplog.at_level(logging.WARNING):
         assert find_budget(preprocessor, run) == expected
     assert ("batches have at most" in caplog.text) == (expected < 4096)
-    assert ("longer items" in caplog.text) == (expected < 1024)
+    assert ("lower EMBEDDER_MAX_INPUT_TOKENS" in caplog.text) == (expected < 1024)
     assert all(expected / 2 < cost <= expected for cost in costs[-2:])
 
 

@@ -23,15 +23,15 @@ from embedder.errors import ModelUnavailable
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
 from embedder.inputs.preprocess import Preprocessor, load_tokenizer, read_vision_config
 from embedder.model.attention import (
+    causal_mask,
     choose_attention,
-    flash_attention_fault,
-    lower_right,
-    one_split,
+    flash_attn_import_error,
+    num_splits_argument,
     sdpa_attention,
     varlen_attention,
 )
 from embedder.model.forward import Forward
-from embedder.model.language import MAX_KEPT_TOKENS
+from embedder.model.language import MAX_CACHED_TOKENS
 from embedder.model.packing import MAX_SHARED_TOKENS, Run, Sequences, pack
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 from embedder.model.vision import ROPE_THETA
@@ -169,17 +169,22 @@ def test_cpu_takes_sdpa() -> None:
 
 @pytest.mark.parametrize("name", ["varlen", "flash_attn"])
 def test_cuda_back_ends_are_refused_on_the_cpu(name: str) -> None:
-    with pytest.raises(ModelUnavailable, match=f"^attention back end {name} needs CUDA; on cpu use sdpa$"):
+    with pytest.raises(ModelUnavailable, match=f"^attention back end {name} needs CUDA; the device is cpu. Use sdpa$"):
         choose_attention(name, CPU, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "capability", "reason"),
     [
-        ("sdpa", torch.bfloat16, (9, 0), "sdpa serves the CPU; on CUDA use varlen or flash_attn"),
-        ("varlen", torch.float32, (9, 0), "computes in 16 bits; EMBEDDER_DTYPE=float32 is for the CPU"),
+        ("sdpa", torch.bfloat16, (9, 0), "sdpa runs on the CPU only; the device is cuda. Use varlen or flash_attn"),
+        (
+            "varlen",
+            torch.float32,
+            (9, 0),
+            "supports 16-bit dtypes only, not EMBEDDER_DTYPE=float32",
+        ),
         ("varlen", torch.bfloat16, (7, 5), r"has compute capability \(7, 5\); allowed: \(8, 0\) or newer"),
-        ("flash_attn", torch.bfloat16, (9, 0), "flash-attn cannot be used: ModuleNotFoundError.*; use varlen"),
+        ("flash_attn", torch.bfloat16, (9, 0), r"flash-attn cannot be used \(ModuleNotFoundError.*\); use varlen"),
     ],
 )
 def test_what_a_gpu_cannot_serve_is_refused(
@@ -203,10 +208,10 @@ def test_package_called_flash_attn_that_lacks_the_function_is_not_chosen(
     (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    flash_attention_fault.cache_clear()
+    flash_attn_import_error.cache_clear()
     assert choose_attention("auto", torch.device("cuda"), torch.bfloat16)[0] == "varlen"
-    assert "flash_attn_varlen_func" in (flash_attention_fault() or "")
-    flash_attention_fault.cache_clear()
+    assert "flash_attn_varlen_func" in (flash_attn_import_error() or "")
+    flash_attn_import_error.cache_clear()
 
 
 # Keyword arguments of torch.ops.aten._flash_attention_forward, as its schema gives them
@@ -239,13 +244,13 @@ def test_packed_kernel_of_each_torch_is_called_as_it_can_be(
 ) -> None:
     operator = FlashOperator(FLASH_ARGUMENTS[version])
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", operator)
-    one_split.cache_clear()
+    num_splits_argument.cache_clear()
     shared = [length + 3 for length in LENGTHS]
     query, key, value = randn(sum(LENGTHS), 4, 8), randn(sum(shared), 2, 8, seed=1), randn(sum(shared), 2, 8, seed=2)
     where = sequences(LENGTHS, paired_with=shared), sequences(shared, paired_with=LENGTHS)
     expected = sdpa_attention(query, key, value, *where, causal=causal)
     assert (varlen_attention(query, key, value, *where, causal=causal) - expected).abs().max() < 1e-5
-    one_split.cache_clear()
+    num_splits_argument.cache_clear()
 
 
 def test_recorded_arguments_of_the_packed_kernel_are_those_of_this_torch() -> None:
@@ -257,7 +262,7 @@ def test_recorded_arguments_of_the_packed_kernel_are_those_of_this_torch() -> No
 @pytest.mark.parametrize(("num_queries", "is_kept"), [(40, True), (2000, False)])
 def test_large_masks_are_not_kept(num_queries: int, is_kept: bool) -> None:
     """Every length of a text has one of its own, of up to 64 MB."""
-    mask = weakref.ref(lower_right(num_queries, num_queries + 20))
+    mask = weakref.ref(causal_mask(num_queries, num_queries + 20))
     assert (mask() is not None) == is_kept
 
 
@@ -335,7 +340,7 @@ def test_kept_prefix_gives_the_same_states(model: Any, preprocessor: Preprocesso
     items = [EmbeddingItem((Text(before + words(5, seed)),), instruction=f"Task {seed % 3}") for seed in range(7)]
     forward = Forward(model, preprocessor.vision, "sdpa")
     cold, warm = rows_of(forward, preprocessor, items), rows_of(forward, preprocessor, items)
-    assert len(forward.language._kept) == 3
+    assert len(forward.language._prefix_cache) == 3
     assert torch.equal(cold, warm)
     for item, row in zip(items, warm, strict=True):
         one = preprocessor(item)
@@ -348,8 +353,8 @@ def test_kept_prefixes_are_bounded_and_the_oldest_goes_first(model: Any, preproc
     forward = Forward(model, preprocessor.vision, "sdpa")
     for seed in range(60):
         rows_of(forward, preprocessor, [EmbeddingItem((Text("red"),), instruction=words(60, seed))])
-    kept = list(forward.language._kept)
-    assert MAX_KEPT_TOKENS / 2 < sum(map(len, kept)) <= MAX_KEPT_TOKENS
+    kept = list(forward.language._prefix_cache)
+    assert MAX_CACHED_TOKENS / 2 < sum(map(len, kept)) <= MAX_CACHED_TOKENS
     newest = preprocessor(EmbeddingItem((Text("red"),), instruction=words(60, 59)))
     assert kept[-1] == tuple(newest.input_ids[: newest.num_prefix_tokens].tolist())
 
@@ -359,7 +364,7 @@ def test_batch_of_many_instructions_keeps_the_first_of_them(model: Any, preproce
     forward = Forward(model, preprocessor.vision, "sdpa")
     items = [EmbeddingItem((Text(words(5, seed)),), instruction=words(60, seed)) for seed in range(20)]
     together = rows_of(forward, preprocessor, items)
-    assert MAX_SHARED_TOKENS / 2 < sum(map(len, forward.language._kept)) <= MAX_SHARED_TOKENS
+    assert MAX_SHARED_TOKENS / 2 < sum(map(len, forward.language._prefix_cache)) <= MAX_SHARED_TOKENS
     for item, row in zip(items, together, strict=True):
         alone = rows_of(Forward(model, preprocessor.vision, "sdpa"), preprocessor, [item])[0]
         assert torch.allclose(row, alone, rtol=0, atol=1e-5 * float(row.abs().max()))
@@ -369,7 +374,7 @@ def test_very_long_instruction_is_not_kept(model: Any, preprocessor: Preprocesso
     forward = Forward(model, preprocessor.vision, "sdpa")
     items = [EmbeddingItem((Text("red"),), instruction=words(400)), EmbeddingItem((Text("green"),))]
     together = rows_of(forward, preprocessor, items)
-    assert [len(prefix) < 30 for prefix in forward.language._kept] == [True]
+    assert [len(prefix) < 30 for prefix in forward.language._prefix_cache] == [True]
     for item, row in zip(items, together, strict=True):
         alone = rows_of(forward, preprocessor, [item])[0]
         assert torch.allclose(row, alone, rtol=0, atol=1e-5 * float(row.abs().max()))

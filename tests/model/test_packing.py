@@ -55,7 +55,7 @@ def check_cover(sequences: Sequences, lengths: list[int]) -> None:
     assert sequences.cu_seqlens.dtype == torch.int32  # what the kernels take
     assert sequences.max_seqlen == max(lengths)
     row = torch.arange(sum(lengths))
-    found = [one for run in sequences.runs for one in run.of(row).tolist()]
+    found = [one for run in sequences.runs for one in run.view(row).tolist()]
     assert found == [list(range(start, stop)) for start, stop in pairwise(sequences.cu_seqlens.tolist())]
     assert all(first.length != second.length for first, second in pairwise(sequences.runs))
 
@@ -82,7 +82,7 @@ def test_runs_of_pooled_tokens_meet_the_runs_of_their_items() -> None:
     assert max(run.count for run in batch.sequences.runs) > 1
     for pooled, items in zip(batch.pooled.runs, batch.sequences.runs, strict=True):
         assert pooled.length == 1
-        assert pooled.of(pooled_row)[:, 0].tolist() == items.of(row)[:, -1].tolist()
+        assert pooled.view(pooled_row)[:, 0].tolist() == items.view(row)[:, -1].tolist()
 
 
 def test_batch_of_one_is_the_item() -> None:
@@ -100,19 +100,19 @@ def test_pixels_of_pictures_and_of_clips_lie_apart_in_order() -> None:
     patches = [one for item in INPUTS for one in item.patches]
     stills = [one.pixels for size in (4, 12) for one in patches if one.num_frames == 1 and len(one.pixels) == size]
     clips = [one.pixels for one in patches if one.num_frames == 2]
-    assert np.array_equal(packed.still_pixels.numpy(), np.concatenate(stills))
+    assert np.array_equal(packed.image_pixels.numpy(), np.concatenate(stills))
     assert np.array_equal(packed.video_pixels.numpy(), np.concatenate(clips))
 
 
-def test_batch_of_clips_alone_has_no_still_pixels() -> None:
+def test_batch_of_clips_alone_has_no_image_pixels() -> None:
     packed = pack([model_input(1, CLIP)], MERGE, CPU).vision
     assert packed is not None
-    assert (len(packed.still_pixels), len(packed.video_pixels)) == (0, 24)
+    assert (len(packed.image_pixels), len(packed.video_pixels)) == (0, 24)
 
 
 def test_every_visual_token_is_found_at_its_patches() -> None:
     packed = vision()
-    values = torch.cat([packed.still_pixels[:, 0], packed.video_pixels[:, 0]])  # (num_patches,) the marks
+    values = torch.cat([packed.image_pixels[:, 0], packed.video_pixels[:, 0]])  # (num_patches,) the marks
     marks = values.view(-1, MERGE**2)
     assert (marks == marks[:, :1]).all()
     ids = pack(INPUTS, MERGE, CPU).input_ids
