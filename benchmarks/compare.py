@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.peers import OURS, Peer
+from benchmarks.peers import OURS, TRANSFORMERS, Peer
 from benchmarks.workloads import Item, is_one_at_a_time, make_items
 
 MIN_COSINE = 0.999
+MAX_DISTANCE_RATIO = 1.5  # mean distance to float32 vectors, over that of transformers in the same dtype
 PROBES = (4, 64, 512)  # items; a handful says little about bulk
 MIN_ITEMS, MAX_ITEMS = 4, 2048
 ONE_AT_A_TIME_ITEMS = 20
@@ -62,17 +63,21 @@ def compare(
     seconds: float,
     limit: Callable[[], float],
     min_cosine: float = MIN_COSINE,
+    oracle: Peer | None = None,
 ) -> Comparison:
     """As many items as all peers together can embed `rounds` times in `seconds`; the first peer is ours.
 
     Stops early, after a whole round, when `seconds` are over. Raises `WrongVectors`.
+
+    Without `oracle`, the cosine of each vector to ours must be at least `min_cosine`. With `oracle`, which embeds in
+    float32, each peer's mean distance to it must be at most `MAX_DISTANCE_RATIO` times that of transformers.
     """
     calls_of = _one_at_a_time if is_one_at_a_time(workload) else _together
     count = _affordable_count(workload, peers, words, seconds / (rounds + 1))
     items = make_items(workload, count, words)
     calls = calls_of(items)
     comparison = Comparison(workload, items, {peer.name: Timing(len(calls[0])) for peer in peers})
-    _check(peers, calls, comparison, min_cosine)
+    _check(peers, calls, comparison, min_cosine, oracle)
     deadline = time.perf_counter() + seconds
     for _ in tqdm(range(rounds), desc=f"{workload} x {count}", unit="round", leave=False):
         comparison.limits.append(limit())
@@ -122,7 +127,13 @@ def unit(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
     return exact / np.linalg.norm(exact, axis=1, keepdims=True)
 
 
-def _check(peers: Sequence[Peer], calls: list[list[Item]], comparison: Comparison, min_cosine: float) -> None:
+def _check(
+    peers: Sequence[Peer],
+    calls: list[list[Item]],
+    comparison: Comparison,
+    min_cosine: float,
+    oracle: Peer | None,
+) -> None:
     """Every peer embeds everything once, untimed: the warm-up of the real sizes. Each vector must be ours."""
     vectors: dict[str, NDArray[np.float32]] = {}
     for peer in peers:
@@ -132,11 +143,20 @@ def _check(peers: Sequence[Peer], calls: list[list[Item]], comparison: Compariso
         vectors[peer.name] = np.concatenate([peer.embed(call) for call in calls])
         if torch.cuda.is_available():
             comparison.timings[peer.name].peak_bytes = torch.cuda.max_memory_allocated() - held
-    for name, theirs in vectors.items():
-        cosines = unit(theirs) @ unit(vectors[OURS]).T
+    expected = unit(vectors[OURS] if oracle is None else np.concatenate([oracle.embed(call) for call in calls]))
+    distances = {}
+    for name, found in vectors.items():
+        cosines = unit(found) @ expected.T
         own = cosines.diagonal()
         comparison.timings[name].min_cosine = float(own.min())
-        if not own.min() >= min_cosine:
+        distances[name] = float(np.mean(1 - own))
+        if oracle is None and not own.min() >= min_cosine:
             raise WrongVectors(f"{comparison.workload}: a vector of {name} has cosine {own.min():.6f} to ours")
         if not (cosines.max(axis=1) <= own + 1e-3).all():
             raise WrongVectors(f"{comparison.workload}: a vector of {name} is nearer to another item's than to its own")
+    for name, distance in distances.items():
+        if oracle is not None and not distance <= MAX_DISTANCE_RATIO * distances[TRANSFORMERS]:
+            raise WrongVectors(
+                f"{comparison.workload}: the mean distance of {name} to float32 vectors is {distance:.2e}; that of "
+                f"{TRANSFORMERS} is {distances[TRANSFORMERS]:.2e}, {MAX_DISTANCE_RATIO} times as much is allowed"
+            )

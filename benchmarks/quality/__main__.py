@@ -11,7 +11,10 @@ COMMANDS = {"colors": "colors", "mteb": "suite", "ablations": "ablations", "repo
 
 if __name__ == "__main__":
     command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in ("-h", "--help"):
+        print(benchmarks.quality.__doc__)
+        sys.exit(0)
     if command not in COMMANDS:
-        sys.exit(benchmarks.quality.__doc__)
-    module = importlib.import_module(f"benchmarks.quality.{COMMANDS[command]}")  # each with its own libraries
+        sys.exit(f"got {command!r} as COMMAND; allowed: {', '.join(COMMANDS)}\n\n{benchmarks.quality.__doc__}")
+    module = importlib.import_module(f"benchmarks.quality.{COMMANDS[command]}")  # each needs other packages
     sys.exit(module.main(sys.argv[2:]))

@@ -6,6 +6,8 @@ import base64
 import http.server
 import io
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +30,7 @@ from benchmarks.quality.tasks import LOCAL_TASKS
 from benchmarks.quality.vectors import Vectors
 from embedder import Embedder
 from embedder.http.messages import QUERY_INSTRUCTION
-from tests.conftest import Server, encoded, picture
+from tests.conftest import ROOT, Server, encoded, picture
 
 FEW = ["--count", "24"]
 
@@ -325,3 +327,18 @@ def test_neighbor_that_leaks_is_found(embedder: Embedder, monkeypatch: pytest.Mo
     assert not found["is_within"]
     assert found["worst"]["difference"] > 1e-6
     assert "NOT WITHIN" in neighbors.text_of(found)
+
+
+# The command
+
+
+def test_help_exits_with_0_and_an_unknown_command_with_1() -> None:
+    def quality(argument: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "benchmarks.quality", argument]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    shown, unknown = quality("--help"), quality("color")
+    assert shown.returncode == 0
+    assert "python -m benchmarks.quality ablations" in shown.stdout
+    assert unknown.returncode == 1
+    assert "got 'color' as COMMAND; allowed: colors, mteb, ablations, report" in unknown.stderr
