@@ -1,9 +1,9 @@
-"""`python -m deploy.build`: the Bento and its image, named by version and commit.
+"""Build the Bento and its image, labeled with version and commit: `python -m deploy.build`.
 
-    python -m deploy.build --backend podman                                     # for GPUs
-    python -m deploy.build --backend podman --opt build-arg=UV_FIND_LINKS=...   # for CPUs: where torch's CPU wheel is
+    python -m deploy.build --backend podman                                     # GPU image
+    python -m deploy.build --backend podman --opt build-arg=UV_FIND_LINKS=...   # CPU image, from torch's CPU wheel
 
-`--opt` is handed to `bentoml containerize`. What goes in is said by bentofile.yaml, how it is installed by service.py.
+`--opt` is passed to `bentoml containerize`. bentofile.yaml lists the files, service.py defines the build steps.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ BENTOML = Path(sys.executable).with_name("bentoml")
 
 
 def build(root: Path, image: str, backend: str, options: Sequence[str] = ()) -> None:
-    """Build the Bento from the clone at `root`, and from the Bento `image`, by `backend` (docker, podman ..)."""
+    """Build the Bento from the clone at `root`, then `image` from the Bento with `backend` (docker, podman ..)."""
     check_bentoml()
     bento = f"{NAME}:{embedder.__version__}"
-    subprocess.run([BENTOML, "delete", "--yes", bento], capture_output=True, check=False)  # there may be none
+    subprocess.run([BENTOML, "delete", "--yes", bento], capture_output=True, check=False)  # it may not exist
     subprocess.run([BENTOML, "build", "--version", embedder.__version__], cwd=root, check=True)
     labels = {"title": NAME, "version": embedder.__version__, "revision": revision(root), "licenses": "Apache-2.0"}
     options = [f"label=org.opencontainers.image.{name}={value}" for name, value in labels.items()] + list(options)
@@ -36,26 +36,26 @@ def build(root: Path, image: str, backend: str, options: Sequence[str] = ()) -> 
 
 
 def check_bentoml() -> None:
-    """Raises `SystemExit` unless the running BentoML is the locked one.
+    """Check that the running BentoML has the locked version. Raises `SystemExit`.
 
     BentoML adds `bentoml==<its own version>` to the requirements of every image, next to those of the lock file.
     """
     locked = locked_bentoml()
     if (running := version("bentoml")) != locked:
         raise SystemExit(
-            f"BentoML {running} is installed, but deploy/requirements.txt has {locked}: the image's requirements would "
-            f"contradict each other. Install bentoml=={locked}, or make a new lock with `python -m deploy.lock`."
+            f"BentoML {running} is installed, but deploy/requirements.txt has {locked}, so the requirements of the "
+            f"image would conflict. Install bentoml=={locked}, or write a new lock file with `python -m deploy.lock`."
         )
 
 
 def locked_bentoml() -> str:
-    """The version of BentoML in `deploy/requirements.txt`."""
+    """The BentoML version in `deploy/requirements.txt`."""
     (line,) = re.findall(r"^bentoml==(\S+)", (ROOT / "deploy" / "requirements.txt").read_text(), re.MULTILINE)
     return str(line)
 
 
 def revision(root: Path) -> str:
-    """The commit, marked where files differ from it."""
+    """The commit, with `-dirty` appended if files differ from it."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
 

@@ -1,7 +1,7 @@
-"""`python -m deploy.container_test`: builds the image from a clean clone and runs it as production should.
+"""Build the image from a clean clone, run it with production options, and check it: `python -m deploy.container_test`.
 
-Prints a line for each thing that was shown, the image's size and how long it takes to start. Exits 1 where something
-fails, and 0 with the reason where no container can be built. What is not committed is not in the image.
+Prints one line per check, the image size and the start time. Exit status: 0 all checks passed, 1 a check failed, 2 this
+machine cannot build containers. Uncommitted changes are not in the image.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WITH_MODEL = "localhost/container-test:with-model"
 HARDENED = ["--read-only", "--read-only-tmpfs=false", "--tmpfs", "/tmp:mode=1777", "--cap-drop", "all"]
 HARDENED += ["--security-opt", "no-new-privileges"]
 MOUNTED = ["-v", f"{BUNDLED}:/model:ro", "-e", "EMBEDDER_MODEL=/model"]
-UNLISTED = ("/livez", "/readyz", "/metrics", "/docs.json", "/playground", "/")  # routes that /openapi.json leaves out
+UNLISTED = ("/livez", "/readyz", "/metrics", "/docs.json", "/playground", "/")  # routes that are not in /openapi.json
 MAX_BYTES = 1_800_000_000  # with torch's CPU build
 NOT_IN_THE_IMAGE = """
     for tool in cc c++ gcc g++ clang make nvcc rustc cargo git; do command -v $tool; done
@@ -41,7 +41,7 @@ NOT_IN_THE_IMAGE = """
 
 @contextlib.contextmanager
 def container(image: str, *options: str) -> Iterator[tuple[str, httpx.Client]]:
-    """A container that answers /readyz, by its id, and a client of it."""
+    """Run a container until /readyz responds with 200; yield its id and an HTTP client."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -75,28 +75,28 @@ def logs(name: str) -> str:
     return run.stdout + run.stderr
 
 
-def require(is_so: bool, fact: str, otherwise: object = "") -> None:
-    """Print the fact, or end with what was found in its place."""
-    if not is_so:
-        raise SystemExit(f"FAILED: {fact}: {otherwise}")
+def require(holds: bool, fact: str, found: object = "") -> None:
+    """Print `fact` if it holds. Otherwise exit with what was found instead."""
+    if not holds:
+        raise SystemExit(f"FAILED: {fact}: {found}")
     print(f"ok: {fact}", flush=True)
 
 
 def check_image() -> None:
     facts = json.loads(podman("image", "inspect", IMAGE))[0]
-    require(facts["User"] == "bentoml", "the image's user is not root", facts["User"])
+    require(facts["User"] == "bentoml", "the image does not run as root", facts["User"])
     wanted = {"version": embedder.__version__, "revision": revision(ROOT).removesuffix("-dirty")}
     labels = {name: facts["Labels"].get(f"org.opencontainers.image.{name}") for name in wanted}
-    require(labels == wanted, "labels say version and commit", labels)
+    require(labels == wanted, "the labels contain version and commit", labels)
     found = podman(*RUN, "--rm", "--user", "root", "--entrypoint", "bash", IMAGE, "-c", NOT_IN_THE_IMAGE, check=False)
-    require(not found, "no compilers, caches, tests, training data or weights are in the image", found)
-    require(facts["Size"] < MAX_BYTES, f"the image has {facts['Size'] / 1e6:,.0f} MB", f"over {MAX_BYTES:,}")
+    require(not found, "the image contains no compilers, caches, tests, training data or weights", found)
+    require(facts["Size"] < MAX_BYTES, f"the image has {facts['Size'] / 1e6:,.0f} MB", f"more than {MAX_BYTES:,} bytes")
 
 
 def check_routes() -> None:
     started = time.monotonic()
     with container(IMAGE, *MOUNTED) as (name, client):
-        print(f"ready after {time.monotonic() - started:.1f} s, read-only, without capabilities, on this machine")
+        print(f"ready after {time.monotonic() - started:.1f} s on this machine, read-only and without capabilities")
         require(podman("exec", name, "id", "-u") == "1034", "it runs as user 1034")
         paths = client.get("/openapi.json").json()["paths"]
         paths |= {path: ["get"] for path in UNLISTED}
@@ -104,9 +104,9 @@ def check_routes() -> None:
             for method in operations:
                 bodies = list(EXAMPLES.get(path, {"": None}).values())
                 statuses = [client.request(method, path, json=body).status_code for body in bodies]
-                require(set(statuses) == {200}, f"{method.upper()} {path} answers", statuses)
+                require(set(statuses) == {200}, f"{method.upper()} {path} responds with 200", statuses)
         podman("stop", "--time", "30", name)
-        require(state(name, "ExitCode") == "0", "SIGTERM ends it with status 0", logs(name))
+        require(state(name, "ExitCode") == "0", "the container exits with status 0 after SIGTERM", logs(name))
 
 
 def check_models(folder: Path) -> None:
@@ -116,7 +116,7 @@ def check_models(folder: Path) -> None:
     offline = ["-v", f"{BUNDLED}:/model:ro", "-v", f"{folder}/cache:/cache:ro", "-e", "HF_HUB_OFFLINE=1"]
     with container(IMAGE, *offline) as (_, client):
         info = client.get("/info").json()
-    require(info["revision"] == PUBLISHED_REVISION, "the pinned 2B is served from a mounted cache, offline", info)
+    require(info["revision"] == PUBLISHED_REVISION, "it serves the pinned 2B from a mounted cache, offline", info)
 
     podman(
         "build",
@@ -130,16 +130,20 @@ def check_models(folder: Path) -> None:
     )
     with container(WITH_MODEL) as (_, client):
         info = client.get("/info").json()
-    require(info["model"] == "/model", "a model is served from a layer of the image", info)
+    require(info["model"] == "/model", "it serves a model from a layer of the image", info)
 
     command = ["podman", *RUN, "--rm", *HARDENED, "-e", "HF_HUB_OFFLINE=1", IMAGE]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     output = run.stdout + run.stderr
-    require(run.returncode != 0 and "set EMBEDDER_MODEL to its folder" in output, "without a model it ends", output)
+    require(
+        run.returncode != 0 and "set EMBEDDER_MODEL to its folder" in output,
+        "it exits with a message without a model",
+        output,
+    )
 
 
 def check_death() -> None:
-    """BentoML replaces no worker in a container: the container must end, for the orchestrator to start another."""
+    """BentoML does not replace a dead worker in a container, so the container must exit, to be restarted."""
     with container(IMAGE, *MOUNTED) as (name, client):
         kill = "import psutil; psutil.Process(1).children()[0].kill()"
         podman("exec", name, "python", "-c", kill)
@@ -150,20 +154,23 @@ def check_death() -> None:
             time.sleep(0.2)
         seconds = time.monotonic() - killed
         status = state(name, "ExitCode")
-        require(answers == {False}, "after its worker was killed the container is not ready", answers)
-        require(status not in ("", "0"), f"it ended {seconds:.0f} s after that with status {status}", logs(name))
+        require(answers == {False}, "the container is not ready after its worker was killed", answers)
+        require(status not in ("", "0"), f"it exited {seconds:.0f} s later with status {status}", logs(name))
 
 
 def check_sbom() -> None:
     parts = bill_of_materials(IMAGE, ["podman", *RUN])["components"]
     by_name = {part["name"]: part for part in parts}
     require({"torch", "bentoml", "libc6"} <= by_name.keys(), f"the bill of materials lists {len(parts)} packages")
-    require("licenses" in by_name["bentoml"] and "cyclonedx-bom" not in by_name, "licenses, too, and not its own tool")
+    require(
+        "licenses" in by_name["bentoml"] and "cyclonedx-bom" not in by_name,
+        "it lists licenses, but not its own tool",
+    )
 
 
 def main() -> None:
     if reason := missing():
-        print(f"not tested: {reason}", file=sys.stderr)
+        print(f"the container test cannot run: {reason}", file=sys.stderr)
         sys.exit(2)
     with workspace() as folder:
         began = time.monotonic()

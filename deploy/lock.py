@@ -1,8 +1,9 @@
-"""`python -m deploy.lock CPU_WHEELS`: pyproject.toml's dependencies -> the versions and hashes that the image installs.
+"""Lock the versions and hashes of the packages in the image: `python -m deploy.lock CPU_WHEELS`.
 
-Two files, so that one Bento makes both images: `requirements.txt` is what every image has, `requirements-cuda.txt`
-what torch's CUDA build asks for besides. uv gets the second as constraints and installs none of it for the CPU build.
-CPU_WHEELS is the folder or page with torch's CPU wheel: its hash stands beside those of the CUDA wheels.
+Writes two files from pyproject.toml, so that one Bento builds both images. `requirements.txt` lists the packages of
+every image. `requirements-cuda.txt` lists the additional packages of torch's CUDA build; uv reads it as constraints, so
+the CPU image installs none of them. CPU_WHEELS is the folder or page with torch's CPU wheel; its hash is added to the
+hashes of torch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ OPTIONS = "--python-version 3.11 --python-platform x86_64-manylinux_2_28 --gener
 
 
 def compile_lock(*options: str) -> dict[str, list[str]]:
-    """Name of each package -> its lines: `name==version`, then its hashes."""
+    """Run `uv pip compile`. Returns the lines of each package by its name: `name==version`, then hashes."""
     command = [UV, "pip", "compile", "pyproject.toml", *OPTIONS.split(), *options]
     lock = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE.parent).stdout
     pins = [block.replace(" \\\n", "\n").splitlines() for block in re.split(r"\n(?=\w)", lock.strip())]
@@ -29,7 +30,7 @@ def compile_lock(*options: str) -> dict[str, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cpu_wheels")
-    parser.add_argument("--constraint", default="/dev/null", help="versions to keep, as `uv pip freeze` prints them")
+    parser.add_argument("--constraint", default="/dev/null", help="file of versions to keep, as from `uv pip freeze`")
     arguments = parser.parse_args()
     cuda = compile_lock("--constraint", arguments.constraint)
     both = compile_lock("--constraint", arguments.constraint, "--find-links", arguments.cpu_wheels)

@@ -1,7 +1,7 @@
-"""A podman of one's own: storage in a temporary folder, builds without a daemon, and a base image where no registry is.
+"""podman for the container test: temporary storage, builds without a daemon, and a substitute base image.
 
-The image under test is `bentoml containerize`'s. Only what it starts from may be a stand-in: Debian with Python and
-pip, under the name of the production base, where that cannot be pulled.
+The image under test is built by `bentoml containerize`. If the production base image cannot be pulled, a substitute
+with the same name is built from Debian packages.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from importlib.metadata import version
 from pathlib import Path
 
 BASE = "python:3.11-slim-bookworm"
-STAND_IN_SETTINGS = {
+SUBSTITUTE_FILES = {
     "etc/pip.conf": "[install]\nbreak-system-packages = true\n",
     "etc/uv/uv.toml": "system-certs = true\n",
 }
-# Builds need no OCI runtime; containers run by runc and with limits that it may set, for crun refuses some hosts.
+# Containers run with runc, because crun fails on some hosts, and with limits that runc may set. Builds need no runtime.
 RUN = ["--runtime", "runc", "run", "--ulimit", "nofile=4096:8192", "--ulimit", "nproc=4096:8192", "--network", "host"]
 
 
 def missing() -> str:
-    """Why no container can be built here, or nothing."""
+    """The reason why no container can be built on this machine, or an empty string."""
     if os.geteuid() != 0:
-        return "needs root: containers are built and run without a daemon or user namespaces"
+        return "it needs root, because it uses neither a daemon nor user namespaces"
     absent = [tool for tool in ("podman", "runc", "mmdebstrap") if shutil.which(tool) is None]
-    return f"needs {', '.join(absent)}: apt-get install --no-install-recommends {' '.join(absent)}" if absent else ""
+    return f"it needs {', '.join(absent)}: apt-get install --no-install-recommends {' '.join(absent)}" if absent else ""
 
 
 @contextlib.contextmanager
 def workspace() -> Iterator[Path]:
-    """A folder; while it is there, podman and BentoML keep everything they store inside it."""
+    """A temporary folder in which podman and BentoML store everything."""
     with tempfile.TemporaryDirectory(prefix="container-test-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         storage = f'[storage]\ndriver = "overlay"\nrunroot = "{name}/run"\ngraphroot = "{name}/storage"\n'
@@ -56,7 +56,7 @@ def workspace() -> Iterator[Path]:
 
 
 def podman(*arguments: str, check: bool = True) -> str:
-    """What the command prints, or `CalledProcessError`."""
+    """Run podman and return its output. Raises `CalledProcessError`."""
     run = subprocess.run(["podman", *arguments], capture_output=True, text=True, check=False)
     if check and run.returncode:
         print(run.stdout, run.stderr, file=sys.stderr)
@@ -65,13 +65,13 @@ def podman(*arguments: str, check: bool = True) -> str:
 
 
 def prepare_build(folder: Path) -> list[str]:
-    """Base image, torch's wheel, and mounts for the time of the build alone; gives options for `deploy.build`.
+    """Prepare the base image, torch's wheel and the build mounts. Returns options for `deploy.build`.
 
-    The image gets the build of torch that this environment has, and trusts what this machine trusts.
+    The image gets the torch build of this environment. The build trusts the certificates of this machine.
     """
     if not podman("pull", "--quiet", BASE, check=False):
-        print(f"{BASE} cannot be pulled: the base is a stand-in made of Debian's packages", flush=True)
-        make_stand_in(folder)
+        print(f"{BASE} cannot be pulled; the test uses a substitute base built from Debian packages", flush=True)
+        build_substitute(folder)
     trusted = ssl.get_default_verify_paths().cafile
     wheels = folder / "wheels"
     wheels.mkdir()
@@ -82,10 +82,10 @@ def prepare_build(folder: Path) -> list[str]:
     return ["build-arg=UV_FIND_LINKS=/mnt"]
 
 
-def make_stand_in(folder: Path) -> None:
-    """Python, pip and certificates of Debian, of the release and Python version of the production base."""
+def build_substitute(folder: Path) -> None:
+    """Import a base image with Debian's Python, pip and certificates, of the same release as the production base."""
     hooks = []
-    for name, text in STAND_IN_SETTINGS.items():
+    for name, text in SUBSTITUTE_FILES.items():
         source = folder / Path(name).name
         source.write_text(text)
         hooks += [
@@ -95,6 +95,6 @@ def make_stand_in(folder: Path) -> None:
     archive = str(folder / "base.tar")
     packages = "--include=python3,python3-pip,ca-certificates"
     subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", packages, *hooks, "bookworm", archive], check=True)
-    path = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # as the real one has it
+    path = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # as in the production base
     podman("import", "--quiet", "--change", path, archive, f"localhost/{BASE}")
     Path(archive).unlink()

@@ -1,7 +1,7 @@
-"""`python -m deploy.sbom IMAGE > sbom.cdx.json`: what is in an image, as CycloneDX: Python's packages and Debian's.
+"""Print an image's bill of materials in CycloneDX format: `python -m deploy.sbom IMAGE > sbom.cdx.json`.
 
-CycloneDX's own tool reads the environment inside the image, from a folder that is mounted and not counted. No network
-is needed while it looks.
+It lists the Python and the Debian packages. The CycloneDX tool runs inside the image, from a mounted folder that is not
+part of the result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ runpy.run_module("cyclonedx_py", run_name="__main__")
 
 
 def bill_of_materials(image: str, engine: Sequence[str]) -> dict[str, Any]:
-    """The CycloneDX document. `engine` is the command that runs a container: `docker run` and its options."""
+    """The CycloneDX document of `image`. `engine`: the command that runs a container, such as `docker run`."""
     with tempfile.TemporaryDirectory() as tool:
         pip = [sys.executable, "-m", "pip", "install", "-qq", "--no-warn-conflicts", "--target", tool, TOOL]
         subprocess.run(pip, check=True, stdout=sys.stderr)

@@ -1,4 +1,4 @@
-"""Write the drawings that come with the small model into a folder: `python deploy/vector_stores/drawings.py FOLDER`."""
+"""Write the drawings of the demo collection into a folder: `python deploy/vector_stores/drawings.py FOLDER`."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ DEMO = pathlib.Path(__file__).parents[2] / "embedder" / "demo"
 
 
 def write_drawings(folder: pathlib.Path, count: int | None = None) -> None:
-    """One PNG each, named as what it shows."""
+    """Write one PNG per drawing, named after what it shows."""
     sheet_of = json.loads((DEMO / "drawings.json").read_text(encoding="utf-8"))
     side, columns = sheet_of["tile_pixels"], sheet_of["columns"]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
-"""Search a folder of pictures by text with LanceDB: `python search_lancedb.py FOLDER "red heart"`.
+"""Search a folder of images by text with LanceDB: `python search_lancedb.py FOLDER "red heart"`.
 
-Asks the service at EMBEDDINGS_URL (http://localhost:3000). pip install httpx lancedb. The folder `pictures` is made.
+Needs the service at EMBEDDINGS_URL (default http://localhost:3000). Install: pip install httpx lancedb. The database is
+written to the folder `pictures`.
 """
 
 import base64
@@ -14,18 +15,18 @@ import numpy as np
 import pyarrow as pa
 
 URL = os.environ.get("EMBEDDINGS_URL", "http://localhost:3000")
-FOUND = "Retrieve images or text relevant to the user's query."
-SMALL = 64  # the first values of a vector are a smaller one
+INSTRUCTION = "Retrieve images or text relevant to the user's query."
+SMALL = 64  # the first values of a vector are a shorter vector
 
 
 def embed(path: str, inputs: list[str], **options: str) -> np.ndarray:
-    """Unit vectors, one a row."""
-    answer = httpx.post(f"{URL}{path}", json={"input": inputs, **options}, timeout=600)
-    return np.array(answer.raise_for_status().json()["embedding"], np.float32)
+    """Unit vectors, one per row."""
+    response = httpx.post(f"{URL}{path}", json={"input": inputs, **options}, timeout=600)
+    return np.array(response.raise_for_status().json()["embedding"], np.float32)
 
 
 def index(database: lancedb.DBConnection, folder: pathlib.Path) -> lancedb.table.Table:
-    """Both vectors of each picture, 64 pictures a request."""
+    """Store a short and a full vector per image, 64 images per request."""
     pictures = sorted(folder.glob("*.png"))
     batches = []
     for start in range(0, len(pictures), 64):
@@ -41,8 +42,8 @@ def index(database: lancedb.DBConnection, folder: pathlib.Path) -> lancedb.table
 
 
 def search(table: lancedb.table.Table, query: str, limit: int = 5) -> list[tuple[str, float]]:
-    """Names and cosines: 20 times as many by the small vectors as are wanted, those ranked by the full ones."""
-    (vector,) = embed("/txt/embed", [query], instruction=FOUND)
+    """Names and cosines. The short vectors select 20 * limit candidates; the full vectors rank them."""
+    (vector,) = embed("/txt/embed", [query], instruction=INSTRUCTION)
     some = table.search(vector[:SMALL], vector_column_name="small").distance_type("cosine").limit(20 * limit).to_arrow()
     cosines = np.stack(some["full"].to_numpy()) @ vector  # unit vectors: the dot product is the cosine
     best = np.argsort(-cosines)[:limit]

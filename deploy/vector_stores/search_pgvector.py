@@ -1,7 +1,7 @@
-"""Search a folder of pictures by text with PostgreSQL: `python search_pgvector.py FOLDER "red heart"`.
+"""Search a folder of images by text with PostgreSQL: `python search_pgvector.py FOLDER "red heart"`.
 
-Asks the service at EMBEDDINGS_URL (http://localhost:3000) and the database at DATABASE_URL, with pgvector 0.7 or newer
-(Debian 13: apt-get install postgresql-17-pgvector). pip install httpx "psycopg[binary]" pgvector.
+Needs the service at EMBEDDINGS_URL (default http://localhost:3000) and a database at DATABASE_URL with pgvector 0.7 or
+newer (Debian 13: apt-get install postgresql-17-pgvector). Install: pip install httpx "psycopg[binary]" pgvector.
 """
 
 import base64
@@ -15,18 +15,18 @@ import psycopg
 from pgvector.psycopg import register_vector
 
 URL = os.environ.get("EMBEDDINGS_URL", "http://localhost:3000")
-FOUND = "Retrieve images or text relevant to the user's query."
-SMALL = 64  # the first values of a vector are a smaller one; <=>, the cosine distance, needs no unit length
+INSTRUCTION = "Retrieve images or text relevant to the user's query."
+SMALL = 64  # the first values of a vector are a shorter vector; <=>, the cosine distance, needs no unit length
 
 
 def embed(path: str, inputs: list[str], **options: str) -> np.ndarray:
-    """Unit vectors, one a row."""
-    answer = httpx.post(f"{URL}{path}", json={"input": inputs, **options}, timeout=600)
-    return np.array(answer.raise_for_status().json()["embedding"], np.float32)
+    """Unit vectors, one per row."""
+    response = httpx.post(f"{URL}{path}", json={"input": inputs, **options}, timeout=600)
+    return np.array(response.raise_for_status().json()["embedding"], np.float32)
 
 
 def connect(url: str) -> psycopg.Connection:
-    """A connection that knows vectors."""
+    """Connect, with support for vector columns."""
     connection = psycopg.connect(url, autocommit=True)
     connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
     register_vector(connection)
@@ -34,7 +34,7 @@ def connect(url: str) -> psycopg.Connection:
 
 
 def index(connection: psycopg.Connection, folder: pathlib.Path) -> None:
-    """The full vector of each picture; the index is over its first values (pgvector indexes 2000 at most)."""
+    """Store the full vectors; index their first values (pgvector indexes at most 2000)."""
     pictures = sorted(folder.glob("*.png"))
     connection.execute("DROP TABLE IF EXISTS pictures")
     connection.execute("CREATE TABLE pictures (name text PRIMARY KEY, embedding vector)")
@@ -48,8 +48,8 @@ def index(connection: psycopg.Connection, folder: pathlib.Path) -> None:
 
 
 def search(connection: psycopg.Connection, query: str, limit: int = 5) -> list[tuple[str, float]]:
-    """Names and cosines: 20 times as many by the small vectors as are wanted, those ranked by the full ones."""
-    (vector,) = embed("/txt/embed", [query], instruction=FOUND)
+    """Names and cosines. The short vectors select 20 * limit candidates; the full vectors rank them."""
+    (vector,) = embed("/txt/embed", [query], instruction=INSTRUCTION)
     connection.execute(f"SET hnsw.ef_search = {20 * limit}")
     statement = f"""
         SELECT name, 1 - (embedding <=> %s) AS cosine FROM (
