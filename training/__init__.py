@@ -1,4 +1,4 @@
-"""How the embedded default model was made: `prepare` the data, `train`, `evaluate`. Never needed to serve."""
+"""Training of the bundled model: `prepare` the data, `train`, `evaluate`. The service does not use this package."""
 
 from embedder.torchvision_shim import declare_torchvision_operators
 

@@ -1,7 +1,7 @@
-"""The prepared data folder -> pictures and captions to train and to measure on.
+"""Images and captions for training and evaluation, from the prepared data folder.
 
-Everything random takes a numpy Generator, so that a seed decides the whole training. Pictures are uint8 RGB arrays of
-the model's input size (sides multiples of 32), so no resizing stands between them and the patches.
+All random functions take a numpy Generator, so one seed determines the whole training. Images are uint8 RGB arrays
+whose sides are multiples of 32, so they are not resized before patchification.
 """
 
 import io
@@ -55,7 +55,7 @@ def _halve(large: np.ndarray) -> np.ndarray:
 
 
 def plain_picture(drawings: Drawings, row: int, size: Size) -> Picture:
-    """The drawing centred on white, as large as fits: what is measured, never augmented."""
+    """The drawing centered on white, as large as fits, without augmentation (used for evaluation)."""
     side = min(size)
     drawing = Image.fromarray(np.asarray(drawings.large[drawings.place[row]]), "RGBa")
     drawing = drawing.resize((side, side), Image.Resampling.BICUBIC) if side != DRAWING_PIXELS else drawing
@@ -67,9 +67,9 @@ def plain_picture(drawings: Drawings, row: int, size: Size) -> Picture:
 def varied_frames(
     drawings: Drawings, row: int, size: Size, random: Generator, strength: float, num_frames: int, is_mirrored: bool
 ) -> list[Picture]:
-    """The drawing turned, scaled, shifted, recolored a little, on some background, sometimes through JPEG.
+    """The drawing with random rotation, scale, shift, colors and background, and sometimes JPEG compression.
 
-    Of a clip the frames share all that and move a little from one to the next.
+    The frames of a clip share these parameters; the drawing moves a little from frame to frame.
     """
     height, width = size
     source = drawings.large if min(size) > DRAWING_PIXELS // 2 else drawings.small
@@ -78,7 +78,7 @@ def varied_frames(
     stretch = math.exp(random.normal(0, 0.06 * strength))
     angle = math.radians(random.normal(0, 7 * strength))
     free = [abs(side - scale * drawing.width) / 2 * 0.8 for side in (width, height)]
-    shift = [random.uniform(-1, 1) * room for room in free]
+    shift = [random.uniform(-1, 1) * margin for margin in free]
     pace = [random.normal(0, 0.03) * side for side in (width, height)] if num_frames > 1 else [0.0, 0.0]
     background = _background(random) if random.random() < strength else (255, 255, 255)
     table = _recoloring(random) if random.random() < 0.7 * strength else None
@@ -100,7 +100,7 @@ def varied_frames(
 def _placement(
     half: float, center: list[float], scale: float, stretch: float, angle: float, is_mirrored: bool
 ) -> tuple[float, ...]:
-    """PIL's affine: from picture to drawing coordinates, so that the drawing's middle lies at `center`."""
+    """PIL's affine transform from image to drawing coordinates that puts the drawing's center at `center`."""
     across, down = (-1 if is_mirrored else 1) / (scale * stretch), stretch / scale
     turn = (math.cos(angle) * across, math.sin(angle) * across, -math.sin(angle) * down, math.cos(angle) * down)
     offset_x = half - turn[0] * center[0] - turn[1] * center[1]
@@ -125,7 +125,7 @@ def _background(random: Generator) -> tuple[int, ...]:
 
 
 def _recoloring(random: Generator) -> np.ndarray:
-    """(256, 3) a gain and an offset per channel, mostly common to all: brightness, contrast and a slight cast."""
+    """A (256, 3) lookup table with a gain and an offset per channel: brightness, contrast and a slight color cast."""
     gain = random.normal(1, 0.12) + random.normal(0, 0.05, 3)
     offset = random.normal(0, 12) + random.normal(0, 5, 3)
     return np.clip(np.arange(256)[:, None] * gain + offset, 0, 255).astype(np.uint8)
@@ -142,7 +142,7 @@ def swatch(color: int, size: Size) -> Picture:
 
 
 def shape_picture(color: int, shape: str, size: Size, random: Generator) -> Picture:
-    """One of SHAPES in a color on a plain background, somewhere in the picture."""
+    """One of SHAPES in a color on a plain background, at a random position."""
     height, width = size
     background = (255, 255, 255) if random.random() < 0.7 else BACKGROUNDS[random.integers(len(BACKGROUNDS))]
     image = Image.new("RGB", (width, height), background)
@@ -170,6 +170,6 @@ def shape_picture(color: int, shape: str, size: Size, random: Generator) -> Pict
 
 
 def _corners(x: float, y: float, radii: list[float]) -> list[tuple[float, float]]:
-    """Points around a center, the first one on top."""
+    """Points around a center, starting at the top."""
     step = 2 * math.pi / len(radii)
     return [(x + r * math.sin(i * step), y - r * math.cos(i * step)) for i, r in enumerate(radii)]

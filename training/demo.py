@@ -1,7 +1,7 @@
-"""The prepared data folder -> embedder/demo/: drawings to search in the playground and the README, as one sprite sheet.
+"""Draw embedder/demo, the sprite sheet that the playground searches: `python -m training.demo`.
 
-`python -m training.demo`. Only drawings of a trained style, Noto's (Apache-2.0); drawings.json names them in the
-sheet's order, row by row.
+It contains only drawings of Noto Emoji (Apache-2.0), a trained style. drawings.json lists their names in the order of
+the sheet, row by row.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from training.prepare import DEFAULT_DATA
 
 OUT = Path(__file__).parents[1] / "embedder" / "demo"
 STYLE = "noto"
-SMALLER_STYLES = {"fluent-emoji-flat", "noto-v1", "fxemoji"}  # what even these draw is what people look for
+SMALLER_STYLES = {"fluent-emoji-flat", "noto-v1", "fxemoji"}  # drawings that these styles also have are common ones
 TILE_PIXELS = 96
 COLUMNS = 20
-# Left out: what says little as a picture of its own.
+# Excluded: drawings that are not recognizable by themselves.
 ABSTRACT = re.compile(
     "left|right|arrow|button|mark|sign|symbol|no |prohibited|speech|banknote|mailbox|-thirty|o'clock|:"
 )

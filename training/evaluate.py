@@ -1,9 +1,9 @@
-"""A checkpoint folder -> the table of what it finds, printed and as JSON in training/results/.
+"""Evaluate a checkpoint: `python -m training.evaluate [FOLDER] [--only colors]`.
 
-`python -m training.evaluate [FOLDER] [--only colors]`. Everything runs through the product's own path, `Embedder`. The
-colors need nothing but matplotlib; the other rows need the data of `python -m training.prepare`. The vendor twemoji
-was never trained on; 15 % of the keywords were not, or for half of their drawings only. Recall at k: the share of
-queries with a right answer among the first k of the whole gallery.
+Prints a table and writes training/results/default_model.json. All vectors are computed by `Embedder`. The row of the
+colors needs only matplotlib; the other rows need the data of `python -m training.prepare`. Recall at k is the share of
+queries with a correct result among the first k of the gallery. The vendor twemoji is never used for training; 15 % of
+the keywords are not used, or used only for half of their drawings.
 """
 
 import argparse
@@ -26,16 +26,16 @@ from training.data import COLOR_NAMES, COLORS, Drawings, Size
 from training.prepare import DEFAULT_DATA, HELD_OUT_STYLE
 
 RESULTS = Path(__file__).parent / "results" / "default_model.json"
-FULL_STYLES = ("noto", "fluent-emoji-flat")  # the trained styles that draw (nearly) everything
+FULL_STYLES = ("noto", "fluent-emoji-flat")  # the trained styles that have (nearly) all drawings
 SIZES: dict[str, Size] = {"64": (64, 64), "128": (128, 128), "224": (224, 224), "2:1": (128, 256)}
 SMALL_DIMENSIONS = 64
 CLIP_FRAMES = 4
-MIN_QUERIES = 200  # for a loss at fewer dimensions to count: of 80 one more or less is a loss of 3 %
+MIN_QUERIES = 200  # for a loss at 64 dimensions: with 80 queries, a single one changes it by up to 3 %
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: `values` against `floors` and `aims` in the same order; `at_most` turns that round."""
+    """One row: `values`, with the minimum (`floors`) and the target (`aims`) of each; `at_most` inverts both."""
 
     what: str
     values: tuple[float, ...]
@@ -50,14 +50,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Loss:
-    """Of R@5 where vectors are cut, relative."""
+    """The relative loss of R@5 at 64 dimensions."""
 
     num_queries: int
     of_recall: float
 
 
 class Meter:
-    """Embeds through the product, with a progress bar."""
+    """Embeds with `Embedder` and shows a progress bar."""
 
     def __init__(self, embedder: Embedder) -> None:
         self.embedder = embedder
@@ -71,7 +71,7 @@ class Meter:
 def recall(
     queries: np.ndarray, gallery: np.ndarray, right: np.ndarray, at: int, dimensions: int | None = None
 ) -> float:
-    """`right` (num_queries, num_gallery) bool. With `dimensions`, vectors are cut and made unit length again."""
+    """Recall at `at`. `right`: (num_queries, num_gallery) bool. With `dimensions`, vectors are truncated."""
     cut = [vectors[:, :dimensions] for vectors in (queries, gallery)]
     unit = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in cut]
     first = np.argsort(-(unit[0] @ unit[1].T), axis=1, kind="stable")[:, :at]
@@ -89,7 +89,7 @@ def loss_at_small(full: float, small: float) -> float:
 
 
 def color_rows(meter: Meter) -> tuple[list[Row], float]:
-    """The row of the colors, and its loss of R@5 at 64 dimensions."""
+    """The row of the colors, and its relative loss of R@5 at 64 dimensions."""
     names = meter.embed(list(COLOR_NAMES), "color names")
     swatches = meter.embed([Image.fromarray(pictures.swatch(i, (64, 64))) for i in range(len(COLORS))], "swatches")
     right = (COLORS[:, None] == COLORS[None]).all(-1)
@@ -100,7 +100,7 @@ def color_rows(meter: Meter) -> tuple[list[Row], float]:
 
 
 def drawing_rows(meter: Meter, data: Path) -> tuple[list[Row], dict[str, Loss], dict[str, Any]]:
-    """All other rows, their losses at 64 dimensions, and the figures behind them."""
+    """The other rows, their losses at 64 dimensions, and more detailed figures."""
     captions = pictures.read_captions(data)
     names = meter.embed([caption["name"] for caption in captions], "names")
     styles = {style: pictures.read_drawings(data, style) for style in (*FULL_STYLES, HELD_OUT_STYLE)}
@@ -135,7 +135,7 @@ def drawing_rows(meter: Meter, data: Path) -> tuple[list[Row], dict[str, Loss], 
         Row("name -> drawing, held-out vendor, R@1 / R@5", by_style[HELD_OUT_STYLE], (0.33, 0.58), (0.55, 0.80)),
         *(
             Row(
-                f"keyword held out from {held_out} -> any right drawing, trained / held-out vendor, R@5",
+                f"keyword held out from {held_out} -> any correct drawing, trained / held-out vendor, R@5",
                 tuple(values.values()),
                 (0.92, 0.65),
                 (0.97, 0.80),
@@ -165,16 +165,16 @@ def drawing_vectors(meter: Meter, what: str, drawings: Drawings, size: Size) -> 
 
 
 def clip(drawings: Drawings, row: int) -> dict[str, list[Image.Image]]:
-    """Four frames of the drawing on white, moving to the right by two pixels a frame."""
+    """Four frames of the drawing on white, moving right by two pixels per frame."""
     frame = pictures.plain_picture(drawings, row, (96, 96))
     shifted = [np.pad(frame, ((0, 0), (2 * n, 0), (0, 0)), constant_values=255)[:, :96] for n in range(CLIP_FRAMES)]
     return {"video": [Image.fromarray(np.ascontiguousarray(picture)) for picture in shifted]}
 
 
 def held_out_keywords(captions: list[dict[str, Any]]) -> dict[str, dict[str, set[int]]]:
-    """Keywords that training held out from half of their drawings or from all of them -> the drawings that have them.
+    """The keywords held out from half of their drawings, and from all of them, each with its drawings.
 
-    Of those held out from all, the ones whose every word stands in some other text that was trained on.
+    Of the keywords held out from all drawings, only those whose words all occur in other training texts.
     """
     late = {word for caption in captions for word in caption["late_keywords"]}
     trained = {
@@ -198,7 +198,7 @@ def _words(text: str) -> list[str]:
 
 
 def query_ms(embedder: Embedder) -> float:
-    """Milliseconds of one short text, alone: the median of 200."""
+    """The median time of one short text in milliseconds, over 200 calls."""
     seconds = []
     for index in range(200):
         start = time.perf_counter()
@@ -211,16 +211,17 @@ def print_table(rows: list[Row]) -> None:
     def percent(values: tuple[float, ...]) -> str:
         return " / ".join(f"{100 * value:.1f}" for value in values)
 
-    print(f"{'all in %':82} {'reached':>12} {'floor':>12} {'aim':>12}")
+    print(f"{'all in %':82} {'result':>12} {'minimum':>12} {'target':>12}")
     for row in rows:
-        verdict = "aim met" if row.is_met(row.aims) else "floor met" if row.is_met(row.floors) else "FLOOR MISSED"
+        verdict = "minimum met" if row.is_met(row.floors) else "MINIMUM MISSED"
+        verdict = "target met" if row.is_met(row.aims) else verdict
         print(f"{row.what:82} {percent(row.values):>12} {percent(row.floors):>12} {percent(row.aims):>12}  {verdict}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure a checkpoint of the embedded default model.")
-    parser.add_argument("folder", nargs="?", default="", help="the package's own model if not given")
-    parser.add_argument("--only", choices=("colors",), help="what needs no downloads")
+    parser = argparse.ArgumentParser(description="Evaluate a checkpoint of the bundled model.")
+    parser.add_argument("folder", nargs="?", default="", help="default: the bundled model")
+    parser.add_argument("--only", choices=("colors",), help="only the rows that need no download")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--json", type=Path, default=RESULTS)
     chosen = parser.parse_args()
@@ -235,7 +236,7 @@ def main() -> None:
         if chosen.only == "colors":
             pass
         elif not (chosen.data / "captions.json").exists():
-            print("drawings and clips: not measured, their data is not prepared (python -m training.prepare)")
+            print("drawings and clips are not measured: their data is missing, run `python -m training.prepare`")
         else:
             more_rows, more_losses, more_figures = drawing_rows(meter, chosen.data)
             figures |= more_figures
@@ -243,7 +244,7 @@ def main() -> None:
     rows.insert(
         5,
         Row(
-            "the rows of 200 queries and more at 64 of 192 dimensions, worst loss of R@5",
+            "rows with 200 queries or more at 64 of 192 dimensions, worst loss of R@5",
             (max(loss.of_recall for loss in losses.values() if loss.num_queries >= MIN_QUERIES),),
             (0.03,),
             (0.01,),
@@ -251,7 +252,7 @@ def main() -> None:
         ),
     )
     print_table(rows)
-    print(f"to the first vector {figures['first_vector_s']} s, of 3; a text query {figures['query_ms']} ms, of 5")
+    print(f"first vector after {figures['first_vector_s']} s (limit 3); text query {figures['query_ms']} ms (limit 5)")
     result = {
         "rows": [{**asdict(row), "floor_met": row.is_met(row.floors), "aim_met": row.is_met(row.aims)} for row in rows],
         "losses_at_64": {name: asdict(loss) for name, loss in losses.items()},

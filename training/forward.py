@@ -1,9 +1,9 @@
-"""Images or texts of one size -> their vectors, through the modules of a plain transformers Qwen3VLModel.
+"""A fast forward pass for training, through the modules of a transformers Qwen3VLModel.
 
-Same numbers as `Qwen3VLModel.forward` and last-token pooling (tests/training/test_training.py), several times faster
-in training on a CPU: all images of a batch share one grid, so attention is one dense product; the system prompt is
-computed once per batch; the last layer computes only the pooled token; attention is eager, since the fused one's
-backward is slow.
+It computes the same values as `Qwen3VLModel.forward` with last-token pooling (tests/training/test_training.py), and is
+several times faster in training on a CPU: all images of a batch have one size, so attention is one dense product; the
+system prompt is computed once per batch; the last layer computes only the pooled token; attention is eager, because the
+backward pass of the fused kernel is slow.
 """
 
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ TEMPORAL = 2
 
 @dataclass(frozen=True)
 class VisualFeatures:
-    """What the language model takes from the vision tower; per item, tokens in row order."""
+    """The outputs of the vision tower that the language model uses, tokens in row order."""
 
     tokens: Tensor  # (num_items, num_tokens, hidden_size)
     deepstack: list[Tensor]  # each (num_items, num_tokens, hidden_size)
 
     def pooled(self) -> Tensor:
-        """Mean over tokens of all outputs: what stage 1 trains the vision tower alone on."""
+        """The mean over tokens of the summed outputs. The first stage trains the vision tower with it."""
         return torch.stack([self.tokens, *self.deepstack]).sum(0).mean(1)  # (num_items, hidden_size)
 
 
 def patchify(frames: Tensor) -> Tensor:
-    """(num_images, 3, height, width) -> (num_images, num_patches, 768), patches in merge-block order."""
+    """Split (num_images, 3, height, width) into (num_images, num_patches, 768), in merge-block order."""
     num_images, channels, height, width = frames.shape
     rows, columns = height // PATCH // MERGE, width // PATCH // MERGE
     blocks = frames.reshape(num_images, channels, rows, MERGE, PATCH, columns, MERGE, PATCH)
@@ -40,7 +40,7 @@ def patchify(frames: Tensor) -> Tensor:
 
 
 def embed_patches(visual: nn.Module, first: Tensor, second: Tensor | None) -> Tensor:
-    """The patch embedding of two frames; a still image is the same frame twice, so its weights are summed."""
+    """Embed the patches of two frames. An image is the same frame twice, so the weights are summed."""
     weight = visual.patch_embed.proj.weight  # (hidden_size, 3, 2, 16, 16)
     bias = visual.patch_embed.proj.bias
     if second is None:
@@ -49,7 +49,10 @@ def embed_patches(visual: nn.Module, first: Tensor, second: Tensor | None) -> Te
 
 
 def see(model: Qwen3VLModel, frames: Tensor, next_frames: Tensor | None = None) -> VisualFeatures:
-    """Pixels in -1..1, (num_images, 3, height, width), sides multiples of 32; `next_frames` for video."""
+    """Run the vision tower. `frames`: (num_images, 3, height, width) in -1..1, sides multiples of 32.
+
+    `next_frames`: the second frame of each pair of a clip.
+    """
     visual = model.visual
     dtype = visual.patch_embed.proj.weight.dtype
     grid = torch.tensor([[1, frames.shape[2] // PATCH, frames.shape[3] // PATCH]])
@@ -102,7 +105,7 @@ class Prefix:
 
 
 def read_prefix(model: Qwen3VLModel, input_ids: Tensor) -> Prefix:
-    """(prefix_tokens,) text ids -> its keys and values; under causal attention nothing after it changes them."""
+    """Keys and values of (prefix_tokens,) text ids. Causal attention makes them independent of later tokens."""
     language = model.language_model
     num_tokens = input_ids.shape[0]
     hidden_states = language.embed_tokens(input_ids)[None]
@@ -124,10 +127,10 @@ def read(
     visual_at: Tensor | None = None,
     features: VisualFeatures | None = None,
 ) -> Tensor:
-    """The state at each item's last token, (num_items, hidden_size), after the final norm, in float32.
+    """The hidden state of each item's last token after the final norm, (num_items, hidden_size) float32.
 
     `input_ids` (num_items, tokens) after the prefix, padded on the right; `lengths` (num_items,); `position_ids`
-    (3, 1 or num_items, tokens); `visual_at` (visual_tokens,) the columns where `features` go, equal for all items.
+    (3, 1 or num_items, tokens); `visual_at` (visual_tokens,): the columns of `features`, the same for all items.
     """
     language = model.language_model
     hidden_states = language.embed_tokens(input_ids)
@@ -177,16 +180,16 @@ def _finish_layer(
     value: Tensor,
     query_at: Tensor | None = None,
 ) -> Tensor:
-    """Attention over `key` and `value` and the MLP.
+    """Attention over `key` and `value`, then the MLP.
 
-    Queries are the last tokens of the keys, or with `query_at` (num_items,) one query per item at that place.
+    The queries are the last tokens of the keys; with `query_at` (num_items,), one query per item at that position.
     """
     attention = layer.self_attn
     num_items, num_queries = normed.shape[:2]
     num_keys, kv_heads = key.shape[2], key.shape[1]
     query = attention.q_norm(attention.q_proj(normed).view(num_items, num_queries, -1, attention.head_dim))
     query = _rotate(query.transpose(1, 2), cos[:, None], sin[:, None])
-    grouped = query.reshape(num_items, kv_heads, -1, attention.head_dim)  # query heads of one kv head together
+    grouped = query.reshape(num_items, kv_heads, -1, attention.head_dim)  # query heads grouped by kv head
     scores = (grouped @ key.transpose(-1, -2) * attention.scaling).view(num_items, -1, num_queries, num_keys)
     places = torch.arange(num_keys)
     if query_at is None:

@@ -1,6 +1,7 @@
-"""npm packages of emoji drawings and captions -> a data folder: an array of drawings per style, one captions.json.
+"""Download and render the training data: `python -m training.prepare [--data FOLDER]`.
 
-`python -m training.prepare [--data FOLDER]`. Needs `npm` for the packages; what is already there is not made again.
+Downloads npm packages of emoji drawings and captions (needs `npm`), and writes one array of drawings per style and
+captions.json. Existing files are kept.
 """
 
 import argparse
@@ -43,7 +44,7 @@ Caption = dict[str, Any]  # emoji, name, keywords, late_keywords, held_out_keywo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetch and render the training data.")
+    parser = argparse.ArgumentParser(description="Download and render the training data.")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     data: Path = parser.parse_args().data
     for name, package in tqdm(PACKAGES.items(), desc="packages"):
@@ -72,11 +73,11 @@ def fetch_package(folder: Path, name: str, package: str) -> None:
 
 
 def read_captions(npm: Path) -> list[Caption]:
-    """Every emoji that Noto draws, without skin tones: its English name, keywords and icon in each style."""
+    """The English name, the keywords and the icons of every emoji in Noto, without skin tones."""
     annotations = _annotations(npm)
     more_keywords = {_bare(emoji): words for emoji, words in _json(npm / "emojilib/dist/emoji-en-US.json").items()}
     icons = {style: _icons_by_emoji(npm, style, annotations) for style in ("noto", "fluent-emoji-flat", "twemoji")}
-    shaded = _json(npm / "fluent-emoji" / "icons.json")["icons"]  # the flat set's drawings with shades, same names
+    shaded = _json(npm / "fluent-emoji" / "icons.json")["icons"]  # the same icons as the flat set, with shading
     icons["fluent-emoji"] = {emoji: icon for emoji, icon in icons["fluent-emoji-flat"].items() if icon in shaded}
     for style in ("emojione", "noto-v1", "fxemoji"):
         icons[style] = _icons_by_slug(npm, style, icons["noto"], annotations)
@@ -115,7 +116,7 @@ def release_late_keywords(captions: list[Caption]) -> None:
 
 
 def is_held_out(keyword: str) -> bool:
-    """A stable choice of HELD_OUT_PERCENT of all keywords, the same on every machine."""
+    """Whether a keyword is among the held-out HELD_OUT_PERCENT. The hash makes it the same on every machine."""
     return _hash(keyword) % 100 < HELD_OUT_PERCENT
 
 
@@ -124,7 +125,7 @@ def _hash(text: str) -> int:
 
 
 def render_style(data: Path, style: str, captions: list[Caption]) -> None:
-    """Write `drawings/{style}.npy`: (num_drawings, 224, 224, 4) uint8, premultiplied, and the captions' row numbers."""
+    """Write `drawings/{style}.npy`, (num_drawings, 224, 224, 4) uint8 premultiplied, and the rows of its captions."""
     target = data / "drawings" / f"{style}.npy"
     if target.exists():
         return
@@ -140,8 +141,8 @@ def render_style(data: Path, style: str, captions: list[Caption]) -> None:
 
 
 def render(icon_set: dict[str, Any], icon: str) -> np.ndarray:
-    """One icon of an iconify set -> (224, 224, 4) uint8 RGB premultiplied with alpha, centred."""
-    import resvg_py  # only here: tests and the colors' evaluation do without it
+    """Render one icon of an Iconify set: (224, 224, 4) uint8, RGB premultiplied with alpha, centered."""
+    import resvg_py  # imported here, because tests and the evaluation of the colors do not need it
 
     icon = icon_set.get("aliases", {}).get(icon, {}).get("parent", icon)
     drawing = icon_set["icons"][icon]
@@ -162,7 +163,7 @@ def _json(path: Path) -> Any:
 
 
 def _bare(emoji: str) -> str:
-    """Without the variation selector, which the sources set differently."""
+    """Remove the variation selector, which the sources use inconsistently."""
     return emoji.replace("\ufe0f", "")
 
 
@@ -173,14 +174,14 @@ def _annotations(npm: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def _icons_by_emoji(npm: Path, style: str, annotations: dict[str, Any]) -> dict[str, str]:
-    """From the set's table of code points; only what CLDR names."""
+    """Icons by emoji, from the set's table of code points; only emoji with a CLDR name."""
     table = _json(npm / style / "chars.json")
     emoji_icons = {_bare("".join(chr(int(c, 16)) for c in code.split("-"))): icon for code, icon in table.items()}
     return {emoji: icon for emoji, icon in emoji_icons.items() if emoji in annotations}
 
 
 def _icons_by_slug(npm: Path, style: str, noto: dict[str, str], annotations: dict[str, Any]) -> dict[str, str]:
-    """Sets without a table of code points: match their icon names with Noto's, CLDR's and Unicode's names."""
+    """Icons by emoji for sets without code points: match their names with those of Noto, CLDR and Unicode."""
     by_slug: dict[str, str] = {}
     for emoji, icon in noto.items():
         unicode_name = unicodedata.name(emoji, "") if len(emoji) == 1 else ""

@@ -1,4 +1,4 @@
-"""Instructions and captions -> the token ids around a picture or a text, exactly as the product's prompt has them."""
+"""Token ids and position ids of the prompt around an image, clip or text, identical to the service's prompt."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 
 @dataclass(frozen=True)
 class Tokens:
-    """What follows the system prompt, padded on the right."""
+    """The tokens after the system prompt, padded on the right."""
 
     input_ids: Tensor  # (num_items, tokens)
     lengths: Tensor  # (num_items,)
@@ -49,9 +49,9 @@ def visual_tokens(
     timestamps: list[float] | None = None,
     texts: list[str] | None = None,
 ) -> Tokens:
-    """Of one picture per item, or of one clip with a timestamp per pair of frames; then the item's text, if any.
+    """The tokens of items with one image, or one clip with a timestamp per frame pair, and optionally a text.
 
-    All items have the same picture size, so one row of positions serves them all.
+    All items have the same image size, so they share one row of position ids.
     """
     num_tokens = size[0] // 32 * (size[1] // 32)
     if timestamps is None:
@@ -75,7 +75,7 @@ def _pad_id(config: Qwen3VLConfig, timestamps: list[float] | None) -> int:
 
 
 def _positions(model: Qwen3VLModel, input_ids: Tensor, size: tuple[int, int], timestamps: list[float] | None) -> Tensor:
-    """Multimodal rotary positions, (3, 1, tokens), by transformers' own code."""
+    """Multimodal rotary position ids, (3, 1, tokens), computed by transformers."""
     is_visual = input_ids == _pad_id(model.config, timestamps)
     grid = torch.tensor([[len(timestamps or [0]), size[0] // 16, size[1] // 16]])
     kind = {"image_grid_thw": grid} if timestamps is None else {"video_grid_thw": grid}

@@ -1,13 +1,13 @@
-"""The prepared data folder -> the embedded default model's checkpoint folder.
+"""Train the bundled model.
 
-`python -m training.train [--data FOLDER] [--run FOLDER] [--out FOLDER] [--start FOLDER] [--threads N]`. Seeded; saved
-every SAVE_EVERY steps and resumed from there. Weights and gradients are bfloat16 (what is shipped) over float32
+`python -m training.train [--data FOLDER] [--run FOLDER] [--out FOLDER] [--start FOLDER] [--threads N]`. The training is
+seeded, saves its state every SAVE_EVERY steps and resumes from it. Weights and gradients are bfloat16 with float32
 master copies, which is three times as fast as float32 on a CPU with AMX.
 
-What is learned against what: every drawing and every color has one learned vector, a proxy, dropped at the end.
-Pictures and texts are each pulled to their proxies (softmax over all of them; a keyword has many right ones) and to
-each other (InfoNCE over the batch), at the full size and at a smaller Matryoshka size drawn for each step. The last
-stage also has the smaller size order everything as the full one does, whatever is asked and seen (distillation).
+Every drawing and every color has a learned vector, its proxy, which is discarded at the end. The losses are a softmax
+over all proxies for images and for texts (a keyword has several correct ones), and InfoNCE between the images and texts
+of a batch. Each is computed at the full size and at one smaller Matryoshka size, drawn in each step. In the last stage,
+the smaller size also learns to rank everything as the full size does (distillation).
 """
 
 import argparse
@@ -37,12 +37,12 @@ from training.prompt import DEFAULT_INSTRUCTION, INSTRUCTIONS, prefix_ids, text_
 OUT = Path(__file__).parents[1] / "embedder" / "default_model"
 VOCAB_SIZE = 6144
 MATRYOSHKA = (32, 64, 128, 192)
-MAX_AREA = 224 * 224  # the largest trained picture: the checkpoint's longest_edge
+MAX_AREA = 224 * 224  # the largest training image; the checkpoint's longest_edge
 SAVE_EVERY = 200
 MUON_FACTOR = 2.5  # Muon's learning rate over AdamW's
 MAX_LOG_SCALE = math.log(80)
 
-# Picture sizes and how often: cheap ones mostly, but every size and shape that the product will meet below MAX_AREA.
+# Image sizes and their shares: mostly small ones, because they are cheap, but every size and shape below MAX_AREA.
 SIZES = {
     (64, 64): 0.14,
     (96, 96): 0.24,
@@ -61,9 +61,10 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Stage:
-    """`patches` is how many a step sees: the batch is as large as the picture size allows.
+    """The parameters of one training stage.
 
-    The shares say what the pictures are (the rest are drawings) and how many steps have clips, or pictures with text.
+    `patches`: patches per step, so the batch size depends on the image size. `swatches`, `shapes`: their shares of the
+    images; the rest are drawings. `clips`, `pairs`: shares of the steps with clips, and with images that have a text.
     """
 
     steps: int
@@ -72,16 +73,16 @@ class Stage:
     sizes: dict[tuple[int, int], float]
     swatches: float
     shapes: float
-    texts: int = 192  # read in a step: the pictures' own, then of any drawings and colors
-    strength: float = 1.0  # of the drawings' variation
-    last_rate: float = 0.02  # the learning rate falls to this share of itself, along a cosine
+    texts: int = 192  # per step: those of the images, then of random drawings and colors
+    strength: float = 1.0  # of the augmentation
+    last_rate: float = 0.02  # cosine schedule down to this share of the learning rate
     clips: float = 0.0
     pairs: float = 0.0
-    with_language: bool = True  # False: the vision tower alone, from the mean of its outputs
-    late_keywords: bool = False  # False: no keyword that is held out from any drawing is read
-    smaller: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)  # how often each smaller Matryoshka size is drawn
-    imitation: float = 0.0  # weight of the smaller size's divergence from the full one
-    loose_texts: int = 0  # random words, which mean nothing: only for that
+    with_language: bool = True  # False: trains only the vision tower, with the mean of its outputs
+    late_keywords: bool = False  # False: no keyword that is held out from any drawing is used
+    smaller: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)  # probabilities of the smaller Matryoshka sizes
+    imitation: float = 0.0  # weight of the distillation loss
+    loose_texts: int = 0  # random words without a meaning, for the distillation loss
 
 
 MOSTLY_SMALL = {size: share * (1.0 if max(size) <= 128 else 0.4) for size, share in SIZES.items()}
@@ -134,7 +135,7 @@ STAGES = {
         smaller=(0.08, 0.86, 0.06),
     ),
 }
-AVERAGED = ("late", "last", "again")  # stages, each of which ends at a low learning rate
+AVERAGED = ("late", "last", "again")  # the stages that end with a low learning rate
 DISTILLATION = Stage(
     1500,
     3e-4,
@@ -151,20 +152,20 @@ DISTILLATION = Stage(
     imitation=2.0,
     loose_texts=96,
 )
-IMITATED_SCALE = 20.0  # of cosines: soft, so that the order of all counts and not of the first alone
-# What people ask for most, so seen more often than the other 938.
+IMITATED_SCALE = 20.0  # of cosines; low, so that the order of all items matters
+# The most common queries, sampled more often than the other 938 colors.
 BASIC = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "grey")
 BASIC_COLORS = [COLOR_NAMES.index(name) for name in BASIC]
-# Names of drawings that mean something else in a mirror, or are writing.
+# Names of drawings that must not be mirrored: a direction or writing would change.
 SIDED = re.compile("left|right|arrow|clock|button|mark|sign|symbol|input|keycap|letter|flag|play|moon|hand|fist")
 
 WORDS = re.compile(r"[a-z0-9'-]+")
 
 
 class Captions:
-    """Texts to train on and the proxies that each of them means.
+    """The training texts and the proxies that each of them means.
 
-    Without `late`, the keywords that are held out from any drawing are held out from all of them.
+    Without `late`, keywords that are held out from any drawing are not used at all.
     """
 
     def __init__(self, folder: Path, late: bool = False) -> None:
@@ -210,7 +211,7 @@ class Captions:
         ]
 
     def text_for(self, proxy: int, random: Generator) -> tuple[str, set[int]]:
-        """A way to call the drawing or color, and all proxies that it means."""
+        """A random text for the drawing or color, and all proxies that it means."""
         if proxy >= self.num_drawings:
             text = COLOR_NAMES[proxy - self.num_drawings]
             return _varied(text, random), self.meanings[text]
@@ -222,19 +223,19 @@ class Captions:
         return _varied(text, random), self.meanings[text.lower()]
 
     def phrase_for(self, drawing: int, random: Generator) -> tuple[str, set[int]]:
-        """Two words of its name and keywords in any order, and all drawings that have both."""
+        """Two words of the name and keywords in random order, and all drawings that have both."""
         one, other = random.choice(self.phrase_words[drawing], 2, replace=False)
         if f"{one} {other}" in self.held_out:
             one, other = other, one
         return f"{one} {other}", self.drawings_by_word[one] & self.drawings_by_word[other]
 
     def loose_text(self, random: Generator) -> str:
-        """One to three words, whether or not any drawing has them."""
+        """One to three random words."""
         words = random.choice(self.all_words, random.integers(1, 4))
         return " ".join(words)
 
     def another_text(self, example: "Example", random: Generator) -> str:
-        """To go with the example's picture in one item: not always the text that the item shall find."""
+        """A text to combine with the example's image in one item; it may differ from the text to find."""
         return self.text_for(example.target, random)[0] if example.target < self.num_proxies else example.text
 
 
@@ -243,7 +244,7 @@ def _words_of(name: str) -> list[str]:
 
 
 def _varied(text: str, random: Generator) -> str:
-    """As people type it: mostly as it is, sometimes capitalised or in a phrase."""
+    """The text, sometimes capitalized or in a phrase, as people type it."""
     chance = random.random()
     if chance < 0.8:
         return text
@@ -255,17 +256,17 @@ def _varied(text: str, random: Generator) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    frames: list[np.ndarray]  # one, or four of a clip
-    target: int  # its proxy
+    frames: list[np.ndarray]  # one image, or the four frames of a clip
+    target: int  # index of its proxy
     text: str
     meaning: set[int]  # all proxies that the text means
 
 
 class Training:
-    """Weights, proxies and optimizer; one call of `step` is one update."""
+    """Weights, proxies and optimizers; `step` makes one update."""
 
     def __init__(self, folder: Path, run: Path, seed: int, start: Path | None = None) -> None:
-        """`start`: a checkpoint to train on, whose proxies begin where its pictures are; without one, from nothing."""
+        """`start`: a checkpoint to continue from, whose image vectors initialize the proxies. None: random weights."""
         torch.manual_seed(seed)
         self.random = np.random.default_rng(seed)
         self.folder = folder
@@ -281,7 +282,7 @@ class Training:
             start = run / "start"
             write_checkpoint(start, self.config, self.tokenizer, seed=seed, dtype="bfloat16")
             self.model = Qwen3VLModel.from_pretrained(start, dtype=torch.bfloat16)
-            gentle_start(
+            initialize_weights(
                 self.model, np.concatenate([self.styles[style].small for style in TRAINED_STYLES]), self.random
             )
             self.proxies = nn.Parameter(start_proxies(self.styles, self.captions.num_drawings))
@@ -289,7 +290,7 @@ class Training:
             self.tokenizer = Qwen2Tokenizer.from_pretrained(start)
             self.model = Qwen3VLModel.from_pretrained(start, dtype=torch.bfloat16)
             self.config = self.model.config
-            self.proxies = nn.Parameter(pictured_proxies(self))
+            self.proxies = nn.Parameter(proxies_from_checkpoint(self))
         self.log_scale = nn.Parameter(torch.full((len(MATRYOSHKA),), math.log(scale)))
         self.prefixes: dict[str, Tensor] = {}
         self.weights = list(self.model.parameters())
@@ -303,7 +304,7 @@ class Training:
         muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
         adam_groups = [
             {"params": others, "factor": 1.0},
-            {"params": tokens, "factor": 4.0},  # most tokens are rare
+            {"params": tokens, "factor": 4.0},  # because most tokens are rare
             {"params": [self.proxies], "factor": 4.0},
             {"params": [self.log_scale], "factor": 2.0},
         ]
@@ -311,7 +312,7 @@ class Training:
         self.optimizers: list[torch.optim.Optimizer] = [muon, adam]
 
     def step(self, stage: Stage, learning_rate: float) -> dict[str, float]:
-        """One update; returns the losses by name."""
+        """Make one update and return the losses by name."""
         losses = self.losses(stage)
         sum(losses.values()).backward()
         for master, weight in zip(self.masters, self.weights, strict=True):
@@ -374,7 +375,7 @@ class Training:
         return losses
 
     def see(self, frames: list[list[np.ndarray]]) -> forward.VisualFeatures:
-        """(num_items, 1 or 4 frames) -> features; of a clip the tokens of its two frame pairs one after the other."""
+        """Run the vision tower on items of 1 or 4 frames. The tokens of a clip's two frame pairs are concatenated."""
         if len(frames[0]) == 1:
             return forward.see(self.model, to_pixels([item[0] for item in frames]))
         moments = [to_pixels([item[place] for item in frames]) for place in range(4)]
@@ -383,12 +384,12 @@ class Training:
         return forward.VisualFeatures(torch.cat((early.tokens, late.tokens), dim=1), deepstack)
 
     def timestamps(self) -> list[float]:
-        """Of two frame pairs at some frame rate: a pair's time is the mean of its frames' times."""
+        """The timestamps of two frame pairs at a random frame rate: the mean time of each pair."""
         frames_per_second = float(self.random.choice((1, 2, 2, 4, 24)))
         return [0.5 / frames_per_second, 2.5 / frames_per_second]
 
     def example(self, stage: Stage, size: tuple[int, int], num_frames: int) -> Example:
-        """The next drawing, or a swatch or a shape. A shape has no proxy but a number of its own above all proxies."""
+        """The next drawing, or a swatch or a shape. A shape has no proxy; its target is a number above all proxies."""
         random, captions = self.random, self.captions
         chance = random.random()
         if chance < stage.swatches:
@@ -409,7 +410,7 @@ class Training:
         return Example(frames, row, *captions.text_for(row, random))
 
     def prefix(self) -> tuple[Tensor, forward.Prefix]:
-        """The system prompt's ids and its keys and values: mostly with the default instruction."""
+        """The ids, keys and values of the system prompt, mostly with the default instruction."""
         instruction = DEFAULT_INSTRUCTION
         if self.random.random() < 0.3:
             instruction = INSTRUCTIONS[self.random.integers(len(INSTRUCTIONS))]
@@ -419,7 +420,7 @@ class Training:
         return ids, forward.read_prefix(self.model, ids)
 
     def shares(self, meanings: list[set[int]]) -> Tensor:
-        """(num_items, num_proxies): equal shares for all that an item means; shapes, above the proxies, get none."""
+        """Target distributions (num_items, num_proxies): equal shares for all proxies of an item, none for shapes."""
         targets = torch.zeros(len(meanings), self.captions.num_proxies)
         for row, meaning in enumerate(meanings):
             right = [proxy for proxy in meaning if proxy < self.captions.num_proxies]
@@ -427,7 +428,7 @@ class Training:
         return targets
 
     def proxy_loss(self, vectors: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy against `targets` (num_items, num_proxies), over the items that have a proxy."""
+        """Cross-entropy with `targets` (num_items, num_proxies), over the items that have a proxy."""
         total = torch.zeros(())
         for size, directions, scale in self.directions:
             logits = F.normalize(vectors[:, :size], dim=-1) @ directions.T * scale
@@ -435,7 +436,7 @@ class Training:
         return total / 2 / targets.sum()
 
     def pair_loss(self, vectors: Tensor, text_vectors: Tensor, positive: Tensor) -> Tensor:
-        """InfoNCE in both directions, with several right answers where texts mean several pictures."""
+        """InfoNCE in both directions; a text that means several images has several positives."""
         by_picture = positive / positive.sum(1, keepdim=True)
         by_text = positive.T / positive.T.sum(1, keepdim=True)
         total = torch.zeros(())
@@ -446,14 +447,14 @@ class Training:
         return total / 2
 
     def imitation_loss(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """How far the smaller size is from ordering all columns, for each row, as the full one does."""
+        """KL divergence of the smaller size from the full size, over the similarities of each row to all columns."""
         (smaller, _, _), (full, _, _) = self.directions
         taught = F.softmax(similarities(rows, columns, full).detach() * IMITATED_SCALE, dim=-1)
         own = F.log_softmax(similarities(rows, columns, smaller) * IMITATED_SCALE, dim=-1)
         return F.kl_div(own, taught, reduction="batchmean")
 
     def matryoshka(self, stage: Stage) -> list[tuple[int, Tensor]]:
-        """The full size and one smaller, each with its learned scale: all four every time would cost twice as much."""
+        """A random smaller size and the full size, with their learned scales. All four sizes would cost twice as much."""
         smaller = int(self.random.choice(len(stage.smaller), p=stage.smaller))
         return [(MATRYOSHKA[place], self.log_scale[place].exp()) for place in (smaller, -1)]
 
@@ -479,13 +480,13 @@ class Training:
         self.queue = state["queue"]
 
     def average(self, states: list[dict[str, Any]]) -> None:
-        """Take the mean of the weights that these states have: it finds more than each (model soups, Wortsman 2022)."""
+        """Set the weights to the mean of these states, which is better than each one (model soups, Wortsman 2022)."""
         with torch.no_grad():
             for place, weight in enumerate(self.weights):
                 weight.copy_(torch.stack([state["masters"][place] for state in states]).mean(0))
 
     def write(self, out: Path) -> None:
-        """The checkpoint folder as the product loads it, from the bfloat16 weights."""
+        """Write a checkpoint folder with the bfloat16 weights."""
         weights = {name: weight.detach() for name, weight in self.model.state_dict().items()}
         write_checkpoint(out, self.config, self.tokenizer, dtype="bfloat16", max_pixels=MAX_AREA, state_dict=weights)
 
@@ -495,16 +496,16 @@ def similarities(rows: Tensor, columns: Tensor, size: int) -> Tensor:
 
 
 def to_pixels(frames: list[np.ndarray]) -> Tensor:
-    """(num_frames, 3, height, width) in -1..1, as the processor normalizes."""
+    """Stack to (num_frames, 3, height, width) in -1..1, the processor's normalization."""
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @torch.no_grad()
-def gentle_start(model: Qwen3VLModel, drawings: np.ndarray, random: Generator) -> None:
-    """Plain norms and biases (the random checkpoint's are made to be seen in tests); a patch embedding that whitens.
+def initialize_weights(model: Qwen3VLModel, drawings: np.ndarray, random: Generator) -> None:
+    """Initialize norms to 1, biases to 0, and the patch embedding to a whitening of image patches.
 
-    `drawings` (num_drawings, side, side, 4) premultiplied: of random 16x16 patches on white, the 160 strongest
-    principal directions, each scaled to the same spread.
+    The rows of the patch embedding are the 160 strongest principal components of random 16x16 patches on white, scaled
+    to equal variance. `drawings`: (num_drawings, side, side, 4), premultiplied.
     """
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
@@ -524,10 +525,10 @@ def gentle_start(model: Qwen3VLModel, drawings: np.ndarray, random: Generator) -
 
 
 def start_proxies(styles: dict[str, pictures.Drawings], num_drawings: int) -> Tensor:
-    """(num_proxies, hidden_size): random waves over what a picture looks like, so that like pictures start alike.
+    """Initial proxies (num_proxies, hidden_size): random Fourier features, so similar images have similar proxies.
 
-    From random directions instead, the vision tower stayed near chance for hundreds of steps. A drawing is described by
-    the strongest principal components of its coarse picture, the mean of its styles; a color by its RGB.
+    With random directions, the vision tower stayed near chance for hundreds of steps. The features of a drawing are the
+    strongest principal components of its 8x8 image, averaged over styles; those of a color are its RGB values.
     """
     width = MATRYOSHKA[-1]
     coarse = torch.zeros(num_drawings, 4 * 8 * 8)
@@ -540,7 +541,7 @@ def start_proxies(styles: dict[str, pictures.Drawings], num_drawings: int) -> Te
             count[places] += 1
     coarse = coarse / count
     components, spread, _ = torch.linalg.svd(coarse - coarse.mean(0), full_matrices=False)
-    looks = components[:, :40] * spread[:40].sqrt()  # half whitened: fine differences count more
+    looks = components[:, :40] * spread[:40].sqrt()  # half whitened, so that fine differences have more weight
     nearest = torch.cdist(looks, looks).fill_diagonal_(torch.inf).min(1).values.median()
     colors = torch.from_numpy(COLORS / 255.0).float() * 8
     return torch.cat(
@@ -562,7 +563,7 @@ def text_vectors_of(training: Training, texts: list[str]) -> Tensor:
 
 @torch.no_grad()
 def picture_vectors_of(training: Training, frames: list[np.ndarray]) -> Tensor:
-    """(num_pictures, hidden_size) of pictures of one size, with the default instruction."""
+    """(num_images, hidden_size), for images of one size, with the default instruction."""
     ids = prefix_ids(training.tokenizer, DEFAULT_INSTRUCTION)
     prefix = forward.read_prefix(training.model, ids)
     vectors = []
@@ -577,18 +578,18 @@ def picture_vectors_of(training: Training, frames: list[np.ndarray]) -> Tensor:
 
 
 def drawing_vectors(training: Training, drawings: pictures.Drawings) -> Tensor:
-    """(num_drawings of the style, hidden_size) in the order of captions, 96x96, plain."""
+    """(num_drawings, hidden_size) of one style at 96x96, in the order of the captions, without augmentation."""
     rows = sorted(drawings.place)
     return picture_vectors_of(training, [pictures.plain_picture(drawings, row, (96, 96)) for row in rows])
 
 
 def swatch_vectors(training: Training) -> Tensor:
-    """(num_colors, hidden_size), 64x64."""
+    """(num_colors, hidden_size), at 64x64."""
     return picture_vectors_of(training, [pictures.swatch(color, (64, 64)) for color in range(len(COLORS))])
 
 
-def pictured_proxies(training: Training) -> Tensor:
-    """(num_proxies, hidden_size): where a checkpoint has each drawing, the mean of its styles, and each swatch."""
+def proxies_from_checkpoint(training: Training) -> Tensor:
+    """Proxies (num_proxies, hidden_size) from a checkpoint's vectors of drawings (mean over styles) and swatches."""
     totals = torch.zeros(training.captions.num_drawings, MATRYOSHKA[-1])
     for drawings in training.styles.values():
         totals[sorted(drawings.place)] += F.normalize(drawing_vectors(training, drawings), dim=-1)
@@ -596,7 +597,7 @@ def pictured_proxies(training: Training) -> Tensor:
 
 
 def recall(texts: Tensor, found: Tensor, right: Tensor, at: int, size: int) -> float:
-    """Share of texts with a right answer, of `right` (num_texts, num_found), among the first `at`."""
+    """Recall at `at` with `size` dimensions. `right`: (num_texts, num_found) bool."""
     first = similarities(texts, found, size).topk(at, dim=1).indices
     return float(right.gather(1, first).any(1).float().mean())
 
@@ -623,7 +624,7 @@ def run_stage(training: Training, name: str, stage: Stage, run: Path) -> None:
 
 
 def report(training: Training) -> None:
-    """A first look, on bfloat16 vectors, at the full size and at 64; `training.evaluate` measures."""
+    """Print recall of bfloat16 vectors at the full size and at 64, as a quick check before `training.evaluate`."""
     colors = torch.from_numpy(COLORS.astype(np.int64))
     asked = {
         "color": (
@@ -650,11 +651,11 @@ def report(training: Training) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the embedded default model.")
+    parser = argparse.ArgumentParser(description="Train the bundled model.")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
-    parser.add_argument("--run", type=Path, help="where training saves itself; DATA/run if not given")
+    parser.add_argument("--run", type=Path, help="folder for saved states; default: DATA/run")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--start", type=Path, help="weights to distil; if not given they are trained first")
+    parser.add_argument("--start", type=Path, help="checkpoint to distill; default: it is trained first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
@@ -663,7 +664,7 @@ def main() -> None:
     run.mkdir(parents=True, exist_ok=True)
     start: Path = chosen.start or run / "mean"
     if not start.exists():
-        train_from_nothing(chosen.data, run, chosen.seed).write(start)
+        train_from_scratch(chosen.data, run, chosen.seed).write(start)
     training = Training(chosen.data, run, chosen.seed, start)
     begun = {"masters": [master.clone() for master in training.masters]}
     report(training)
@@ -673,7 +674,7 @@ def main() -> None:
     report(training)
 
 
-def train_from_nothing(data: Path, run: Path, seed: int) -> Training:
+def train_from_scratch(data: Path, run: Path, seed: int) -> Training:
     training = Training(data, run, seed)
     for name, stage in STAGES.items():
         run_stage(training, name, stage, run)

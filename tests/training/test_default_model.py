@@ -1,4 +1,4 @@
-"""The checkpoint in the package finds what its card says, through the product's own path, without any download."""
+"""The bundled model has the recall that its model card states, measured with `Embedder` and without downloads."""
 
 import json
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def name_vectors(embedder: Embedder) -> NDArray[np.float32]:
 
 
 def recall(queries: NDArray[np.float32], gallery: NDArray[np.float32], at: int) -> float:
-    """Of queries whose right answer stands at the same place in the gallery."""
+    """Recall of queries whose correct result has the same index in the gallery."""
     first = np.argsort(-(queries @ gallery.T), axis=1)[:, :at]
     return float((first == np.arange(len(queries))[:, None]).any(axis=1).mean())
 

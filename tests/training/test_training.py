@@ -1,4 +1,4 @@
-"""Training computes what the product computes: its fast forward pass equals plain transformers."""
+"""The fast forward pass of the training computes the same values as plain transformers."""
 
 import json
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_shapes_keep_their_color() -> None:
 
 
 def captions_of(names: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """Name -> keywords, each held out where the hash says so."""
+    """Captions from names and keywords; the hash selects the held-out keywords."""
     return [
         {
             "emoji": name,
@@ -114,7 +114,7 @@ def captions_of(names: dict[str, list[str]]) -> list[dict[str, Any]]:
     ]
 
 
-def test_held_out_keyword_is_read_late_and_for_half_of_its_drawings(tmp_path: Path) -> None:
+def test_late_stages_use_a_held_out_keyword_for_half_of_its_drawings(tmp_path: Path) -> None:
     captions = captions_of({"one": ["heart", "cat"], "two": ["heart"], "three": ["heart", "angry"], "four": ["sea"]})
     release_late_keywords(captions)
     late = [caption["name"] for caption in captions if caption["late_keywords"] == ["heart"]]
@@ -129,10 +129,10 @@ def test_held_out_keyword_is_read_late_and_for_half_of_its_drawings(tmp_path: Pa
     assert meanings["cat"] == {names.index("one")}
     found = held_out_keywords(captions)
     assert found["half of its drawings"] == {"heart": {0, 1, 2}}
-    assert found["all drawings"] == {}  # "angry" stands in no text that was trained on
+    assert found["all drawings"] == {}  # "angry" occurs in no training text
 
 
-def test_smaller_size_imitates_the_full_one_where_it_orders_alike() -> None:
+def test_distillation_loss_is_zero_for_equal_rankings_and_trains_the_smaller_size() -> None:
     sizes: Any = SimpleNamespace(directions=[(4, None, None), (8, None, None)])
     rows, columns = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     alike, other = rows.clone(), rows.clone().requires_grad_()
@@ -142,4 +142,4 @@ def test_smaller_size_imitates_the_full_one_where_it_orders_alike() -> None:
     assert loss > 0.1
     loss.backward()
     assert other.grad is not None
-    assert (other.grad[:, 4:] == 0).all()  # the full size teaches and does not learn
+    assert (other.grad[:, 4:] == 0).all()  # the full size is the target and gets no gradient
