@@ -454,7 +454,7 @@ class Training:
         return F.kl_div(own, taught, reduction="batchmean")
 
     def matryoshka(self, stage: Stage) -> list[tuple[int, Tensor]]:
-        """A random smaller size and the full size, with their learned scales. All four sizes would cost twice as much."""
+        """A random smaller size and the full size, with their learned scales. All four would cost twice as much."""
         smaller = int(self.random.choice(len(stage.smaller), p=stage.smaller))
         return [(MATRYOSHKA[place], self.log_scale[place].exp()) for place in (smaller, -1)]
 
