@@ -1,17 +1,19 @@
-"""Speed against peers on the same weights in the same run, and quality: each command prints a table, writes results/.
+"""Benchmarks of speed and quality, with peers on the same weights. Each command prints a table and writes results/.
 
-    python -m benchmarks.library        the library against transformers and sentence-transformers
-    python -m benchmarks.server         the service against other servers, and against the limits of HTTP
-    python -m benchmarks.growth         1 k to 100 k items: time per item and memory
-    python -m benchmarks.preprocessing  what one core makes of JPEGs, against Pillow alone
-    python -m benchmarks.overload       twice what the service can do, for minutes
-    python -m benchmarks.soak           100 k mixed requests, each held against its known answer
-    python -m benchmarks.bulk           20 k rows through Ray Data, killed in the middle
+    python -m benchmarks.library        the library compared with transformers and sentence-transformers
+    python -m benchmarks.server         the service compared with other servers and with a bare HTTP app
+    python -m benchmarks.growth         time per item and memory from 1,000 to 100,000 items
+    python -m benchmarks.preprocessing  JPEG preprocessing on one core, compared with Pillow
+    python -m benchmarks.choices        the effect of single design decisions
+    python -m benchmarks.overload       responses at twice the capacity
+    python -m benchmarks.soak           100,000 mixed requests, each compared with its known result
+    python -m benchmarks.bulk           20,000 rows with Ray Data, killed halfway and resumed
     python -m benchmarks.gpu            everything that needs a GPU, within 8 minutes
-    python -m benchmarks.output_types   what smaller vectors cost in recall
-    python -m benchmarks.quality        mteb, colors by name, ablations: see benchmarks/quality
+    python -m benchmarks.gpu_counts     kernels, copies and FLOPs of a forward pass on a GPU, counted without one
+    python -m benchmarks.output_types   recall with smaller output types
+    python -m benchmarks.quality        mteb, color names, ablations
 
-Behind them: `checkpoints` and `workloads` make weights and items; `peers` are the libraries, `contenders` and `apps/`
-the servers; `compare` lets libraries take turns, `load` drives servers; `limits`, `meter` and `gaps` measure what the
-machine can do and what a process takes; `report` writes. Machines are noisy: read the ratios, not the times.
+Modules: `checkpoints` and `workloads` create weights and items; `peers` are the libraries, `contenders` and `apps/` the
+servers; `compare` runs libraries in turns, `load` sends requests to servers; `limits`, `meter` and `gaps` measure the
+machine and a process; `report` writes results. Times vary on a shared machine; compare the ratios.
 """

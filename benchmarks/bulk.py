@@ -1,11 +1,12 @@
-"""Bulk embedding on Ray Data against the library alone: `python -m benchmarks.bulk [--rows 20000]`.
+"""Compare bulk embedding on Ray Data with the library: `python -m benchmarks.bulk [--rows 20000]`.
 
-Drawings of the demo and their names, each row different. The library embeds them in one call; then the bulk command
-does, is killed (SIGKILL) when half of its parts are there, and runs again; then the library once more, for a shared
-machine changes in minutes (its rate is that of both calls together). Ends with an error unless every row is there
-exactly once, with the library's vector. A rate is rows by seconds of embedding. Left out, as loading is of the
-library's, is `start_s`, in which Ray starts and the model is loaded, and the time to the first parts, in which Ray's
-own processes still start; it is the same whatever the number of rows.
+The rows are drawings of the demo collection and their names, each row different. The library embeds them in one call.
+The bulk command embeds them, is killed (SIGKILL) when half of its parts are written, and is started again. Then the
+library embeds them once more, because the speed of a shared machine changes; its rate is that of both calls. The run
+fails unless every row is in the output exactly once with the library's vector.
+
+Rates are rows per second of embedding. They exclude loading, `start_s` (the start of Ray and of the model) and the time
+to the first parts, during which Ray still starts processes. Both are independent of the number of rows.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ NUM_PARTS = 80
 
 @dataclass
 class Run:
-    """One run of the command. `part_s`: when each part that it wrote was there, after it was started; ascending."""
+    """One run of the command. `part_s`: the seconds from the start until each part was written, ascending."""
 
     start_s: float
     part_s: list[float]
@@ -50,11 +51,11 @@ class Run:
 
     @property
     def first_parts_s(self) -> float:
-        """The first parts are written at once."""
+        """When the first parts were written; they are written together."""
         return self.part_s[PARTS_AT_ONCE - 1]
 
     def parts_per_s(self) -> float:
-        """From the first parts on, to the last."""
+        """The rate from the first parts to the last one."""
         return (len(self.part_s) - PARTS_AT_ONCE) / (self.part_s[-1] - self.first_parts_s)
 
 
@@ -96,13 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     lines.append(["peak_gib, all processes", ", ".join(map(report.number, data["peak_gib"]))])
     text = report.table(("what", "value"), lines)
     rates = {"library": data["library_rows_per_s"], "bulk": bulk_rate}
-    report.save(chosen.results, "bulk", data, text, {"drawings and names": rates}, "rows a second")
+    report.save(chosen.results, "bulk", data, text, {"drawings and names": rates}, "rows per second")
     print(text)
     return data
 
 
 def _library(items: list[dict[str, Any]]) -> tuple[NDArray[np.float32], float]:
-    """Vectors, and the seconds that they took."""
+    """Embed with the library. Returns the vectors and the seconds."""
     with Embedder() as embedder:
         start = time.monotonic()
         vectors = embedder.embed(items)
@@ -110,7 +111,7 @@ def _library(items: list[dict[str, Any]]) -> tuple[NDArray[np.float32], float]:
 
 
 def _rows(count: int) -> pa.Table:
-    """By turns a drawing, moved and so different each time, and a name with a number."""
+    """Alternately a drawing, shifted so that each is different, and a name with a number."""
     sheet_of = json.loads((DEMO / "drawings.json").read_text(encoding="utf-8"))
     side, columns, drawings = sheet_of["tile_pixels"], sheet_of["columns"], sheet_of["drawings"]
     texts: list[str | None] = []
@@ -129,7 +130,7 @@ def _rows(count: int) -> pa.Table:
 
 
 def _run(folder: Path, rows_per_part: int, kill_at: int | None = None) -> Run:
-    """The command, killed when `kill_at` parts are there."""
+    """Run the command. Kill it when `kill_at` parts are written."""
     output = folder / "out"
     command = [sys.executable, "-m", "embedder.bulk", str(folder / "in.parquet"), str(output), "--id", "id"]
     command += ["--rows-per-part", str(rows_per_part)]
@@ -143,31 +144,33 @@ def _run(folder: Path, rows_per_part: int, kill_at: int | None = None) -> Run:
         if kill_at and len(list(output.glob("*.parquet"))) >= kill_at:
             left = process.children(recursive=True)
             process.send_signal(signal.SIGKILL)
-            while any(map(_is_running, left)):  # Ray's processes follow by themselves; what they finish counts
+            while any(map(_is_running, left)):  # Ray's processes end by themselves and may write more parts
                 time.sleep(0.05)
         time.sleep(0.05)
     process.wait()
     written = sorted(path.stat().st_mtime - begun_s for path in set(output.glob("*.parquet")) - before)
     expected = -signal.SIGKILL if kill_at else 0
     if process.returncode != expected or not written:
-        raise SystemExit(f"the bulk command ended with {process.returncode}, {len(written)} parts were written")
+        raise SystemExit(
+            f"the bulk command exited with {process.returncode} (expected {expected}) and wrote {len(written)} parts"
+        )
     return Run(first_s - begun_s, written, peak_bytes)
 
 
 def _is_running(process: psutil.Process) -> bool:
     try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)  # in a container perhaps nobody reaps them
+        return bool(process.status() != psutil.STATUS_ZOMBIE)  # in a container, possibly no process reaps them
     except psutil.NoSuchProcess:
         return False
 
 
 def _resident_bytes(process: psutil.Popen) -> int:
-    """Of the command, Ray and its workers; shared pages count in each."""
+    """Resident memory of the command, Ray and its workers; shared pages count in each process."""
     total = 0
     try:
         for one in (process, *process.children(recursive=True)):
             total += one.memory_info().rss
-    except psutil.NoSuchProcess:  # it ended between
+    except psutil.NoSuchProcess:  # it ended in the meantime
         return total
     return total
 
@@ -175,11 +178,11 @@ def _resident_bytes(process: psutil.Popen) -> int:
 def _largest_difference(output: Path, vectors: Any) -> float:
     table = pyarrow.dataset.dataset(output).to_table()
     if table["id"].to_pylist() != list(range(len(vectors))) or table["error"].null_count != len(vectors):
-        raise SystemExit("a row is missing, there twice, out of order or has an error")
+        raise SystemExit("the output has a row that is missing, repeated, out of order or failed")
     found = np.array(table["embedding"].combine_chunks().flatten()).reshape(vectors.shape)
     difference = float(np.abs(found - vectors).max())
     if difference > MAX_DIFFERENCE:
-        raise SystemExit(f"a vector differs from the library's by {difference}")
+        raise SystemExit(f"a vector differs from the library's by {difference}; allowed: up to {MAX_DIFFERENCE}")
     return difference
 
 

@@ -1,4 +1,4 @@
-"""A shape's name -> a folder of random weights that the engine, transformers and sentence-transformers all load."""
+"""Random checkpoints that the engine, transformers and sentence-transformers can load."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ _SENTENCE_TRANSFORMERS: dict[str, Any] = {  # as SentenceTransformer.save writes
 
 @cache
 def tokenizer() -> Any:
-    """English of Python's own help, 6144 ids."""
+    """A tokenizer with 6144 ids, trained on the English text of Python's help."""
     return build_tokenizer(topics.values(), vocab_size=6144)
 
 
 def write_folder(folder: Path, shape: str) -> None:
-    """A float32 checkpoint of `shape` and what sentence-transformers wants beside it."""
+    """Write a float32 checkpoint of `shape`, and the additional files of sentence-transformers."""
     config = shape_config(shape, tokenizer())
     write_checkpoint(folder, config, tokenizer())
     for name, content in _SENTENCE_TRANSFORMERS.items():

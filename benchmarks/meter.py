@@ -1,4 +1,4 @@
-"""A process and its children -> CPU seconds they used and the most memory they held."""
+"""CPU time and memory of a process and its children."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PERIOD_S = 0.1
 
 
 class Meter:
-    """Measures while its `with` block runs. Memory is the sum of resident sizes, sampled; shared pages count twice."""
+    """Measure during a `with` block. Memory is the sampled sum of resident sizes; shared pages count several times."""
 
     def __init__(self, pid: int | None = None) -> None:
         self.root = psutil.Process(pid)
         self.cpu_s = 0.0
-        self.samples: list[int] = []  # of memory, bytes, in the order of time
+        self.samples: list[int] = []  # memory in bytes, in the order of time
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -40,7 +40,7 @@ class Meter:
 
     @property
     def peak_bytes(self) -> int:
-        """The most there was."""
+        """The largest sample."""
         return max(self.samples)
 
     def _tree(self) -> list[psutil.Process]:
@@ -55,14 +55,14 @@ class Meter:
 
 
 def footprint(pid: int) -> tuple[int, int]:
-    """Resident bytes and open files of a process and its children, now."""
+    """Current resident bytes and open files of a process and its children."""
     root = psutil.Process(pid)
     tree = [root, *root.children(recursive=True)]
     return sum(_resident(process) for process in tree), sum(process.num_fds() for process in tree)
 
 
 def medians(samples: Sequence[float], parts: int) -> list[float]:
-    """Of samples in the order of time, of each part of it: what a batch takes comes and goes."""
+    """Medians of `parts` consecutive parts of the samples. A median ignores the memory of single batches."""
     return [float(np.median(part)) for part in np.array_split(samples, min(parts, len(samples)))]
 
 

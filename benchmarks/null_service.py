@@ -1,4 +1,4 @@
-"""The service with a model that computes nothing: what a request costs around it. For `bentoml serve`."""
+"""The service with a model that computes nothing, to measure the rest of a request. For `bentoml serve`."""
 
 from __future__ import annotations
 

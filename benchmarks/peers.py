@@ -1,4 +1,4 @@
-"""Ours and those we are measured against, over the same weights: items -> unit vectors, all by one signature."""
+"""The library and its peers on the same weights, with one interface: items to unit vectors."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from qwen_vl_utils.vision_process import process_vision_info  # noqa: E402 - aft
 from transformers import Qwen3VLModel, Qwen3VLProcessor  # noqa: E402 - after the declaration
 from transformers.utils import logging  # noqa: E402 - after the declaration
 
-BATCH_SIZE = 32  # of both peers, the default of sentence-transformers
+BATCH_SIZE = 32  # of both peers; the default of sentence-transformers
 OURS, TRANSFORMERS, SENTENCE_TRANSFORMERS = "ours", "transformers", "sentence-transformers"
-OPTIONS = {"cuda_graphs": "CUDA graphs", "torch_compile": "compiled"}  # of ours, and what their peers are called by
+OPTIONS = {"cuda_graphs": "CUDA graphs", "torch_compile": "compiled"}  # options of ours, and their labels
 
 logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`embed`: items -> (num_items, hidden_size) float32, unit length. `close` ends its threads."""
+    """A library. `embed`: items to (num_items, hidden_size) float32 unit vectors. `close` ends its threads."""
 
     name: str
     embed: Callable[[list[Item]], NDArray[np.float32]]
@@ -46,16 +46,16 @@ class Peer:
 
 
 def apart(name: str, make: Callable[..., Peer], *arguments: Any) -> Peer:
-    """The peer that `make` makes, in a process of its own.
+    """The peer returned by `make`, in its own process.
 
-    In one process each has a team of OpenMP threads, together more than cores, and libgomp lets all of them sleep
-    between any two products: a query of the embedded model took twice as long beside another's team.
+    In one process, each peer would have an OpenMP thread pool, with more threads than cores in total. libgomp then lets
+    them sleep between products: a query of the bundled model took twice as long next to another peer's pool.
     """
     process = ProcessPoolExecutor(1, get_context("spawn"), _make, (make, *arguments))
     return Peer(name, lambda items: process.submit(_embed, items).result(), process.shutdown)
 
 
-_made: list[Peer] = []  # in such a process: the one
+_made: list[Peer] = []  # the peer of a process started by `apart`
 
 
 def _make(make: Callable[..., Peer], *arguments: Any) -> None:
@@ -71,13 +71,13 @@ def is_installed(package: str) -> bool:
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Qwen3VLModel with its scaled_dot_product_attention."""
+    """A Qwen3VLModel with scaled_dot_product_attention."""
     model = Qwen3VLModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     return model.eval().requires_grad_(False).to(device)
 
 
 def ours(folder: Path, dtype: torch.dtype, device: torch.device, model: Any = None, **options: Any) -> Peer:
-    """The engine as a program uses it. `model` stands in for the folder's weights, which are then not read."""
+    """The library. If `model` is given, it is used instead of the weights in the folder."""
     name: Literal["bfloat16", "float32"] = "bfloat16" if dtype == torch.bfloat16 else "float32"
     loaded = mock.patch("embedder.embedder.load_model", return_value=model) if model is not None else nullcontext()
     with loaded:
@@ -92,7 +92,7 @@ def loaded_transformers(folder: Path, dtype: torch.dtype, device: torch.device) 
 
 
 def padded_transformers(folder: Path, model: Any, name: str = TRANSFORMERS) -> Peer:
-    """As the published reference code embeds: batches of 32 in the given order, padded, last token, unit length."""
+    """The published reference code: batches of 32 in the given order, padding, last-token pooling, normalization."""
     processor = Qwen3VLProcessor.from_pretrained(folder, padding_side="right")
 
     @torch.inference_mode()
@@ -114,7 +114,7 @@ def padded_transformers(folder: Path, model: Any, name: str = TRANSFORMERS) -> P
 
 
 def sentence_transformers(folder: Path, dtype: torch.dtype, device: torch.device, model: Any = None) -> Peer:
-    """`SentenceTransformer.encode`, which sorts by length. `model` stands in for the folder's weights."""
+    """`SentenceTransformer.encode`, which sorts by length. `model`: used instead of the weights in the folder."""
     from sentence_transformers import SentenceTransformer
 
     pipeline: Any = SentenceTransformer(str(folder), device=str(device), model_kwargs={"dtype": dtype})
@@ -130,7 +130,7 @@ def sentence_transformers(folder: Path, dtype: torch.dtype, device: torch.device
 
 
 def decode(data: bytes) -> PIL.Image.Image:
-    """As the reference reads pictures."""
+    """Decode an image as the reference code does."""
     return PIL.Image.open(io.BytesIO(data)).convert("RGB")
 
 

@@ -1,4 +1,4 @@
-"""Items -> request bodies, and answers -> vectors: as the services' own clients would, one protocol for each."""
+"""Request bodies from items, and vectors from responses, for each kind of server."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Rows = NDArray[np.float32]
 
 
 class LocalProtocol:
-    """`{"input": ..}` and `{"embedding": ..}`: the `local` provider schema, ours and the peers'."""
+    """The `local` provider schema of the service and its peers: `{"input": ..}` and `{"embedding": ..}`."""
 
     def bodies(self, items: Sequence[Item], size: int) -> list[bytes]:
-        """One body for each group of `size` neighbors."""
+        """One body per `size` consecutive items."""
         groups = _groups([item["text"] if "text" in item else data_uri(item["image"]) for item in items], size)
         return [orjson.dumps({"input": group[0] if size == 1 else group}) for group in groups]
 
@@ -30,12 +30,12 @@ class LocalProtocol:
 
 
 class VLLMProtocol:
-    """vLLM's `/v1/embeddings`: a text as the finished prompt, as `input` gets no template; a picture as a chat."""
+    """vLLM's `/v1/embeddings`: texts as complete prompts, because `input` gets no template; images as messages."""
 
     name = "model"
 
     def bodies(self, items: Sequence[Item], size: int) -> list[bytes]:
-        """One body for each group of `size` neighbors; none for several pictures, of which a request takes one."""
+        """One body per `size` consecutive items; none for several images, because a request accepts only one."""
         if "text" in items[0]:
             fields = [{"input": group} for group in _groups([_prompt(item["text"]) for item in items], size)]
         else:
@@ -47,7 +47,7 @@ class VLLMProtocol:
         return np.array([one["embedding"] for one in orjson.loads(answer)["data"]], np.float32)
 
 
-_AS_PROMPTED = {"add_generation_prompt": True, "add_special_tokens": True}  # for chats it does neither by itself
+_AS_PROMPTED = {"add_generation_prompt": True, "add_special_tokens": True}  # not the default for messages
 
 
 def data_uri(jpeg: bytes) -> str:

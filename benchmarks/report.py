@@ -1,4 +1,4 @@
-"""Figures -> a Markdown table, a JSON file and a plot in benchmarks/results/, and what one must know to read them."""
+"""Write results to benchmarks/results/: JSON, a Markdown table, a plot, and the environment of the run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PACKAGES = (
 
 
 def command(module: str, chosen: argparse.Namespace) -> str:
-    """What to type to measure it again. Without folders, which are of one machine."""
+    """The command that repeats the measurement, without folders, which are specific to a machine."""
     words = ["python", "-m", f"benchmarks.{module}"]
     for name, value in vars(chosen).items():
         if value is not None and not isinstance(value, Path):
@@ -49,7 +49,7 @@ def command(module: str, chosen: argparse.Namespace) -> str:
 
 
 def environment(command: str) -> dict[str, Any]:
-    """Hardware, versions, command and date. No host names, no paths."""
+    """Hardware, versions, command and date, without host names and paths."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "command": command,
@@ -79,13 +79,13 @@ def _cpu_name() -> str:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def number(value: float) -> str:
-    """Three figures: 12300, 123, 12.3, 0.123."""
+    """Three significant digits: 12300, 123, 12.3, 0.123."""
     return f"{float(f'{value:.3g}'):.10g}" if value < 1e6 else f"{value:.3g}"
 
 
@@ -93,13 +93,13 @@ Bars = dict[str, dict[str, float]]
 
 
 def save(folder: Path, name: str, data: dict[str, Any], text: str, bars: Bars, axis: str) -> None:
-    """`NAME.json`, `NAME.md` and `NAME.png`. `bars`: for each row of the plot, who reached what."""
+    """Write `NAME.json`, `NAME.md` and `NAME.png`. `bars`: the values by name for each row of the plot."""
     write(folder, name, data, text)
     _plot(folder / f"{name}.png", bars, axis)
 
 
 def write(folder: Path, name: str, data: dict[str, Any], text: str) -> None:
-    """`NAME.json` and `NAME.md`, for a report with a plot of its own."""
+    """Write `NAME.json` and `NAME.md`, for results with another plot."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     about = data["environment"]

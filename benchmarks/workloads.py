@@ -1,7 +1,6 @@
-"""A workload's name and a number of items -> those items, the same for every peer and every run.
+"""The items of each workload, the same for every peer and every run.
 
-An item is {"text": ..} or {"image": JPEG bytes}. Lengths of text are in tokens of the text alone; the prompt adds
-about 20.
+An item is {"text": ..} or {"image": JPEG bytes}. Text lengths are in tokens, without the 20 tokens of the prompt.
 """
 
 from __future__ import annotations
@@ -19,25 +18,25 @@ import PIL.Image
 Item = dict[str, Any]
 
 SEED = 7
-NUM_IMAGES = 64  # distinct ones of a size; they take turns
-MEDIAN_WORDS, SIGMA, MAX_WORDS = 12, 0.9, 400  # short text as people type it: log-normal, the longest cut
+NUM_IMAGES = 64  # distinct images per size; they repeat
+MEDIAN_WORDS, SIGMA, MAX_WORDS = 12, 0.9, 400  # short texts, with log-normal lengths and a maximum
 
 
 def read_words(folder: Path) -> list[str]:
-    """The checkpoint's words: each, with a space before it, is one token."""
+    """Words of the checkpoint's vocabulary; each is one token when preceded by a space."""
     vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     tokens = [token for token in vocabulary if token[0] == "Ġ" and len(token) > 3]
     return sorted(token[1:] for token in tokens if token[1:].isascii() and token[1:].isalpha())
 
 
 def make_items(name: str, count: int, words: list[str]) -> list[Item]:
-    """`count` items of the workload called `name`."""
+    """The first `count` items of the workload `name`."""
     rng = np.random.default_rng(SEED)
     return [WORKLOADS[name](rng, words, index) for index in range(count)]
 
 
 def is_one_at_a_time(name: str) -> bool:
-    """Whether the workload is about the time of one call, not about bulk."""
+    """Whether the workload measures single calls instead of bulk."""
     return name == "query"
 
 
@@ -56,7 +55,7 @@ def _image(_: np.random.Generator, __: list[str], index: int, height: int, width
 
 @cache
 def _jpeg(seed: int, height: int, width: int) -> bytes:
-    """Smooth colors with some grain: about 1 bit a pixel, as photographs are."""
+    """A JPEG of smooth colors with noise, about 1 bit per pixel as in photographs."""
     rng = np.random.default_rng([SEED, seed])
     coarse = PIL.Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), PIL.Image.Resampling.BICUBIC), np.int16)

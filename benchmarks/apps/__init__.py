@@ -1,4 +1,5 @@
-"""What the service is measured against, each an app of its own process: `python -m benchmarks.apps.NAME`.
+"""The servers that the service is compared with, each in its own process: `python -m benchmarks.apps.NAME`.
 
-Bodies are the service's: `{"input": text, data URI of an image, or a list of them}`; answers carry `embedding`.
+They use the same bodies as the service: `{"input": ..}` with a text, a data URI of an image, or a list of them. The
+response has the field `embedding`.
 """

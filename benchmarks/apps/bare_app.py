@@ -1,6 +1,6 @@
-"""The limit: Starlette + uvicorn answering ready bytes: `python -m benchmarks.apps.bare_app FOLDER PORT`.
+"""Starlette and uvicorn with prepared bodies, the upper limit: `python -m benchmarks.apps.bare_app FOLDER PORT`.
 
-FOLDER holds the service's answers, `1.json` to one item and `32.json` to 32; a list gets the latter.
+FOLDER contains response bodies of the service: `1.json` for one item, and `32.json` for 32 items, sent for every list.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-ONE_ITEM = b'{"input":"'  # as the driver writes it
+ONE_ITEM = b'{"input":"'  # as the load generator writes it
 
 
 async def embed(request: Request) -> Response:

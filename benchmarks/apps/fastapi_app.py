@@ -1,4 +1,4 @@
-"""FastAPI + sentence-transformers, one request at a time: `python -m benchmarks.apps.fastapi_app FOLDER PORT`."""
+"""FastAPI and sentence-transformers, one request at a time: `python -m benchmarks.apps.fastapi_app FOLDER PORT`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from benchmarks.apps.sentences import load
 
 app = FastAPI()
-device = threading.Lock()  # endpoints run in 40 threads; together they would only slow each other down
+device = threading.Lock()  # endpoints run in 40 threads, which would slow each other down
 
 
 class Body(BaseModel):

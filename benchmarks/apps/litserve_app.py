@@ -1,4 +1,4 @@
-"""LitServe + sentence-transformers, its dynamic batching: `python -m benchmarks.apps.litserve_app FOLDER PORT`."""
+"""LitServe and sentence-transformers with dynamic batching: `python -m benchmarks.apps.litserve_app FOLDER PORT`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Input = str | list[str]
 
 
 class Api(litserve.LitAPI):
-    """A batch is up to 64 requests that came within 10 ms; `encode` then sorts and cuts them into batches of 32."""
+    """Batches of up to 64 requests that arrive within 10 ms; `encode` sorts them and splits them into batches of 32."""
 
     def setup(self, device: str) -> None:
         self.embed = load(sys.argv[1])
 
-    def decode_request(self, request):  # type: ignore[no-untyped-def]  # LitServe makes an annotation a query field
+    def decode_request(self, request):  # type: ignore[no-untyped-def]  # an annotation would become a query field
         return request["input"]
 
     def batch(self, inputs: list[Input]) -> list[Input]:

@@ -1,4 +1,4 @@
-"""What both sentence-transformers apps share: a folder -> a function from `input` to rows."""
+"""sentence-transformers for both apps: loads a folder and returns a function from `input` to vectors."""
 
 from __future__ import annotations
 

