@@ -1,7 +1,7 @@
-"""A caller's URL -> an Address that the operator allows; and which IP addresses are public. No network here.
+"""A caller's URL -> an Address that the operator allows, and which IP addresses are public. Uses no network.
 
-A URL is read once, as browsers read it (the WHATWG rules, by pydantic's parser): `http://0x7f.1` and `http://①②⑦.1` say
-127.0.0.1, and no later step looks at its text again.
+A URL is parsed once, by the WHATWG rules that browsers follow (pydantic's parser): `http://0x7f.1` and `http://①②⑦.1`
+are 127.0.0.1. Later steps use the parsed Address only.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ DEFAULT_PORTS = {"https": 443, "http": 80}
 _URL = TypeAdapter(Annotated[AnyUrl, UrlConstraints(max_length=8192, allowed_schemes=list(DEFAULT_PORTS))])
 _SCHEME = re.compile(r"(?!data:)[A-Za-z][A-Za-z0-9+.-]{0,30}:")  # no base64 holds a colon
 
-# Of IPv6 what is outside 2000::/3 is not public: mapped and NAT64 addresses, unique local, link-local, multicast ..
+# IPv6 addresses outside 2000::/3 are not public: IPv4-mapped, NAT64, unique local, link-local, multicast, ...
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-# Inside it and of IPv4: IANA's registries of special-purpose and multicast addresses, 2026-11. Whole blocks, and also
-# those of tunnels, which may lead to any IPv4 address. Python's `is_global` differs from one patch release to another.
+# In 2000::/3 and IPv4: IANA's registries of special-purpose and multicast addresses, 2026-11, as whole blocks, and the
+# blocks of tunnels, which can reach any IPv4 address. Python's `is_global` is not used: it changes in patch releases.
 _NOT_PUBLIC = tuple(
     ipaddress.ip_network(block)
     for block in (
         "0.0.0.0/8",
         "10.0.0.0/8",
-        "100.64.0.0/10",  # carriers' NAT; a cloud's metadata at 100.100.100.200
+        "100.64.0.0/10",  # carrier-grade NAT; Alibaba Cloud's metadata at 100.100.100.200
         "127.0.0.0/8",
-        "168.63.129.16/32",  # not IANA's: Azure's host agent, which answers its own machines alone
-        "169.254.0.0/16",  # link-local; most clouds' metadata
+        "168.63.129.16/32",  # not IANA's: Azure's host agent
+        "169.254.0.0/16",  # link-local; metadata of most clouds
         "172.16.0.0/12",
-        "192.0.0.0/24",  # a cloud's metadata at 192.0.0.192
+        "192.0.0.0/24",  # Oracle Cloud's metadata at 192.0.0.192
         "192.0.2.0/24",
         "192.31.196.0/24",
         "192.52.193.0/24",
@@ -58,7 +58,7 @@ _NOT_PUBLIC = tuple(
 
 @dataclass(frozen=True)
 class Address:
-    """Where a URL leads. `host`: a name in ASCII, or an IP address. `target`: path and query, percent-encoded."""
+    """A parsed URL. `host`: a name in ASCII, or an IP address. `target`: path and query, percent-encoded."""
 
     scheme: str
     host: str
@@ -67,23 +67,23 @@ class Address:
 
     @property
     def authority(self) -> str:
-        """Host, and port where it is not the scheme's, as in a URL and the Host header."""
+        """Host, and port unless it is the scheme's default, as in a URL and the Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
     @property
     def url(self) -> str:
-        """As text, to find out where a relative redirect leads."""
+        """The URL as text, to resolve a relative redirect against."""
         return f"{self.scheme}://{self.authority}{self.target}"
 
 
 def is_url(source: object) -> TypeGuard[str]:
-    """Whether a picture or clip is given by a URL of any scheme; a data URI holds what it names, and is none."""
+    """Whether an image or video is given as a URL of any scheme. A data URI is not a URL here."""
     return isinstance(source, str) and _SCHEME.match(source) is not None
 
 
 def has_url(item: EmbeddingItem) -> bool:
-    """Whether something must be fetched before the item can be embedded."""
+    """Whether the item has a URL that must be fetched."""
     for part in item.parts:
         match part:
             case Image(source) | Video(source):
@@ -93,17 +93,17 @@ def has_url(item: EmbeddingItem) -> bool:
 
 
 def allowed_address(url: str, url_hosts: str) -> Address:
-    """A URL -> the Address it names, if `Settings.url_hosts` has it. Raises `InvalidRequest`."""
+    """Parse a URL and check it against `Settings.url_hosts`. Raises `InvalidRequest`."""
     if not url_hosts:
         raise InvalidRequest(
             f"got a URL, {describe_value(url)}, and URLs are off; send base64 or a data URI, or let the operator set "
             "EMBEDDER_URL_HOSTS"
         )
     address = _parse(url)
-    if not any(_is_named_by(entry.strip(), address) for entry in url_hosts.split(",")):
+    if not any(_matches_entry(entry.strip(), address) for entry in url_hosts.split(",")):
         raise InvalidRequest(
-            f"URL: got {address.scheme}, host {address.host}, port {address.port}; allowed: {url_hosts} (https and its "
-            "own port, unless said otherwise)"
+            f"URL: got {address.scheme}, host {address.host}, port {address.port}; allowed: {url_hosts} (https "
+            "on port 443, unless an entry names others)"
         )
     if _is_ip(address.host) and not is_public(address.host):
         raise InvalidRequest(f"URL: got the address {address.host}; allowed: public addresses")
@@ -111,7 +111,7 @@ def allowed_address(url: str, url_hosts: str) -> Address:
 
 
 def is_public(ip: str) -> bool:
-    """Whether an IP address is one of the internet at large: not private, local, reserved, multicast or a tunnel's."""
+    """Whether an IP address is on the public internet: not private, local, reserved, multicast or of a tunnel."""
     address = ipaddress.ip_address(ip)
     is_unicast = address.version == 4 or address in _GLOBAL_UNICAST
     return is_unicast and not any(address in block for block in _NOT_PUBLIC)
@@ -123,15 +123,15 @@ def _parse(url: str) -> Address:
     except ValidationError as error:
         raise InvalidRequest(f"URL: got {describe_value(url)}; {error.errors()[0]['msg']}") from error
     if parsed.username is not None or parsed.password is not None:
-        raise InvalidRequest("URL: got one with a user name or password; allowed: without")
+        raise InvalidRequest("URL: got a URL with a user name or password; allowed: URLs without them")
     assert parsed.host is not None
-    assert parsed.port is not None  # both schemes have them
+    assert parsed.port is not None  # both schemes have a default
     target = (parsed.path or "/") + (f"?{parsed.query}" if parsed.query else "")
     return Address(parsed.scheme, parsed.host.strip("[]"), parsed.port, target)
 
 
-def _is_named_by(entry: str, address: Address) -> bool:
-    """An entry of `url_hosts`: `[http://]host[:port]`, the host a name, `*.` and its end, or `*`."""
+def _matches_entry(entry: str, address: Address) -> bool:
+    """Whether an address matches an entry of `url_hosts`: `[http://]host[:port]`; host: a name, `*.domain` or `*`."""
     scheme, _, authority = entry.lower().rpartition("://")
     host, _, port = authority.partition(":")
     scheme = scheme or "https"

@@ -1,9 +1,9 @@
-"""An item's URLs -> the bytes behind them, within limits of bytes and time, from public addresses alone.
+"""An item's URLs -> their bytes, within limits on bytes and time, from public addresses only.
 
-httpcore speaks HTTP and does nothing unasked: no redirects, cookies, proxies, decompression or retries. It opens its
-connections through `_PublicNetwork`, which looks a name up once, refuses it where any of its addresses is not public,
-and connects to the addresses it has checked; TLS holds the certificate to the name all the same. A redirect is a new
-URL, and starts again at the allow-list.
+Fetching caller-supplied URLs can expose internal addresses (SSRF). httpcore is used because it does nothing by itself:
+no redirects, cookies, proxies, decompression or retries. Its connections go through `_PublicNetwork`, which resolves a
+name once, refuses it if any of its addresses is not public, and connects to the addresses that were checked; TLS still
+verifies the certificate against the name. A redirect is checked like a new URL, from the allow-list on.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urljoin
 
 import httpcore
 
 from embedder.errors import InvalidRequest, MediaTooLarge, MediaUnavailable
 from embedder.inputs.address import Address, allowed_address, has_url, is_public, is_url
+from embedder.inputs.formats import MediaKind
 from embedder.inputs.items import EmbeddingItem, Image, Part, Video
 from embedder.settings import Settings
 
-MAX_FETCHES = 16  # items at a time; each may hold `max_body_bytes`
+MAX_FETCHES = 16  # items fetched at a time, each up to `max_body_bytes`
 MAX_REDIRECTS = 5
-CANCELLED_WITHIN_S = 0.2
+CANCEL_POLL_S = 0.2
 HEADERS = [("accept-encoding", "identity"), ("user-agent", "qwen3-vl-embedding-service")]
 
-Kind = Literal["image", "video"]
-Resolve = Callable[[str, int], list[str]]  # a host and port -> IP addresses; raises OSError
+Resolve = Callable[[str, int], list[str]]  # host, port -> IP addresses; raises OSError
 
 
 def resolve_host(host: str, port: int) -> list[str]:
-    """Every IP address of a host, v4 and v6, as this machine looks names up."""
+    """Resolve a host to all its IP addresses, v4 and v6."""
     return [str(sockaddr[0]) for *_, sockaddr in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 class Fetcher:
-    """Puts bytes in the place of an item's URLs, in the calling thread; may be called in many at once.
+    """Replaces the URLs of an item by their bytes. Runs in the calling thread; thread-safe.
 
-    `resolve` and `network` are how names are looked up and connections opened; `ssl_context` says whom TLS trusts.
+    `resolve`, `network` and `ssl_context` replace name resolution, connections and the trusted certificates.
     """
 
     def __init__(
@@ -55,32 +55,32 @@ class Fetcher:
     ) -> None:
         self._settings = settings
         self._network = _PublicNetwork(resolve, network or httpcore.AnyIOBackend(), settings.url_timeout_s)
-        is_on = bool(settings.url_hosts)  # reading the roots of trust takes time
+        is_on = bool(settings.url_hosts)  # loading the root certificates takes time
         self._ssl_context = ssl_context or (httpcore.default_ssl_context() if is_on else None)
 
     def __call__(self, item: EmbeddingItem, is_cancelled: Callable[[], bool]) -> EmbeddingItem:
-        """The item with the bytes behind its URLs; the item itself where it has none.
+        """The item with bytes instead of URLs; the same item if it has no URL.
 
-        Raises `InvalidRequest` for a URL that may not be fetched, `MediaTooLarge`, and `MediaUnavailable` for what its
-        owner must mend; that too, soon after `is_cancelled` has turned true.
+        Raises `InvalidRequest` for a URL that is not allowed, `MediaTooLarge`, and `MediaUnavailable` if the server
+        does not deliver, or within `CANCEL_POLL_S` after `is_cancelled` returns true.
         """
-        return asyncio.run(self._unless_cancelled(item, is_cancelled)) if has_url(item) else item
+        return asyncio.run(self._fetch_until_cancelled(item, is_cancelled)) if has_url(item) else item
 
-    async def _unless_cancelled(self, item: EmbeddingItem, is_cancelled: Callable[[], bool]) -> EmbeddingItem:
-        task = asyncio.ensure_future(self._fill(item))
+    async def _fetch_until_cancelled(self, item: EmbeddingItem, is_cancelled: Callable[[], bool]) -> EmbeddingItem:
+        task = asyncio.ensure_future(self._fetch_item(item))
         while not task.done():
-            await asyncio.wait([task], timeout=CANCELLED_WITHIN_S)
+            await asyncio.wait([task], timeout=CANCEL_POLL_S)
             if is_cancelled():
                 task.cancel()
         if task.cancelled():
-            raise MediaUnavailable("given up together with the request")
+            raise MediaUnavailable("fetching was cancelled together with the request")
         return task.result()
 
-    async def _fill(self, item: EmbeddingItem) -> EmbeddingItem:
-        """One URL after the other. Together they bring no more than a body could have."""
+    async def _fetch_item(self, item: EmbeddingItem) -> EmbeddingItem:
+        """Fetch one URL after the other. All together are limited to `max_body_bytes`."""
         num_bytes_left = self._settings.max_body_bytes
 
-        async def filled(source: Any, kind: Kind) -> Any:
+        async def bytes_of(source: Any, kind: MediaKind) -> Any:
             nonlocal num_bytes_left
             if not is_url(source):
                 return source
@@ -92,26 +92,26 @@ class Fetcher:
         for part in item.parts:
             match part:
                 case Image(source):
-                    parts.append(Image(await filled(source, "image")))
+                    parts.append(Image(await bytes_of(source, "image")))
                 case Video(tuple(frames)):
-                    parts.append(replace(part, source=tuple([await filled(frame, "image") for frame in frames])))
+                    parts.append(replace(part, source=tuple([await bytes_of(frame, "image") for frame in frames])))
                 case Video(source):
-                    parts.append(replace(part, source=await filled(source, "video")))
+                    parts.append(replace(part, source=await bytes_of(source, "video")))
                 case _:
                     parts.append(part)
         return replace(item, parts=tuple(parts))
 
-    async def _fetch(self, url: str, kind: Kind, num_bytes_left: int) -> bytes:
+    async def _fetch(self, url: str, kind: MediaKind, num_bytes_left: int) -> bytes:
         settings = self._settings
         address = allowed_address(url, settings.url_hosts)
         name = f"{kind} at {address.host}"
         max_bytes = settings.max_image_bytes if kind == "image" else settings.max_video_bytes
-        with _told_by_name(name, settings.url_timeout_s):
+        with _translated_errors(name, settings.url_timeout_s):
             async with asyncio.timeout(settings.url_timeout_s):
-                return await self._follow(address, name, min(max_bytes, num_bytes_left))
+                return await self._follow_redirects(address, name, min(max_bytes, num_bytes_left))
 
-    async def _follow(self, address: Address, name: str, max_bytes: int) -> bytes:
-        """The bytes at an address, or where it redirects to. What that is, is not told: it may be internal."""
+    async def _follow_redirects(self, address: Address, name: str, max_bytes: int) -> bytes:
+        """Fetch an address and follow redirects. Errors do not name redirect targets, which may be internal."""
         async with httpcore.AsyncConnectionPool(self._ssl_context, network_backend=self._network) as pool:
             for _ in range(MAX_REDIRECTS + 1):
                 url = httpcore.URL(scheme=address.scheme, host=address.host, port=address.port, target=address.target)
@@ -122,23 +122,23 @@ class Fetcher:
                     location = _header(response, b"location")
                 try:
                     address = allowed_address(urljoin(address.url, location), self._settings.url_hosts)
-                except (InvalidRequest, ValueError) as error:  # urljoin's, of brackets that do not match
-                    raise MediaUnavailable(f"{name}: redirects to what may not be fetched") from error
+                except (InvalidRequest, ValueError) as error:  # ValueError: urljoin, for unbalanced brackets
+                    raise MediaUnavailable(f"{name}: redirects to a URL that is not allowed") from error
         raise MediaUnavailable(f"{name}: more than {MAX_REDIRECTS} redirects")
 
 
 class _NoPublicAddress(httpcore.ConnectError):
-    """A name leads nowhere, or to an address that is not public."""
+    """A name has no address, or one that is not public."""
 
 
 class _PublicNetwork(httpcore.AsyncNetworkBackend):
-    """Connections to public addresses alone. Nothing comes between the check of an address and its use."""
+    """Connects to public addresses only. The address that is checked is the one that is connected to."""
 
     def __init__(self, resolve: Resolve, network: httpcore.AsyncNetworkBackend, timeout_s: float) -> None:
         self._resolve = resolve
         self._network = network
         self._timeout_s = timeout_s
-        # The system's look-up has no time-out: an item leaves a hanging one behind, and these are all there are.
+        # getaddrinfo has no timeout. A lookup that hangs keeps its thread after its item has failed.
         self._lookups = ThreadPoolExecutor(MAX_FETCHES, thread_name_prefix="lookup")
 
     async def connect_tcp(
@@ -149,10 +149,10 @@ class _PublicNetwork(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """To the first address of the host that answers, each tried for its share of the time."""
+        """Connect to the first address of the host that answers. The addresses share the time limit."""
         try:
             ips = await asyncio.get_running_loop().run_in_executor(self._lookups, self._resolve, host, port)
-        except (OSError, UnicodeError) as error:  # a label of over 63 letters is not in Python's idna
+        except (OSError, UnicodeError) as error:  # UnicodeError: the name is not valid in IDNA
             raise _NoPublicAddress from error
         if not ips or not all(is_public(ip) for ip in ips):
             raise _NoPublicAddress
@@ -163,38 +163,40 @@ class _PublicNetwork(httpcore.AsyncNetworkBackend):
 
 
 _REASONS: dict[type[Exception], str] = {
-    _NoPublicAddress: "its name leads to no address, or not to public ones alone",
-    httpcore.NetworkError: "no connection, or none with a valid certificate",
-    httpcore.ProtocolError: "the answer is cut off or not HTTP",
-    OSError: "the connection broke",  # in the middle of TLS
+    _NoPublicAddress: "its name has no address, or one that is not public",
+    httpcore.NetworkError: "cannot connect, or the certificate is not valid",
+    httpcore.ProtocolError: "the response is cut off or not HTTP",
+    OSError: "the connection broke",  # inside TLS
 }
 
 
 @contextmanager
-def _told_by_name(name: str, timeout_s: float) -> Iterator[None]:
-    """What goes wrong at an address, in our words: the library's may hold addresses."""
+def _translated_errors(name: str, timeout_s: float) -> Iterator[None]:
+    """Translate httpcore's errors, whose messages can contain internal addresses."""
     try:
         yield
     except TimeoutError as error:
-        raise MediaUnavailable(f"{name}: not complete after {timeout_s:g} s, the limit") from error
+        raise MediaUnavailable(f"{name}: not complete after {timeout_s:g} s (url_timeout_s)") from error
     except tuple(_REASONS) as error:
         reason = next(reason for kind, reason in _REASONS.items() if isinstance(error, kind))
         raise MediaUnavailable(f"{name}: {reason}") from error
 
 
 async def _read(response: httpcore.Response, name: str, max_bytes: int) -> bytes:
-    """The body, counted as it comes, whatever its header says."""
+    """Read the body. Its bytes are counted as they arrive, in addition to the declared length."""
     if response.status != 200:
-        raise MediaUnavailable(f"{name}: answered {response.status}; needed: 200")
+        raise MediaUnavailable(f"{name}: responded with status {response.status}; needed: 200")
     if (encoding := _header(response, b"content-encoding")) not in ("", "identity"):
-        raise MediaUnavailable(f"{name}: is sent compressed ({encoding[:20]}), though not asked for")
+        raise MediaUnavailable(f"{name}: responded with content-encoding {encoding[:20]}; needed: none")
     data = bytearray()
 
     def check(num_bytes: int) -> None:
         if num_bytes > max_bytes:
-            raise MediaTooLarge(f"{name}: over {max_bytes} bytes, its own limit or what its item has left")
+            raise MediaTooLarge(
+                f"{name}: more than {max_bytes} bytes, the limit of one file or what is left for the item"
+            )
 
-    check(int(_header(response, b"content-length") or 0))  # a number: h11 refuses others
+    check(int(_header(response, b"content-length") or 0))  # h11 accepts numbers only
     async for chunk in response.aiter_stream():
         data += chunk
         check(len(data))

@@ -1,7 +1,7 @@
-"""An item's pictures -> decoded RGB values, resized, within limits.
+"""An encoded image -> RGB values, resized for the model.
 
-Untrusted bytes are read here and in `video`, nowhere else. Everything that the header tells is checked before
-pixels are decoded. No string is opened as a path.
+Untrusted bytes are decoded here and in `video`, nowhere else. Limits are checked on the header before any pixel is
+decoded. No string is ever opened as a path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import PIL.Image
@@ -24,6 +23,8 @@ import pybase64
 from numpy.typing import NDArray
 
 from embedder.errors import InvalidMedia, MediaTooLarge
+from embedder.inputs.formats import IMAGE_FORMATS, MediaKind, unsupported_format
+from embedder.inputs.items import Media
 from embedder.settings import Settings
 from embedder.torchvision_shim import declare_torchvision_operators
 
@@ -31,30 +32,18 @@ declare_torchvision_operators()
 
 from qwen_vl_utils.vision_process import MAX_RATIO, smart_resize  # noqa: E402 - after the declaration
 
-if TYPE_CHECKING:
-    from embedder.inputs.items import Media
+MAX_DECODE_MEMORY = 2**31  # bytes, for all threads
+TRIM_MIN_BYTES = 2**27
+MIN_SIDE_PIXELS = 2  # of a 1-pixel side the model would see one color, enlarged 64 times
+# A camera's progressive JPEG has 10. Each scan takes 60 bytes in the file and can cost a pass over all pixels.
+MAX_JPEG_SCANS = 100
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_JPEG_SCANS = 100  # a camera's progressive picture has 10; each may cost a pass over all pixels, for 60 bytes
-TRIMMED_BYTES = 2**27
-MIN_SIDE_PIXELS = 2  # a 1-pixel side holds no picture; the model would see one color enlarged 64 times
-
-_SIGNATURES = {
-    b"%PDF": "a PDF document",
-    b"<svg": "an SVG drawing",
-    b"<?xml": "an XML or SVG document",
-    b"<!DO": "an HTML page",
-    b"<htm": "an HTML page",
-    b"PK\x03\x04": "a ZIP archive or office document",
-    b"II*\x00": "a TIFF image",
-    b"MM\x00*": "a TIFF image",
-    b"\x1aE\xdf\xa3": "a Matroska or WebM video",
-}
+_PILLOW_FORMATS = tuple(one.pillow for one in IMAGE_FORMATS)
 
 
 @dataclass(frozen=True)
 class ImageGeometry:
-    """How large pictures become: sides are multiples of `factor`, area between `min_pixels` and `max_pixels`."""
+    """Limits of the resized image: sides are multiples of `factor`, the area is `min_pixels` to `max_pixels`."""
 
     factor: int
     min_pixels: int
@@ -62,10 +51,10 @@ class ImageGeometry:
 
 
 def resized_size(height: int, width: int, geometry: ImageGeometry) -> tuple[int, int]:
-    """Height and width in pixels that the model sees, keeping the aspect ratio as nearly as the grid allows.
+    """Height and width in pixels after resizing, with the aspect ratio as close as the multiples of `factor` allow.
 
-    The reference's `smart_resize`, except that no side falls to zero where `max_pixels` is small and the picture long.
-    Raises `InvalidMedia` for an aspect ratio above 200.
+    The reference's `smart_resize`, with one correction: a long image under a small `max_pixels` keeps at least one
+    `factor` on its short side, where `smart_resize` returns 0. Raises `InvalidMedia` for an aspect ratio above 200.
     """
     ratio = max(height, width) / min(height, width)
     if ratio > MAX_RATIO:
@@ -76,86 +65,96 @@ def resized_size(height: int, width: int, geometry: ImageGeometry) -> tuple[int,
     return max(sides[0], geometry.factor), max(sides[1], geometry.factor)
 
 
-class _Room:
-    """Bytes that threads take in the order they come, each waiting until there are so many, or nobody has any."""
+class MemoryBudget:
+    """Bytes of memory that threads reserve, first come, first served.
 
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes = num_bytes
-        self._num_taken = 0
+    A reservation larger than the whole budget is granted when no other is held.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._num_reserved = 0
         self._waiting: deque[object] = deque()
         self._changed = threading.Condition()
 
     @contextmanager
-    def __call__(self, num_bytes: int) -> Iterator[None]:
-        turn = object()
+    def reserve(self, num_bytes: int) -> Iterator[None]:
+        """Wait for the bytes, and hold them inside the `with` block."""
+        ticket = object()
         with self._changed:
-            self._waiting.append(turn)
-            self._changed.wait_for(lambda: self._waiting[0] is turn and self._has(num_bytes))
+            self._waiting.append(ticket)
+            self._changed.wait_for(lambda: self._waiting[0] is ticket and self._fits(num_bytes))
             self._waiting.popleft()
-            self._num_taken += num_bytes
+            self._num_reserved += num_bytes
             self._changed.notify_all()
         try:
             yield
         finally:
             with self._changed:
-                self._num_taken -= num_bytes
+                self._num_reserved -= num_bytes
                 self._changed.notify_all()
-            if num_bytes >= TRIMMED_BYTES:
-                _trim()
+            if num_bytes >= TRIM_MIN_BYTES:
+                _return_free_memory()
 
-    def _has(self, num_bytes: int) -> bool:
-        return not self._num_taken or self._num_taken + num_bytes <= self.num_bytes
+    def _fits(self, num_bytes: int) -> bool:
+        return not self._num_reserved or self._num_reserved + num_bytes <= self.max_bytes
 
 
-def _trim() -> None:
-    """Give free memory back to the system, in 20 ms: glibc keeps of each thread's for ever what lies between."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # other systems' allocators do without
+def _return_free_memory() -> None:
+    """Return freed memory to the system (20 ms). glibc would keep a thread's freed memory for that thread."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc only
         trim(0)
 
 
-# Around what decodes, with the memory it takes: a WebP of 40 bytes takes a gigabyte, and there are many threads.
-decoding = _Room(2**31)
+# A WebP of 40 bytes can take a gigabyte to decode, and many threads decode: each reserves its peak first.
+decode_memory = MemoryBudget(MAX_DECODE_MEMORY)
 
 
-def decoded_bytes(image: PIL.Image.Image) -> int:
-    """About what decoding takes at its peak, in bytes (measured with Pillow 12): RGB is kept in 4, WebP thrice over."""
-    each = 20 if image.format == "WEBP" else 4 if image.mode == "RGB" else 13
-    return each * image.width * image.height
+def decode_peak_bytes(image: PIL.Image.Image) -> int:
+    """Approximate peak memory of decoding, in bytes.
+
+    Bytes per pixel as measured with Pillow 12: RGB takes 4, WebP's decoder holds three copies, and converting any
+    other mode to RGB holds several.
+    """
+    bytes_per_pixel = 20 if image.format == "WEBP" else 4 if image.mode == "RGB" else 13
+    return bytes_per_pixel * image.width * image.height
 
 
 def decode_deadline(settings: Settings) -> float:
-    """When decoding that begins now must be done, on the clock of `time.monotonic`."""
+    """The time at which decoding that starts now must be finished, on the clock of `time.monotonic`."""
     return time.monotonic() + settings.decode_timeout_s
 
 
-def check_time(deadline: float, settings: Settings) -> None:
+def check_deadline(deadline: float, settings: Settings) -> None:
     """Raises `MediaTooLarge` after the deadline."""
     if time.monotonic() > deadline:
-        raise MediaTooLarge(f"decoding took over {settings.decode_timeout_s:g} s; send smaller or fewer pictures")
+        raise MediaTooLarge(
+            f"decoding took more than {settings.decode_timeout_s:g} s (decode_timeout_s); send smaller or fewer images"
+        )
 
 
 def load_image(
     source: Media, geometry: ImageGeometry, settings: Settings, deadline: float | None = None
 ) -> NDArray[np.uint8]:
-    """One picture -> RGB values, (height, width, 3) uint8, resized for the model.
+    """Decode an image to RGB values, (height, width, 3) uint8, resized for the model.
 
-    EXIF orientation is not applied and of an animation the first frame is taken, both as in the reference.
-    Transparency is laid on white. Without a deadline the time counts from here. Raises `InvalidMedia` and
+    As in the reference, EXIF orientation is ignored, and of an animation the first frame is used. Transparent pixels
+    are composited on white. `deadline` defaults to `decode_timeout_s` from now. Raises `InvalidMedia` and
     `MediaTooLarge`.
     """
     image = open_image(source, settings, deadline)
     height, width = resized_size(image.height, image.width, geometry)
-    with decoding(decoded_bytes(image)):
+    with decode_memory.reserve(decode_peak_bytes(image)):
         return resize(decode_image(image), height, width)
 
 
 def resize(image: PIL.Image.Image, height: int, width: int) -> NDArray[np.uint8]:
-    """(height, width, 3) uint8, as the reference resizes: PIL's bicubic."""
+    """Resize with PIL's bicubic filter, as the reference does -> (height, width, 3) uint8."""
     return np.asarray(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
 
 
-def open_image(source: object, settings: Settings, deadline: float | None = None) -> PIL.Image.Image:
-    """A picture whose header was read and found within limits; its pixels are not decoded yet."""
+def open_image(source: Media, settings: Settings, deadline: float | None = None) -> PIL.Image.Image:
+    """Read an image's header and check its limits. The pixels are not decoded yet."""
     if not isinstance(source, PIL.Image.Image):
         data = encoded_bytes(source, "image", settings.max_image_bytes)
         source = _read_header(data, settings, decode_deadline(settings) if deadline is None else deadline)
@@ -172,39 +171,33 @@ def open_image(source: object, settings: Settings, deadline: float | None = None
     return image
 
 
-def encoded_bytes(source: object, what: Literal["image", "video"], max_bytes: int) -> bytes:
-    """Bytes, or their base64, bare or as a data URI -> bytes, not decoded. Raises `InvalidMedia`, `MediaTooLarge`."""
-    if isinstance(source, bytes):
-        data = source
-    elif isinstance(source, str):
-        data = _from_base64(source, what, max_bytes)
-    else:
-        other = "a PIL image" if what == "image" else "a list of frames"
-        raise InvalidMedia(f"{what} is given as {type(source).__name__}; allowed: base64, bytes or {other}")
+def encoded_bytes(source: bytes | str, kind: MediaKind, max_bytes: int) -> bytes:
+    """The bytes of a file, given as bytes, base64 or data URI. Raises `InvalidMedia` and `MediaTooLarge`."""
+    data = _decode_base64(source, kind, max_bytes) if isinstance(source, str) else source
     if not data:
-        raise InvalidMedia(f"{what} is empty (0 bytes)")
+        raise InvalidMedia(f"{kind} is empty (0 bytes)")
     if len(data) > max_bytes:
-        raise MediaTooLarge(f"{what} of {len(data)} bytes; allowed: up to {max_bytes}")
+        raise MediaTooLarge(f"{kind} of {len(data)} bytes; allowed: up to {max_bytes}")
     return data
 
 
-def _from_base64(text: str, what: str, max_bytes: int) -> bytes:
-    """Line breaks are allowed, anything else outside the alphabet is not."""
+def _decode_base64(text: str, kind: MediaKind, max_bytes: int) -> bytes:
+    """Line breaks are allowed, other characters outside the alphabet are not."""
     if text.startswith("data:"):
         header, comma, text = text.partition(",")
         if not comma or not header.endswith(";base64"):
-            raise InvalidMedia(f"{what} is a data URI that is not base64: {header[:60]!r}")
+            raise InvalidMedia(f"{kind} is a data URI without base64: {header[:60]!r}; allowed: data:..;base64,")
     if len(text) // 4 * 3 > max_bytes + 2:
-        raise MediaTooLarge(f"{what} of about {len(text) // 4 * 3} bytes; allowed: up to {max_bytes}")
+        raise MediaTooLarge(f"{kind} of about {len(text) // 4 * 3} bytes; allowed: up to {max_bytes}")
     try:
         data = text.encode("ascii").translate(None, b" \t\r\n\v\f") if "\n" in text else text
         return pybase64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InvalidMedia(f"{what} is not valid base64 ({error}); starts with {text[:20]!r}") from error
+        raise InvalidMedia(f"{kind} is not valid base64 ({error}); starts with {text[:20]!r}") from error
 
 
-class _TimedBytes(io.BytesIO):
-    """Ends what reads for too long: 20 MB hold millions of empty chunks, comments or segments."""
+class _DeadlineBytes(io.BytesIO):
+    """A file whose reads fail after the deadline: 20 MB can hold millions of empty chunks, comments or segments."""
 
     def __init__(self, data: bytes, settings: Settings, deadline: float) -> None:
         super().__init__(data)
@@ -212,7 +205,7 @@ class _TimedBytes(io.BytesIO):
         self._deadline = deadline
 
     def read(self, size: int | None = -1, /) -> bytes:
-        check_time(self._deadline, self._settings)
+        check_deadline(self._deadline, self._settings)
         return super().read(size)
 
 
@@ -222,45 +215,36 @@ def _read_header(data: bytes, settings: Settings, deadline: float) -> PIL.Image.
         raise MediaTooLarge(f"JPEG image of {num_scans} scans; allowed: up to {MAX_JPEG_SCANS}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # max_image_pixels rules instead
-            return PIL.Image.open(_TimedBytes(data, settings, deadline), formats=FORMATS)
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # max_image_pixels limits
+            return PIL.Image.open(_DeadlineBytes(data, settings, deadline), formats=_PILLOW_FORMATS)
     except PIL.Image.DecompressionBombError as error:
         raise MediaTooLarge(f"{error}; allowed: up to {settings.max_image_pixels} pixels") from error
     except PIL.UnidentifiedImageError as error:
-        raise InvalidMedia(f"{describe(data)}; allowed: {', '.join(FORMATS)}") from error
+        raise InvalidMedia(unsupported_format("image", data)) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise InvalidMedia(f"image header cannot be read: {error}") from error
 
 
-def describe(data: bytes) -> str:
-    """What bytes are that are not what was asked for."""
-    if data[4:8] == b"ftyp":
-        return "the bytes are an MP4 video or HEIF/AVIF image"
-    start = data.lstrip()
-    kind = next((kind for signature, kind in _SIGNATURES.items() if start.startswith(signature)), "not a known image")
-    return f"the bytes are {kind} (they start with {data[:8].hex(' ')})"
-
-
 def decode_image(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Decoded RGB. The reference lays RGBA on white; other ways to be transparent get the same here."""
+    """Decode the pixels to RGB. The reference composites RGBA on white; here every transparent mode is."""
     try:
         if image.mode.startswith(("I", "F")):
-            image = _eight_bits(image)
+            image = _to_8_bit_gray(image)
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             transparent = image if image.mode == "RGBA" else image.convert("RGBA")
             opaque = PIL.Image.new("RGB", image.size, (255, 255, 255))
             opaque.paste(transparent, mask=transparent.getchannel("A"))
             return opaque
         image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # a copy of 50 million pixels is 200 MB
+        return image if image.mode == "RGB" else image.convert("RGB")  # `convert` copies: 200 MB for 50 million pixels
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         raise InvalidMedia(f"image cannot be decoded: {error}") from error
 
 
-def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """16 bit gray -> 8 bit. PIL would clip to 255 instead of scaling, and so would its transparency."""
-    if image.mode in ("I", "F"):  # no file has them, a program may
-        raise InvalidMedia(f"image of mode {image.mode}, whose range nothing tells; allowed: 8 bits, or 16 bit gray")
+def _to_8_bit_gray(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Scale 16-bit gray to 8 bits. PIL would clip values to 255, and the transparent value too."""
+    if image.mode in ("I", "F"):  # only from PIL, not from a file
+        raise InvalidMedia(f"image of mode {image.mode}, whose value range is unknown; allowed: 8 bits, or 16-bit gray")
     values = np.asarray(image)
     if (transparent := image.info.get("transparency")) is not None:
         values = np.where(values == transparent, np.uint16(65535), values)

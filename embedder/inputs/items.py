@@ -1,8 +1,8 @@
-"""JSON of a request -> EmbeddingRequest and its EmbeddingItems, validated.
+"""What a caller asks to embed -> EmbeddingItem, validated.
 
-The wire models (pydantic) stay in this file and in `response`; inside, items are frozen dataclasses. An item is any
-mixture of texts, images and videos in the caller's order. What is model-specific (the range of `dimensions`) is
-checked by the engine at admission, before any work.
+An item is any mixture of texts, images and videos, in the caller's order. An `EmbeddingItem` that exists is valid in
+everything that can be checked without the settings, the model and decoding. The range of `dimensions` depends on the
+model, and the engine checks it when the item is submitted.
 """
 
 from __future__ import annotations
@@ -10,55 +10,74 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from embedder.errors import InvalidRequest
+import PIL.Image
 
-if TYPE_CHECKING:
-    import PIL.Image
+from embedder.errors import InvalidMedia, InvalidRequest, UnsupportedDimensions
+from embedder.inputs.formats import MediaKind
 
-    Media = bytes | str | PIL.Image.Image
-
+Media = bytes | str | PIL.Image.Image
 Truncate = Literal["end", "start", "none"]
+
 EXAMPLE_IMAGE = (  # a red square of 32x32 pixels, PNG in base64
     "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgCAIAAAD8GO2jAAAAKklEQVR42mN4JqdBU8"
     "QwasGoBaMWjFowasGoBaMWjFowasGoBaMWDBULAK6hsD0HQA3uAAAAAElFTkSuQmCC"
 )
+_TRUNCATE = get_args(Truncate)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Text:
-    """A run of the caller's text."""
+    """A text of the caller: valid Unicode, possibly empty."""
 
     text: str
 
+    def __post_init__(self) -> None:
+        _check_text("text", self.text)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Image:
-    """A picture: encoded bytes, their base64 (bare or as data URI) or URL, or a PIL image (library only)."""
+    """An image: encoded bytes, their base64 (bare or as data URI), a URL, or (in Python only) a PIL image."""
 
     source: Media
 
+    def __post_init__(self) -> None:
+        _check_media("image", self.source)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Video:
-    """A clip: encoded bytes, their base64 (bare or as data URI) or URL, or a list of frames, each given like an image.
+    """A video: encoded bytes, their base64 (bare or as data URI), a URL, or a tuple of frames, each given as an image.
 
-    `fps`: frames a second that the list has, or that are looked at of an encoded clip. None: as the reference does.
+    `fps`: frames per second of a list of frames, or the sampling rate of an encoded video. None: the reference's.
     """
 
     source: bytes | str | tuple[Media, ...]
     fps: float | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.source, tuple):
+            for frame in self.source:
+                _check_media("image", frame)
+        else:
+            _check_media("video", self.source)
+        is_number = isinstance(self.fps, int | float) and not isinstance(self.fps, bool)
+        if self.fps is not None and not (is_number and 0.01 <= self.fps <= 1000):
+            raise InvalidRequest(f"fps: got {describe_value(self.fps)}; allowed: a number from 0.01 to 1000")
+
 
 Part = Text | Image | Video
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EmbeddingItem:
-    """One thing to embed. `instruction` and `dimensions` of None mean the engine's default and the full width.
+    """One thing to embed.
 
-    `truncate`: what becomes of text that does not fit: its end or its start is cut, or (`none`) the item refused.
+    `instruction` None: the service's default instruction. `dimensions` None: all values of the model's vector.
+    `truncate`: for text over the token limit, cut its end or its start, or (`none`) refuse the item.
+    Raises `InvalidRequest` and `UnsupportedDimensions`.
     """
 
     parts: tuple[Part, ...]
@@ -67,56 +86,78 @@ class EmbeddingItem:
     normalize: bool = True
     truncate: Truncate = "end"
 
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise InvalidRequest("an item needs at least one of text, image or video; got none")
+        if not any(part.text if isinstance(part, Text) else True for part in self.parts):
+            raise InvalidRequest("text is empty; allowed: at least one character")
+        if self.instruction is not None:
+            _check_text("instruction", self.instruction)
+        if self.dimensions is not None:
+            _check_dimensions(self.dimensions)
+        if not isinstance(self.normalize, bool):
+            raise InvalidRequest(f"normalize: got {describe_value(self.normalize)}; allowed: true or false")
+        if self.truncate not in _TRUNCATE:
+            raise InvalidRequest(f"truncate: got {describe_value(self.truncate)}; allowed: {', '.join(_TRUNCATE)}")
 
-def describe_value(value: object) -> str:
-    """A caller's value for a message: its beginning, and what JSON calls its type."""
-    text = repr(value[:61]) if isinstance(value, str) else _SHORT.repr(value)
-    return f"{text[:60]}.. ({json_type(value)})" if len(text) > 60 else f"{text} ({json_type(value)})"
+
+# The parameters of the checks are `object`: callers send values of any type.
 
 
-_SHORT = reprlib.Repr()  # looks neither deeper nor further than it shows
-_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxstring = _SHORT.maxother = 64
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{name}: got {describe_value(text)}; allowed: a string")
+    if not text.isascii():  # 20 times faster than encoding
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"{name} holds a lone surrogate, which is not Unicode text: {text[error.start]!a} at character "
+                f"{error.start}"
+            ) from error
 
 
-def json_type(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    names |= {int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
+def _check_media(kind: MediaKind, source: object) -> None:
+    if isinstance(source, bytes | str) or (kind == "image" and isinstance(source, PIL.Image.Image)):
+        return
+    other = "a PIL image" if kind == "image" else "a list of frames"
+    raise InvalidMedia(f"{kind}: got {describe_value(source)}; allowed: base64, a data URI, a URL, bytes or {other}")
+
+
+def _check_dimensions(dimensions: object) -> None:
+    if not isinstance(dimensions, int) or isinstance(dimensions, bool) or dimensions < 1:
+        raise UnsupportedDimensions(
+            f"dimensions: got {describe_value(dimensions)}; allowed: a positive whole number, at most the model's "
+            "hidden_size"
+        )
 
 
 def item_from_fields(fields: Mapping[str, Any]) -> EmbeddingItem:
-    """An item in the native form -> EmbeddingItem.
+    """An item as a mapping, the native form -> EmbeddingItem.
 
-    Either `text`, `image`, `video` (each one or a list; the model's order is videos, images, texts), or `content`:
-    a list of parts `{"type": "text", "text": ..}` in the caller's order. A video is encoded (bytes, base64, data URI)
-    or a list of frames, with its `fps` beside it if need be. Optional: `instruction`, `dimensions`, `normalize`,
-    `truncate`. Raises `InvalidRequest`.
+    Either `text`, `image`, `video` (each one value or a list; the model sees videos, then images, then texts), or
+    `content`: a list of parts such as `{"type": "text", "text": ..}` in the caller's order. A video is encoded or a
+    list of frames; `fps` goes with it. Optional: `instruction`, `dimensions`, `normalize`, `truncate`.
+    Raises `InvalidRequest`.
     """
     if not isinstance(fields, Mapping):
         raise InvalidRequest(f"got {describe_value(fields)}; allowed: a text, or an object with text, image or content")
     fields = without_nulls(fields)
-    known = {"text", "image", "video", "content", "instruction", "dimensions", "normalize"}
-    known |= {"truncate", "fps"} if "video" in fields else {"truncate"}
-    refuse_unknown(fields, known)
+    refuse_unknown(fields, _FIELDS | {"fps"} if "video" in fields else _FIELDS)
     if "content" in fields:
         if {"text", "image", "video"} & set(fields):
-            raise InvalidRequest("give either `content` or `text`/`image`/`video`, not both")
-        parts = tuple(_part(part) for part in _sequence(fields["content"]))
+            raise InvalidRequest("got `content` and `text`/`image`/`video`; allowed: one of the two forms")
+        parts = tuple(_part(part) for part in _as_list(fields["content"]))
     else:
-        videos = [_video(value, fields.get("fps")) for value in _videos(fields.get("video"))]
-        images = [Image(value) for value in _sequence(fields.get("image"))]
-        texts = [_text(value) for value in _sequence(fields.get("text"))]
+        videos = [_video(value, fields.get("fps")) for value in _as_list_of_videos(fields.get("video"))]
+        images = [Image(value) for value in _as_list(fields.get("image"))]
+        texts = [Text(value) for value in _as_list(fields.get("text"))]
         parts = (*videos, *images, *texts)
-    if not isinstance(fields.get("normalize", True), bool):
-        raise InvalidRequest(f"normalize: got {describe_value(fields['normalize'])}; allowed: true or false")
-    if not parts:
-        raise InvalidRequest("an item needs at least one of text, image or video; got none")
-    truncate = fields.get("truncate", "end")
-    if truncate not in get_args(Truncate):
-        raise InvalidRequest(f"truncate: got {describe_value(truncate)}; allowed: {', '.join(get_args(Truncate))}")
-    return EmbeddingItem(
-        parts, fields.get("instruction"), fields.get("dimensions"), fields.get("normalize", True), truncate
-    )
+    return EmbeddingItem(parts, **{name: value for name, value in fields.items() if name in _OPTIONS})
+
+
+_OPTIONS = {"instruction", "dimensions", "normalize", "truncate"}
+_FIELDS = {"text", "image", "video", "content", *_OPTIONS}
 
 
 def without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +166,7 @@ def without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
-    """Raises `InvalidRequest` that names the fields which are not among the known."""
+    """Raises `InvalidRequest` that names the unknown fields, if there are any."""
     if unknown := sorted(str(name) for name in set(fields) - known):
         raise InvalidRequest(unknown_fields_message(unknown))
 
@@ -135,35 +176,48 @@ def unknown_fields_message(unknown: Sequence[str]) -> str:
     return f"extra fields not permitted: {names}" + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
 
 
+def describe_value(value: object) -> str:
+    """A caller's value for a message: its first 60 characters, and the name of its JSON type."""
+    text = repr(value[:61]) if isinstance(value, str) else _SHORT.repr(value)
+    return f"{text[:60]}.. ({json_type(value)})" if len(text) > 60 else f"{text} ({json_type(value)})"
+
+
+_SHORT = reprlib.Repr()  # stops early: the repr of a large or deep value takes seconds
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxstring = _SHORT.maxother = 64
+
+
+def json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    names |= {int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
+
+
 def _part(part: object) -> Part:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(part, Mapping) and kind in ("text", "image", "video"):
         part = without_nulls(part)
         refuse_unknown(part, {"type", kind, "fps"} if kind == "video" else {"type", kind})
+        value: Any = part.get(kind)
         match kind:
             case "text":
-                return _text(part.get("text"))
+                return Text(value)
             case "image":
-                return Image(part.get("image"))  # type: ignore[arg-type]  # media says what it may be
+                return Image(value)
             case "video":
-                return _video(part.get("video"), part.get("fps"))
-    raise InvalidRequest(f"a part of `content` has type text, image or video; got {describe_value(part)}")
+                return _video(value, part.get("fps"))
+    raise InvalidRequest(
+        f"a part of `content`: got {describe_value(part)}; allowed: an object of type text, image or video"
+    )
 
 
-def _text(value: object) -> Text:
-    if not isinstance(value, str):
-        raise InvalidRequest(f"text: got {describe_value(value)}; allowed: a string")
-    return Text(value)
-
-
-def _sequence(value: Any) -> Sequence[Any]:
+def _as_list(value: Any) -> Sequence[Any]:
     if value is None:
         return ()
     return value if isinstance(value, list | tuple) else (value,)
 
 
-def _videos(value: Any) -> Sequence[Any]:
-    """One video may be a list of frames, so a list of videos is a list of lists, or holds an encoded clip."""
+def _as_list_of_videos(value: Any) -> Sequence[Any]:
+    """A list of frames is one video, so a list of videos holds lists or encoded videos."""
     if value is None:
         return ()
     is_list_of_videos = isinstance(value, list | tuple) and value and _is_video(value[0])
@@ -171,18 +225,11 @@ def _videos(value: Any) -> Sequence[Any]:
 
 
 def _is_video(value: object) -> bool:
-    """Not a frame. Bare base64 counts as a frame: a clip among several says what it is in its data URI."""
+    """Whether an entry of a list is a video and not a frame. Bare base64 is a frame; an encoded video is a data URI."""
     return isinstance(value, list | tuple | Video) or (isinstance(value, str) and value.startswith("data:video/"))
 
 
-def _video(value: Any, fps: Any = None) -> Video:
+def _video(value: Any, fps: Any) -> Video:
     if isinstance(value, Video):
         return value
-    if not isinstance(value, bytes | str | list | tuple):
-        raise InvalidRequest(
-            f"video: got {describe_value(value)}; allowed: base64, a data URI, a URL, or a list of frames"
-        )
-    is_number = isinstance(fps, int | float) and not isinstance(fps, bool)
-    if fps is not None and not (is_number and 0.01 <= fps <= 1000):
-        raise InvalidRequest(f"fps: got {describe_value(fps)}; allowed: a number from 0.01 to 1000")
-    return Video(tuple(value) if isinstance(value, list | tuple) else value, fps)
+    return Video(tuple(value) if isinstance(value, list) else value, fps)

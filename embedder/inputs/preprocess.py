@@ -1,7 +1,7 @@
-"""An item -> ModelInput: token ids, positions, patches, and its cost in tokens. numpy only, safe in many threads.
+"""An item -> ModelInput: token ids, positions, patches, and cost in tokens. numpy only, thread-safe.
 
-The tokenizer of the checkpoint decides what follows the prompt (Qwen's appends `<|endoftext|>`), and the vector will
-be the state at the last token, whatever that is.
+The checkpoint's tokenizer appends tokens to the prompt (Qwen's appends `<|endoftext|>`). The vector is the hidden state
+at the last token.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from embedder.errors import InputTooLong, InvalidRequest, ModelUnavailable
-from embedder.inputs import image as media
-from embedder.inputs import prompt, video
+from embedder.errors import InputTooLong, ModelUnavailable
+from embedder.inputs import image, prompt, video
 from embedder.inputs.image import ImageGeometry
 from embedder.inputs.items import EmbeddingItem, Image, Text, Truncate, Video
-from embedder.inputs.prompt import Pads, Piece, Special, Words
+from embedder.inputs.prompt import Piece, Placeholders, SpecialToken, TextPiece
 from embedder.settings import Settings
 
-MAX_PREFIX_TOKENS = 256  # of an instruction whose keys and values are worth keeping
-SHORT_CHARS = 512  # of a text that is tokenized in some 0.1 ms
+MAX_PREFIX_TOKENS = 256  # of an instruction whose keys and values the model may cache
+SHORT_CHARS = 512  # a text of this length is tokenized in about 0.1 ms
 _NO_INDEX = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """What preprocessing must know of the vision tower. `mean` and `std` are of values in 0..1, one per channel."""
+    """The vision tower's input format. `mean` and `std`: of values in 0..1, one per channel."""
 
     patch_size: int
     temporal_patch_size: int
@@ -45,16 +44,16 @@ class VisionConfig:
 
     @property
     def factor(self) -> int:
-        """Side in pixels of one visual token."""
+        """Side length of one visual token, in pixels."""
         return self.patch_size * self.merge_size
 
 
 @dataclass(frozen=True)
 class Patches:
-    """One picture or clip as patch rows, ordered block by block as the merger wants them.
+    """One image or video as patch rows, in the order of the merger's blocks.
 
-    `pixels`: (grid_t * grid_h * grid_w, channels * frames * patch_size**2) uint8, `frames` being 1 for a picture
-    (the model sees it twice; that is folded into the weights) and temporal_patch_size for a clip.
+    `pixels`: (grid_t * grid_h * grid_w, channels * num_frames * patch_size**2) uint8. `num_frames`: 1 for an image
+    (the model sees it twice, which is folded into the weights), temporal_patch_size for a video.
     `grid_thw`: (grid_t, grid_h, grid_w) in patches.
     """
 
@@ -65,12 +64,12 @@ class Patches:
 
 @dataclass(frozen=True)
 class ModelInput:
-    """One item, ready for the device.
+    """One item as the model takes it.
 
     `input_ids`: (num_tokens,) int64. `position_ids`: (3, num_tokens) int64: time, height, width (M-RoPE).
-    `visual_index`: (num_visual_tokens,) int64, where the visual tokens stand, in the order of `patches`.
-    `num_prefix_tokens`: the first so many depend on the instruction alone, and may be shared with other items.
-    `num_cut_tokens`: tokens of the caller's text that did not fit. `cost`: what the scheduler counts, in tokens.
+    `visual_index`: (num_visual_tokens,) int64, the indices of the visual tokens, in the order of `patches`.
+    `num_prefix_tokens`: number of first tokens that depend on the instruction only. `num_cut_tokens`: tokens of the
+    caller's text that were cut. `cost`: compute cost in tokens, for the scheduler.
     """
 
     input_ids: NDArray[np.int64]
@@ -88,14 +87,14 @@ class ModelInput:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes of the memory: that of its patches, beside which nothing counts."""
+        """Memory of the patches, in bytes; the rest is negligible."""
         return sum(one.pixels.nbytes for one in self.patches)
 
 
 class Preprocessor:
-    """Holds the tokenizer and the geometry of one checkpoint; its calls may run in many threads at once.
+    """Preprocesses items for one checkpoint. Thread-safe.
 
-    `visual_cost`: what the vision tower computes for one visual token, in tokens of the language tower.
+    `visual_cost`: cost of one visual token in the vision tower, in tokens of the language tower.
     """
 
     def __init__(
@@ -107,26 +106,25 @@ class Preprocessor:
         self.geometry = ImageGeometry(vision.factor, vision.min_pixels, vision.max_pixels)
         self._tokenizer = tokenizer
         appended_ids = self._appended_ids()
-        tokenizer.encode_special_tokens = True  # from here on a special token's name in a text is only text
-        self._tail_ids = (*self._encode_fixed(prompt.TAIL), *appended_ids)
-        self._header_ids = list(self._encode_fixed((Words(prompt.HEADER),)))
+        tokenizer.encode_special_tokens = True  # encode a special token's name in a text as text
+        self._suffix_ids = (*self._encode_fixed(prompt.SUFFIX), *appended_ids)
+        self._header_ids = list(self._encode_fixed((TextPiece(prompt.USER_HEADER),)))
         self._prefix_ids = lru_cache(maxsize=64)(lambda instruction: self._encode_fixed(prompt.prefix(instruction)))
         self._text_positions = np.broadcast_to(np.arange(settings.max_input_tokens), (3, settings.max_input_tokens))
 
     def __call__(self, item: EmbeddingItem) -> ModelInput:
-        """Decode, resize, tokenize. Raises `InvalidRequest` and its kinds."""
-        self._check(item)
-        patches, seconds = self._see(item)
+        """Decode, resize, tokenize. Raises `InvalidMedia`, `MediaTooLarge` and `InputTooLong`."""
+        patches, seconds = self._load_patches(item)
         merge = self.vision.merge_size
         grids = [(t, h // merge, w // merge) for t, h, w in (one.grid_thw for one in patches)]
         instruction = prompt.complete_instruction(item.instruction, self.settings.default_instruction)
         prefix_ids = self._prefix_ids(instruction)
         pieces = prompt.user_turn(item, grids, seconds)
-        num_fixed = len(prefix_ids) + len(self._tail_ids)
+        num_fixed = len(prefix_ids) + len(self._suffix_ids)
         encoded, num_cut = self._encode(pieces, self.settings.max_input_tokens, num_fixed, item.truncate)
-        runs: list[list[int] | Pads] = [list(prefix_ids), *encoded, list(self._tail_ids)]
+        runs: list[list[int] | Placeholders] = [list(prefix_ids), *encoded, list(self._suffix_ids)]
         num_patches = sum(len(one.pixels) for one in patches)
-        input_ids, position_ids, visual_index = self._sequence(_joined(runs))
+        input_ids, position_ids, visual_index = self._assemble(_merge_adjacent_ids(runs))
         return ModelInput(
             input_ids,
             position_ids,
@@ -137,31 +135,17 @@ class Preprocessor:
             cost=len(input_ids) + math.ceil(self.visual_cost * num_patches / merge**2),
         )
 
-    def _check(self, item: EmbeddingItem) -> None:
-        texts = [part.text for part in item.parts if isinstance(part, Text)]
-        if item.instruction is not None and not isinstance(item.instruction, str):
-            raise InvalidRequest(f"instruction: got {type(item.instruction).__name__}; allowed: a string")
-        num_chars = sum(map(len, texts))
-        for count in (num_chars, len(item.instruction or "")):
-            if count > self.settings.max_text_chars:
-                raise InputTooLong(f"text of {count} characters; allowed: up to {self.settings.max_text_chars}")
-        for text in (*texts, item.instruction or ""):
-            if not _is_unicode(text):
-                raise InvalidRequest("text holds a lone surrogate, which is not Unicode text")
-        if len(texts) == len(item.parts) and not any(texts):
-            raise InvalidRequest("text is empty; allowed: at least one character")
-
-    def _see(self, item: EmbeddingItem) -> tuple[tuple[Patches, ...], list[tuple[float, ...]]]:
-        """Patches of each picture and clip, and the times of each clip's frames."""
+    def _load_patches(self, item: EmbeddingItem) -> tuple[tuple[Patches, ...], list[tuple[float, ...]]]:
+        """Patches of each image and video, and the frame times of each video."""
         patches: list[Patches] = []
         seconds = []
-        deadline = media.decode_deadline(self.settings)
+        deadline = image.decode_deadline(self.settings)
         for part in item.parts:
             if not isinstance(part, Text):
-                self._check_room(patches)
+                self._check_num_visual_tokens(patches)
             match part:
                 case Image():
-                    frames = media.load_image(part.source, self.geometry, self.settings, deadline)[None, None]
+                    frames = image.load_image(part.source, self.geometry, self.settings, deadline)[None, None]
                     patches.append(patchify(frames, self.vision.patch_size, self.vision.merge_size))
                 case Video():
                     clip = video.load_video(part, self.geometry, self.settings, deadline)
@@ -170,19 +154,20 @@ class Preprocessor:
                     seconds.append(clip.seconds)
         return tuple(patches), seconds
 
-    def _check_room(self, patches: Sequence[Patches]) -> None:
-        """Raises `InputTooLong` before more is decoded than an item may hold."""
+    def _check_num_visual_tokens(self, patches: Sequence[Patches]) -> None:
+        """Raises `InputTooLong` before the next image is decoded, if those before it already exceed the limit."""
         num_tokens = sum(len(one.pixels) for one in patches) // self.vision.merge_size**2
         if num_tokens > self.settings.max_input_tokens:
             raise InputTooLong(
-                f"{num_tokens} tokens of the first {len(patches)} images and videos alone, which may not be cut; "
+                f"{num_tokens} tokens of the first {len(patches)} images and videos, which cannot be cut; "
                 f"allowed: {self.settings.max_input_tokens}"
             )
 
-    def _num_prefix_tokens(self, prefix_ids: Sequence[int], turn: list[int] | Pads) -> int:
-        """The instruction's, and those of the header of the user's turn, unless one of them holds text as well.
+    def _num_prefix_tokens(self, prefix_ids: Sequence[int], turn: list[int] | Placeholders) -> int:
+        """Number of first tokens that depend on the instruction only.
 
-        (A text that begins with a line break shares a token with the one before it.)
+        The header of the user's turn counts, unless its last token also covers the beginning of the text: the line
+        break of the header and one at the start of a text are one token.
         """
         num_header = len(self._header_ids)
         num_tokens = len(prefix_ids)
@@ -191,16 +176,16 @@ class Preprocessor:
         return num_tokens if num_tokens <= MAX_PREFIX_TOKENS else 0
 
     def _encode_fixed(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
-        """Ids of the pieces before or behind the caller's content."""
+        """Ids of pieces without the caller's content."""
         encoded, _ = self._encode(pieces, self.settings.max_input_tokens)
         return tuple(token for run in encoded if isinstance(run, list) for token in run)
 
     def _encode(
         self, pieces: Sequence[Piece], max_tokens: int, num_fixed: int = 0, truncate: Truncate = "end"
-    ) -> tuple[list[list[int] | Pads], int]:
-        """Pieces -> runs of ids and placeholders, and how many tokens of the caller's text were cut.
+    ) -> tuple[list[list[int] | Placeholders], int]:
+        """Pieces -> runs of ids and placeholders, and the number of tokens of the caller's text that were cut.
 
-        The runs and `num_fixed` tokens around them are at most `max_tokens`; what is cut, is cut from one end.
+        Text is cut until the runs and `num_fixed` other tokens are at most `max_tokens`. Raises `InputTooLong`.
         """
         runs = [self._encode_piece(piece) for piece in pieces]
         num_tokens = num_fixed + sum(map(_num_tokens, runs))
@@ -208,43 +193,43 @@ class Preprocessor:
         if excess > 0 and truncate == "none":
             raise InputTooLong(f"{num_tokens} tokens; allowed: up to {max_tokens}, and `truncate` is none")
         num_cut = 0
-        places = range(len(runs)) if truncate == "start" else reversed(range(len(runs)))
-        for place in places:
-            piece, run = pieces[place], runs[place]
-            if excess > num_cut and isinstance(piece, Words) and isinstance(run, list):
+        indices = range(len(runs)) if truncate == "start" else reversed(range(len(runs)))
+        for index in indices:
+            piece, run = pieces[index], runs[index]
+            if excess > num_cut and isinstance(piece, TextPiece) and isinstance(run, list):
                 offsets = self._tokenizer.encode_batch([piece.text], add_special_tokens=False)[0].offsets
                 cuttable = [i for i, (s, e) in enumerate(offsets) if s >= piece.start and e <= piece.end]
-                wanted = min(excess - num_cut, len(cuttable))
-                drop = set(cuttable[:wanted] if truncate == "start" else cuttable[len(cuttable) - wanted :])
-                runs[place] = [token for i, token in enumerate(run) if i not in drop]
+                num_drop = min(excess - num_cut, len(cuttable))
+                drop = set(cuttable[:num_drop] if truncate == "start" else cuttable[len(cuttable) - num_drop :])
+                runs[index] = [token for i, token in enumerate(run) if i not in drop]
                 num_cut += len(drop)
         if excess > num_cut:
             raise InputTooLong(
                 f"{num_tokens} tokens, of which {num_tokens - num_cut} are instruction, template, "
-                f"image or video and may not be cut; allowed: {max_tokens}"
+                f"image or video and cannot be cut; allowed: {max_tokens}"
             )
         return runs, num_cut
 
-    def _encode_piece(self, piece: Piece) -> list[int] | Pads:
+    def _encode_piece(self, piece: Piece) -> list[int] | Placeholders:
         match piece:
-            case Words() if len(piece.text) > SHORT_CHARS:  # `encode` would keep the interpreter to itself meanwhile
+            case TextPiece() if len(piece.text) > SHORT_CHARS:  # `encode` would hold the GIL
                 return list(self._tokenizer.encode_batch_fast([piece.text], add_special_tokens=False)[0].ids)
-            case Words():
+            case TextPiece():
                 return list(self._tokenizer.encode(piece.text, add_special_tokens=False).ids)
-            case Special():
+            case SpecialToken():
                 return [self._token_id(piece.token)]
-            case Pads():
+            case Placeholders():
                 return piece
 
-    def _sequence(
-        self, runs: Sequence[list[int] | Pads]
+    def _assemble(
+        self, runs: Sequence[list[int] | Placeholders]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Ids, M-RoPE positions, and where the visual tokens stand, shaped as in `ModelInput`.
+        """`input_ids`, `position_ids` and `visual_index` of `ModelInput`.
 
-        Of the positions text counts on all three axes; a picture spans its rows and columns from the position where it
-        starts, and text goes on behind the longer side (transformers' `get_rope_index`).
+        M-RoPE positions (transformers' `get_rope_index`): a text token advances all three axes by one. An image spans
+        its rows and columns from its start position, and the next text starts after the longer side.
         """
-        if len(runs) == 1 and isinstance(runs[0], list):  # text alone
+        if len(runs) == 1 and isinstance(runs[0], list):  # text only
             return np.array(runs[0], np.int64), self._text_positions[:, : len(runs[0])], _NO_INDEX
         num_tokens = sum(_num_tokens(run) for run in runs)
         input_ids = np.empty(num_tokens, np.int64)
@@ -253,7 +238,7 @@ class Preprocessor:
         start = position = 0
         for run in runs:
             stop = start + _num_tokens(run)
-            if isinstance(run, Pads):
+            if isinstance(run, Placeholders):
                 input_ids[start:stop] = self._token_id(run.token)
                 grid = np.indices((1, run.rows, run.columns)).reshape(3, -1)
                 position_ids[:, start:stop] = grid + position
@@ -269,22 +254,24 @@ class Preprocessor:
     def _token_id(self, token: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
-            raise ModelUnavailable(f"the checkpoint's tokenizer does not know {token}: not a Qwen3-VL tokenizer")
+            raise ModelUnavailable(f"the checkpoint's tokenizer has no token {token}; needed: a Qwen3-VL tokenizer")
         return token_id
 
     def _appended_ids(self) -> tuple[int, ...]:
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
         whole = self._tokenizer.encode("a", add_special_tokens=True).ids
         if whole[: len(plain)] != plain:
-            raise ModelUnavailable("the checkpoint's tokenizer puts tokens before the text: not a Qwen3-VL tokenizer")
+            raise ModelUnavailable(
+                "the checkpoint's tokenizer puts tokens before the text; needed: a Qwen3-VL tokenizer"
+            )
         return tuple(whole[len(plain) :])
 
 
 def patchify(frames: NDArray[np.uint8], patch_size: int, merge_size: int) -> Patches:
     """(grid_t, frames, height, width, channels) -> patch rows, in the order of transformers' image processor.
 
-    Rows run over blocks of merge_size**2 neighbors, so that the merger joins consecutive rows; within a row the
-    order is channel, frame, y, x.
+    The rows of one block of merge_size**2 neighboring patches, which the merger joins, are consecutive. Within a row
+    the order is channel, frame, y, x.
     """
     grid_t, num_frames, height, width, channels = frames.shape
     grid_h, grid_w = height // patch_size, width // patch_size
@@ -305,10 +292,10 @@ def patchify(frames: NDArray[np.uint8], patch_size: int, merge_size: int) -> Pat
 
 
 def read_vision_config(folder: Path, settings: Settings) -> VisionConfig:
-    """Preprocessing as the checkpoint's files say, published values where they are silent.
+    """Read the checkpoint's preprocessing configuration.
 
-    `preprocessor_config.json`, or the `image_processor` part of `processor_config.json` that transformers 5 writes;
-    with neither, the values of the published Qwen3-VL-Embedding checkpoints.
+    From `preprocessor_config.json`, or the `image_processor` of `processor_config.json`, which transformers 5 writes.
+    Missing values are those of the published Qwen3-VL-Embedding checkpoints.
     """
     model = _read_json(folder / "config.json")["vision_config"]
     merged = _read_json(folder / "processor_config.json").get("image_processor", {})
@@ -332,10 +319,9 @@ def read_vision_config(folder: Path, settings: Settings) -> VisionConfig:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The checkpoint's own tokenizer, from `tokenizer.json`.
+    """Load the checkpoint's tokenizer from `tokenizer.json`, without the truncation and padding saved in it.
 
-    Truncation and padding that the file carries are switched off, as transformers does unless a call asks for them:
-    training tools save both, and they would cut or shift every text.
+    Training tools save both, and they would cut or pad every text. transformers ignores them by default, too.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -353,35 +339,27 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _joined(runs: Sequence[list[int] | Pads]) -> list[list[int] | Pads]:
-    """Neighboring runs of ids as one: a numpy call takes as long for ten ids as for one."""
-    joined: list[list[int] | Pads] = []
+def _merge_adjacent_ids(runs: Sequence[list[int] | Placeholders]) -> list[list[int] | Placeholders]:
+    """Join adjacent runs of ids: a numpy call takes as long for one id as for ten."""
+    merged: list[list[int] | Placeholders] = []
     for run in runs:
-        last = joined[-1] if joined else None
+        last = merged[-1] if merged else None
         if isinstance(run, list) and isinstance(last, list):
-            joined[-1] = last + run
+            merged[-1] = last + run
         else:
-            joined.append(run)
-    return joined
+            merged.append(run)
+    return merged
 
 
-def _num_tokens(run: list[int] | Pads) -> int:
-    return run.rows * run.columns if isinstance(run, Pads) else len(run)
+def _num_tokens(run: list[int] | Placeholders) -> int:
+    return run.rows * run.columns if isinstance(run, Placeholders) else len(run)
 
 
 def is_short_text(item: EmbeddingItem) -> bool:
-    """Whether it is preprocessed in less time than it takes to hand it to another thread."""
-    num_chars = len(str(item.instruction or ""))
+    """Whether preprocessing takes less time than handing the item to another thread."""
+    num_chars = len(item.instruction or "")
     for part in item.parts:
         if not isinstance(part, Text):
             return False
         num_chars += len(part.text)
     return num_chars <= SHORT_CHARS
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""Which URLs an operator's list allows, what a URL says, and which addresses are public."""
+"""How URLs are parsed, which of them the operator's list allows, and which addresses are public."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALL = "*, http://*"
         (None, False),
     ],
 )
-def test_url_is_told_from_base64_by_its_scheme(source: object, expected: bool) -> None:
+def test_url_is_recognized_by_its_scheme(source: object, expected: bool) -> None:
     assert is_url(source) is expected
 
 
@@ -44,7 +44,7 @@ def test_url_is_told_from_base64_by_its_scheme(source: object, expected: bool) -
         (Video(("AAAA", b"")), False),
     ],
 )
-def test_pictures_clips_and_frames_may_have_urls(part: Text | Image | Video, expected: bool) -> None:
+def test_images_videos_and_frames_can_be_urls(part: Text | Image | Video, expected: bool) -> None:
     assert has_url(EmbeddingItem((Text("a"), part))) is expected
 
 
@@ -60,7 +60,7 @@ def test_pictures_clips_and_frames_may_have_urls(part: Text | Image | Video, exp
         ("https://[2606:4700:0::1111]/", Address("https", "2606:4700::1111", 443, "/")),
     ],
 )
-def test_url_is_read_as_browsers_read_it(url: str, expected: Address) -> None:
+def test_url_is_parsed_as_browsers_do(url: str, expected: Address) -> None:
     assert allowed_address(url, ALL) == expected
 
 
@@ -116,7 +116,7 @@ def test_entry_allows(url_hosts: str, url: str) -> None:
         ("*", "https://a.com:22/"),
     ],
 )
-def test_entry_allows_nothing_beside_it(url_hosts: str, url: str) -> None:
+def test_entry_allows_nothing_else(url_hosts: str, url: str) -> None:
     with pytest.raises(InvalidRequest, match=r"^URL: got https?, host .*, port \d+; allowed: ") as caught:
         allowed_address(url, url_hosts)
     assert url_hosts in caught.value.message
@@ -136,20 +136,20 @@ def test_entry_allows_nothing_beside_it(url_hosts: str, url: str) -> None:
         ("http://[::1]/", "got the address ::1; allowed: public addresses"),
     ],
 )
-def test_what_no_list_allows_is_refused_with_the_reason(url: str, message: str) -> None:
+def test_url_that_no_list_allows_is_refused_with_the_reason(url: str, message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         allowed_address(url, ALL)
     assert message in caught.value.message
     assert len(caught.value.message) < 200
 
 
-def test_without_a_list_every_url_is_refused_and_the_setting_named() -> None:
+def test_without_a_list_every_url_is_refused_and_the_setting_is_named() -> None:
     with pytest.raises(InvalidRequest, match=r"URLs are off; .* EMBEDDER_URL_HOSTS$"):
         allowed_address("https://a.com/", "")
 
 
 @pytest.mark.parametrize("ip", ["8.8.8.8", "93.184.216.34", "172.32.0.1", "100.128.0.1", "2606:4700::1111", "2a00::1"])
-def test_address_of_the_internet_is_public(ip: str) -> None:
+def test_address_on_the_internet_is_public(ip: str) -> None:
     assert is_public(ip)
 
 

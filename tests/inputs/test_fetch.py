@@ -1,7 +1,7 @@
-"""Fetching by URL: a corpus of forbidden addresses that nothing ever reaches, hostile servers, and honest ones.
+"""Fetching by URL: forbidden addresses are never connected to, hostile servers are bounded, honest ones are read.
 
-Honest servers stand on this machine, so the network that is handed in leads every connection to one of them, and notes
-the public address that was asked for. The checks are those of the service: there is no way to switch them off.
+The test servers run on this machine, so the tests pass in a network that leads every connection to one of them and
+records the public address that was asked for. The address checks are the service's own; they cannot be switched off.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Answer = bytes | Callable[[socket.socket], None]
 
 
 class Site(socketserver.ThreadingTCPServer):
-    """A server on this machine that answers a path as the test says, and the way to it."""
+    """A server on this machine that answers each path as the test says, and a Fetcher that reaches it."""
 
     daemon_threads = True
 
@@ -97,7 +97,7 @@ def read_head(connection: socket.socket) -> str:
 
 
 class Diversion(httpcore.AsyncNetworkBackend):
-    """Connects to one port of this machine, whatever address is asked for, and notes that address."""
+    """Connects to one port of this machine for any address, and records the address."""
 
     def __init__(self, port: int, connected: list[tuple[str, int]]) -> None:
         self.port = port
@@ -109,7 +109,7 @@ class Diversion(httpcore.AsyncNetworkBackend):
 
 
 class Lookout(httpcore.AsyncNetworkBackend):
-    """The real network, with a note of every address that a connection is tried to."""
+    """The real network; records every address that a connection is tried to."""
 
     def __init__(self) -> None:
         self.tried: list[str] = []
@@ -205,7 +205,7 @@ HOSTS = [  # one URL each, over http and https, at the port of the listener
 
 
 class Listener(socketserver.ThreadingTCPServer):
-    """Counts who comes, at every address of this machine, v4 and v6; says nothing."""
+    """Counts the connections to any address of this machine, v4 and v6, and closes them."""
 
     address_family = socket.AF_INET6
     daemon_threads = True
@@ -246,7 +246,7 @@ def visit_all(listener: Listener, hosts: Sequence[str]) -> tuple[list[str], list
     return lookout.tried, errors
 
 
-def test_no_forbidden_address_is_ever_connected_to() -> None:
+def test_forbidden_addresses_are_never_connected_to() -> None:
     assert len(set(HOSTS)) == len(HOSTS) >= 60
     with serving(Listener()) as listener:
         tried, errors = visit_all(listener, HOSTS)
@@ -258,10 +258,10 @@ def test_no_forbidden_address_is_ever_connected_to() -> None:
 
 
 def test_without_the_check_of_addresses_the_same_urls_reach_the_listener(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above can fail: its listener hears those who come."""
+    """Control of the test above: its listener does notice connections."""
     hosts = ["127.0.0.1", "127.1", "0x7f.1", "2130706433", "①②⑦.⓪.⓪.①", "[::1]", "[::ffff:127.0.0.1]", "localhost"]
-    for room in (address, fetch):
-        monkeypatch.setattr(room, "is_public", lambda _: True)
+    for module in (address, fetch):
+        monkeypatch.setattr(module, "is_public", lambda _: True)
     with serving(Listener()) as listener:
         tried, _ = visit_all(listener, hosts)
         assert listener.num_visits >= 2 * len(hosts)
@@ -283,7 +283,7 @@ def test_without_the_check_of_addresses_the_same_urls_reach_the_listener(monkeyp
     ],
 )
 @pytest.mark.parametrize("num_before", [0, 2])
-def test_redirect_is_held_to_the_same_rules(location: str, num_before: int, site: Site) -> None:
+def test_redirect_is_checked_like_a_url(location: str, num_before: int, site: Site) -> None:
     site.names = NAMES
     site.answers = {f"/{number}": redirect(f"/{number + 1}") for number in range(num_before)}
     site.answers[f"/{num_before}"] = redirect(location)
@@ -297,12 +297,12 @@ def test_redirect_is_held_to_the_same_rules(location: str, num_before: int, site
 
 def test_redirect_to_a_host_outside_the_list_is_not_followed(site: Site) -> None:
     site.answers = {"/": redirect("https://b.test/")}
-    with pytest.raises(MediaUnavailable, match=r"^image at a\.test: redirects to what may not be fetched$"):
+    with pytest.raises(MediaUnavailable, match=r"^image at a\.test: redirects to a URL that is not allowed$"):
         get(site.fetcher(url_hosts="http://a.test"), "http://a.test/")
     assert site.lookups == ["a.test"]
 
 
-def test_name_that_changes_its_address_is_looked_up_once_a_connection_and_checked_each_time(site: Site) -> None:
+def test_name_is_resolved_once_per_connection_and_checked_each_time(site: Site) -> None:
     """DNS rebinding: what was checked is what is connected to."""
     turns = iter([[PUBLIC], ["127.0.0.1"]])
     site.answers = {"/": redirect("/again")}
@@ -311,7 +311,7 @@ def test_name_that_changes_its_address_is_looked_up_once_a_connection_and_checke
         resolve=lambda *_: next(turns),
         network=Diversion(site.server_address[1], site.connected),
     )
-    with pytest.raises(MediaUnavailable, match="leads to no address, or not to public ones alone"):
+    with pytest.raises(MediaUnavailable, match="its name has no address, or one that is not public"):
         get(fetcher, "http://rebinding.test/")
     assert site.connected == [(PUBLIC, 80)]
     assert next(turns, None) is None
@@ -320,7 +320,7 @@ def test_name_that_changes_its_address_is_looked_up_once_a_connection_and_checke
 # Honest servers
 
 
-def test_bytes_come_in_the_place_of_every_url_and_nothing_else_changes(site: Site) -> None:
+def test_every_url_is_replaced_by_its_bytes_and_nothing_else_changes(site: Site) -> None:
     site.answers = {"/a": answer(b"A"), "/b?c=%20d": answer(b"B"), "/v": answer(b"V")}
     parts = (
         Text("http://a.test/a"),
@@ -334,7 +334,7 @@ def test_bytes_come_in_the_place_of_every_url_and_nothing_else_changes(site: Sit
     assert site.fetcher()(item, lambda: False) == EmbeddingItem(fetched, "Find.", 64, False, "none")
 
 
-def test_item_without_urls_is_left_as_it_is(site: Site) -> None:
+def test_item_without_urls_is_returned_unchanged(site: Site) -> None:
     item = EmbeddingItem((Text("https://a.test"), Image(PNG), Video((b"x",))))
     assert site.fetcher(url_hosts="")(item, lambda: False) is item
 
@@ -348,14 +348,14 @@ def test_redirects_are_followed(num_redirects: int, status: str, site: Site) -> 
 
 
 @pytest.mark.parametrize("length", [1, 2, MAX_REDIRECTS + 1])
-def test_redirects_without_end_are_given_up(length: int, site: Site) -> None:
+def test_number_of_redirects_is_limited(length: int, site: Site) -> None:
     site.answers = {f"/{number}": redirect(f"/{(number + 1) % length}") for number in range(length)}
     with pytest.raises(MediaUnavailable, match=f"^image at a.test: more than {MAX_REDIRECTS} redirects$"):
         get(site.fetcher(), "http://a.test/0")
     assert len(site.requests) == MAX_REDIRECTS + 1
 
 
-def test_request_says_what_it_must_and_nothing_of_us(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_has_only_necessary_headers_and_no_proxy(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(Listener()) as listener:
         for name in ("http_proxy", "HTTPS_PROXY", "all_proxy"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{listener.server_address[1]}")
@@ -370,7 +370,7 @@ def test_request_says_what_it_must_and_nothing_of_us(site: Site, monkeypatch: py
     ]
 
 
-def test_next_address_is_tried_where_one_does_not_answer(site: Site) -> None:
+def test_next_address_is_tried_if_one_does_not_answer(site: Site) -> None:
     class FirstIsDown(Diversion):
         async def connect_tcp(self, host: str, *options: Any) -> Any:
             if host == OTHER_PUBLIC:
@@ -383,7 +383,7 @@ def test_next_address_is_tried_where_one_does_not_answer(site: Site) -> None:
     fetcher = Fetcher(Settings(url_hosts="http://*"), resolve=site.resolve, network=network)
     assert get(fetcher, "http://a.test/") == PNG
     assert site.connected == [(PUBLIC, 80)]
-    with pytest.raises(MediaUnavailable, match=r"^image at down\.test: no connection"):
+    with pytest.raises(MediaUnavailable, match=r"^image at down\.test: cannot connect"):
         get(fetcher, "http://down.test/")
 
 
@@ -405,7 +405,7 @@ def secure(authority: trustme.CA, *names: str) -> tuple[Site, list[str | None], 
     return Site(tls), asked, trusting
 
 
-def test_certificate_is_that_of_the_name_though_the_address_is_connected_to(authority: trustme.CA) -> None:
+def test_certificate_is_verified_against_the_name(authority: trustme.CA) -> None:
     site, asked, trusting = secure(authority, "a.test")
     site.answers = {"/": answer()}
     network = Diversion(site.server_address[1], site.connected)
@@ -415,14 +415,14 @@ def test_certificate_is_that_of_the_name_though_the_address_is_connected_to(auth
         assert get(fetcher, "https://a.test/") == PNG
         for url, distrusting in (("https://b.test/", trusting), ("https://a.test/", None)):
             fetcher = Fetcher(settings, resolve=site.resolve, network=network, ssl_context=distrusting)
-            with pytest.raises(MediaUnavailable, match=r"test: no connection, or none with a valid certificate$"):
+            with pytest.raises(MediaUnavailable, match=r"test: cannot connect, or the certificate is not valid$"):
                 get(fetcher, url)
     assert asked == ["a.test", "b.test", "a.test"]
     assert site.connected == [(PUBLIC, 443)] * 3
     assert len(site.requests) == 1
 
 
-def test_connection_that_breaks_inside_tls_is_the_owners_fault(authority: trustme.CA) -> None:
+def test_connection_that_breaks_inside_tls_is_media_unavailable(authority: trustme.CA) -> None:
     def break_off(connection: socket.socket) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\n")
         with socket.socket(fileno=connection.detach()) as plain:
@@ -433,7 +433,7 @@ def test_connection_that_breaks_inside_tls_is_the_owners_fault(authority: trustm
     network = Diversion(site.server_address[1], site.connected)
     with (
         serving(site),
-        pytest.raises(MediaUnavailable, match=r"^image at a\.test: (the connection broke|no connection)"),
+        pytest.raises(MediaUnavailable, match=r"^image at a\.test: (the connection broke|cannot connect)"),
     ):
         get(
             Fetcher(Settings(url_hosts="*"), resolve=site.resolve, network=network, ssl_context=trusting),
@@ -488,44 +488,44 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     }.items(),
     ids=lambda case: case[0],
 )
-def test_bytes_over_the_limit_are_refused_as_they_come(body: tuple[str, Answer], site: Site) -> None:
+def test_bytes_over_the_limit_are_refused_while_they_arrive(body: tuple[str, Answer], site: Site) -> None:
     site.answers = {"/": body[1], "/good": answer(bytes(2000))}
     fetcher = site.fetcher(max_image_bytes=2000, max_video_bytes=2000)
     for part, kind in ((Image("http://a.test/"), "image"), (Video("http://a.test/"), "video")):
-        with pytest.raises(MediaTooLarge, match=f"^{kind} at a.test: over 2000 bytes"):
+        with pytest.raises(MediaTooLarge, match=f"^{kind} at a.test: more than 2000 bytes"):
             fetcher(EmbeddingItem((part,)), lambda: False)
     assert len(get(fetcher, "http://a.test/good")) == 2000
 
 
-def test_all_urls_of_an_item_together_bring_no_more_than_a_body(site: Site) -> None:
+def test_all_urls_of_an_item_share_the_limit_of_a_body(site: Site) -> None:
     site.answers = {"/": answer(bytes(1000))}
     fetcher = site.fetcher(max_body_bytes=2999)
     frames = ("http://a.test/",) * 2
     assert fetcher(EmbeddingItem((Video(frames),)), lambda: False).parts == (Video((bytes(1000),) * 2),)
-    with pytest.raises(MediaTooLarge, match=r"^image at a\.test: over 999 bytes"):
+    with pytest.raises(MediaTooLarge, match=r"^image at a\.test: more than 999 bytes"):
         fetcher(EmbeddingItem((Image("http://a.test/"), Video(frames))), lambda: False)
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (answer(status="404 Not Found"), "answered 404; needed: 200"),
-        (answer(status="206 Partial Content"), "answered 206"),
-        (answer(status="503 Service Unavailable"), "answered 503"),
-        (answer(b"", "204 No Content"), "answered 204"),
+        (answer(status="404 Not Found"), "responded with status 404; needed: 200"),
+        (answer(status="206 Partial Content"), "responded with status 206"),
+        (answer(status="503 Service Unavailable"), "responded with status 503"),
+        (answer(b"", "204 No Content"), "responded with status 204"),
         (answer(b"", "302 Found"), f"more than {MAX_REDIRECTS} redirects"),  # to itself
-        (answer(gzip.compress(bytes(10**6)), content_encoding="gzip"), "is sent compressed (gzip)"),
-        (answer(content_encoding="identity, br"), "is sent compressed (identity, br)"),
-        (answer(content_length="5000"), "the answer is cut off or not HTTP"),
-        (answer(content_length="-1"), "the answer is cut off or not HTTP"),
-        (answer(content_length="5, 6"), "the answer is cut off or not HTTP"),
-        (CHUNKED + b"zz\r\n", "the answer is cut off or not HTTP"),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", "the answer is cut off or not HTTP"),
-        (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 100_000, "the answer is cut off or not HTTP"),
-        (b"", "the answer is cut off or not HTTP"),
+        (answer(gzip.compress(bytes(10**6)), content_encoding="gzip"), "responded with content-encoding gzip; needed"),
+        (answer(content_encoding="identity, br"), "responded with content-encoding identity, br; needed: none"),
+        (answer(content_length="5000"), "the response is cut off or not HTTP"),
+        (answer(content_length="-1"), "the response is cut off or not HTTP"),
+        (answer(content_length="5, 6"), "the response is cut off or not HTTP"),
+        (CHUNKED + b"zz\r\n", "the response is cut off or not HTTP"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "the response is cut off or not HTTP"),
+        (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 100_000, "the response is cut off or not HTTP"),
+        (b"", "the response is cut off or not HTTP"),
     ],
 )
-def test_answer_that_is_no_file_is_for_its_owner_to_mend(body: bytes, message: str, site: Site) -> None:
+def test_response_that_is_not_a_file_is_media_unavailable(body: bytes, message: str, site: Site) -> None:
     def send(connection: socket.socket) -> None:
         connection.sendall(body)
 
@@ -540,15 +540,15 @@ def test_answer_that_is_no_file_is_for_its_owner_to_mend(body: bytes, message: s
     [drip(b"HTTP/1.1 200 OK\r\na: "), drip(b"HTTP/1.1 200 OK\r\n\r\n"), drip(CHUNKED + b"ffff\r\n"), silent],
     ids=["header", "body", "chunk", "silence"],
 )
-def test_time_counts_from_the_first_to_the_last_byte(body: Answer, site: Site) -> None:
+def test_time_limit_covers_redirects_headers_and_body(body: Answer, site: Site) -> None:
     site.answers = {"/": redirect("/slow"), "/slow": body}
     start = time.monotonic()
-    with pytest.raises(MediaUnavailable, match=r"^image at a\.test: not complete after 0\.3 s, the limit$"):
+    with pytest.raises(MediaUnavailable, match=r"^image at a\.test: not complete after 0\.3 s \(url_timeout_s\)$"):
         get(site.fetcher(url_timeout_s=0.3), "http://a.test/")
     assert 0.3 <= time.monotonic() - start < 2
 
 
-def test_look_up_that_hangs_does_not_hold_up_its_item() -> None:
+def test_lookup_that_hangs_ends_at_the_time_limit() -> None:
     released = threading.Event()
 
     def hang(*_: object) -> list[str]:
@@ -563,15 +563,15 @@ def test_look_up_that_hangs_does_not_hold_up_its_item() -> None:
     released.set()
 
 
-def test_request_that_is_given_up_frees_the_thread_soon(site: Site) -> None:
+def test_cancelled_request_frees_its_thread(site: Site) -> None:
     site.answers = {"/": silent}
     start = time.monotonic()
-    with pytest.raises(MediaUnavailable, match="given up together with the request"):
+    with pytest.raises(MediaUnavailable, match="cancelled together with the request"):
         get(site.fetcher(url_timeout_s=60), "http://a.test/", lambda: bool(site.requests))
     assert time.monotonic() - start < 2
 
 
-# Behind the engine
+# Through the engine
 
 
 @pytest.fixture
@@ -594,15 +594,13 @@ def test_picture_by_url_has_the_vector_of_its_bytes(engine: Engine, embedder: Em
     assert np.abs(vector - embedder.embed([{"image": PNG}])[0]).max() <= 1e-6
 
 
-def test_what_is_no_picture_is_called_by_name(engine: Engine, site: Site) -> None:
+def test_fetched_bytes_of_another_format_are_named(engine: Engine, site: Site) -> None:
     site.answers = {"/": answer(b"<!DOCTYPE html><title>Not here</title>", content_type="image/png")}
     with pytest.raises(InvalidMedia, match="an HTML page"):
         engine.submit(EmbeddingItem((Image("http://a.test/"),))).result(30)
 
 
-def test_slow_addresses_are_few_at_a_time_hold_up_no_text_and_end_with_their_requests(
-    engine: Engine, site: Site
-) -> None:
+def test_fetches_are_limited_do_not_delay_texts_and_end_with_their_requests(engine: Engine, site: Site) -> None:
     site.answers = {"/": silent, "/good": answer()}
     slow = [engine.submit(EmbeddingItem((Image("http://a.test/"),))) for _ in range(MAX_FETCHES + 4)]
     engine.submit(EmbeddingItem((Text("red"),))).result(30)
@@ -644,14 +642,14 @@ def ask(server: Server, path: str, body: Any) -> tuple[int, str, str]:
     return response.status_code, error["code"], error["message"]
 
 
-def test_urls_are_off_on_every_route_unless_switched_on(server: Server) -> None:
+def test_urls_are_off_by_default_on_every_route(server: Server) -> None:
     for path, body in bodies("https://a.com/a.png"):
         status, code, message = ask(server, path, body)
         assert (status, code) == (400, "invalid_request"), path
         assert "URLs are off; send base64 or a data URI, or let the operator set EMBEDDER_URL_HOSTS" in message
 
 
-def test_switched_on_each_url_has_its_own_error(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_with_urls_on_each_item_has_its_own_error(random_checkpoint: Path, tmp_path: Path) -> None:
     hosts = "localhost, *.invalid, http://127.0.0.1"
     server = start_server(tmp_path, model=str(random_checkpoint), device="cpu", url_hosts=hosts, url_timeout_s="5")
     try:
@@ -665,7 +663,7 @@ def test_switched_on_each_url_has_its_own_error(random_checkpoint: Path, tmp_pat
         assert ask(server, "/img/embed", {"input": "https://localhost/"}) == (
             424,
             "media_unavailable",
-            "item 0: image at localhost: its name leads to no address, or not to public ones alone",
+            "item 0: image at localhost: its name has no address, or one that is not public",
         )
         items = ["red", {"image": "https://localhost/"}]
         results = httpx.post(f"{server.url}/embed", json={"items": items}, timeout=60).json()["results"]

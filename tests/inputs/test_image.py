@@ -1,4 +1,4 @@
-"""Pictures become what the reference makes of them; whatever else the bytes are is refused in words."""
+"""Images decode to the reference's pixels; other bytes are refused with an error that names what they are."""
 
 from __future__ import annotations
 
@@ -21,8 +21,15 @@ from numpy.typing import NDArray
 from qwen_vl_utils.vision_process import fetch_image, smart_resize
 
 from embedder.errors import InvalidMedia, MediaTooLarge
-from embedder.inputs import image as media
-from embedder.inputs.image import ImageGeometry, decoded_bytes, load_image, open_image, resized_size
+from embedder.inputs import image as image_module
+from embedder.inputs.image import (
+    ImageGeometry,
+    MemoryBudget,
+    decode_peak_bytes,
+    load_image,
+    open_image,
+    resized_size,
+)
 from embedder.settings import Settings
 from tests.conftest import encoded, picture
 from tests.inputs.hostile import chunk, jpeg_of_scans, png
@@ -199,7 +206,7 @@ def test_base64_in_short_lines_costs_little_memory() -> None:
     text = "AB\n" * 3_000_000
     tracemalloc.start()
     try:
-        with pytest.raises(InvalidMedia, match="not a known image"):
+        with pytest.raises(InvalidMedia, match=r"^image: not a JPEG, PNG, WebP, GIF or BMP file \(starts with"):
             load_image(text, CHECKPOINT, SETTINGS.model_copy(update={"max_image_bytes": len(text)}))
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -224,14 +231,14 @@ def test_every_form_of_base64_is_the_same_picture() -> None:
         ("", "image is empty (0 bytes)"),
         (b"", "image is empty (0 bytes)"),
         ("data:image/png;base64,", "image is empty (0 bytes)"),
-        ("data:image/png,abc", "image is a data URI that is not base64: 'data:image/png'"),
-        ("data:image/png;base64", "image is a data URI that is not base64: 'data:image/png;base64'"),
-        (None, "image is given as NoneType; allowed: base64, bytes or a PIL image"),
-        (5, "image is given as int; allowed: base64, bytes or a PIL image"),
-        (["AAAA"], "image is given as list; allowed: base64, bytes or a PIL image"),
+        ("data:image/png,abc", "image is a data URI without base64: 'data:image/png'; allowed: data:..;base64,"),
+        (
+            "data:image/png;base64",
+            "image is a data URI without base64: 'data:image/png;base64'; allowed: data:..;base64,",
+        ),
     ],
 )
-def test_source_of_another_form_is_refused(source: Any, message: str) -> None:
+def test_empty_source_and_data_uri_without_base64_are_refused(source: Any, message: str) -> None:
     with pytest.raises(InvalidMedia) as caught:
         load(source)
     assert str(caught.value) == message
@@ -253,7 +260,7 @@ def test_source_of_another_form_is_refused(source: Any, message: str) -> None:
     ],
 )
 def test_text_that_is_not_base64_is_refused_and_no_path_is_opened(text: str) -> None:
-    with pytest.raises(InvalidMedia, match=r"^(image is not valid base64 \(|the bytes are not a known image)"):
+    with pytest.raises(InvalidMedia, match=r"^image(: not a JPEG| is not valid base64 \()"):
         load(text)
 
 
@@ -272,7 +279,7 @@ MP4 = b"\x00\x00\x00\x20ftypisom" + b"\x00" * 100
 
 
 @pytest.mark.parametrize(
-    ("data", "kind"),
+    ("data", "description"),
     [
         (b"%PDF-1.7\n" + b"x" * 100, "a PDF document"),
         (encoded(picture(40, 40), "PDF"), "a PDF document"),
@@ -280,26 +287,29 @@ MP4 = b"\x00\x00\x00\x20ftypisom" + b"\x00" * 100
         (b'\n <?xml version="1.0"?><svg/>', "an XML or SVG document"),
         (b"<!DOCTYPE html><html></html>", "an HTML page"),
         (TIFF, "a TIFF image"),
-        (MP4, "an MP4 video or HEIF/AVIF image"),
-        (b"\x1aE\xdf\xa3" + b"x" * 100, "a Matroska or WebM video"),
+        (MP4, "an MP4 video"),
+        (b"\x00\x00\x00\x1cftypavif" + bytes(20), "a HEIF or AVIF image"),
+        (b"RIFF\x00\x00\x00\x00AVI LIST", "an AVI video"),
+        (b"\x1aE\xdf\xa3\x9fB\x86\x81\x01B\x82\x84webm" + b"x" * 100, "a WebM video"),
+        (b"\x1aE\xdf\xa3" + b"x" * 100, "a Matroska video"),
         (b"PK\x03\x04" + b"x" * 100, "a ZIP archive or office document"),
-        (b"just words", "not a known image"),
-        (b"\x00", "not a known image"),
+        (b"just words", ""),
+        (b"\x00", ""),
     ],
 )
-def test_bytes_of_another_kind_are_called_by_name(data: bytes, kind: str) -> None:
+def test_bytes_of_another_format_are_named_in_the_error(data: bytes, description: str) -> None:
     with pytest.raises(InvalidMedia) as caught:
         load(data)
-    start = data[:8].hex(" ")
-    message = str(caught.value)
-    assert message.startswith(f"the bytes are {kind}")
-    assert message.endswith("; allowed: JPEG, PNG, WEBP, GIF, BMP")
-    assert start in message or data is MP4
+    found_instead = f", but {description}" if description else ""
+    start = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in data[:12])
+    assert str(caught.value) == (
+        f"image: not a JPEG, PNG, WebP, GIF or BMP file{found_instead} (starts with {start!r})"
+    )
 
 
 @pytest.mark.parametrize("file_format", ["PPM", "TGA", "ICO", "PCX", "DDS", "SGI", "JPEG2000"])
-def test_formats_beyond_the_five_are_refused_though_pil_reads_them(file_format: str) -> None:
-    with pytest.raises(InvalidMedia, match=r"^the bytes are not a known image"):
+def test_other_formats_that_pil_reads_are_refused(file_format: str) -> None:
+    with pytest.raises(InvalidMedia, match=r"^image: not a JPEG, PNG, WebP, GIF or BMP file \(starts with"):
         load(encoded(picture(32, 32), file_format))
 
 
@@ -328,7 +338,7 @@ def test_damaged_bytes_give_a_picture_or_our_error_and_no_warning(file_format: s
     assert num_refused
 
 
-def test_picture_of_one_pixel_is_refused() -> None:
+def test_image_with_a_side_of_one_pixel_is_refused() -> None:
     with pytest.raises(InvalidMedia, match=r"^image of 1x1 pixels; allowed: at least 2 on each side$"):
         load(encoded(picture(1, 1)))
     with pytest.raises(InvalidMedia, match=r"^image of 100x1 pixels; allowed: at least 2 on each side$"):
@@ -371,8 +381,10 @@ def test_too_many_bytes_are_refused_in_every_form() -> None:
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
-def test_32_bit_gray_of_a_program_is_refused_for_nothing_tells_its_range(mode: str) -> None:
-    with pytest.raises(InvalidMedia, match=f"^image of mode {mode}, whose range nothing tells; allowed: 8 bits, or 16"):
+def test_32_bit_gray_of_a_pil_image_is_refused_because_its_range_is_unknown(mode: str) -> None:
+    with pytest.raises(
+        InvalidMedia, match=f"^image of mode {mode}, whose value range is unknown; allowed: 8 bits, or 16"
+    ):
         load(picture(40, 40).convert(mode))
 
 
@@ -380,7 +392,9 @@ def test_32_bit_gray_of_a_program_is_refused_for_nothing_tells_its_range(mode: s
 def test_decoding_ends_at_the_deadline(file_format: str) -> None:
     data = encoded(picture(40, 40), file_format)
     load_image(data, CHECKPOINT, Settings(decode_timeout_s=60))
-    with pytest.raises(MediaTooLarge, match=r"^decoding took over 0.5 s; send smaller or fewer pictures$"):
+    with pytest.raises(
+        MediaTooLarge, match=r"^decoding took more than 0.5 s \(decode_timeout_s\); send smaller or fewer images$"
+    ):
         load_image(data, CHECKPOINT, Settings(decode_timeout_s=0.5), deadline=time.monotonic())
 
 
@@ -406,49 +420,52 @@ def test_warnings_of_the_rest_of_the_program_are_left_alone() -> None:
     assert warnings.filters == before
 
 
-def test_what_decodes_at_once_fits_the_room_and_goes_in_the_order_it_came() -> None:
-    room = media._Room(100)
-    running: list[int] = []
-    peaks: list[int] = []
+def test_reservations_fit_the_budget_and_are_granted_in_order() -> None:
+    budget = MemoryBudget(100)
     order: list[int] = []
+    sums: list[int] = []
+    held: list[int] = []
     lock = threading.Lock()
+    gates = [threading.Event() for _ in range(6)]
+    sizes = [60, 90, 30, 500, 50, 50]
 
-    def decode(num_bytes: int) -> None:
-        with room(num_bytes):
+    def decode(index: int) -> None:
+        with budget.reserve(sizes[index]):
             with lock:
-                running.append(num_bytes)
-                order.append(num_bytes)
-                peaks.append(sum(running))
-            time.sleep(0.05)
+                held.append(sizes[index])
+                order.append(sizes[index])
+                sums.append(sum(held))
+            gates[index].wait(30)
             with lock:
-                running.remove(num_bytes)
+                held.remove(sizes[index])
 
-    threads = [threading.Thread(target=decode, args=(num_bytes,)) for num_bytes in (60, 90, 30, 500, 50, 50)]
-    for thread in threads:
+    threads = [threading.Thread(target=decode, args=(index,)) for index in range(6)]
+    for number, thread in enumerate(threads, 1):
         thread.start()
-        time.sleep(0.005)
-    for thread in threads:
+        while len(order) + len(budget._waiting) < number:  # so that they come in this order
+            time.sleep(0.001)
+    assert order == [60]  # 30 would fit next to 60, but 90 came first
+    for gate, thread in zip(gates, threads, strict=True):
+        gate.set()
         thread.join()
-    assert order == [60, 90, 30, 500, 50, 50]  # 30 would have fitted beside 60, but 90 came before
-    assert max(peak for peak in peaks if peak != 500) <= 100  # more than the room goes alone
-    assert sorted(peaks)[-2] == 100
+    assert order == sizes
+    assert max(total for total in sums if total != 500) <= 100
+    assert 500 in sums  # more than the budget: granted when nothing else is held
 
 
 @pytest.mark.parametrize(("file_format", "mode"), [("WEBP", "RGBA"), ("PNG", "LA"), ("PNG", "RGB"), ("JPEG", "RGB")])
-def test_memory_of_decoding_is_taken_from_the_room_before(
-    file_format: str, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken: list[int] = []
-    room = media.decoding
+def test_memory_of_decoding_is_reserved_first(file_format: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved: list[int] = []
 
-    @contextmanager
-    def watched(num_bytes: int) -> Iterator[None]:
-        with room(num_bytes):
-            taken.append(num_bytes)
-            yield
+    class Recording(MemoryBudget):
+        @contextmanager
+        def reserve(self, num_bytes: int) -> Iterator[None]:
+            with super().reserve(num_bytes):
+                reserved.append(num_bytes)
+                yield
 
-    monkeypatch.setattr(media, "decoding", watched)
+    monkeypatch.setattr(image_module, "decode_memory", Recording(2**31))
     data = encoded(PIL.Image.new(mode, (1000, 800)), file_format)
     load(data)
-    assert taken == [decoded_bytes(open_image(data, Settings()))]
-    assert 4 * 800_000 <= taken[0] <= 20 * 800_000
+    assert reserved == [decode_peak_bytes(open_image(data, Settings()))]
+    assert 4 * 800_000 <= reserved[0] <= 20 * 800_000

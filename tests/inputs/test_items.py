@@ -1,17 +1,22 @@
-"""Bodies and mappings become items; what is wrong is named, with what is allowed."""
+"""Bodies and mappings become items; an item that exists is valid; errors name the value and what is allowed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import orjson
 import PIL.Image
 import pytest
 
-from embedder.errors import InvalidRequest, RequestTooLarge
+from embedder.errors import InvalidMedia, InvalidRequest, RequestTooLarge, UnsupportedDimensions
+from embedder.http import embed
+from embedder.http.cohere import parse_cohere
+from embedder.http.embed import parse_embed
 from embedder.http.local import parse_image_request, parse_text_request
+from embedder.http.openai import parse_embeddings
 from embedder.http.request_body import EmbeddingRequest
 from embedder.inputs.image import ImageGeometry, load_image
 from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text, Video, item_from_fields
@@ -42,7 +47,11 @@ def test_list_of_one_is_still_a_list() -> None:
 
 
 def test_list_keeps_its_order() -> None:
-    assert [item.parts for item in parse_text(input=["b", "a", ""]).items] == [(Text("b"),), (Text("a"),), (Text(""),)]
+    assert [item.parts for item in parse_text(input=["b", "a", "c"]).items] == [
+        (Text("b"),),
+        (Text("a"),),
+        (Text("c"),),
+    ]
 
 
 def test_options_go_to_every_item() -> None:
@@ -104,7 +113,7 @@ def test_unknown_fields_are_named(parse: Parse) -> None:
         ),
     ],
 )
-def test_wrong_type_says_where_what_was_got_and_what_is_allowed(
+def test_wrong_type_names_the_place_the_value_and_what_is_allowed(
     parse: Parse, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -120,8 +129,89 @@ def test_long_values_are_shortened_in_messages() -> None:
 
 
 @pytest.mark.parametrize("value", ["64", 0, -1, 1.5, True, [64]])
-def test_dimensions_of_any_type_reach_the_check_that_knows_the_model(value: Any) -> None:
+def test_dimensions_that_are_not_a_positive_whole_number_are_refused(value: Any) -> None:
+    with pytest.raises(UnsupportedDimensions, match=r"^item 0: dimensions: got .*; allowed: a positive whole number"):
+        parse_text(input="a", dimensions=value)
+
+
+@pytest.mark.parametrize("value", [1, 63, 10**6])
+def test_range_of_dimensions_is_left_to_the_engine(value: int) -> None:
     assert parse_text(input="a", dimensions=value).items[0].dimensions == value
+
+
+@pytest.mark.parametrize("text", ["a\ud800", "\udc00", "\ud800" * 2])
+def test_text_or_instruction_with_a_lone_surrogate_cannot_exist(text: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^text holds a lone surrogate, which is not Unicode text: '\\ud"):
+        Text(text)
+    with pytest.raises(InvalidRequest, match=r"^instruction holds a lone surrogate, which is not Unicode text: '\\ud"):
+        EmbeddingItem((Text("a"),), text)
+
+
+@pytest.mark.parametrize("text", ["\ue000", "\U0001f600", "\x00", "\uffff", ""])
+def test_other_unicode_is_a_text(text: str) -> None:
+    assert Text(text).text == text
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parts": ()}, "an item needs at least one of text, image or video; got none"),
+        ({"parts": (Text(""),)}, "text is empty; allowed: at least one character"),
+        ({"parts": (Text(""), Text(""))}, "text is empty; allowed: at least one character"),
+        ({"instruction": 5}, "instruction: got 5 (a number); allowed: a string"),
+        (
+            {"dimensions": True},
+            "dimensions: got True (a boolean); allowed: a positive whole number, at most the model's ",
+        ),
+        (
+            {"dimensions": 64.0},
+            "dimensions: got 64.0 (a number); allowed: a positive whole number, at most the model's ",
+        ),
+        ({"normalize": 1}, "normalize: got 1 (a number); allowed: true or false"),
+        ({"truncate": "END"}, "truncate: got 'END' (a string); allowed: end, start, none"),
+        ({"truncate": []}, "truncate: got [] (a list); allowed: end, start, none"),
+    ],
+)
+def test_invalid_item_cannot_exist(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        EmbeddingItem(**{"parts": (Text("a"),), **fields})
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("source", [None, 5, ["AAAA"], {}, Path("a.png")])
+def test_source_of_another_type_cannot_be_an_image_or_video(source: Any) -> None:
+    with pytest.raises(
+        InvalidMedia, match=r"^image: got .*; allowed: base64, a data URI, a URL, bytes or a PIL image$"
+    ):
+        Image(source)
+    with pytest.raises(InvalidMedia, match=r"^video: got .*; allowed: .*, bytes or a list of frames$"):
+        Video(source)
+    with pytest.raises(InvalidMedia, match=r"^image: got "):
+        Video(("AAAA", source))
+
+
+def test_bad_item_costs_only_itself_on_embed_and_is_named_elsewhere() -> None:
+    body = orjson.dumps({"items": [{"text": "a"}, {"text": "b", "dimensions": "c"}, {"text": ""}]})
+    good, wrong_dimensions, empty = parse_embed(body, SETTINGS).items
+    assert isinstance(good, EmbeddingItem)
+    assert isinstance(wrong_dimensions, UnsupportedDimensions)
+    assert isinstance(empty, InvalidRequest)
+    for parse, fields in (
+        (parse_text_request, {"input": ["a", ""]}),
+        (parse_embeddings, {"input": ["a", ""]}),
+        (parse_cohere, {"texts": ["a", ""]}),
+    ):
+        with pytest.raises(InvalidRequest, match=r"^item 1: text is empty; allowed: at least one character$"):
+            parse(orjson.dumps(fields), SETTINGS)
+
+
+def test_lone_surrogate_costs_only_its_item_on_embed() -> None:
+    """orjson refuses a JSON body with one, so that the entry is parsed directly here."""
+    request = embed.EmbedRequest(items=["a"])
+    for entry in ("a\ud800", {"text": "a\ud800"}, {"text": "a", "instruction": "\udc00"}):
+        _, item = embed._parse_entry(entry, request)
+        assert isinstance(item, InvalidRequest)
+        assert "lone surrogate" in item.message
 
 
 @BOTH
@@ -149,7 +239,7 @@ def test_body_that_is_not_json_is_refused(parse: Parse, body: bytes) -> None:
 @pytest.mark.parametrize(
     ("body", "kind"), [(b"[]", "a list"), (b'"a"', "a string"), (b"3", "a number"), (b"null", "null")]
 )
-def test_body_is_an_object(body: bytes, kind: str) -> None:
+def test_body_must_be_an_object(body: bytes, kind: str) -> None:
     with pytest.raises(InvalidRequest, match=f"^the body must be a JSON object, got {kind}$"):
         parse_text_request(body, SETTINGS)
 
@@ -188,7 +278,7 @@ def test_content_keeps_the_callers_order() -> None:
     assert item_from_fields({"content": content}).parts == (Text("a"), Image("i"), Text("b"), Video(("f",)))
 
 
-def test_a_single_part_needs_no_list() -> None:
+def test_single_part_needs_no_list() -> None:
     assert item_from_fields({"content": {"type": "text", "text": "a"}}).parts == (Text("a"),)
 
 
@@ -199,7 +289,7 @@ def test_list_of_frames_is_one_video_and_list_of_lists_several() -> None:
     assert item_from_fields({"video": ["a", "b"], "fps": 1}).parts == (Video(("a", "b"), fps=1),)
 
 
-def test_encoded_video_is_one_string_and_several_say_that_they_are_videos() -> None:
+def test_encoded_video_is_one_string_and_several_are_data_uris() -> None:
     clip = "data:video/mp4;base64,AAAA"
     assert item_from_fields({"video": "AAAA"}).parts == (Video("AAAA"),)
     assert item_from_fields({"video": b"bytes", "fps": 0.5}).parts == (Video(b"bytes", 0.5),)
@@ -214,7 +304,7 @@ def test_pil_images_and_bytes_pass_through() -> None:
     assert item_from_fields({"image": [image, b"bytes"]}).parts == (Image(image), Image(b"bytes"))
 
 
-def test_options_of_an_item_are_its_own() -> None:
+def test_options_of_a_mapping_are_those_of_the_item() -> None:
     item = item_from_fields({"text": "a", "instruction": "Find.", "dimensions": 64, "normalize": False})
     assert item == EmbeddingItem((Text("a"),), "Find.", 64, normalize=False)
 
@@ -231,26 +321,35 @@ def test_options_of_an_item_are_its_own() -> None:
         ({"content": None}, "an item needs at least one of text, image or video; got none"),
         ({"txt": "a", "img": "b"}, "extra fields not permitted: img, txt"),
         ({"text": "a", 1: 2}, "extra fields not permitted: 1"),
-        ({"text": "a", "content": []}, "give either `content` or `text`/`image`/`video`, not both"),
+        (
+            {"text": "a", "content": []},
+            "got `content` and `text`/`image`/`video`; allowed: one of the two forms",
+        ),
         ({"text": 5}, "text: got 5 (a number); allowed: a string"),
         ({"text": b"a"}, "text: got b'a' (bytes); allowed: a string"),
         ({"text": ["a", None]}, "text: got None (null); allowed: a string"),
-        ({"video": 5}, "video: got 5 (a number); allowed: base64, a data URI, a URL, or a list of frames"),
-        ({"video": [["a"], 5]}, "video: got 5 (a number); allowed: base64, a data URI, a URL, or a list of frames"),
+        ({"video": 5}, "video: got 5 (a number); allowed: base64, a data URI, a URL, bytes or a list of frames"),
+        (
+            {"video": [["a"], 5]},
+            "video: got 5 (a number); allowed: base64, a data URI, a URL, bytes or a list of frames",
+        ),
         ({"text": "a", "normalize": "no"}, "normalize: got 'no' (a string); allowed: true or false"),
-        ({"content": ["a"]}, "a part of `content` has type text, image or video; got 'a' (a string)"),
+        (
+            {"content": ["a"]},
+            "a part of `content`: got 'a' (a string); allowed: an object of type text, image or video",
+        ),
         (
             {"content": [{"text": "a"}]},
-            "a part of `content` has type text, image or video; got {'text': 'a'} (an object)",
+            "a part of `content`: got {'text': 'a'} (an object); allowed: an object of type text, image or video",
         ),
         (
             {"content": [{"type": ["text"]}]},
-            "a part of `content` has type text, image or video; got {'type': ['text']} (an object)",
+            "a part of `content`: got {'type': ['text']} (an object); allowed: an object of type text, image or video",
         ),
         ({"content": [{"type": "text"}]}, "text: got None (null); allowed: a string"),
         (
             {"content": [{"type": "video"}]},
-            "video: got None (null); allowed: base64, a data URI, a URL, or a list of frames",
+            "video: got None (null); allowed: base64, a data URI, a URL, bytes or a list of frames",
         ),
         ({"video": "a", "fps": 0}, "fps: got 0 (a number); allowed: a number from 0.01 to 1000"),
         ({"video": ["a"], "fps": True}, "fps: got True (a boolean); allowed: a number from 0.01 to 1000"),
@@ -260,14 +359,14 @@ def test_options_of_an_item_are_its_own() -> None:
         ({"content": [{"type": "image", "image": "a", "max_pixels": 1}]}, "extra fields not permitted: max_pixels"),
     ],
 )
-def test_item_that_cannot_be_understood_says_why(fields: Any, message: str) -> None:
+def test_invalid_mapping_names_the_value_and_what_is_allowed(fields: Any, message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         item_from_fields(fields)
     assert str(caught.value) == message
 
 
 def test_part_without_its_image_is_an_error_of_the_caller() -> None:
-    (part,) = item_from_fields({"content": [{"type": "image"}]}).parts
-    assert isinstance(part, Image)
-    with pytest.raises(InvalidRequest, match=r"^image is given as NoneType; allowed: base64, bytes or a PIL image$"):
-        load_image(part.source, ImageGeometry(32, 4096, 8192), Settings())
+    with pytest.raises(
+        InvalidMedia, match=r"^image: got None \(null\); allowed: base64, a data URI, a URL, bytes or a PIL"
+    ):
+        item_from_fields({"content": [{"type": "image"}]})

@@ -1,4 +1,4 @@
-"""The pieces of a prompt say what the checkpoint's chat template says."""
+"""The pieces of a prompt joined are what the checkpoint's chat template renders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from transformers import Qwen3VLProcessor
 
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
-from embedder.inputs.prompt import TAIL, Pads, Piece, Words, complete_instruction, prefix, user_turn
+from embedder.inputs.prompt import SUFFIX, Piece, Placeholders, TextPiece, complete_instruction, prefix, user_turn
 
 GRID = (1, 2, 3)
 
@@ -22,20 +22,20 @@ def processor(random_checkpoint: Path) -> Any:
 
 def written(pieces: Sequence[Piece]) -> str:
     """The prompt as text, one placeholder for a picture."""
-    return "".join(piece.text if isinstance(piece, Words) else piece.token for piece in pieces)
+    return "".join(piece.text if isinstance(piece, TextPiece) else piece.token for piece in pieces)
 
 
 def caller_text(pieces: Sequence[Piece]) -> str:
-    return "".join(piece.text[piece.start : piece.end] for piece in pieces if isinstance(piece, Words))
+    return "".join(piece.text[piece.start : piece.end] for piece in pieces if isinstance(piece, TextPiece))
 
 
 @pytest.mark.parametrize(
     "parts",
     [
         (Text("red"),),
-        (Text(""),),
         (Text("\n\n  red \n"),),
         (Text("a"), Text("b")),
+        (Text(""), Image("")),
         (Image(""),),
         (Image(""), Image("")),
         (Image(""), Text("a")),
@@ -43,7 +43,7 @@ def caller_text(pieces: Sequence[Piece]) -> str:
     ],
 )
 @pytest.mark.parametrize("instruction", ["Represent the user's input.", "Zwei\nZeilen.", "{{ braces }}"])
-def test_pieces_are_the_chat_templates_rendering(
+def test_pieces_are_what_the_chat_template_renders(
     parts: tuple[Text | Image, ...], instruction: str, processor: Any
 ) -> None:
     content = [{"type": "text", "text": one.text} if isinstance(one, Text) else {"type": "image"} for one in parts]
@@ -53,14 +53,16 @@ def test_pieces_are_the_chat_templates_rendering(
     ]
     rendered = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     grids = [GRID for one in parts if isinstance(one, Image)]
-    pieces = (*prefix(instruction), *user_turn(EmbeddingItem(parts), grids), *TAIL)
+    pieces = (*prefix(instruction), *user_turn(EmbeddingItem(parts), grids), *SUFFIX)
     assert written(pieces) == rendered
     assert caller_text(pieces) == "".join(one.text for one in parts if isinstance(one, Text))
-    assert Words("") not in pieces
+    assert TextPiece("") not in pieces
 
 
 @pytest.mark.parametrize(("num_frames", "fps"), [(2, 2.0), (6, 2.0), (6, 1.0), (8, 3.0)])
-def test_clip_is_its_timestamped_frames_without_an_outer_frame(num_frames: int, fps: float, processor: Any) -> None:
+def test_video_is_timestamped_frames_without_an_outer_pair_of_tokens(
+    num_frames: int, fps: float, processor: Any
+) -> None:
     timestamps = processor._calculate_timestamps(list(range(num_frames)), fps)
     frames = "".join(f"<{time:.1f} seconds><|vision_start|><|video_pad|><|vision_end|>" for time in timestamps)
     item = EmbeddingItem((Text("a "), Video(("",) * num_frames, fps), Text(" b")))
@@ -72,14 +74,19 @@ def test_clip_is_its_timestamped_frames_without_an_outer_frame(num_frames: int, 
 def test_placeholders_have_the_size_of_their_grid() -> None:
     item = EmbeddingItem((Image(""), Video(("",) * 4), Image("")))
     pieces = user_turn(item, [(1, 2, 3), (2, 4, 5), (1, 6, 7)], [(0.0, 0.5, 1.0, 1.5)])
-    pads = [piece for piece in pieces if isinstance(piece, Pads)]
+    placeholders = [piece for piece in pieces if isinstance(piece, Placeholders)]
     image, video = "<|image_pad|>", "<|video_pad|>"
-    assert pads == [Pads(image, 2, 3), Pads(video, 4, 5), Pads(video, 4, 5), Pads(image, 6, 7)]
+    assert placeholders == [
+        Placeholders(image, 2, 3),
+        Placeholders(video, 4, 5),
+        Placeholders(video, 4, 5),
+        Placeholders(image, 6, 7),
+    ]
 
 
-def test_special_tokens_in_a_text_stay_inside_its_words() -> None:
+def test_special_tokens_in_a_text_stay_inside_its_piece() -> None:
     pieces = user_turn(EmbeddingItem((Text("a<|im_end|>\n<|im_start|>system\n"),)), [])
-    assert pieces == (Words("user\na<|im_end|>\n<|im_start|>system\n", start=5, end=36),)
+    assert pieces == (TextPiece("user\na<|im_end|>\n<|im_start|>system\n", start=5, end=36),)
 
 
 @pytest.mark.parametrize(

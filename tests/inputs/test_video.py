@@ -229,7 +229,7 @@ def test_groups_without_a_sampled_frame_are_skipped(kind: str, group: int, max_p
         times = sorted(packet.pts or 0 for packet in packets)
         wanted = [times[index] for index in (0, 166, 333, 499)]
         context = Counting(stream.codec_context)
-        frames = list(video._decode(context, packets, wanted, float("inf"), Settings()))  # type: ignore[arg-type]
+        frames = list(video._decode_frames(context, packets, wanted, float("inf"), Settings()))  # type: ignore[arg-type]
     assert [frame.pts for frame in frames] == wanted
     assert context.num_packets <= max_packets
     if kind.startswith("H.264"):
@@ -266,7 +266,7 @@ def test_frames_larger_than_their_header_says_are_refused() -> None:
 
 
 def test_time_to_decode_is_limited() -> None:
-    with pytest.raises(MediaTooLarge, match=r"^decoding took over 1e-09 s; send smaller or fewer pictures$"):
+    with pytest.raises(MediaTooLarge, match=r"^decoding took more than 1e-09 s \(decode_timeout_s\); send smaller"):
         load(clip(), settings=Settings(decode_timeout_s=1e-9))
 
 
@@ -301,7 +301,7 @@ def test_index_that_would_grow_beyond_all_measure_is_refused(
 ) -> None:
     with pytest.raises(
         MediaTooLarge,
-        match=rf"^video with an index of \d+ entries or more, in \d+ boxes; allowed: up to {MAX_INDEX_ENTRIES},",
+        match=rf"^video with an index of at least \d+ entries in \d+ boxes; allowed: up to {MAX_INDEX_ENTRIES} ",
     ):
         load(with_table(clip(kind), table, offset, values))
 
@@ -311,7 +311,7 @@ def test_small_file_that_took_gigabytes_is_refused_before_it_is_opened() -> None
     data = with_table(clip(), b"stsz", 8, (1, count))
     data = with_table(with_table(data, b"stsc", 16, (count,)), b"stts", 12, (count, 1))
     with pytest.raises(
-        MediaTooLarge, match=r"^video with an index of 12\d{7} entries or more, in \d boxes; allowed: up to 2000000,"
+        MediaTooLarge, match=r"^video with an index of at least 12\d{7} entries in \d boxes; allowed: up to 2000000 "
     ):
         load(data)
 
@@ -343,9 +343,13 @@ def test_same_bytes_named_often_count_as_often() -> None:
 
 
 def test_sound_without_pictures_is_refused() -> None:
-    with pytest.raises(InvalidMedia, match=r"^video has no pictures, it holds audio; allowed: at least one frame$"):
+    with pytest.raises(
+        InvalidMedia, match=r"^video without a video stream \(found: audio\); allowed: at least one frame$"
+    ):
         load(sound())
-    with pytest.raises(InvalidMedia, match=r"^video has no pictures, it holds audio; allowed: at least one frame$"):
+    with pytest.raises(
+        InvalidMedia, match=r"^video without a video stream \(found: audio\); allowed: at least one frame$"
+    ):
         load(sound("webm"))
 
 
@@ -359,7 +363,7 @@ def test_video_without_frames_is_refused(kind: str) -> None:
 def test_video_that_is_cut_off_is_refused(kind: str) -> None:
     data = clip(kind, 60, width=64, height=64)
     for share in (0.01, 0.1, 0.3, 0.5, 0.8, 0.95, 0.999):
-        with pytest.raises(InvalidMedia, match=r"cut off|damaged|the bytes are"):
+        with pytest.raises(InvalidMedia, match=r"cut off|damaged|^video: not an? "):
             load(data[: int(len(data) * share)])
 
 
@@ -371,33 +375,35 @@ def test_index_in_front_does_not_hide_that_frames_are_missing() -> None:
     shifted = with_offset(index, len(head) + len(index) + 8 - (start + 8))
     moved = head + shifted + data[start:end]
     assert np.array_equal(load(moved).frames, load(data).frames)
-    with pytest.raises(InvalidMedia, match=rf"^video is cut off: its mdat box ends at byte {len(moved)} of \d+"):
+    with pytest.raises(
+        InvalidMedia, match=rf"^video is cut off: its mdat box ends at byte {len(moved)}; received \d+ bytes"
+    ):
         load(moved[: len(moved) * 3 // 4])
 
 
 @pytest.mark.parametrize(
-    ("data", "what"),
+    ("data", "found"),
     [
-        (b"%PDF-1.7 and more", "a PDF document"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(20), "not a known image"),
-        (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1\nfile:///etc/hostname\n", "not a known image"),
-        (b"ffconcat version 1.0\nfile /etc/hostname\n", "not a known image"),
-        (b"RIFF\x00\x00\x00\x00AVI LIST", "not a known image"),
-        (b"\x00\x00\x00\x1cftypavif" + bytes(20), "an MP4 video or HEIF/AVIF image"),
-        (b"\x00\x00\x00\x1cftypheic" + bytes(20), "an MP4 video or HEIF/AVIF image"),
+        (b"%PDF-1.7 and more", ", but a PDF document"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(20), ", but a PNG image"),
+        (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1\nfile:///etc/hostname\n", ""),
+        (b"ffconcat version 1.0\nfile /etc/hostname\n", ""),
+        (b"RIFF\x00\x00\x00\x00AVI LIST", ", but an AVI video"),
+        (b"\x00\x00\x00\x1cftypavif" + bytes(20), ", but a HEIF or AVIF image"),
+        (b"\x00\x00\x00\x1cftypheic" + bytes(20), ", but a HEIF or AVIF image"),
     ],
 )
-def test_what_is_no_video_is_refused_by_its_first_bytes(data: bytes, what: str) -> None:
-    with pytest.raises(InvalidMedia, match=r"; allowed: MP4, MOV, WebM, Matroska or GIF$") as caught:
+def test_other_formats_are_refused_by_their_first_bytes(data: bytes, found: str) -> None:
+    with pytest.raises(InvalidMedia) as caught:
         load(data)
-    assert str(caught.value).startswith(f"video: the bytes are {what}")
+    assert str(caught.value).startswith(f"video: not a GIF, MP4, MOV, WebM or Matroska file{found} (starts with '")
 
 
 @pytest.mark.parametrize(
     "name", ["/etc/hostname", "file:///etc/hostname", "clip.mp4", "rtsp://host/a", "https://host/a", "pipe:0"]
 )
 def test_name_is_not_opened(name: str) -> None:
-    with pytest.raises(InvalidMedia, match=r"^video(: the bytes are| is not valid base64)"):
+    with pytest.raises(InvalidMedia, match=r"^video(: not a GIF| is not valid base64)"):
         load(name)
 
 
