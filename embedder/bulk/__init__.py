@@ -1,11 +1,13 @@
-"""A whole data set -> a data set of vectors, on Ray Data: `python -m embedder.bulk INPUT OUTPUT`. Extra: `bulk`.
+"""Embed a whole data set with Ray Data: `python -m embedder.bulk INPUT OUTPUT`. Needs the extra `bulk`.
 
-    source      the operator's files -> parts, the same in every run; a part -> its rows
-    writer      a part's vectors -> one Parquet file or Lance fragment, there whole or not at all
-    worker      a part's rows through the engine of `Embedder`; one worker a device
-    __main__    the command: what is left to do -> Ray Data's actors, and what they say -> a progress bar
+The modules, in the order in which a row passes them:
 
-What is finished is told by the files that are there, so a run that was killed at any moment goes on where it stood, and
-the part a row goes to, and its place there, are those of the input. Rows never travel through Ray's object store: a
-worker reads, embeds and writes a part by itself, so a small /dev/shm will do.
+    formats     input files -> parts, the same in every run; a part -> its records
+    source      records and column names -> rows to embed
+    worker      the rows of a part through the engine of `Embedder`; one worker per device
+    writer      the vectors of a part -> one Parquet file or Lance fragment, complete or absent
+    __main__    the command: distributes the missing parts over Ray actors and shows the progress
+
+The output files are the only state: a run that was killed resumes with the parts whose file is missing. A worker reads,
+embeds and writes a part by itself, so no rows pass through Ray's object store, and a small /dev/shm is enough.
 """

@@ -1,7 +1,8 @@
-"""`python -m embedder.bulk INPUT OUTPUT`: every row of INPUT gets its vector, or its error, in OUTPUT, exactly once.
+"""Embed a data set: OUTPUT gets one row for each row of INPUT, with its vector or its error.
 
-The model and its limits are the service's: the same `EMBEDDER_` variables. After a crash or a kill the same command
-goes on where it stood. Exit status: 0 all rows are in OUTPUT, 1 some are not yet, 2 nothing could be begun.
+Model and limits are set by the service's `EMBEDDER_` variables. After a crash or a kill, the same command resumes.
+Exit status: 0 all rows are embedded; 1 some parts are not written, run the command again; 2 the run could not start;
+3 all parts are written, but some rows have an error instead of a vector.
 """
 
 from __future__ import annotations
@@ -31,78 +32,92 @@ except ModuleNotFoundError as missing:
 from embedder.bulk.formats import Part
 from embedder.bulk.source import Columns, Source
 from embedder.bulk.writer import OutputFormat, Writer, output_schema
-from embedder.engine.postprocess import OutputDtype, check_dimensions
+from embedder.engine.admission import check_dimensions
+from embedder.engine.postprocess import OutputDtype
 from embedder.errors import ModelUnavailable, UnsupportedDimensions
 from embedder.model.checkpoint import Checkpoint, find_checkpoint
 from embedder.settings import Settings
 
-OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes; nothing but counts goes through it
+OBJECT_STORE_BYTES = 80 * 2**20  # about Ray's minimum; only counts pass through it
+ALL_EMBEDDED, PARTS_MISSING, ROWS_WITH_ERRORS = 0, 1, 3  # exit status; argparse exits with 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command and return its exit status."""
     parser = _parser()
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        job = _job(chosen)
+        job = _job(options)
         checkpoint = find_checkpoint(job.settings)
         hidden_size = json.loads((checkpoint.folder / "config.json").read_text())["text_config"]["hidden_size"]
         check_dimensions(job.dimensions, hidden_size)
         source = Source(job.input, job.columns, job.settings)
-        parts = source.parts(chosen.rows_per_part)
+        parts = source.parts(options.rows_per_part)
         writer = Writer(job.output, job.output_format)
-        note = _begin(writer, _identity(job, checkpoint, source, parts))
+        state_file = _lock_output(writer, _identity(job, checkpoint, source, parts))
     except (ValueError, OSError, ModelUnavailable, UnsupportedDimensions) as error:
         parser.error(str(error))
-    with note:
+    if source.num_left_out:
+        counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in source.num_left_out.items())
+        print(f"left out: {counts}", file=sys.stderr)
+    with state_file:
         writer.remove_unfinished()
         try:
-            is_complete = _embed(job, parts, writer, chosen.address)
+            is_complete = _embed(job, parts, writer, options.address)
         except (ray.exceptions.RayError, ConnectionError) as error:
-            print(f"stopped: {error}\nthe same command goes on where this one stood", file=sys.stderr)
-            return 1
-        if is_complete:
-            schema = output_schema(source.id_type, job.dimensions or hidden_size, job.output_dtype)
-            writer.commit(schema, [part.number for part in parts])
-    return 0 if is_complete else 1
+            print(f"stopped: {error}\nrun the same command again to resume", file=sys.stderr)
+            return PARTS_MISSING
+        if not is_complete:
+            return PARTS_MISSING
+        numbers = [part.number for part in parts]
+        writer.commit(output_schema(source.id_type, job.dimensions or hidden_size, job.output_dtype), numbers)
+        return ROWS_WITH_ERRORS if writer.count_errors(numbers) else ALL_EMBEDDED
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m embedder.bulk", description=__doc__)
-    parser.add_argument("input", type=Path, help="Parquet, JSONL, WebDataset tar, a folder of them, or one of images")
+    parser = argparse.ArgumentParser(
+        prog="python -m embedder.bulk", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "input", type=Path, help="Parquet, JSONL, WebDataset tar, a folder of one of these, or a folder of images"
+    )
     parser.add_argument("output", type=Path, help="folder (on a cluster: on a file system that all nodes share)")
     parser.add_argument("--format", choices=get_args(OutputFormat), default="parquet")
-    for name, what in {
+    for name, description in {
         "text": "column of the text",
         "image": "column of the image: bytes, base64, data URI, or a path inside the folder of INPUT",
-        "video": "column of the clip: likewise",
+        "video": "column of the video: bytes, base64, data URI, or a path inside the folder of INPUT",
         "instruction": "column of the instruction (default: EMBEDDER_DEFAULT_INSTRUCTION)",
-        "id": "column that names the row in OUTPUT (default: its file and number, of a picture its path)",
+        "id": "column of the row's id in OUTPUT (default: file and row number; of image files the path)",
     }.items():
-        parser.add_argument(f"--{name}", metavar="COLUMN", help=what)
-    parser.add_argument("--dimensions", type=int, help="size of the vectors (default: all)")
+        parser.add_argument(f"--{name}", metavar="COLUMN", help=description)
+    parser.add_argument("--dimensions", type=int, help="size of the vectors (default: the model's)")
     parser.add_argument("--output-dtype", choices=get_args(OutputDtype), default="float32")
-    parser.add_argument("--rows-per-part", type=int, default=4096, help="rows in one file of OUTPUT (%(default)s)")
-    parser.add_argument("--address", help="a Ray cluster (default: this machine)")
+    parser.add_argument(
+        "--rows-per-part", type=int, default=4096, help="rows per file of OUTPUT (default: %(default)s)"
+    )
+    parser.add_argument("--address", help="address of a Ray cluster (default: this machine)")
     return parser
 
 
-def _job(chosen: argparse.Namespace) -> Job:
+def _job(options: argparse.Namespace) -> Job:
     """Raises `ValueError`."""
     settings = Settings.from_environment()
     if settings.device.startswith("cuda:"):
-        raise ValueError(f"EMBEDDER_DEVICE={settings.device}: Ray deals out the GPUs; limit it by CUDA_VISIBLE_DEVICES")
-    if chosen.rows_per_part < 1:
-        raise ValueError(f"--rows-per-part: got {chosen.rows_per_part}; allowed: 1 and more")
-    source, output = chosen.input.resolve(), chosen.output.resolve()
+        raise ValueError(
+            f"EMBEDDER_DEVICE: got {settings.device}; allowed: auto, cpu, cuda (choose GPUs with CUDA_VISIBLE_DEVICES)"
+        )
+    if options.rows_per_part < 1:
+        raise ValueError(f"--rows-per-part: got {options.rows_per_part}; allowed: 1 and more")
+    source, output = options.input.resolve(), options.output.resolve()
     if output.is_relative_to(source):
-        raise ValueError(f"{chosen.output} lies in {chosen.input}: it would be read as input")
-    columns = Columns(chosen.text, chosen.image, chosen.video, chosen.instruction, chosen.id)
-    return Job(source, output, chosen.format, columns, chosen.dimensions, chosen.output_dtype, settings)
+        raise ValueError(f"OUTPUT {options.output} is inside INPUT {options.input}; allowed: a folder outside it")
+    columns = Columns(options.text, options.image, options.video, options.instruction, options.id)
+    return Job(source, output, options.format, columns, options.dimensions, options.output_dtype, settings)
 
 
 def _identity(job: Job, checkpoint: Checkpoint, source: Source, parts: Sequence[Part]) -> dict[str, Any]:
-    """What must be the same for parts of two runs to belong together."""
+    """What must be equal in two runs for their parts to form one output."""
     files = [(name, (source.folder / name).stat()) for name in source.names]
     read = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files], [part.to_json() for part in parts]
     settings = job.settings
@@ -121,66 +136,70 @@ def _identity(job: Job, checkpoint: Checkpoint, source: Source, parts: Sequence[
     }
 
 
-def _begin(writer: Writer, identity: dict[str, Any]) -> TextIO:
-    """Take the output: the file's lock goes when it is closed, or with this process.
+def _lock_output(writer: Writer, identity: dict[str, Any]) -> TextIO:
+    """Open and lock the state file. Closing it, or the end of this process, releases the lock.
 
-    Raises `ValueError` where another run has it, or it was begun otherwise.
+    Raises `ValueError` if another run holds the lock, or if the output was started with other options.
     """
-    writer.notes.mkdir(parents=True, exist_ok=True)
+    writer.state_folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as on_error:
-        note = on_error.enter_context((writer.notes / "job.json").open("a+"))
+        state_file = on_error.enter_context((writer.state_folder / "job.json").open("a+"))
         try:
-            fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(state_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{note.name}: another run is writing this output") from None
-        note.seek(0)
-        begun = json.loads(note.read() or "{}")
-        if begun and (other := [name for name in identity if begun.get(name) != identity[name]]):
-            raise ValueError(f"the output was begun with another {', '.join(other)}: see {note.name}")
-        if not begun:
-            note.write(json.dumps(identity, indent=1))
-            note.flush()
+            raise ValueError(f"another run is writing this output: it holds the lock of {state_file.name}") from None
+        state_file.seek(0)
+        started = json.loads(state_file.read() or "{}")
+        if started and (changed := [name for name in identity if started.get(name) != identity[name]]):
+            raise ValueError(
+                f"the output was started with another {', '.join(changed)} (see {state_file.name}); "
+                "use the same options and input, or another OUTPUT"
+            )
+        if not started:
+            state_file.write(json.dumps(identity, indent=1))
+            state_file.flush()
         on_error.pop_all()
-    return note
+    return state_file
 
 
 def _embed(job: Job, parts: Sequence[Part], writer: Writer, address: str | None) -> bool:
-    """Whether all parts are written now."""
-    left = [part for part in parts if not writer.is_written(part.number)]
+    """Embed the missing parts. Returns whether all parts are written."""
+    missing = [part for part in parts if not writer.is_written(part.number)]
     total = sum(part.num_rows for part in parts)
-    done = total - sum(part.num_rows for part in left)
-    rows, errors, faults = 0, 0, []
-    with tqdm(total=total or None, initial=done, unit="row", smoothing=0.1) as bar:
-        for counts in _run(job, left, address) if left else ():
-            rows, errors = rows + counts["rows"], errors + counts["errors"]
+    num_done = total - sum(part.num_rows for part in missing)
+    num_rows, num_errors, faults = 0, 0, []
+    with tqdm(total=total or None, initial=num_done, unit="row", smoothing=0.1) as bar:
+        for counts in _run(job, missing, address) if missing else ():
+            num_rows, num_errors = num_rows + counts["rows"], num_errors + counts["errors"]
             bar.update(counts["rows"])
-            bar.set_postfix(errors=errors)
+            bar.set_postfix(errors=num_errors)
             if counts["fault"]:
                 faults.append(counts["fault"])
-                bar.write(f"not written: {counts['fault']}", file=sys.stderr)
-    print(f"{rows} rows, {errors} of them errors; {len(left) - len(faults)} parts written, {len(faults)} not")
+                bar.write(f"part not written: {counts['fault']}", file=sys.stderr)
+    num_written = len(missing) - len(faults)
+    print(f"{num_rows} rows, {num_errors} with errors; {num_written} parts written, {len(faults)} not written")
     return not faults
 
 
 def _run(job: Job, parts: Sequence[Part], address: str | None) -> Iterator[dict[str, Any]]:
-    """What the workers say of each part, as they finish."""
+    """Embed the parts with Ray. Yields the counts of each part when it is finished."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address:
         ray.init(address)
     else:
-        os.environ.setdefault("RAY_worker_niceness", "0")  # its 15 is for who works at the machine: a quarter slower
+        os.environ.setdefault("RAY_worker_niceness", "0")  # with the default of 15, workers were 25 % slower
         ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    context.memory_usage_poll_interval_s = None  # walking a worker's pages, once a second for each part, took a sixth
+    context.memory_usage_poll_interval_s = None  # polling each worker's memory every second cost 17 % of the rate
     alive = ray.nodes()  # type: ignore[no-untyped-call]
     nodes = [node["Resources"] for node in alive if node["Alive"] and node["Resources"].get("CPU")]
     gpus = 0 if job.settings.device == "cpu" else sum(int(node.get("GPU", 0)) for node in nodes)
-    num_workers, resources = share_out(job.settings, gpus, [int(node["CPU"]) for node in nodes])
+    num_workers, resources = share_resources(job.settings, gpus, [int(node["CPU"]) for node in nodes])
     try:
         items = ray.data.from_items([{"part": part.to_json()} for part in parts], override_num_blocks=len(parts))
         counted = items.map(
-            Worker,  # type: ignore[arg-type]  # Ray makes one an actor
+            Worker,  # type: ignore[arg-type]  # Ray turns the class into actors
             fn_constructor_args=(job,),
             compute=ActorPoolStrategy(
                 size=num_workers, max_concurrent_calls_per_actor=PARTS_AT_ONCE, enable_true_multi_threading=True
@@ -192,11 +211,11 @@ def _run(job: Job, parts: Sequence[Part], address: str | None) -> Iterator[dict[
         ray.shutdown()
 
 
-def share_out(settings: Settings, num_gpus: int, cpus: Sequence[int]) -> tuple[int, dict[str, Any]]:
-    """How many workers, and what Ray reserves for each. `cpus`: of each node.
+def share_resources(settings: Settings, num_gpus: int, cpus: Sequence[int]) -> tuple[int, dict[str, Any]]:
+    """Number of workers, and the resources that Ray reserves for each. `cpus`: number of cores of each node.
 
-    A GPU, or an even fraction of one; without GPUs the cores of the smallest node in even parts, which are also the
-    threads that torch uses.
+    A worker gets a GPU or an equal fraction of one. Without GPUs it gets an equal share of the smallest node's cores,
+    which is also torch's number of threads.
     """
     num_workers = settings.num_workers(num_gpus or len(cpus))
     if num_gpus:

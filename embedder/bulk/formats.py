@@ -1,6 +1,6 @@
-"""The operator's files -> parts, the same in every run over the same files; a part -> its records, one at a time.
+"""Input files -> parts, the same in every run over the same files; a part -> its records, one at a time.
 
-One pair of functions for each format. Nothing here holds more of a file than a few rows.
+Each format has a function that plans the parts and one that reads a part. Only a few rows of a file are in memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import itertools
 import json
 import tarfile
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -19,22 +20,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedder.errors import EmbedderError, InvalidRequest, MediaTooLarge
+from embedder.inputs.formats import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-VIDEOS = ("mp4", "mov", "webm", "mkv")
-MEMBERS = {**dict.fromkeys(IMAGES, "image"), **dict.fromkeys(VIDEOS, "video"), "txt": "text"}  # column by extension
-READ_ROWS = 64  # of Parquet at once: a row may be a picture of megabytes
-MAX_ROW_BYTES = 64 * 2**20  # of a line, or of a tar's member
-BROKEN_FILE = (OSError, pa.ArrowException, tarfile.TarError)  # what reading or writing one raises
+# Column of a tar's member, by the suffix of its name
+MEMBER_COLUMNS = {
+    **dict.fromkeys(IMAGE_SUFFIXES, "image"),
+    **dict.fromkeys(VIDEO_SUFFIXES, "video"),
+    ".txt": "text",
+}
+READ_ROWS = 64  # read from Parquet at a time; a row can be an image of megabytes
+MAX_ROW_BYTES = 64 * 2**20  # of a line, or of a member of a tar
+FILE_ERRORS = (OSError, pa.ArrowException, tarfile.TarError)  # raised when a file cannot be read or written
 
-Record = tuple[str, Mapping[str, Any] | EmbedderError]  # the row's name, and its columns or why it has none
+Record = tuple[str, Mapping[str, Any] | EmbedderError]  # name of the row, and its columns or its error
 
 
 @dataclass(frozen=True)
 class Part:
-    """`num_rows` of a file from `first_row` on, which is at byte `offset` of JSONL; or the pictures `names`.
+    """`num_rows` rows of the file `path` from `first_row` on (in JSONL at byte `offset`); or the image files `names`.
 
-    A tar is one part: how many rows it has (0) is not known before it is read. Paths are relative to the folder.
+    A tar is one part of 0 rows: their number is known only after reading it. Paths are relative to the input folder.
     """
 
     number: int
@@ -45,38 +50,51 @@ class Part:
     names: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """Fit for Ray."""
+        """As a string, which Ray transports unchanged."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The way back."""
+        """The inverse of `to_json`."""
         fields = json.loads(text)
         return cls(**{**fields, "names": tuple(fields["names"])})
 
 
 @dataclass(frozen=True)
 class Format:
-    """`plan`: folder, files and rows a part -> fields of parts. `read`: folder, part and columns -> records."""
+    """`plan`: folder, files, rows per part -> fields of the parts. `read`: folder, part, columns -> records."""
 
     suffixes: tuple[str, ...]
     plan: Callable[[Path, Sequence[str], int], Iterator[dict[str, Any]]]
     read: Callable[[Path, Part, set[str]], Iterator[Record]]
 
 
-def find_files(path: Path, folder: Path) -> tuple[Format, list[str]]:
-    """What the input is, and its files, sorted, relative to the folder. Pictures count only beside nothing else.
+@dataclass(frozen=True)
+class InputFiles:
+    """The files of an input, relative to its folder, sorted. `num_left_out`: number of other files by suffix."""
 
-    Raises `ValueError` where there is none, or more than one format.
+    format: Format
+    names: list[str]
+    num_left_out: Mapping[str, int]
+
+
+def find_files(path: Path, folder: Path) -> InputFiles:
+    """Find the files of the input. Image files are the input only if no file of another format is there.
+
+    Raises `ValueError` if there is no file, or if there are several formats.
     """
-    found = [path.resolve()] if path.is_file() else sorted(one for one in folder.rglob("*") if one.is_file())
+    files = [path.resolve()] if path.is_file() else sorted(one for one in folder.rglob("*") if one.is_file())
     for formats in ((PARQUET, JSONL, TAR), (FOLDER,)):
-        of_each = {one.suffixes: [file for file in found if file.suffix.lower() in one.suffixes] for one in formats}
-        present = [one for one in formats if of_each[one.suffixes]]
+        present = [one for one in formats if any(file.suffix.lower() in one.suffixes for file in files)]
         if len(present) > 1:
-            raise ValueError(f"{path} has files of several formats: {[one.suffixes for one in present]}; name one file")
+            found = ", ".join(suffix for one in present for suffix in one.suffixes)
+            raise ValueError(f"{path} has files of several formats ({found}); allowed: one format; name one file")
         if present:
-            return present[0], [str(file.relative_to(folder)) for file in of_each[present[0].suffixes]]
+            names = [str(file.relative_to(folder)) for file in files if file.suffix.lower() in present[0].suffixes]
+            left_out = Counter(file.suffix.lower() for file in files)
+            for suffix in present[0].suffixes:
+                del left_out[suffix]
+            return InputFiles(present[0], names, left_out)
     allowed = [suffix for one in (PARQUET, JSONL, TAR, FOLDER) for suffix in one.suffixes]
     raise ValueError(f"{path}: no file to embed; allowed: {', '.join(allowed)}")
 
@@ -107,8 +125,8 @@ def plan_jsonl(folder: Path, names: Sequence[str], rows_per_part: int) -> Iterat
     for name in names:
         with (folder / name).open("rb") as file:
             numbered = enumerate(offset for offset, _ in _lines(file))
-            while run := list(itertools.islice(numbered, rows_per_part)):
-                yield {"path": name, "first_row": run[0][0], "num_rows": len(run), "offset": run[0][1]}
+            while rows := list(itertools.islice(numbered, rows_per_part)):
+                yield {"path": name, "first_row": rows[0][0], "num_rows": len(rows), "offset": rows[0][1]}
 
 
 def read_jsonl(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]:
@@ -118,8 +136,21 @@ def read_jsonl(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]:
             yield f"{part.path}#{number}", _parse(line)
 
 
+def find_jsonl_columns(folder: Path, names: Sequence[str], wanted: set[str]) -> set[str]:
+    """Names of the columns in the rows, read until all wanted ones are found."""
+    found: set[str] = set()
+    for name in names:
+        with (folder / name).open("rb") as file:
+            for _, line in _lines(file):
+                record = _parse(line)
+                found |= record.keys() if isinstance(record, Mapping) else set()
+                if wanted <= found:
+                    return found
+    return found
+
+
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Offset and text of each line that is not blank; of one that is too long no more than shows it."""
+    """Offset and bytes of each line that is not blank. A line over the limit is cut after the limit."""
     offset = file.tell()
     while line := file.readline(MAX_ROW_BYTES + 1):
         rest = line
@@ -132,7 +163,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 def _parse(line: bytes) -> Mapping[str, Any] | EmbedderError:
     if len(line) > MAX_ROW_BYTES:
-        return MediaTooLarge(f"line of more than {MAX_ROW_BYTES} bytes; allowed: up to that")
+        return MediaTooLarge(f"line of more than {MAX_ROW_BYTES} bytes; allowed: up to {MAX_ROW_BYTES}")
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -145,26 +176,27 @@ def plan_tar(folder: Path, names: Sequence[str], rows_per_part: int) -> Iterator
 
 
 def read_tar(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]:
-    """WebDataset: members that follow each other and are named alike up to the first dot are one row.
+    """WebDataset: consecutive members whose names are equal up to the first dot are one row.
 
-    A member is the column that its extension names, and also `text` (txt), `image` or `video`; the first one counts.
+    The rest of the name is the member's column. A member also is the column `text`, `image` or `video`, by its suffix,
+    if it is the first of its row.
     """
     with tarfile.open(folder / part.path) as tar:
         files = (member for member in tar if member.isreg())
         for key, members in itertools.groupby(files, lambda member: _split(member.name)[0]):
             record: dict[str, Any] = {}
-            large: EmbedderError | None = None
+            too_large: EmbedderError | None = None
             for member in members:
                 extension = _split(member.name)[1]
-                wanted = {extension, MEMBERS.get(extension, "")} & columns - set(record)
+                wanted = {extension, MEMBER_COLUMNS.get(f".{extension}", "")} & columns - set(record)
                 if wanted and member.size > MAX_ROW_BYTES:
-                    large = MediaTooLarge(f"member of {member.size} bytes; allowed: up to {MAX_ROW_BYTES}")
+                    too_large = MediaTooLarge(f"member of {member.size} bytes; allowed: up to {MAX_ROW_BYTES}")
                 elif wanted:
                     opened = tar.extractfile(member)
                     assert opened is not None  # a regular file
                     record |= dict.fromkeys(wanted, opened.read())
-            tar.members.clear()  # type: ignore[attr-defined]  # or it remembers all that it has passed
-            yield key, large or record | {"__key__": key}
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every member it has read
+            yield key, too_large or record | {"__key__": key}
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -175,16 +207,16 @@ def _split(name: str) -> tuple[str, str]:
 
 def plan_folder(folder: Path, names: Sequence[str], rows_per_part: int) -> Iterator[dict[str, Any]]:
     for start in range(0, len(names), rows_per_part):
-        some = tuple(names[start : start + rows_per_part])
-        yield {"names": some, "num_rows": len(some)}
+        part_names = tuple(names[start : start + rows_per_part])
+        yield {"names": part_names, "num_rows": len(part_names)}
 
 
 def read_folder(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]:
-    """The picture's path is its name and its column `image`: a path inside the folder like any other."""
+    """Each image file is a row. Its path is the row's name and its column `image`."""
     return ((name, {"image": name}) for name in part.names)
 
 
 PARQUET = Format((".parquet",), plan_parquet, read_parquet)
 JSONL = Format((".jsonl", ".ndjson"), plan_jsonl, read_jsonl)
 TAR = Format((".tar",), plan_tar, read_tar)
-FOLDER = Format(tuple(f".{extension}" for extension in IMAGES), plan_folder, read_folder)
+FOLDER = Format(IMAGE_SUFFIXES, plan_folder, read_folder)

@@ -1,20 +1,19 @@
-"""An input and the names of its columns -> parts; a part -> rows, fit to be embedded, each or why not.
+"""An input and its column names -> parts; a part -> rows, each with the fields of an item or an error.
 
-A data set may come from strangers. Of its strings only those that look like a path (base64 has no dot) are opened, and
-only inside the input folder.
+A data set can be untrusted. Strings that look like a path (base64 has no dot) are opened only inside the input folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedder.bulk.formats import PARQUET, Part, find_files
+from embedder.bulk.formats import FOLDER, JSONL, PARQUET, Part, find_files, find_jsonl_columns
 from embedder.errors import EmbedderError, InvalidMedia, InvalidRequest, MediaTooLarge
 from embedder.settings import Settings
 
@@ -23,7 +22,7 @@ CONTENT = ("text", "image", "video")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column is what. Where neither text, image nor video is named, the columns of these names are taken."""
+    """Column names of an item's fields. Without a name for text, image and video, they are `text`, `image`, `video`."""
 
     text: str | None = None
     image: str | None = None
@@ -32,7 +31,7 @@ class Columns:
     id: str | None = None
 
     def item_columns(self) -> dict[str, str]:
-        """Field of an item -> its column."""
+        """Fields of an item -> names of their columns."""
         named = {field: getattr(self, field) for field in CONTENT if getattr(self, field)}
         named = named or {field: field for field in CONTENT}
         return {**named, "instruction": self.instruction} if self.instruction else named
@@ -40,17 +39,17 @@ class Columns:
 
 @dataclass(frozen=True)
 class Row:
-    """`fields` is what `item_from_fields` takes, or why there is none."""
+    """`fields`: those of `item_from_fields`, or the error of the row."""
 
     id: Any
     fields: dict[str, Any] | EmbedderError
 
 
 class Source:
-    """A Parquet or JSONL file, a WebDataset tar, a folder of one of these, or a folder of pictures.
+    """A Parquet or JSONL file, a WebDataset tar, a folder of one of these, or a folder of images.
 
-    `id_type` is that of a Parquet file's id column, otherwise string. Raises `ValueError` where the input is none of
-    these, or a Parquet file has not the columns.
+    `id_type`: type of the id column in Parquet, otherwise string. Raises `ValueError` if the input is none of these, or
+    if a column is missing.
     """
 
     def __init__(self, path: Path, columns: Columns, settings: Settings) -> None:
@@ -58,21 +57,21 @@ class Source:
             raise ValueError(f"{path} does not exist")
         self.folder = (path if path.is_dir() else path.parent).resolve()
         self.columns, self.settings = columns, settings
-        self.format, self.names = find_files(path, self.folder)
+        files = find_files(path, self.folder)
+        self.format, self.names, self.num_left_out = files.format, files.names, files.num_left_out
         self.id_type = pa.string()
         self._read = {*columns.item_columns().values(), *filter(None, [columns.id])}
-        if self.format is PARQUET:
-            self._check_parquet()
+        self._check_columns()
 
     def parts(self, rows_per_part: int) -> list[Part]:
-        """All rows, in the order of the files' names; `rows_per_part` or fewer in each, but in a tar's."""
+        """All rows in parts of at most `rows_per_part`, in the order of the file names. A tar is one part."""
         planned = self.format.plan(self.folder, self.names, rows_per_part)
         return [Part(number, **fields) for number, fields in enumerate(planned)]
 
     def rows(self, part: Part) -> Iterator[Row]:
-        """The part's rows, in order. Raises one of `BROKEN_FILE` where the file itself is."""
+        """The rows of a part, in order. Raises one of `FILE_ERRORS` if the file is broken."""
         for name, record in self.format.read(self.folder, part, self._read):
-            row_id = _plain(name)
+            row_id = _valid_unicode(name)
             if self.columns.id and isinstance(record, Mapping):
                 row_id = self._id(record.get(self.columns.id))
             yield Row(row_id, self._fields(record))
@@ -80,7 +79,7 @@ class Source:
     def _id(self, value: Any) -> Any:
         if value is None or not pa.types.is_string(self.id_type):
             return value
-        return _plain(value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value))
+        return _valid_unicode(value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value))
 
     def _fields(self, record: Mapping[str, Any] | EmbedderError) -> dict[str, Any] | EmbedderError:
         if isinstance(record, EmbedderError):
@@ -96,7 +95,7 @@ class Source:
             return error
 
     def _media(self, value: Any, field: str) -> Any:
-        """Bytes and base64 as they are, a path's bytes; also in lists and in the `{bytes, path}` of other data sets."""
+        """Replace a path by the file's bytes, also in lists and in the `{bytes, path}` of Hugging Face data sets."""
         if isinstance(value, list):
             return [self._media(one, field) for one in value]
         if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:
@@ -107,34 +106,45 @@ class Source:
         return value
 
     def _read_file(self, name: str, max_bytes: int) -> bytes:
-        shown = repr(name[:80])
+        short_name = repr(name[:80])
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise InvalidMedia(f"path {shown} is absolute or has '..'; allowed: relative, inside the input folder")
+            raise InvalidMedia(f"path {short_name} is absolute or has '..'; allowed: relative, inside the input folder")
         try:
             path = (self.folder / name).resolve(strict=True)
             if not path.is_relative_to(self.folder) or not path.is_file():
-                raise InvalidMedia(f"path {shown} leads outside or to no file; allowed: files in the input folder")
+                raise InvalidMedia(f"path {short_name} leads outside or to no file; allowed: files in the input folder")
             if path.stat().st_size > max_bytes:
                 raise MediaTooLarge(f"file of {path.stat().st_size} bytes; allowed: up to {max_bytes}")
             return path.read_bytes()
-        except (OSError, RuntimeError, ValueError) as error:  # missing; links in a circle; a NUL
-            raise InvalidMedia(f"path {shown} cannot be read: {type(error).__name__}") from error
+        except (OSError, RuntimeError, ValueError) as error:  # missing; a cycle of links; a NUL character
+            raise InvalidMedia(f"path {short_name} cannot be read: {type(error).__name__}") from error
 
-    def _check_parquet(self) -> None:
+    def _check_columns(self) -> None:
+        """Raises `ValueError` if the columns that are named, or all columns of content, are missing."""
         columns = self.columns
-        named = {name for name in (columns.text, columns.image, columns.video, columns.instruction, columns.id) if name}
-        for file in self.names:
-            schema = pq.read_schema(self.folder / file)
-            if missing := sorted(named - set(schema.names)):
-                raise ValueError(f"{file} has no column {', '.join(missing)}; it has {', '.join(schema.names)}")
-            if not set(columns.item_columns().values()) & set(schema.names):
-                raise ValueError(f"{file} has no column text, image or video; it has {', '.join(schema.names)}")
-            if columns.id:
-                self.id_type = schema.field(columns.id).type
+        named = {name for name in astuple(columns) if name}
+        if self.format is PARQUET:
+            for file in self.names:
+                schema = pq.read_schema(self.folder / file)
+                self._check_found(file, named, set(schema.names))
+                if columns.id:
+                    self.id_type = schema.field(columns.id).type
+        elif self.format is JSONL:
+            found = find_jsonl_columns(self.folder, self.names, named or set(CONTENT))
+            self._check_found("the input", named, found)
+        elif self.format is FOLDER:
+            self._check_found("a folder of images", named, {"image"})
+
+    def _check_found(self, where: str, named: set[str], found: set[str]) -> None:
+        existing = ", ".join(sorted(found)) or "none"
+        if missing := sorted(named - found):
+            raise ValueError(f"{where} has no column {', '.join(missing)}; its columns: {existing}")
+        if not set(self.columns.item_columns().values()) & found:
+            raise ValueError(f"{where} has no column text, image or video; its columns: {existing}")
 
 
 def _text(value: Any, field: str) -> Any:
-    """UTF-8 bytes (a member of a tar, a binary column) are text."""
+    """Decode bytes (a member of a tar, a binary column) as UTF-8."""
     if not isinstance(value, bytes):
         return value
     try:
@@ -143,6 +153,6 @@ def _text(value: Any, field: str) -> Any:
         raise InvalidRequest(f"{field} is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
-def _plain(text: str) -> str:
-    """A file's name may hold bytes that are no character; Arrow holds characters only."""
+def _valid_unicode(text: str) -> str:
+    """Escape what is not Unicode: file names can hold any bytes, Arrow's strings cannot."""
     return text.encode("utf-8", "backslashreplace").decode()

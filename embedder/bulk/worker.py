@@ -1,7 +1,7 @@
-"""One part -> its vectors in the output, through the engine of `Embedder`. One worker for each device, or more.
+"""One part -> its vectors in the output, through the engine of `Embedder`. At least one worker per device.
 
-Rows are submitted as they are read; the engine's queue, kept short here, holds the reader back. So memory does not
-depend on the size of a part, and what runs together is the scheduler's choice, across the parts that are read at once.
+Rows are submitted while they are read. The engine's queue is short here, and a full queue blocks the reader, so memory
+does not depend on the size of a part. The scheduler forms batches across all parts that are read at the same time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedder.bulk.formats import BROKEN_FILE, Part
+from embedder.bulk.formats import FILE_ERRORS, Part
 from embedder.bulk.source import Columns, Row, Source
 from embedder.bulk.writer import OutputFormat, Writer, output_schema
 from embedder.embedder import Embedder
@@ -24,16 +24,16 @@ from embedder.errors import EmbedderError, EngineFailed
 from embedder.inputs.items import item_from_fields
 from embedder.settings import Settings
 
-PARTS_AT_ONCE = 4  # a worker's: the device has work while a part ends, and files are waited for together
-BATCH_ROWS = 512  # of the output
-QUEUED_BATCHES = 4  # of the engine's token budget
+PARTS_AT_ONCE = 4  # of one worker: the device has work while a part ends or a file is slow
+OUTPUT_BATCH_ROWS = 512
+QUEUED_BATCHES = 4  # limit of the engine's queue, in full batches
 
-Outcome = tuple[Any, Future[Embedding] | EmbedderError]  # with the row's id
+Submitted = tuple[Any, Future[Embedding] | EmbedderError]  # id of the row, and its embedding or error
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for every part."""
+    """The arguments of the command, the same for every part."""
 
     input: Path
     output: Path
@@ -45,7 +45,7 @@ class Job:
 
 
 class Worker:
-    """What Ray calls: part in, counts out. Raises `EngineFailed` where the engine can embed nothing any more."""
+    """A Ray actor: part in, counts out. Raises `EngineFailed` if the engine cannot embed anything anymore."""
 
     def __init__(self, job: Job) -> None:
         queued = min(job.settings.max_queued_tokens, QUEUED_BATCHES * job.settings.max_batch_tokens)
@@ -57,25 +57,25 @@ class Worker:
         self.writer = Writer(job.output, job.output_format)
 
     def __call__(self, row: dict[str, str]) -> dict[str, Any]:
-        """`rows` and how many of them are `errors`; or `fault`: why the part's file cannot be read or written."""
+        """Embed a part. Returns the numbers of `rows` and of `errors` among them; `fault`: the file's error, if any."""
         part = Part.from_json(row["part"])
         counts = {"rows": 0, "errors": 0, "fault": ""}
         try:
             self.writer.write(part.number, self.schema, self._batches(part, counts))
-        except BROKEN_FILE as error:
+        except FILE_ERRORS as error:
             counts["fault"] = f"{part.path or part.names[0]}: {type(error).__name__}: {error}"
         return counts
 
     def _batches(self, part: Part, counts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
-        """The part's rows, a batch behind those that are submitted."""
-        outcomes: list[Outcome] = []
+        """Batches of the part's rows. The rows of the next batch are submitted before a batch is awaited."""
+        submitted: list[Submitted] = []
         for row in self.source.rows(part):
-            outcomes.append((row.id, self._submit(row)))
-            if len(outcomes) == 2 * BATCH_ROWS:
-                yield self._batch(outcomes[:BATCH_ROWS], counts)
-                del outcomes[:BATCH_ROWS]
-        for start in range(0, len(outcomes), BATCH_ROWS):
-            yield self._batch(outcomes[start : start + BATCH_ROWS], counts)
+            submitted.append((row.id, self._submit(row)))
+            if len(submitted) == 2 * OUTPUT_BATCH_ROWS:
+                yield self._batch(submitted[:OUTPUT_BATCH_ROWS], counts)
+                del submitted[:OUTPUT_BATCH_ROWS]
+        for start in range(0, len(submitted), OUTPUT_BATCH_ROWS):
+            yield self._batch(submitted[start : start + OUTPUT_BATCH_ROWS], counts)
 
     def _submit(self, row: Row) -> Future[Embedding] | EmbedderError:
         if isinstance(row.fields, EmbedderError):
@@ -86,42 +86,42 @@ class Worker:
         except EmbedderError as error:
             return error
 
-    def _batch(self, outcomes: Sequence[Outcome], counts: dict[str, Any]) -> pa.RecordBatch:
-        results = [_result(outcome) for _, outcome in outcomes]
+    def _batch(self, submitted: Sequence[Submitted], counts: dict[str, Any]) -> pa.RecordBatch:
+        results = [_result(one) for _, one in submitted]
         failed = [one for one in results if isinstance(one, EmbedderError)]
         if any(isinstance(one, EngineFailed) for one in failed):
-            self.embedder.embed(["Was it the row, or the device?"])  # if this fails too, no row is to blame
+            self.embedder.embed(["Was it the row, or the device?"])  # raises if the engine fails for any input
         counts["rows"] += len(results)
         counts["errors"] += len(failed)
         embedded = [one if isinstance(one, Embedding) else None for one in results]
         columns = [
-            pa.array([row_id for row_id, _ in outcomes], self.schema.field("id").type),
+            pa.array([row_id for row_id, _ in submitted], self.schema.field("id").type),
             self._vectors(embedded),
             pa.array([one and one.num_tokens for one in embedded], pa.int32()),
             pa.array([one and one.num_cut_tokens for one in embedded], pa.int32()),
-            pa.array([_shown(one) if isinstance(one, EmbedderError) else None for one in results], pa.string()),
+            pa.array([_error_text(one) if isinstance(one, EmbedderError) else None for one in results], pa.string()),
         ]
         return pa.record_batch(columns, schema=self.schema)
 
     def _vectors(self, embedded: Sequence[Embedding | None]) -> pa.Array:
-        """(rows, values), null where there is none."""
+        """(num_rows, num_values), null for rows without an embedding."""
         kind = self.schema.field("embedding").type
         values = np.zeros((len(embedded), kind.list_size), kind.value_type.to_pandas_dtype())
-        for place, one in enumerate(embedded):
+        for index, one in enumerate(embedded):
             if one is not None:
-                values[place] = quantize(one.vector, self.job.output_dtype)
+                values[index] = quantize(one.vector, self.job.output_dtype)
         is_null = pa.array([one is None for one in embedded])
         return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind, mask=is_null)
 
 
-def _result(outcome: Future[Embedding] | EmbedderError) -> Embedding | EmbedderError:
-    if isinstance(outcome, EmbedderError):
-        return outcome
+def _result(submitted: Future[Embedding] | EmbedderError) -> Embedding | EmbedderError:
+    if isinstance(submitted, EmbedderError):
+        return submitted
     try:
-        return outcome.result()
+        return submitted.result()
     except EmbedderError as error:
         return error
 
 
-def _shown(error: EmbedderError) -> str:
+def _error_text(error: EmbedderError) -> str:
     return f"{error.code}: {error}".encode("utf-8", "backslashreplace").decode()

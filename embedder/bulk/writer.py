@@ -1,7 +1,7 @@
-"""A part's batches -> one Parquet file, or one Lance fragment, that is there whole or not at all.
+"""The batches of a part -> one Parquet file or one Lance fragment, complete or absent.
 
-Both are written under another name, synced, and renamed. A Lance data set comes to be by one commit of all fragments at
-the end; until then each is recorded in a file of its own.
+Files are written under a temporary name, synced, and renamed. The fragments of a Lance data set are recorded in a file
+each, and committed together at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from embedder.engine.postprocess import OutputDtype
 
 OutputFormat = Literal["parquet", "lance"]
-NOTES = "_bulk"  # our folder beside the data; pyarrow's and Lance's readers pass it by
+STATE_FOLDER = "_bulk"  # in the output folder; readers of pyarrow and Lance ignore it
 
 _VALUES: dict[str, pa.DataType] = {
     "float32": pa.float32(),
@@ -32,7 +32,7 @@ _VALUES: dict[str, pa.DataType] = {
 
 
 def output_schema(id_type: pa.DataType, dimensions: int, output_dtype: OutputDtype) -> pa.Schema:
-    """`embedding` is null where `error` is not."""
+    """Columns of the output. Of `embedding` and `error` one is null."""
     num_values = (dimensions + 7) // 8 if output_dtype in ("binary", "ubinary") else dimensions
     return pa.schema(
         {
@@ -46,19 +46,19 @@ def output_schema(id_type: pa.DataType, dimensions: int, output_dtype: OutputDty
 
 
 class Writer:
-    """Where the parts of an output go."""
+    """Writes the parts of an output."""
 
     def __init__(self, output: Path, output_format: OutputFormat) -> None:
         self.output, self.output_format = output, output_format
-        self.notes = output / NOTES
+        self.state_folder = output / STATE_FOLDER
 
     def is_written(self, number: int) -> bool:
-        """Whether that part is there."""
+        """Whether the part is complete."""
         return self._final(number).exists()
 
     def write(self, number: int, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
-        """All of the part, or, if a batch or the disk fails, nothing that counts."""
-        temporary = self.notes / f"{number}.{uuid.uuid4().hex}.tmp"
+        """Write a part. If a batch or the disk fails, the part stays absent."""
+        temporary = self.state_folder / f"{number}.{uuid.uuid4().hex}.tmp"
         try:
             with temporary.open("wb") as file:
                 if self.output_format == "parquet":
@@ -74,12 +74,12 @@ class Writer:
             temporary.unlink(missing_ok=True)
 
     def remove_unfinished(self) -> None:
-        """What a killed run left. Of Lance data files without a record are left too: they are never read."""
-        for path in self.notes.glob("*.tmp"):
+        """Remove temporary files of a killed run. Lance data files without a record stay; they are never read."""
+        for path in self.state_folder.glob("*.tmp"):
             path.unlink(missing_ok=True)
 
     def commit(self, schema: pa.Schema, numbers: Sequence[int]) -> None:
-        """Make one data set of all parts, in order. Twice gives the same."""
+        """Make one Lance data set of all parts, in order. Idempotent. Parquet files need no commit."""
         if self.output_format == "lance":
             import lance
 
@@ -87,9 +87,18 @@ class Writer:
             fragments = [lance.FragmentMetadata.from_json(json.dumps(record)) for record in records]
             lance.LanceDataset.commit(str(self.output), lance.LanceOperation.Overwrite(schema, fragments))
 
+    def count_errors(self, numbers: Sequence[int]) -> int:
+        """Number of rows with an error in the whole output, after `commit`."""
+        if self.output_format == "lance":
+            import lance
+
+            return int(lance.dataset(str(self.output)).count_rows("error IS NOT NULL"))
+        columns = (pq.read_table(self._final(number), columns=["error"]).column(0) for number in numbers)
+        return sum(len(column) - column.null_count for column in columns)
+
     def _final(self, number: int) -> Path:
         is_parquet = self.output_format == "parquet"
-        return self.output / f"part-{number:07}.parquet" if is_parquet else self.notes / f"{number:07}.fragment"
+        return self.output / f"part-{number:07}.parquet" if is_parquet else self.state_folder / f"{number:07}.fragment"
 
     def _write_fragment(self, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> str:
         import lance

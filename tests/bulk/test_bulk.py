@@ -1,4 +1,4 @@
-"""`python -m embedder.bulk`: what is read, what is written, and that every row is there exactly once after a kill."""
+"""`python -m embedder.bulk`: what is read, what is written, and that every row is written exactly once after a kill."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from embedder.bulk import formats
-from embedder.bulk.__main__ import main, share_out
+from embedder.bulk.__main__ import main, share_resources
 from embedder.bulk.source import Columns, Source
 from embedder.bulk.worker import Job, Worker
 from embedder.bulk.writer import Writer, output_schema
@@ -111,7 +111,7 @@ NAMES = {
 
 @pytest.mark.parametrize("rows_per_part", [1, 2, 3, 100])
 @pytest.mark.parametrize("write", NAMES, ids=lambda write: write.__name__)
-def test_every_format_gives_the_same_rows_in_order_however_it_is_parted(
+def test_every_format_gives_the_same_rows_in_order_for_every_part_size(
     write: Any, rows_per_part: int, tmp_path: Path
 ) -> None:
     source = Source(write(tmp_path), Columns(), Settings())
@@ -128,8 +128,8 @@ def test_every_format_gives_the_same_rows_in_order_however_it_is_parted(
     assert found == expected
 
 
-def test_columns_are_those_that_are_named(tmp_path: Path) -> None:
-    row = {"title": "red", "task": "Find it.", "key": 7, "image": "not looked at"}
+def test_named_columns_are_read(tmp_path: Path) -> None:
+    row = {"title": "red", "task": "Find it.", "key": 7, "image": "not read"}
     source = Source(
         write_jsonl(tmp_path / "a.jsonl", [row]), Columns("title", instruction="task", id="key"), Settings()
     )
@@ -137,8 +137,32 @@ def test_columns_are_those_that_are_named(tmp_path: Path) -> None:
     assert (found.id, found.fields) == ("7", {"text": "red", "instruction": "Find it."})
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
     assert Source(tmp_path / "a.parquet", Columns("title", id="key"), Settings()).id_type == pa.int64()
-    with pytest.raises(ValueError, match=r"a\.parquet has no column titel; it has title, task, key, image"):
+    with pytest.raises(ValueError, match=r"^a\.parquet has no column titel; its columns: image, key, task, title$"):
         Source(tmp_path / "a.parquet", Columns("titel"), Settings())
+
+
+def test_missing_column_of_jsonl_is_named_with_the_columns_that_exist(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["not JSON", {"title": "red"}, {"title": "blue", "key": 7}])
+    with pytest.raises(ValueError, match=r"^the input has no column titel; its columns: key, title$"):
+        Source(path, Columns("titel"), Settings())
+    with pytest.raises(ValueError, match=r"^the input has no column text, image or video; its columns: key, title$"):
+        Source(path, Columns(), Settings())
+    for columns in (Columns("title"), Columns("title", id="key")):  # the second row has no key
+        source = Source(path, columns, Settings())
+        assert len(list(source.rows(source.parts(10)[0]))) == 3
+
+
+def test_column_of_content_that_a_folder_of_images_cannot_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^a folder of images has no column title; its columns: image$"):
+        Source(as_folder(tmp_path), Columns("title"), Settings())
+
+
+def test_files_that_are_left_out_are_counted_by_suffix(tmp_path: Path) -> None:
+    folder = as_folder(tmp_path)
+    for name in ("a.txt", "inner/b.TXT", "c.heic", "README"):
+        (folder / name).write_text("not an image")
+    assert Source(folder, Columns(), Settings()).num_left_out == {".txt": 2, ".heic": 1, "": 1}
+    assert Source(write_jsonl(folder / "d.jsonl", [{"text": "a"}]), Columns(), Settings()).num_left_out == {}
 
 
 BAD_ROWS = {
@@ -146,7 +170,7 @@ BAD_ROWS = {
     "[1]": "not a JSON object",
     '{"text": 5}': "text: got 5",
     '{"other": "red"}': "at least one of text, image or video",
-    '{"image": 5}': "given as int",
+    '{"image": 5}': "image: got 5 (a number)",
     '{"image": "/etc/host.png"}': "absolute or has '..'",
     '{"image": "../secret.png"}': "absolute or has '..'",
     '{"image": "inner/../../secret.png"}': "absolute or has '..'",
@@ -157,7 +181,7 @@ BAD_ROWS = {
     '{"image": "nul\\u0000.png"}': "cannot be read: ValueError",
     '{"image": "long.png"}': "file of 2000 bytes; allowed: up to 1000",
     '{"image": "http://localhost/a.png"}': "URL",
-    '{"image": "a.txt"}': "not a known image",
+    '{"image": "a.txt"}': "image: not a JPEG, PNG, WebP, GIF or BMP file (starts with 'hello')",
     '{"image": "!"}': "not valid base64",
     '{"text": "' + "x" * 3000 + '"}': "line of more than 2500 bytes",
 }
@@ -165,7 +189,7 @@ BAD_ROWS = {
 
 @pytest.fixture
 def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """JSONL of the rows above, each followed by a good one; what they point at is there."""
+    """JSONL of the rows above, each followed by a good one, with the files that their paths name."""
     folder = tmp_path / "data"
     (folder / "inner.d").mkdir(parents=True)
     (tmp_path / "secret.png").write_bytes(PNGS[0])
@@ -185,13 +209,13 @@ def job(path: Path, output: Path, model: Path, **options: Any) -> Job:
 
 
 def run(task: Job, rows_per_part: int = 10) -> tuple[list[dict[str, Any]], pa.Table]:
-    """All parts by one worker, without Ray: what it says, and what is there."""
+    """Embed all parts with one worker, without Ray: its counts, and the output."""
     worker = Worker(task)
     parts = worker.source.parts(rows_per_part)
-    said = [worker({"part": part.to_json()}) for part in reversed(parts)]
+    counts = [worker({"part": part.to_json()}) for part in reversed(parts)]
     worker.writer.commit(worker.schema, [part.number for part in parts])
     worker.embedder.close()
-    return said, read(task.output, task.output_format)
+    return counts, read(task.output, task.output_format)
 
 
 def read(output: Path, output_format: str = "parquet") -> pa.Table:
@@ -200,11 +224,13 @@ def read(output: Path, output_format: str = "parquet") -> pa.Table:
     return pyarrow.dataset.dataset(output).to_table()
 
 
-def test_bad_row_has_its_error_and_no_other_row_is_hurt(hostile: Path, tmp_path: Path, random_checkpoint: Path) -> None:
-    said, table = run(job(hostile, tmp_path / "out", random_checkpoint, max_image_bytes=1000), 7)
+def test_bad_row_has_its_error_and_other_rows_their_vectors(
+    hostile: Path, tmp_path: Path, random_checkpoint: Path
+) -> None:
+    counts, table = run(job(hostile, tmp_path / "out", random_checkpoint, max_image_bytes=1000), 7)
     rows = table.to_pylist()
     assert len(rows) == 2 * len(BAD_ROWS)
-    assert sum(one["errors"] for one in said) == len(BAD_ROWS)
+    assert sum(one["errors"] for one in counts) == len(BAD_ROWS)
     for row, reason in zip(rows[::2], BAD_ROWS.values(), strict=True):
         assert reason in row["error"]
         assert row["embedding"] is row["num_tokens"] is None
@@ -236,17 +262,17 @@ def test_vectors_are_the_librarys(
     )
 
 
-def test_broken_file_costs_its_own_parts(tmp_path: Path, random_checkpoint: Path) -> None:
+def test_broken_file_fails_only_its_own_parts(tmp_path: Path, random_checkpoint: Path) -> None:
     (tmp_path / "in").mkdir()
     path = as_tar(tmp_path / "in").parent
     (path / "broken.tar").write_bytes((path / "shard.tar").read_bytes()[:3000])
     (path / "other.tar").write_bytes(b"no tar at all" * 100)
-    said, table = run(job(path, tmp_path / "out", random_checkpoint))
-    assert ["ReadError" in one["fault"] for one in said] == [False, True, True]
+    counts, table = run(job(path, tmp_path / "out", random_checkpoint))
+    assert ["ReadError" in one["fault"] for one in counts] == [False, True, True]
     assert table["id"].to_pylist() == NAMES[as_tar]
 
 
-def test_part_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+def test_part_that_fails_leaves_no_file(tmp_path: Path) -> None:
     def batches() -> Iterator[pa.RecordBatch]:
         yield pa.RecordBatch.from_pylist([], schema=schema)
         raise OSError("the disk is full")
@@ -260,7 +286,7 @@ def test_part_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_engine_that_embeds_nothing_any_more_is_no_rows_error(
+def test_engine_that_fails_for_every_input_fails_the_part(
     tmp_path: Path, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Worker(job(write_jsonl(tmp_path / "a.jsonl", ROWS[:1]), tmp_path / "out", random_checkpoint))
@@ -268,7 +294,7 @@ def test_engine_that_embeds_nothing_any_more_is_no_rows_error(
     def lost(_: object) -> Any:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(worker.embedder.engine, "_launch", lost)
+    monkeypatch.setattr(worker.embedder.engine._device, "_launch", lost)
     with pytest.raises(EngineFailed):
         worker({"part": worker.source.parts(10)[0].to_json()})
     assert not worker.writer.is_written(0)
@@ -280,30 +306,57 @@ def test_engine_that_embeds_nothing_any_more_is_no_rows_error(
     [
         (["--dimensions", "5000"], "dimensions: got 5000"),
         (["--text", "titel", "--rows-per-part", "0"], "--rows-per-part: got 0; allowed: 1 and more"),
-        (["--format", "lance"], "begun with another format"),
-        (["--dimensions", "64", "--rows-per-part", "1"], "begun with another input, parts, dimensions"),
+        (["--text", "titel"], "the input has no column titel; its columns: text"),
+        (["--format", "lance"], "started with another format"),
+        (["--dimensions", "64", "--rows-per-part", "1"], "started with another input, parts, dimensions"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_ray_starts(
+def test_wrong_arguments_are_refused_before_ray_starts(
     arguments: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, output = write_jsonl(tmp_path / "a.jsonl", ["{}", "{}"]), tmp_path / "out"
-    begin(path, output)
+    path, output = write_jsonl(tmp_path / "a.jsonl", ROWS[:1] * 2), tmp_path / "out"
+    start(path, output)
     with pytest.raises(SystemExit, match="2"):
         main([str(path), str(output), *arguments])
     assert reason in capsys.readouterr().err
 
 
-def begin(path: Path, output: Path) -> None:
-    """A run that found all its parts written."""
+def start(path: Path, output: Path, errors: Sequence[str | None] = (None,)) -> int:
+    """A run that finds its only part written, with these errors."""
     output.mkdir()
-    (output / "part-0000000.parquet").touch()
-    assert main([str(path), str(output)]) == 0
+    schema = output_schema(pa.string(), 2, "float32")
+    rows = [{"id": "a", "error": error, "embedding": None if error else [0.0, 1.0]} for error in errors]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), output / "part-0000000.parquet")
+    return main([str(path), str(output)])
+
+
+@pytest.mark.parametrize(("errors", "status"), [([None, None], 0), ([None, "invalid_media: x"], 3)])
+def test_exit_status_says_whether_rows_have_errors(errors: list[str | None], status: int, tmp_path: Path) -> None:
+    assert start(write_jsonl(tmp_path / "a.jsonl", ROWS[:1] * 2), tmp_path / "out", errors) == status
+
+
+def test_files_left_out_are_reported_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", ROWS[:1])
+    for name in ("a.txt", "b.txt", "c.heic", "README"):
+        (tmp_path / "in" / name).touch()
+    assert start(tmp_path / "in", tmp_path / "out") == 0
+    assert "left out: 1 without suffix, 2 .txt, 1 .heic\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output_format", ["parquet", "lance"])
+def test_rows_with_errors_are_counted_in_the_whole_output(
+    output_format: str, tmp_path: Path, random_checkpoint: Path
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "red"}, {"text": 5}, {"text": "green"}, {"text": ""}])
+    task = job(path, tmp_path / "out", random_checkpoint, output_format=output_format)
+    run(task, 2)
+    assert Writer(task.output, task.output_format).count_errors([0, 1]) == 2
 
 
 def test_two_runs_do_not_write_one_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, output = write_jsonl(tmp_path / "a.jsonl", ["{}"]), tmp_path / "out"
-    begin(path, output)
+    path, output = write_jsonl(tmp_path / "a.jsonl", ROWS[:1]), tmp_path / "out"
+    start(path, output)
     with (output / "_bulk" / "job.json").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(SystemExit, match="2"):
@@ -324,12 +377,12 @@ def test_two_runs_do_not_write_one_output(tmp_path: Path, capsys: pytest.Capture
         ({"device": "cpu"}, 0, [4], (1, {"num_cpus": 4})),
     ],
 )
-def test_machine_is_shared_out_among_the_workers(workers: Any, gpus: int, cpus: list[int], expected: Any) -> None:
-    assert share_out(Settings(**workers), gpus, cpus) == expected
+def test_resources_are_divided_among_the_workers(workers: Any, gpus: int, cpus: list[int], expected: Any) -> None:
+    assert share_resources(Settings(**workers), gpus, cpus) == expected
 
 
 @pytest.mark.timeout(900)  # Ray starts twice; a busy machine is slow at that
-def test_every_row_is_there_once_after_a_kill(tmp_path: Path, embedder: Embedder) -> None:
+def test_every_row_is_written_once_after_a_kill(tmp_path: Path, embedder: Embedder) -> None:
     """SIGKILL in the middle, then the same command again; two workers, in a process of root's, without a terminal."""
     texts = [words(300, seed) for seed in range(300)]
     path, output = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts]), tmp_path / "out"

@@ -1,4 +1,4 @@
-"""The examples of `deploy/vector_stores` against the stores themselves, and against plain numpy."""
+"""The examples of `deploy/vector_stores` find in each store what a brute-force search finds."""
 
 from __future__ import annotations
 
