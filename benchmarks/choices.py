@@ -1,10 +1,12 @@
-"""What each choice of ours brings, against what else could be done: `python -m benchmarks.choices`.
+"""Measure the effect of single design decisions: `python -m benchmarks.choices`.
 
-The forward pass on the CPU, one batch of three workloads, in turns with variants of it over the same weights, each
-held to the same vectors: times relative to ours, above 1 is slower. Then, with a model that computes nothing, short
-texts through the library, preprocessed where they come in or in threads; the pause of a garbage collection with and
-without what was loaded; and requests through the service (with such a model too) with Python's switch interval as it is
-and shorter. The variant with torch.compile wants a C++ compiler.
+1. Variants of the forward pass on the CPU, with the same weights, one batch of three workloads each. Times are relative
+to
+   ours (above 1 is slower), and every variant must give the same vectors. The torch.compile variant needs a C++
+   compiler.
+2. Short texts through the library with a model that computes nothing, preprocessed on the calling thread or in threads.
+3. The duration of a garbage collection with and without the loaded objects.
+4. Requests to the service, also without computation, with Python's default and shorter switch intervals.
 """
 
 from __future__ import annotations
@@ -46,18 +48,18 @@ from embedder.model import language
 
 BATCHES = {"text-16": 64, "text-512": 8, "image-448": 4}  # items of each workload
 OURS = "ours"
-MAX_DIFFERENCE = 1e-4  # between rows before they are cut to unit length, of some units
-SWITCH_INTERVALS_S = (0.005, 0.001, 0.0002)  # the first is Python's
+MAX_DIFFERENCE = 1e-4  # between rows before normalization, whose length is a few units
+SWITCH_INTERVALS_S = (0.005, 0.001, 0.0002)  # the first is Python's default
 CALLERS = 64
 
 Run = Callable[[list[ModelInput]], NDArray[np.float32]]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description="What each choice brings.")
+    parser = argparse.ArgumentParser(description="Measure the effect of single design decisions.")
     parser.add_argument("--shape", choices=("tiny", "small"), default="small")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=5, help="for one switch interval in one of three rounds")
+    parser.add_argument("--seconds", type=float, default=5, help="per switch interval and round")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
     about = report.environment(report.command("choices", chosen))
@@ -96,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _forward_times(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """By workload and variant, relative to ours."""
+    """Times by workload and variant, relative to ours."""
     with contextlib.ExitStack() as stack:
         variants = {
             name: make(stack.enter_context(Embedder(str(folder), device="cpu", **options)))
@@ -110,7 +112,7 @@ def _forward_times(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
             for name, run in variants.items():
                 difference = float(np.abs(run(inputs) - expected).max())
                 if not difference <= MAX_DIFFERENCE:
-                    raise SystemExit(f"{name} gives other vectors: {difference}")
+                    raise SystemExit(f"{name} gives other vectors: difference {difference}, allowed {MAX_DIFFERENCE}")
             seconds: dict[str, list[float]] = {name: [] for name in variants}
             for _ in range(rounds):
                 for name, run in variants.items():
@@ -123,7 +125,7 @@ def _forward_times(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def _variants() -> Iterator[tuple[str, Callable[[Embedder], Run], dict[str, Any]]]:
-    """Names, what is done to an Embedder, and its settings."""
+    """The name of each variant, a function that applies it to an Embedder, and the Embedder's options."""
     yield OURS, _as_it_is, {}
     yield "prefixes computed for each item", _without_prefixes, {}
     yield "norms as transformers' modules", _with_norm_modules, {}
@@ -154,7 +156,7 @@ def _patched(embedder: Embedder, **functions: Callable[..., Tensor]) -> Run:
 
 
 class _Joined:
-    """Several linear layers of one input as one product; the first is asked first, and the others have its input."""
+    """Several linear layers of one input as one product, computed when the first one is called."""
 
     def __init__(self, layers: Sequence[torch.nn.Linear]) -> None:
         self.weight = torch.cat([layer.weight for layer in layers])
@@ -171,7 +173,7 @@ class _Joined:
 
 
 class _Projections:
-    """The attention module as `language` reads it, its three projections in one."""
+    """An attention module for `language` with its three projections joined."""
 
     def __init__(self, attention: Any) -> None:
         joined = _Joined([attention.q_proj, attention.k_proj, attention.v_proj])
@@ -181,7 +183,7 @@ class _Projections:
 
 
 class _Layer:
-    """A layer as `language` reads it, with another attention module or MLP."""
+    """A layer for `language` with another attention module or MLP."""
 
     def __init__(self, layer: Any, **others: Any) -> None:
         self.input_layernorm = layer.input_layernorm
@@ -200,7 +202,7 @@ class _Tower:
 
 
 def _with_layers(embedder: Embedder, make: Callable[[Any], Any]) -> Run:
-    """But the last one, which computes its parts of different tokens."""
+    """Replace all layers but the last one, which computes its parts for different tokens."""
     tower = embedder.forward.language.tower
     *layers, last = tower.layers
     embedder.forward.language.tower = _Tower(tower, [*map(make, layers), last])
@@ -225,7 +227,7 @@ def _with_joined_mlp(embedder: Embedder) -> Run:
 
 
 def _short_texts(folder: Path) -> dict[str, float]:
-    """Texts a second through the library: medians of five rounds."""
+    """Texts per second through the library, medians of five rounds."""
     items = make_items("text-16", 64, read_words(folder)) * 32
     limits = {"ours: where they come in": preprocess.SHORT_CHARS, "in threads": -1}
     rates: dict[str, list[float]] = {name: [] for name in limits}
@@ -254,7 +256,7 @@ def _pauses_ms() -> dict[str, float]:
 
 
 async def _switch_intervals(folder: Path, seconds: float) -> dict[str, float]:
-    """Requests a second through the service, by switch interval in ms: medians of three rounds."""
+    """Requests per second to the service by switch interval in ms, medians of three rounds."""
     bodies = LocalProtocol().bodies(make_items("text-16", 64, read_words(folder)), 1)
     with contextlib.ExitStack() as stack:
         servers = {}

@@ -1,9 +1,9 @@
-"""1 k, 10 k and 100 k items through the library and through the server: time per item and memory must stay flat.
+"""Check that time per item and memory stay flat from 1,000 to 100,000 items: `python -m benchmarks.growth`.
 
-`python -m benchmarks.growth`, the `tiny` shape. In the library a run is one call of `embed`, whose answer itself takes
-memory: that of the vectors is subtracted. Memory is the median of a run's second half, as what a batch takes comes and
-goes; time is the process's own, as a shared machine's clock counts its neighbors too. The smallest size runs once more
-at the end: such a machine is not as fast as it was before.
+It uses the `tiny` shape. A run of the library is one call of `embed`; the memory of the returned vectors is subtracted.
+Memory is the median of a run's second half, which ignores the memory of single batches. Time is CPU time of the
+process, because wall time on a shared machine includes other processes. The smallest size runs again at the end,
+because the speed of a shared machine changes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from benchmarks.workloads import make_items, read_words
 from embedder.embedder import Embedder
 
 SIZES = (1_000, 10_000, 100_000)
-NUM_TEXTS = 1_000  # distinct ones
+NUM_TEXTS = 1_000  # distinct texts
 PER_REQUEST, CALLERS = 32, 16
-MAX_TIME_RATIO = 1.2  # CPU time per item, largest size over the slower of the two runs of the smallest
-VECTORS_HELD = 0.75  # of a run's, on the average of its second half, which is where held memory is looked at
-MAX_GROWTH_MB = 64  # of the largest size over the smallest, vectors subtracted
+MAX_TIME_RATIO = 1.2  # CPU time per item of the largest size, over the slower run of the smallest
+VECTORS_HELD = 0.75  # the average share of the vectors that exist during the second half of a run
+MAX_GROWTH_MB = 64  # memory of the largest size over the smallest, without the vectors
 HEADERS = ("where", "items", "seconds", "ms an item", "CPU ms an item", "peak MB", "held MB", "vectors MB")
 
 
@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Time and memory per item as the number of items grows.")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--where", nargs="+", choices=("library", "server"), default=["library", "server"])
-    parser.add_argument("--warm-up", type=int, default=10_000, help="items, until the allocator has what it keeps")
-    parser.add_argument("--seconds", type=float, default=900, help="for one size")
+    parser.add_argument("--warm-up", type=int, default=10_000, help="items before the first run")
+    parser.add_argument("--seconds", type=float, default=900, help="limit per size")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
     about = report.environment(report.command("growth", chosen))
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     data = {"environment": about, "rows": rows, "verdicts": verdicts}
     text = _table(rows) + "\n\n" + "\n".join(f"{where}: {one['text']}" for where, one in verdicts.items())
     bars = {
-        f"{size}": {row["where"]: row["item_cpu_ms"] for row in reversed(rows) if row["items"] == size}  # the first run
+        f"{size}": {row["where"]: row["item_cpu_ms"] for row in reversed(rows) if row["items"] == size}  # first run
         for size in chosen.sizes
     }
     report.save(chosen.results, "growth", data, text, bars, "CPU ms an item")
@@ -121,7 +121,7 @@ def _row(where: str, num_items: int, seconds: float, meter: Meter, vectors_mb: f
 
 
 def _verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Largest size against smallest, before and after."""
+    """Compare the largest size with both runs of the smallest."""
     before, largest, after = rows[0], rows[-2], rows[-1]
     time_ratio = largest["item_cpu_ms"] / max(before["item_cpu_ms"], after["item_cpu_ms"])
     growth_mb = largest["held_mb"] - VECTORS_HELD * largest["vectors_mb"] - before["held_mb"]

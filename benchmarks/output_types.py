@@ -1,8 +1,8 @@
-"""What smaller vectors cost: recall of color names -> swatches, for each output type and number of dimensions.
+"""Recall of color names and swatches for each output type and size: `python -m benchmarks.output_types [MODEL]`.
 
-`python -m benchmarks.output_types [MODEL]` embeds matplotlib's 949 xkcd names and a swatch of each with the embedded
-model (or MODEL), quantizes both sides as the service does, writes benchmarks/results/output_types.json and prints the
-table as Markdown. Queries and gallery are of the same type: integers and bits are compared as they are stored.
+Embeds matplotlib's 949 xkcd names and a swatch of each with the bundled model (or MODEL), quantizes them as the service
+does, writes benchmarks/results/output_types.json and prints a Markdown table. Queries and gallery have the same type:
+integers and bits are compared as they are stored.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ def embed(embedder: Embedder, items: list[Any], what: str) -> NDArray[np.float32
 
 
 def as_stored(vectors: NDArray[np.float32], dimensions: int, output_dtype: OutputDtype) -> NDArray[np.float32]:
-    """What a client compares: cut, unit length, quantized, and back."""
+    """The vectors that a client compares: truncated, normalized, quantized and dequantized."""
     cut = np.stack(finish_vectors(vectors, [(dimensions, True)] * len(vectors)))
     back = dequantize(quantize(cut, output_dtype), output_dtype, dimensions)
     return back / np.linalg.norm(back, axis=1, keepdims=True)
 
 
 def num_bytes(dimensions: int, output_dtype: OutputDtype) -> int:
-    """Of one vector."""
+    """The size of one vector in bytes."""
     return quantize(np.zeros(dimensions, np.float32), output_dtype).nbytes
 
 
 def places(queries: NDArray[np.float32], gallery: NDArray[np.float32], right: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """How many answers stand before each query's first right one, (num_queries,).
+    """The number of results before each query's first correct one, (num_queries,).
 
-    Where scores are equal (binary), half of a tie counts as before: no order is lucky.
+    Of results with an equal score (frequent with binary vectors), half count as before.
     """
     scores = queries.astype(np.float64) @ gallery.T.astype(np.float64)
     best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
@@ -66,13 +66,13 @@ def places(queries: NDArray[np.float32], gallery: NDArray[np.float32], right: ND
 def recalls(
     queries: NDArray[np.float32], gallery: NDArray[np.float32], right: NDArray[np.bool_]
 ) -> tuple[float, float]:
-    """Share of queries with a right answer first, and among the first five."""
+    """R@1 and R@5."""
     at = places(queries, gallery, right)
     return float((at < 1).mean()), float((at < 5).mean())
 
 
 def measure(names: NDArray[np.float32], swatches: NDArray[np.float32]) -> list[dict[str, Any]]:
-    """A row for each type and size. Two names of one color are both right."""
+    """One row per type and size. If two names have the same color, both are correct."""
     colors = COLORS[: len(names)]
     right = (colors[:, None] == colors[None]).all(-1)
     full = names.shape[1]
@@ -93,7 +93,7 @@ def measure(names: NDArray[np.float32], swatches: NDArray[np.float32]) -> list[d
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each type, a column for each size; signed and unsigned share one where they are equal."""
+    """One row per type, one column per size. Signed and unsigned types are equal and share a row."""
     sizes = sorted({row["dimensions"] for row in rows})
     head = [f"{size} dimensions: R@1 / R@5 (bytes)" for size in sizes]
     lines = ["| " + " | ".join(["output_dtype", *head]) + " |", "|---" * (len(sizes) + 1) + "|"]
@@ -111,7 +111,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Measure, write the results and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="")
     parser.add_argument("--output", type=Path, default=RESULTS)

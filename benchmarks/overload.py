@@ -1,11 +1,15 @@
-"""Twice what the service can do, for minutes: it refuses what it cannot keep, and is itself again at once.
+"""Send twice the service's capacity for minutes, and check its responses: `python -m benchmarks.overload`.
 
-`python -m benchmarks.overload`. Closed-loop callers find out what it can do, three times before and three times after;
-between, requests are sent at twice the best of the first three, whatever comes back. Capacity is the median of the six,
-for a shared machine changes in ten minutes. Held to: no answers but 200 and 429, the latter at least a quarter (or it
-was no overload); p99 of the answered ones below the deadline; throughput at least 95 % of capacity; flat memory; and a
-query as soon as it is over as fast as in a service that was idle. Of the `tiny` shape a refusal costs a tenth of an
-answer, more than the share that may be lost.
+Closed-loop callers measure the capacity three times before and three times after the overload. During the overload,
+requests are sent at twice the best of the first three rates, independent of the responses. The capacity is the median
+of all six, because the speed of a shared machine changes within ten minutes. Requirements:
+
+- all statuses are 200 or 429, with at least a quarter 429 (otherwise it was no overload); - p99 of successful requests
+is below the deadline; - throughput is at least 95 % of the capacity (not reachable with the `tiny` shape, where
+rejecting a request costs a tenth
+  of embedding it);
+- memory stays flat;
+- queries directly after the overload are as fast as in an idle service.
 """
 
 from __future__ import annotations
@@ -32,18 +36,18 @@ from benchmarks.protocols import LocalProtocol
 from benchmarks.workloads import make_items, read_words
 
 TIMES = 2  # capacity
-CALLERS = 16  # enough for capacity, and few enough for the queue: a refused caller asks again at once, which costs
+CALLERS = 16  # enough for the capacity, and few enough that none is rejected: retries would cost time
 CAPACITY_TRIES = 3
-MIN_SHARE = 0.95  # of capacity that is still answered
-MIN_REFUSED = 0.25  # at twice the capacity half is refused
-MAX_GROWTH_MB = 64  # from the third fifth of the time to the last, of medians: what a batch takes comes and goes
-NUM_AFTER = 5  # queries, the first of which is sent as the flood ends
-MAX_SLOWER = 2.0  # their median, than that of the idle queries
+MIN_SHARE = 0.95  # throughput over capacity
+MIN_REFUSED = 0.25  # share of 429; at twice the capacity it is about half
+MAX_GROWTH_MB = 64  # from the third fifth of the time to the last, of medians
+NUM_AFTER = 5  # queries, the first one right after the overload
+MAX_SLOWER = 2.0  # their median over that of an idle service
 
 
 @dataclass
 class Flood:
-    """What came of it. `footprints`: (bytes, open files) of the service, once a second."""
+    """The result of the overload. `footprints`: (bytes, open files) of the service, once per second."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     latencies_s: list[float] = field(default_factory=list)
@@ -53,12 +57,12 @@ class Flood:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description="Twice the capacity: what is answered, and how it is afterwards.")
+    parser = argparse.ArgumentParser(description="Send twice the service's capacity and check its responses.")
     parser.add_argument("--shape", choices=("tiny", "small"), default="small")
-    parser.add_argument("--seconds", type=float, default=600, help="of overload")
-    parser.add_argument("--capacity-seconds", type=float, default=15, help="each time")
-    parser.add_argument("--queued-tokens", type=int, default=4000, help="the service's limit: a few seconds of work")
-    parser.add_argument("--deadline", type=float, default=10, help="seconds, the service's request_timeout_s")
+    parser.add_argument("--seconds", type=float, default=600, help="duration of the overload")
+    parser.add_argument("--capacity-seconds", type=float, default=15, help="duration of each capacity measurement")
+    parser.add_argument("--queued-tokens", type=int, default=4000, help="EMBEDDER_MAX_QUEUED_TOKENS")
+    parser.add_argument("--deadline", type=float, default=10, help="EMBEDDER_REQUEST_TIMEOUT_S")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
     about = report.environment(report.command("overload", chosen))
@@ -107,7 +111,7 @@ async def _run(service: contenders.Contender, bodies: list[bytes], chosen: argpa
 
 
 async def _capacity(url: str, bodies: list[bytes], chosen: argparse.Namespace) -> float:
-    """Requests a second."""
+    """The measured requests per second."""
     full = await drive(url, bodies, concurrency=CALLERS, seconds=chosen.capacity_seconds)
     if full.num_refused:
         raise SystemExit(f"{CALLERS} callers overfill the queue of {chosen.queued_tokens} tokens: capacity unknown")

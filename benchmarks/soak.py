@@ -1,8 +1,8 @@
-"""Many mixed requests, each held against its known answer, while memory and open files must stay flat.
+"""Send many mixed requests, compare each result, and check that memory stays flat: `python -m benchmarks.soak`.
 
-`python -m benchmarks.soak`, the `tiny` shape: texts, pictures, clips and mixtures, alone and several at once, over
-the routes that embed; one request in ten is faulty, and must be refused. Answers are known from the library, which
-embeds the same items alone.
+It uses the `tiny` shape. The requests contain one or several texts, images, videos and combinations, for all embedding
+routes. One in ten is invalid and must be rejected. The expected vectors are computed by the library, one item at a
+time.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from benchmarks.workloads import Item, make_items, read_words
 from embedder.embedder import Embedder
 
 CALLERS = 16
-NUM_ITEMS = 48  # distinct ones
-MAX_ITEMS = 4  # in a request
-MAX_DIFFERENCE = 1e-5  # of a value, float32: neighbors change the order of sums
+NUM_ITEMS = 48  # distinct items
+MAX_ITEMS = 4  # per request
+MAX_DIFFERENCE = 1e-5  # per value, float32; the batch changes the order of sums
 MAX_GROWTH_MB, MAX_GROWTH_FILES = 64, 8  # from the second tenth to the last, of the medians
-NUM_SAMPLES = 200  # of memory and files: a single one differs by some 50 MB from the next, as batches do
+NUM_SAMPLES = 200  # of memory and files; single samples differ by about 50 MB, because batches differ
 SEED = 11
 FAULTS: tuple[tuple[str, bytes], ...] = (
     ("/txt/embed", b'{"input": ["red", 5]}'),
@@ -48,7 +48,7 @@ FAULTS: tuple[tuple[str, bytes], ...] = (
 
 @dataclass(frozen=True)
 class Request:
-    """`expected`: (num_items, hidden_size), or None where it must be refused."""
+    """A request. `expected`: (num_items, hidden_size), or None if it must be rejected."""
 
     path: str
     body: bytes
@@ -56,7 +56,7 @@ class Request:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description="Mixed requests, each held against its known answer.")
+    parser = argparse.ArgumentParser(description="Send mixed requests and compare each result with its known vectors.")
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
@@ -90,7 +90,7 @@ _ALLOWED = {
 
 
 def _requests(folder: Path) -> list[Request]:
-    """Ten of each route and kind, and as many faulty ones as are a tenth."""
+    """Random requests for each route, a tenth of them invalid."""
     words = read_words(folder)
     texts, images = make_items("text-mixed", NUM_ITEMS, words), make_items("image-256", NUM_ITEMS, words)
     pictures = [_base64(item) for item in images]
@@ -162,7 +162,7 @@ async def _soak(service: contenders.Contender, requests: list[Request], count: i
 
 
 def _outcome(request: Request, status: int, answer: bytes) -> str:
-    """answered, refused or wrong."""
+    """`answered`, `refused` or `wrong`."""
     if request.expected is None:
         return "refused" if 400 <= status < 500 else "wrong"
     if status != 200:
@@ -173,7 +173,7 @@ def _outcome(request: Request, status: int, answer: bytes) -> str:
 
 
 def _vectors(path: str, fields: Any) -> NDArray[np.float32]:
-    """Of an answer of any route, (num_items, hidden_size)."""
+    """The vectors in a response of `path`, (num_items, hidden_size)."""
     match path:
         case "/embed":
             rows = [result["embedding"] for result in fields["results"]]

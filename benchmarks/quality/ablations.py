@@ -1,8 +1,9 @@
-"""`python -m benchmarks.quality ablations`: what each choice does to the vectors, as one report.
+"""Measure the effect of settings on the vectors: `python -m benchmarks.quality ablations`.
 
-Sizes and types of the answer -> recall and bytes; the query's instruction -> recall; bfloat16 against float32; the
-pixels that a picture keeps -> drift and speed; the neighbors in a batch -> nothing, or the command exits with 1.
-Everything by the library. Recall: color names -> swatches, and drawings' names -> drawings.
+Measures recall and bytes by size and output type, recall by the query's instruction, bfloat16 compared with float32,
+drift and speed by the maximum pixels of an image, and the influence of the other items in a batch. If the latter
+exceeds rounding, the command exits with 1. Recall is that of color names on swatches and of names on drawings. Vectors
+are computed by the library.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from embedder.http.messages import QUERY_INSTRUCTION
 RESULTS = report.RESULTS / "quality"
 DEFAULT = "none (the service's default)"
 INSTRUCTIONS = {"of the model card": QUERY_INSTRUCTION, "another": "Name what you see."}
-REGIMES = {  # shares of what the checkpoint's own files allow a picture
+REGIMES = {  # shares of the maximum pixels in the checkpoint's files
     "a quarter": 1 / 4,
     "half": 1 / 2,
     "the checkpoint's": 1.0,
     "the reference code's": 1_843_200 / 1_310_720,
 }
 USUAL = "the checkpoint's"
-SHEET_CROP = 288  # pixels of the sheet, three drawings wide: enlarged, so that every regime shrinks it
+SHEET_CROP = 288  # pixels, three drawings wide; enlarged so that every setting shrinks it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,10 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality ablations", description=__doc__)
-    parser.add_argument("--model", default="", help="folder or hub id; default: the embedded model")
-    parser.add_argument("--compositions", type=int, default=10_000, help="random batches for the neighbors")
-    parser.add_argument("--count", type=int, help="the first so many colors and drawings only, to try")
-    parser.add_argument("--pictures", type=int, default=16, help="for the pixels")
+    parser.add_argument("--model", default="", help="folder or hub id; default: the bundled model")
+    parser.add_argument("--compositions", type=int, default=10_000, help="number of random batches")
+    parser.add_argument("--count", type=int, help="use only the first COUNT colors and drawings")
+    parser.add_argument("--pictures", type=int, default=16, help="images for the pixel settings")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
@@ -88,7 +89,7 @@ Pair = tuple[NDArray[np.float32], NDArray[np.float32]]  # names and pictures: (c
 
 
 def embed_all(embedder: Embedder, count: int | None) -> dict[str, Pair]:
-    """Colors and drawings, with the default instruction."""
+    """Embed colors and drawings with the default instruction."""
     names = embed_names(embedder, count, None)
     swatches = [swatch(index) for index in range(len(names["colors"]))]
     pictures = {"colors": swatches, "drawings": drawings_of_the_demo()[1][:count]}
@@ -106,19 +107,19 @@ def embed_names(embedder: Embedder, count: int | None, instruction: str | None) 
 
 
 def _recalls(names: dict[str, NDArray[np.float32]], whole: dict[str, Pair]) -> dict[str, tuple[float, float]]:
-    """R@1 and R@5 of other vectors of the names, among the pictures as they are."""
+    """R@1 and R@5 of `names` on the images of `whole`."""
     return {kind: recalls(names[kind], whole[kind][1], _right(kind, len(names[kind]))) for kind in names}
 
 
 def _right(kind: str, count: int) -> NDArray[np.bool_]:
-    """Two names of one color are both right."""
+    """The correct pairs. If two names have the same color, both are correct."""
     if kind == "drawings":
         return np.eye(count, dtype=bool)
     return np.asarray((COLORS[:count, None] == COLORS[None, :count]).all(axis=-1))
 
 
 def compare_dtypes(whole: dict[str, Pair], halves: dict[str, Pair]) -> dict[str, Any]:
-    """Cosines between the two, over all names and pictures, and the recall of each."""
+    """The cosines between both dtypes over all names and images, and the recall of each dtype."""
     cosines = np.concatenate(
         [np.sum(one * other, axis=1) for kind in whole for one, other in zip(whole[kind], halves[kind], strict=True)]
     )
@@ -130,7 +131,7 @@ def compare_dtypes(whole: dict[str, Pair], halves: dict[str, Pair]) -> dict[str,
 
 
 def compare_pixels(model: str, max_pixels: int, num_pictures: int) -> list[dict[str, Any]]:
-    """A row for each regime: cosines to the checkpoint's, and pictures a second, one run each after a first picture."""
+    """One row per setting: cosines to the checkpoint's setting, and images per second (one run after a warm-up)."""
     side = round((1.5 * max_pixels) ** 0.5)
     pictures = [crop.resize((side, side), PIL.Image.Resampling.BICUBIC) for crop in _crops(num_pictures)]
     vectors, rates = {}, {}
@@ -172,20 +173,20 @@ def describe(data: dict[str, Any]) -> str:
     recall = ("colors: R@1 / R@5", "drawings: R@1 / R@5")
     return "\n\n".join(
         [
-            f"Model: {data['model']}, on {data['device']}.\n\n![the same as a picture](ablations.png)",
-            "## Sizes and types of the answer (colors)",
+            f"Model: {data['model']}, on {data['device']}.\n\n![plot](ablations.png)",
+            "## Output sizes and types (colors)",
             output_types.table(data["types"]),
-            "## The instruction of the query",
+            "## Instruction of the query",
             report.table(("instruction", *recall), instructions),
-            "## The weights' dtype",
+            "## dtype of the weights",
             report.table(("dtype", *recall), by_dtype),
             f"Cosine of bfloat16 to float32: {dtypes['mean_cosine']:.5f} on average, "
-            f"{dtypes['least_cosine']:.5f} at worst.",
-            "## The pixels that a picture keeps",
-            report.table(("regime", "pixels", "cosine, mean", "cosine, least", "pictures/s"), pixels),
-            "Cosines to the vectors of the checkpoint's own regime. The speed is one run's: read its order, not its "
-            "digits.",
-            "## The neighbors in a batch",
+            f"{dtypes['least_cosine']:.5f} at the lowest.",
+            "## Maximum pixels of an image",
+            report.table(("setting", "pixels", "mean cosine", "lowest cosine", "images/s"), pixels),
+            "Cosines to the vectors with the checkpoint's setting. The speed is from one run, so only the order of "
+            "the settings is meaningful.",
+            "## Other items in the batch",
             neighbors.text_of(data["neighbors"]),
         ]
     )

@@ -1,4 +1,4 @@
-"""The xkcd survey's 949 colors: names, RGB values, solid swatches, and how different two of them look."""
+"""The 949 colors of the xkcd survey: names, RGB values, swatches and color differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.data import COLOR_NAMES, COLORS
 
 NAMES = list(COLOR_NAMES)
 COLORS: NDArray[np.uint8] = COLORS  # (949, 3)
-SIDE = 64  # of a swatch, in pixels
+SIDE = 64  # of a swatch in pixels
 
 
 def swatch(index: int, side: int = SIDE) -> PIL.Image.Image:
@@ -25,12 +25,12 @@ def swatch(index: int, side: int = SIDE) -> PIL.Image.Image:
 
 @cache
 def color_differences(count: int) -> NDArray[np.float64]:
-    """Of the first `count` colors to one another, (count, count). 13 s for all 949."""
+    """Pairwise differences of the first `count` colors, (count, count). All 949 take 13 s."""
     return ciede2000(COLORS[:count])
 
 
 def ciede2000(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """(num_colors, 3) -> (num_colors, num_colors) differences, under D65."""
+    """Pairwise CIEDE2000 differences under D65, (num_colors, num_colors), of (num_colors, 3) sRGB values."""
     colors = [Color("srgb", list(row / 255)).convert("lab-d65") for row in rgb.astype(float)]
     differences = np.zeros((len(colors), len(colors)))
     for row, color in enumerate(tqdm(colors, desc="CIEDE2000", leave=False)):

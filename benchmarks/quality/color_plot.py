@@ -1,4 +1,4 @@
-"""Vectors of names and swatches -> one picture: where they lie, and what was found."""
+"""Plot the vectors of color names and swatches, and the retrieved colors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Pair = tuple[NDArray[np.float32], NDArray[np.float32]]  # names, swatches: (num_
 
 
 def plot(path: Path, services: dict[str, Pair]) -> None:
-    """A row for each service; no file where there is none."""
+    """Plot one row per service. Writes no file without services."""
     if not services:
         return
     import matplotlib as mpl
@@ -28,15 +28,15 @@ def plot(path: Path, services: dict[str, Pair]) -> None:
     )
     for (name, pair), (left, right) in zip(services.items(), axes, strict=True):
         _map(left, *pair)
-        left.set_title(f"{name}: swatches (dots) and names (crosses), a line from each name to its own", fontsize=9)
+        left.set_title(f"{name}: swatches (dots) and names (crosses), each name with a line to its swatch", fontsize=9)
         _found(right, *pair)
-        right.set_title(f"{name}: each color asked for by name, and inside what was found first", fontsize=9)
+        right.set_title(f"{name}: each color, with the first result for its name inside", fontsize=9)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def _map(axes: Any, names: NDArray[np.float32], swatches: NDArray[np.float32]) -> None:
-    """The two directions in which the swatches vary most. Names are centered apart: pictures and texts lie apart."""
+    """The first two principal components of the swatches. Names are centered separately, because modalities differ."""
     _, _, directions = np.linalg.svd(swatches - swatches.mean(axis=0), full_matrices=False)
     points = [(vectors - vectors.mean(axis=0)) @ directions[:2].T for vectors in (names, swatches)]
     colors = COLORS[: len(names)] / 255
@@ -48,7 +48,7 @@ def _map(axes: Any, names: NDArray[np.float32], swatches: NDArray[np.float32]) -
 
 
 def _found(axes: Any, names: NDArray[np.float32], swatches: NDArray[np.float32]) -> None:
-    """A tile for each color, with the first answer's color as a smaller tile inside."""
+    """One tile per color, with the first result's color as a smaller tile inside."""
     first = COLORS[(names @ swatches.T).argmax(axis=1)]
     columns = math.ceil(math.sqrt(len(names)))
     tiles = np.full((columns * columns, 6, 6, 3), 255, np.uint8)

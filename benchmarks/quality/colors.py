@@ -1,9 +1,8 @@
-"""`python -m benchmarks.quality colors`: 949 color names against their swatches, on any services of the `local` schema.
+"""Compare services on 949 color names and their swatches: `python -m benchmarks.quality colors`.
 
-`--url NAME=URL` for a service with the usual paths, `--models models.yaml` for those of the first user's file; `--only`
-chooses among the latter. For each service: the cosine distance of a name and its own swatch; at which place the swatch
-stands among all; and whether what looks alike lies close, as Spearman's correlation of embedding distance with
-CIEDE2000 over all pairs.
+`--url NAME=URL` adds a service with the default paths. `--models models.yaml` adds the services with `provider_type:
+local` in that file; `--only` selects some of them. For each service, the command measures the cosine distance of a name
+to its swatch, the rank of the swatch, and Spearman's correlation of embedding distance with CIEDE2000 over all pairs.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ FIGURES = {
     "rho names": "spearman_names",
 }
 LEGEND = (
-    "Distance: 1 - cosine of a name and its own swatch. R@k: share of names whose swatch (or one of the same color) is "
-    "among the first k; MRR: mean of 1 / place. rho: Spearman's correlation with CIEDE2000, over all pairs of the two."
+    "Distance: 1 - cosine of a name and its swatch. R@k: share of names whose swatch (or one of the same color) is "
+    "among the first k. MRR: mean of 1 / rank. rho: Spearman's correlation of distance with CIEDE2000 over all pairs."
 )
 
 
@@ -68,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality colors", description=__doc__)
-    parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="once for each service")
-    parser.add_argument("--models", type=Path, help="a models.yaml of the first user's benchmark")
-    parser.add_argument("--only", nargs="+", help="names of the services to take from it; default: all local ones")
-    parser.add_argument("--colors", type=int, default=len(NAMES), help="the first so many only, to try")
+    parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="can be repeated")
+    parser.add_argument("--models", type=Path, help="a models.yaml with services of `provider_type: local`")
+    parser.add_argument("--only", nargs="+", help="names of its services to use; default: all local ones")
+    parser.add_argument("--colors", type=int, default=len(NAMES), help="use only the first COLORS colors")
     parser.add_argument("--results", type=Path, default=RESULTS)
     chosen = parser.parse_args(arguments)
     services = read_models(chosen.models) if chosen.models else []
@@ -79,7 +78,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for given in chosen.url:
         name, is_named, url = given.partition("=")
         if not is_named:
-            parser.error(f"--url {given}: write NAME=URL")
+            parser.error(f"--url: got {given!r}; expected NAME=URL")
         chosen.services.append(LocalService(name, url))
     if not chosen.services:
         parser.error("no services: give --url, or --models with a provider of type local")
@@ -87,7 +86,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def embed(client: Client, count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Unit vectors of the first `count` names, and of their swatches: (count, dimensions) each."""
+    """Unit vectors of the first `count` names and their swatches, (count, dimensions) each."""
     names = client.embed_texts(NAMES[:count])
     swatches = client.embed_images([png(swatch(index)) for index in range(count)])
     return unit(names), unit(swatches)
@@ -120,7 +119,7 @@ def measure(names: NDArray[np.float32], swatches: NDArray[np.float32]) -> dict[s
 
 
 def correlation(similarities: NDArray[np.float32], differences: NDArray[np.float64]) -> float:
-    """Spearman's rho of 1 - similarity with the differences."""
+    """Spearman's rho of 1 - similarity and the color differences."""
     return float(spearmanr(1 - similarities.ravel(), differences.ravel()).statistic)
 
 

@@ -1,4 +1,4 @@
-"""The demo's drawings and their names."""
+"""The drawings of the demo collection and their names."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _FOLDER = importlib.resources.files("embedder") / "demo"
 
 @cache
 def drawing_sheet() -> PIL.Image.Image:
-    """All of them on one sheet."""
+    """The sheet with all drawings."""
     with (_FOLDER / "drawings.png").open("rb") as file:
         return PIL.Image.open(file).convert("RGB")
 
 
 @cache
 def drawings_of_the_demo() -> tuple[list[str], list[PIL.Image.Image]]:
-    """Names and pictures, in the same order."""
+    """Names and images, in the same order."""
     about = json.loads((_FOLDER / "drawings.json").read_text(encoding="utf-8"))
     side, columns = about["tile_pixels"], about["columns"]
     names = [drawing["name"] for drawing in about["drawings"]]

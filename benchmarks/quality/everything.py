@@ -1,6 +1,6 @@
-"""`python -m benchmarks.quality report`: all reports of one model, into benchmarks/results/quality/.
+"""Write all quality reports of one model to benchmarks/results/quality/: `python -m benchmarks.quality report`.
 
-Starts the service with `--model` for those that go through it (or uses the one at `--url`), then the library.
+Colors and mteb use a service, started with `--model` or running at `--url`; the ablations use the library.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ RESULTS = report.RESULTS / "quality"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality report", description=__doc__)
-    parser.add_argument("--model", default="", help="folder or hub id; default: the embedded model")
-    parser.add_argument("--url", help="of a running service of that model; default: one is started")
-    parser.add_argument("--compositions", type=int, default=10_000, help="random batches for the neighbors")
-    parser.add_argument("--count", type=int, help="the first so many colors and drawings only, to try")
+    parser.add_argument("--model", default="", help="folder or hub id; default: the bundled model")
+    parser.add_argument("--url", help="a running service of that model; default: start one")
+    parser.add_argument("--compositions", type=int, default=10_000, help="number of random batches")
+    parser.add_argument("--count", type=int, help="use only the first COUNT colors and drawings")
     parser.add_argument("--results", type=Path, default=RESULTS)
     chosen = parser.parse_args(arguments)
     name = name_of({"model": chosen.model}) if chosen.model else "bundled"
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def service(url: str | None, model: str) -> Iterator[str]:
-    """The one at `url`, or one that runs as long as the `with` block."""
+    """Yield `url`, or the URL of a service that runs during the `with` block."""
     if url:
         yield url
         return

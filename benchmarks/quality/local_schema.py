@@ -1,7 +1,7 @@
-"""Services of the `local` schema, named and called as by the first user's benchmark: texts at one path, images at one.
+"""A client of services with the `local` schema: one path for texts and one for images, as in `models.yaml`.
 
-A service is asked for `/openapi.json` (BentoML's own is `/docs.json`). Lists are sent only where it says that the field
-takes them, `anyOf` an array with `maxItems`; a list of images goes into `inputs`. Nothing here knows our own service.
+The client reads `/openapi.json` (or BentoML's `/docs.json`). It sends lists only if the document allows an array with
+`maxItems` for the field; a list of images is sent as `inputs`. Nothing is specific to this project's service.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from benchmarks.quality.targets import TIMEOUT_S, RequestFailed, post
 
-MOST_TOGETHER = 64  # items in a request, whatever a service allows
+MOST_TOGETHER = 64  # items per request, even if a service allows more
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where one kind of content goes."""
+    """The route of one kind of content."""
 
     path: str
     method: str = "POST"
@@ -36,7 +36,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class LocalService:
-    """One `provider_type: local` of a `models.yaml`."""
+    """A service with `provider_type: local` in a `models.yaml`."""
 
     name: str
     base_url: str
@@ -45,7 +45,7 @@ class LocalService:
 
 
 def read_models(path: Path) -> list[LocalService]:
-    """Every local service of a `models.yaml`, wherever in it; providers of other types are passed over."""
+    """All local services in a `models.yaml`, at any depth. Other provider types are ignored."""
     return list(_local_services(yaml.safe_load(path.read_text(encoding="utf-8"))))
 
 
@@ -61,7 +61,7 @@ def _local_services(node: Any) -> Iterator[LocalService]:
 
 
 class Client:
-    """Embeds by a local service. Raises `RequestFailed` for an answer that is not 200 or has no vectors."""
+    """Embed with a local service. Raises `RequestFailed` for a status other than 200 and for missing vectors."""
 
     def __init__(self, service: LocalService) -> None:
         self.service = service
@@ -75,17 +75,17 @@ class Client:
         self.http.close()
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(num_texts, dimensions), as the service gives them: unit length or not."""
+        """Vectors (num_texts, dimensions) as returned, not necessarily of unit length."""
         endpoint = self.service.text
         return self._embed(endpoint, endpoint.input_field, texts, f"{self.service.name}: texts")
 
     def embed_images(self, images: Sequence[bytes]) -> NDArray[np.float32]:
-        """Likewise; `images` are encoded."""
+        """As `embed_texts`. `images`: encoded image files."""
         entries = [base64.b64encode(image).decode() for image in images]
         return self._embed(self.service.image, "inputs", entries, f"{self.service.name}: images")
 
     def max_items(self, endpoint: Endpoint) -> int:
-        """Of one request, as the service's document says; 1 where it says nothing of lists."""
+        """The maximum of items per request in the service's document; 1 if it allows no lists."""
         operation = self.document.get("paths", {}).get(endpoint.path, {}).get(endpoint.method.lower(), {})
         body = self._resolved(operation.get("requestBody", {}))
         schema = self._resolved(body.get("content", {}).get("application/json", {}).get("schema", {}))
@@ -116,7 +116,7 @@ class Client:
         return {}
 
     def _resolved(self, node: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A `$ref` -> what it refers to."""
+        """Resolve a `$ref`."""
         if "$ref" not in node:
             return node
         target: Any = self.document

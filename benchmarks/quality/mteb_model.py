@@ -1,4 +1,4 @@
-"""mteb's model protocol over a target: batches of texts, pictures or both -> vectors, with the right instruction."""
+"""A target as a model of mteb: embeds batches of texts, images or both with the instruction of the task."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 
 class EmbedderModel(AbsEncoder):
-    """What `mteb.evaluate` takes."""
+    """The model for `mteb.evaluate`."""
 
     def __init__(self, vectors: Vectors) -> None:
         self.vectors = vectors
@@ -58,9 +58,9 @@ class EmbedderModel(AbsEncoder):
 
 
 def instruction_for(metadata: TaskMetadata, prompt_type: PromptType | None) -> str | None:
-    """As the model card has it: a query brings the task's own sentence, or the card's for queries; a document none.
-
-    Where mteb knows no sides (classification, clustering, similarity) the task's sentence goes with every input.
+    """The instruction according to the model card: queries use the task's prompt or the default query instruction,
+    documents none. In tasks without queries and documents (classification, clustering, similarity), every input uses
+    the task's prompt.
     """
     prompt = metadata.prompt
     if isinstance(prompt, dict):
@@ -71,7 +71,7 @@ def instruction_for(metadata: TaskMetadata, prompt_type: PromptType | None) -> s
 
 
 def items_of(batch: dict[str, Any]) -> Iterator[Item]:
-    """Columns of a batch -> items, pictures as PNG: service and library get the same bytes."""
+    """Items from the columns of a batch. Images are PNG, so that service and library get the same bytes."""
     columns = {name: batch[name] for name in ("text", "image") if name in batch}
     for values in zip(*columns.values(), strict=True):
         item = dict(zip(columns, values, strict=True))
@@ -79,7 +79,7 @@ def items_of(batch: dict[str, Any]) -> Iterator[Item]:
 
 
 def png(image: PIL.Image.Image) -> bytes:
-    """Without loss, and fast rather than small."""
+    """Encode losslessly, with fast compression."""
     buffer = io.BytesIO()
     (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Does a vector depend on what is embedded beside it? Random companies of items against each item alone."""
+"""Check that a vector does not depend on the other items in its batch: random batches compared with single items."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from benchmarks.quality.color_data import NAMES, swatch
 from benchmarks.quality.drawing_data import drawings_of_the_demo
 from embedder import Embedder
 
-ALLOWED = 1e-6  # largest difference of a value, float32
-MOST_ITEMS = 8  # in a composition
+ALLOWED = 1e-6  # largest difference of a value in float32
+MOST_ITEMS = 8  # per composition
 NUM_OF_A_KIND = 16
 
 
 def pool() -> list[dict[str, Any]]:
-    """Texts of 1 to 61 color names, pictures of several sizes, and both together."""
+    """Texts of 1 to 61 color names, images of several sizes, and texts with images."""
     names, pictures = drawings_of_the_demo()
     texts = [" ".join(NAMES[index : index + 1 + 4 * index]) for index in range(NUM_OF_A_KIND)]
     sized: list[PIL.Image.Image] = [
@@ -32,7 +32,7 @@ def pool() -> list[dict[str, Any]]:
 
 
 class _Observed:
-    """The forward pass, and how many items each of its batches had."""
+    """A forward pass that records the number of items in each batch."""
 
     def __init__(self, forward: Any) -> None:
         self._forward = forward
@@ -57,9 +57,10 @@ def _in_place_of_forward(embedder: Embedder, observed: Any) -> Iterator[None]:
 
 
 def measure(embedder: Embedder, num_compositions: int, seed: int = 0) -> dict[str, Any]:
-    """Each composition is one call of the library with 2 to 8 items of the pool, drawn with repetition, in any order.
+    """Compare random compositions with single items.
 
-    Which of them run together is the engine's choice, as in a service; `mean_together` says how many did.
+    A composition is one call of the library with 2 to 8 random items of the pool, with repetition. The engine decides
+    which of them form a batch, as in a service; `mean_together` is the average batch size.
     """
     random = np.random.default_rng(seed)
     items = pool()
@@ -92,14 +93,14 @@ def _quantiles(largest: NDArray[np.float64]) -> dict[str, float]:
 
 
 def text_of(found: dict[str, Any]) -> str:
-    """The finding in words."""
+    """The result as text."""
     worst = found["worst"]
-    kinds = [("text", "picture", "mixture")[index // NUM_OF_A_KIND] for index in worst["items"]]
+    kinds = [("text", "image", "text with image")[index // NUM_OF_A_KIND] for index in worst["items"]]
     verdict = "within" if found["is_within"] else "NOT WITHIN"
     return (
-        f"{found['num_compositions']} random compositions, float32; on average {found['mean_together']:.1f} and at "
-        f"most {found['most_together']} items ran together. Largest difference of any value from the item alone: "
-        f"{worst['difference']:.2e}, {verdict} {ALLOWED:g}. It was item {worst['place']} of composition "
-        f"{worst['number']}: {', '.join(kinds)}. Half of the compositions stay below "
+        f"{found['num_compositions']} random compositions, float32; a batch had {found['mean_together']:.1f} items on "
+        f"average and at most {found['most_together']}. Largest difference of any value from the single item: "
+        f"{worst['difference']:.2e}, {verdict} {ALLOWED:g}. It occurred for item {worst['place']} of composition "
+        f"{worst['number']} ({', '.join(kinds)}). Half of the compositions are below "
         f"{found['quantiles']['0.5']:.1e}, 99 % below {found['quantiles']['0.99']:.1e}."
     )

@@ -1,7 +1,8 @@
-"""Figures that others published, in percent, to lay beside ours.
+"""Published scores in percent, for comparison.
 
-Source: the technical report and model cards of Qwen3-VL-Embedding. A benchmark's figure is the mean of its tasks' main
-scores. mteb has MMTEB, as "MTEB(Multilingual, v2)"; it does not have MMEB-V2, so those rows stay without ours.
+Source: the technical report and the model cards of Qwen3-VL-Embedding. The score of a benchmark is the mean of the main
+scores of its tasks. mteb contains MMTEB as "MTEB(Multilingual, v2)". It does not contain MMEB-V2, so these rows have no
+result of ours.
 """
 
 from __future__ import annotations
@@ -27,5 +28,5 @@ PUBLISHED: dict[str, dict[str, float]] = {
 
 
 def published_of(name: str) -> dict[str, float]:
-    """Those of a model, by hub id or by the name of a folder that holds it; empty for others."""
+    """The scores of a model by hub id or folder name; empty for other models."""
     return next((figures for hub_id, figures in PUBLISHED.items() if name in (hub_id, hub_id.split("/")[1])), {})

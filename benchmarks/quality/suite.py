@@ -1,8 +1,8 @@
-"""`python -m benchmarks.quality mteb`: mteb's tasks through the service or the library, beside published figures.
+"""Run mteb tasks with the service or the library, next to published scores: `python -m benchmarks.quality mteb`.
 
-`--tasks` takes mteb's names and those of `tasks.LOCAL_TASKS`; `--benchmark` one of mteb's benchmarks. mteb's own result
-files and every vector are kept under `--output`: the same command again goes on where it was ended. Tasks of mteb's
-read their data from the hub; where it cannot be reached they are listed as not run, and the command exits with 1.
+`--tasks` takes names of mteb and of `tasks.LOCAL_TASKS`; `--benchmark` takes a benchmark of mteb. Result files and all
+vectors are stored in `--output`, so that the same command resumes an interrupted run. mteb's tasks download their data
+from the hub. Tasks that fail are listed as not run, and the command exits with 1.
 """
 
 from __future__ import annotations
@@ -60,20 +60,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality mteb", description=__doc__)
     target = parser.add_mutually_exclusive_group()
-    target.add_argument("--url", help="of a running service of ours")
-    target.add_argument("--model", default="", help="folder or hub id, by the library; default: the embedded model")
+    target.add_argument("--url", help="a running service of this project")
+    target.add_argument("--model", default="", help="folder or hub id for the library; default: the bundled model")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--tasks", nargs="+", default=list(LOCAL_TASKS), help="default: those that need no hub")
-    what.add_argument("--benchmark", help='of mteb, such as "MTEB(Multilingual, v2)"')
-    parser.add_argument("--count", type=int, help="entries of a task of our own; default: all")
-    parser.add_argument("--batch-size", type=int, default=32, help="items sent together")
-    parser.add_argument("--output", type=Path, required=True, help="folder of result files and vectors, for one model")
+    what.add_argument("--tasks", nargs="+", default=list(LOCAL_TASKS), help="default: the tasks that need no hub")
+    what.add_argument("--benchmark", help='a benchmark of mteb, such as "MTEB(Multilingual, v2)"')
+    parser.add_argument("--count", type=int, help="entries of each local task; default: all")
+    parser.add_argument("--batch-size", type=int, default=32, help="items per call")
+    parser.add_argument("--output", type=Path, required=True, help="folder for result files and vectors of one model")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
 
 def shown_target(chosen: argparse.Namespace) -> str:
-    """These arguments for a report, without addresses and paths of the machine."""
+    """The target's arguments for a report, without URLs and paths of the machine."""
     if chosen.url:
         return " --url URL"
     return f" --model {name_of({'model': chosen.model})}" if chosen.model else ""
@@ -91,7 +91,7 @@ def target_of(url: str | None, model: str) -> Iterator[Target]:
 
 
 def find_tasks(chosen: argparse.Namespace) -> list[mteb.AbsTask]:
-    """Ours by their names, all others mteb's. Raises `KeyError` for a name that neither has."""
+    """The tasks by name, local ones first. Raises `KeyError` for an unknown name."""
     if chosen.benchmark:
         return list(mteb.get_benchmark(chosen.benchmark).tasks)
     ours = [LOCAL_TASKS[name](chosen.count) for name in chosen.tasks if name in LOCAL_TASKS]
@@ -99,7 +99,7 @@ def find_tasks(chosen: argparse.Namespace) -> list[mteb.AbsTask]:
 
 
 def evaluate(model: EmbedderModel, tasks: Sequence[mteb.AbsTask], folder: Path, batch_size: int) -> Any:
-    """What mteb answers, a `ModelResult`. What it has in `folder` already is read instead of run."""
+    """Run the tasks and return mteb's `ModelResult`. Results that exist in `folder` are read."""
     return mteb.evaluate(
         model,
         tasks,
@@ -111,7 +111,7 @@ def evaluate(model: EmbedderModel, tasks: Sequence[mteb.AbsTask], folder: Path, 
 
 
 def compare(name: str, rows: Sequence[dict[str, Any]], complete: str | None) -> list[dict[str, Any]]:
-    """Each published figure of the model, and ours where `complete` says that all tasks of a benchmark were run."""
+    """The published scores of the model, and ours for the benchmark `complete`, of which all tasks were run."""
     mean = sum(row["score"] for row in rows) / max(len(rows), 1)
     return [
         {"figure": figure, "published": value, "ours": mean if figure == complete else None}
@@ -128,7 +128,7 @@ def table(data: dict[str, Any]) -> str:
         lines = [[row["figure"], row["published"], *_difference(row)] for row in data["published"]]
         parts.append(report.table(("published", "theirs, %", "ours, %", "difference"), lines))
     else:
-        parts.append("No published figures of this model are known here.")
+        parts.append("There are no published scores of this model.")
     parts += [f"NOT RUN: {task}: {reason}" for task, reason in data["not_run"].items()]
     return "\n\n".join(parts)
 

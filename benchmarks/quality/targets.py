@@ -1,4 +1,4 @@
-"""Items -> unit vectors, by a running service or by the library: the two ways a user has, and no third."""
+"""Embed items with a running service or with the library."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from numpy.typing import NDArray
 from embedder import Embedder
 
 Item = dict[str, Any]  # `text` and `image` (encoded bytes), one of them or both
-MAX_WAITS = 20  # for a service that is full
+MAX_WAITS = 20  # for a service whose queue is full
 TIMEOUT_S = 600.0
 
 
 class RequestFailed(RuntimeError):
-    """A service gave an error instead of vectors; the message has its status and words."""
+    """A service returned an error. The message contains the status and the body."""
 
 
 class Target(Protocol):
-    """`info`: what `/info` says. `name`: the hub id, or the last part of a folder."""
+    """Embeds items. `info`: the body of `/info`."""
 
     info: dict[str, Any]
 
     def embed(self, items: Sequence[Item], instruction: str | None = None) -> NDArray[np.float32]:
-        """(num_items, hidden_size) unit vectors. `instruction` of None is the default one."""
+        """Unit vectors (num_items, hidden_size). `instruction`: None is the default instruction."""
 
 
 def name_of(info: dict[str, Any]) -> str:
-    """A model's name for reports and folders: no path of a machine."""
+    """The model's name for reports; of a folder, only the last part."""
     name = str(info["model"])
     return Path(name).name if Path(name).is_absolute() else name
 
@@ -51,7 +51,7 @@ class Library:
 
 
 class Service:
-    """Our service at `url`, by `POST /embed`: requests as large as its limits at `/info` allow."""
+    """The service at `url`, through `POST /embed`, with requests as large as the limits in `/info` allow."""
 
     def __init__(self, url: str) -> None:
         self.http = httpx.Client(base_url=url, timeout=TIMEOUT_S)
@@ -68,18 +68,18 @@ class Service:
         for body in self._bodies(items, {"encoding_format": "base64", "instruction": instruction}):
             results = post(self.http, "/embed", body)["results"]
             if failed := [result for result in results if "error" in result]:
-                raise RequestFailed(f"{len(failed)} items of a request failed, the first: {failed[0]['error']}")
+                raise RequestFailed(f"{len(failed)} items of a request failed; the first error: {failed[0]['error']}")
             rows += [np.frombuffer(base64.b64decode(result["embedding"]), "<f4") for result in results]
         return np.stack(rows)
 
     def _bodies(self, items: Sequence[Item], options: dict[str, Any]) -> Iterator[bytes]:
         limits = self.info["limits"]
-        room = limits["max_body_bytes"] - 1000 - len(orjson.dumps(options))
+        max_bytes = limits["max_body_bytes"] - 1000 - len(orjson.dumps(options))
         chosen: list[orjson.Fragment] = []
         size = 0
         for item in items:
             entry = orjson.dumps(_wire(item))
-            if chosen and (size + len(entry) > room or len(chosen) == limits["max_items_per_request"]):
+            if chosen and (size + len(entry) > max_bytes or len(chosen) == limits["max_items_per_request"]):
                 yield orjson.dumps({**options, "items": chosen})
                 chosen, size = [], 0
             chosen.append(orjson.Fragment(entry))
@@ -92,13 +92,13 @@ def _wire(item: Item) -> Item:
 
 
 def post(http: httpx.Client, path: str, body: bytes, method: str = "POST") -> dict[str, Any]:
-    """The JSON answer. Waits while the service is full, as long as it says. Raises `RequestFailed`."""
+    """Send a request and return the JSON body. Waits after a 429 for `Retry-After`. Raises `RequestFailed`."""
     for _ in range(MAX_WAITS):
         response = http.request(method, path, content=body, headers={"content-type": "application/json"})
         if response.status_code != 429:
             break
         time.sleep(float(response.headers.get("retry-after", 1)))
     if response.status_code != 200:
-        raise RequestFailed(f"{path} answered {response.status_code}: {response.text[:300]}")
+        raise RequestFailed(f"{path} returned status {response.status_code}: {response.text[:300]}")
     answer: dict[str, Any] = response.json()
     return answer

@@ -1,4 +1,4 @@
-"""Tasks of mteb's kind that need no hub: colors and the demo's drawings, as texts, pictures and mixtures of both."""
+"""mteb tasks that need no hub: colors and the demo's drawings, as texts, images, and both."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from benchmarks.quality.color_data import COLORS, NAMES, color_differences, swat
 from benchmarks.quality.drawing_data import drawings_of_the_demo
 from embedder import __version__
 
-ALIKE = 5.0  # CIEDE2000: two colors that differ at a glance, but would be called alike
-Columns = Mapping[str, Sequence[Any]]  # `text` or `image` or both, one value for each entry
+ALIKE = 5.0  # CIEDE2000; below it, two colors differ visibly but look similar
+Columns = Mapping[str, Sequence[Any]]  # `text`, `image` or both, one value per entry
 
 
 class LocalRetrieval(AbsTaskRetrieval):
-    """A retrieval task of given contents. `relevant`: (num_queries, num_documents) bool.
+    """A retrieval task. `relevant`: (num_queries, num_documents) bool.
 
-    mteb knows results by the task's name, so one of the first `count` entries only has a name of its own.
+    mteb identifies results by the task's name, so the name contains `count` if only the first entries are used.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ def _ids(letter: str, columns: Columns) -> list[str]:
 
 
 def similar_colors(count: int | None) -> LocalRetrieval:
-    """A color's name -> names of colors that look alike, itself left out. Texts only."""
+    """Retrieve names of similar colors with a color's name, without the name itself. Texts only."""
     names = NAMES[:count]
     alike = (color_differences(len(names)) <= ALIKE) & ~np.eye(len(names), dtype=bool)
     asked = np.flatnonzero(alike.any(axis=1))
@@ -68,14 +68,14 @@ def similar_colors(count: int | None) -> LocalRetrieval:
 
 
 def swatches(count: int | None) -> LocalRetrieval:
-    """A color's name -> its swatch."""
+    """Retrieve a swatch with the color's name."""
     same = (COLORS[:count, None] == COLORS[None, :count]).all(axis=-1)
     pictures = {"image": [swatch(index) for index in range(len(same))]}
     return LocalRetrieval("Swatches", "t2i", {"text": NAMES[:count]}, pictures, same, "Find the color.", count)
 
 
 def drawings(count: int | None) -> LocalRetrieval:
-    """A drawing's name -> the drawing."""
+    """Retrieve a drawing with its name."""
     names, pictures = drawings_of_the_demo()
     same = np.eye(len(names[:count]), dtype=bool)
     gallery = {"image": pictures[:count]}
@@ -83,7 +83,7 @@ def drawings(count: int | None) -> LocalRetrieval:
 
 
 def mixtures(count: int | None) -> LocalRetrieval:
-    """A drawing seen in a mirror -> the drawing with its name. Pictures, and pictures with texts."""
+    """Retrieve a drawing with its name, using the mirrored drawing: images, and images with texts."""
     names, pictures = drawings_of_the_demo()
     mirrored = [PIL.ImageOps.mirror(picture) for picture in pictures[:count]]
     documents = {"text": names[:count], "image": pictures[:count]}

@@ -1,4 +1,4 @@
-"""Items that were embedded once -> their vectors, kept in a folder: a run that was ended goes on where it stopped."""
+"""Store computed vectors in a folder, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from benchmarks.quality.targets import Item, Target, name_of
 
 PROBE: Item = {"text": "Which weights are these?"}
-SAME_WEIGHTS = 0.999  # cosine of the probe; bfloat16 in another batch stays above
+SAME_WEIGHTS = 0.999  # minimum cosine of the probe; bfloat16 in another batch stays above
 
 
 class Vectors:
-    """A target's vectors, those of earlier runs from `folder`. Every batch is safe on disk when `embed` returns.
+    """The vectors of a target, read from `folder` if they were computed before. `embed` writes each batch to disk.
 
-    Raises `SystemExit` where the folder holds vectors of other weights or other settings.
+    Raises `SystemExit` if the folder contains vectors of other weights or settings.
     """
 
     def __init__(self, target: Target, folder: Path) -> None:
@@ -34,7 +34,7 @@ class Vectors:
         self._store.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID")
 
     def embed(self, items: Sequence[Item], instruction: str | None) -> NDArray[np.float32]:
-        """(num_items, hidden_size); only what is not there yet is embedded, a content that comes twice once."""
+        """Vectors (num_items, hidden_size). Embeds only items that are not stored, and equal items once."""
         keys = [_key(item, instruction) for item in items]
         missing = {key: item for key, item in zip(keys, items, strict=True) if self._find(key) is None}
         if missing:
@@ -66,8 +66,8 @@ class Vectors:
         others = np.array(origin.pop("probe"), np.float32)
         if origin != about or others @ probe < SAME_WEIGHTS:
             raise SystemExit(
-                f"{path.parent} holds results of other weights or settings ({origin}); these are {about}. "
-                "Choose another --output, or remove that folder"
+                f"{path.parent} contains results of other weights or settings: {origin}; current: {about}. "
+                "Choose another --output, or delete that folder."
             )
 
 

@@ -1,4 +1,4 @@
-"""The quality commands: mteb by service and library alike, colors on any local service, and what choices change."""
+"""The quality commands: mteb with service and library, colors on any local service, and ablations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FEW = ["--count", "24"]
 
 
 class Counted:
-    """A target that counts what it is asked for, and is ended after so many calls."""
+    """A target that records its items, and is interrupted after `last_call` calls."""
 
     def __init__(self, target: Library, last_call: int = 1_000_000) -> None:
         self.target, self.info, self.last_call = target, target.info, last_call
@@ -67,14 +67,14 @@ def test_mteb_scores_are_the_same_by_service_and_library(
     for one, other in zip(by_service["tasks"], by_library["tasks"], strict=True):
         assert one["score"] == pytest.approx(other["score"], abs=1e-9)
     assert (by_service["through"], by_library["through"]) == ("service", "library")
-    (own,) = (tmp_path / "service" / "kept" / "results").rglob("Swatches-24.json")  # mteb's own file
+    (own,) = (tmp_path / "service" / "kept" / "results").rglob("Swatches-24.json")  # the file of mteb
     assert json.loads(own.read_text())["scores"]["test"][0]["main_score"] * 100 == by_service["tasks"][1]["score"]
     shown = "".join((tmp_path / "library" / f"mteb.{kind}").read_text() for kind in ("json", "md"))
     assert "/tmp" not in shown
     assert "/root" not in shown
 
 
-def test_run_that_was_ended_goes_on_where_it_stopped(embedder: Embedder, tmp_path: Path) -> None:
+def test_interrupted_run_is_resumed(embedder: Embedder, tmp_path: Path) -> None:
     tasks = [LOCAL_TASKS["Drawings"](24), LOCAL_TASKS["MirroredDrawings"](24)]
     ended = Counted(Library(embedder), last_call=13)  # one probe, 6 + 6 batches of the first task: within the second
     with Vectors(ended, tmp_path) as vectors, pytest.raises(KeyboardInterrupt):
@@ -107,7 +107,7 @@ def test_folder_of_other_weights_is_refused(embedder: Embedder, tmp_path: Path) 
         def embed(self, items: Sequence[Item], instruction: str | None = None) -> NDArray[np.float32]:
             return -super().embed(items, instruction)
 
-    with pytest.raises(SystemExit, match="holds results of other weights or settings"):
+    with pytest.raises(SystemExit, match="contains results of other weights or settings"):
         Vectors(Other(embedder), tmp_path)
     other_pixels = Library(embedder)
     other_pixels.info = {**other_pixels.info, "pixels": {"max": 1}}
@@ -130,7 +130,7 @@ def test_queries_and_documents_get_the_instructions_of_the_model_card() -> None:
     ]
 
 
-def test_pictures_reach_both_ways_as_the_same_bytes_without_loss() -> None:
+def test_images_are_encoded_without_loss() -> None:
     cmyk, rgba = picture(40, 40).convert("CMYK"), picture(50, 30, 1).convert("RGBA")
     items = list(items_of({"id": ["a", "b"], "text": ["one", "two"], "image": [cmyk, rgba]}))
     assert [sorted(item) for item in items] == [["image", "text"]] * 2
@@ -147,11 +147,11 @@ def test_requests_stay_within_the_services_limits(server: Server, embedder: Embe
         bodies = [json.loads(body)["items"] for body in service._bodies(items, {})]
         assert [len(body) for body in bodies] == [2, 2, 1]
         assert np.abs(service.embed(items) - Library(embedder).embed(items)).max() <= 1e-6
-        with pytest.raises(RequestFailed, match=r"1 items of a request failed, the first: .*text is empty"):
+        with pytest.raises(RequestFailed, match=r"1 items of a request failed; the first error: .*text is empty"):
             service.embed([{"text": ""}, {"text": "a"}])
 
 
-def test_published_figures_stand_beside_a_complete_run_of_their_benchmark() -> None:
+def test_published_scores_are_compared_with_a_complete_run_of_their_benchmark() -> None:
     rows = [{"task": "a", "metric": "ndcg", "score": 60.0}, {"task": "b", "metric": "ndcg", "score": 70.0}]
     figures = suite.compare("Qwen3-VL-Embedding-2B", rows, complete=MMTEB)
     assert figures[0] == {"figure": MMTEB, "published": 63.9, "ours": 65.0}
@@ -163,7 +163,7 @@ def test_published_figures_stand_beside_a_complete_run_of_their_benchmark() -> N
     assert not suite.compare("bundled", rows, complete=None)
 
 
-# Colors. The second service shares no code with ours: it knows each name's RGB, but takes every tenth for the next one.
+# Colors. The second service shares no code with ours: it knows each name's RGB, but confuses every tenth with the next.
 
 NUM_COLORS = 60
 KNOWN = dict(zip(NAMES, COLORS.tolist(), strict=True))
@@ -171,7 +171,7 @@ CONFUSED = range(0, NUM_COLORS, 10)
 
 
 class MeanColor(http.server.BaseHTTPRequestHandler):
-    """Mean RGB as features. Lists of up to 7 texts; images one by one, at paths and in fields of its own."""
+    """A service whose vectors are mean RGB values: up to 7 texts or one image per request, other paths and fields."""
 
     num_refusals = 2
 
@@ -234,9 +234,7 @@ models:
 """
 
 
-def test_colors_of_our_service_and_of_another_one_stand_side_by_side(
-    server: Server, mean_color: str, tmp_path: Path
-) -> None:
+def test_colors_of_our_service_and_another_one_are_compared(server: Server, mean_color: str, tmp_path: Path) -> None:
     models = tmp_path / "models.yaml"
     models.write_text(models_yaml(mean_color))
     arguments = ["--models", str(models), "--url", f"ours={server.url}", "--url", "none=http://127.0.0.1:9"]
@@ -261,14 +259,14 @@ def test_colors_of_our_service_and_of_another_one_stand_side_by_side(
     assert "| mean-color | 4 |" in (tmp_path / "colors.md").read_text()
 
 
-def test_first_users_file_is_read_as_it_is(tmp_path: Path) -> None:
+def test_models_yaml_is_read(tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
     path.write_text(models_yaml("http://localhost:8003"))
     text, image = Endpoint("/t", "POST", "words", "vector"), Endpoint("/i", "POST", "picture", "out")
     assert read_models(path) == [LocalService("mean-color", "http://localhost:8003", text, image)]
 
 
-def test_batches_are_as_large_as_a_services_document_says(server: Server, mean_color: str) -> None:
+def test_batch_size_is_read_from_the_services_document(server: Server, mean_color: str) -> None:
     with Client(LocalService("ours", server.url)) as client:
         assert [client.max_items(one) for one in (client.service.text, client.service.image)] == [512, 512]
     text, image = Endpoint("/t", "POST", "words", "vector"), Endpoint("/i", "POST", "picture", "out")
@@ -276,7 +274,7 @@ def test_batches_are_as_large_as_a_services_document_says(server: Server, mean_c
         assert [client.max_items(one) for one in (text, image)] == [7, 1]
 
 
-def test_colors_without_a_service_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
+def test_colors_without_a_service_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         colors.main([])
     assert "no services: give --url" in capsys.readouterr().err
@@ -284,14 +282,14 @@ def test_colors_without_a_service_says_what_to_give(capsys: pytest.CaptureFixtur
 
 def test_color_difference_is_ciede2000_under_d65() -> None:
     differences = ciede2000(np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8))
-    expected = [[0, 86.61, 52.88], [86.61, 0, 83.19], [52.88, 83.19, 0]]  # of sRGB's primaries, often published
+    expected = [[0, 86.61, 52.88], [86.61, 0, 83.19], [52.88, 83.19, 0]]  # published values for the primaries of sRGB
     assert differences == pytest.approx(np.array(expected), abs=0.01)
 
 
 # Ablations
 
 
-def test_ablations_report_every_choice(tmp_path: Path) -> None:
+def test_ablations_report_every_setting(tmp_path: Path) -> None:
     few = ["--compositions", "200", "--count", "24", "--pictures", "2", "--results", str(tmp_path)]
     assert ablations.main(few) == 0
     data = json.loads((tmp_path / "ablations.json").read_text())
@@ -310,12 +308,12 @@ def test_ablations_report_every_choice(tmp_path: Path) -> None:
     assert found["mean_together"] > 1.2, "or nothing was shown"
     assert 0 < found["worst"]["difference"] <= 1e-6
     text = (tmp_path / "ablations.md").read_text()
-    assert f"Largest difference of any value from the item alone: {found['worst']['difference']:.2e}, within" in text
+    assert f"Largest difference of any value from the single item: {found['worst']['difference']:.2e}, within" in text
     assert (tmp_path / "ablations.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_neighbor_that_leaks_is_found(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last item of a batch of three or more takes a little of the first."""
+def test_item_that_depends_on_its_batch_is_detected(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches of three or more, the last item gets a small part of the first."""
     forward = embedder.forward
 
     def leak(batch: Any) -> Any:

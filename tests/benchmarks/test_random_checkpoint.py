@@ -1,4 +1,4 @@
-"""The random checkpoints load in plain transformers, in every layout that real checkpoints have."""
+"""Random checkpoints can be loaded by transformers, in every layout of real checkpoints."""
 
 import json
 from pathlib import Path
