@@ -1,0 +1,151 @@
+"""Write the generated parts of README.md and docs/: `python docs/generate.py`.
+
+A page marks them by `<!-- generated: NAME -->` and `<!-- /generated -->` around a table, or `<!-- figure: NAME -->` and
+`<!-- /figure -->` around a number. `tests/docs` fails where a page differs from what the code and the recorded
+benchmark results give.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a script has its own folder there
+
+from benchmarks import output_types  # noqa: E402 - after the path
+from embedder.errors import errors_table  # noqa: E402
+from embedder.settings import settings_table  # noqa: E402
+from embedder.telemetry.metrics import Metrics  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+_MARKED = re.compile(r"<!-- (generated|figure): (\S+) -->.*?<!-- /\1 -->", re.DOTALL)
+
+
+def rendered(text: str, folder: str) -> str:
+    """A page's text with its generated parts up to date. `folder`: the way from the page to the root, as `../`."""
+
+    def part(match: re.Match[str]) -> str:
+        kind, name = match.groups()
+        start, end = f"<!-- {kind}: {name} -->", f"<!-- /{kind} -->"
+        return f"{start}\n{TABLES[name](folder)}\n{end}" if kind == "generated" else f"{start}{FIGURES[name]()}{end}"
+
+    return _MARKED.sub(part, text)
+
+
+def way_to_root(page: Path) -> str:
+    """`../` for each folder between the page and the root."""
+    return "../" * (len(page.relative_to(ROOT).parts) - 1)
+
+
+def record(name: str) -> dict[str, Any]:
+    """A file of benchmarks/results/."""
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def library_ratio(workload: str, peer: str) -> float:
+    """Items per second of the library over those of a peer."""
+    rows = record("library-small-float32")["workloads"]
+    (who,) = [row["who"] for row in rows if row["workload"] == workload]
+    return float(who["ours"]["items_per_s"] / who[peer]["items_per_s"])
+
+
+def server_ratio(name: str, callers: int, peer: str, figure: str = "requests_per_s") -> float:
+    """A figure of the service over that of a peer, for requests of one item."""
+    cells = record(f"server-small-{name}")["cells"]
+    (who,) = [cell["who"] for cell in cells if (cell["size"], cell["callers"]) == (1, callers)]
+    return float(who["service"][figure] / who[peer][figure])
+
+
+def speed_table(folder: str) -> str:
+    """What the records say of the speed on a CPU."""
+    texts, pictures = "server-small-text-mixed", "server-small-image-448"
+    rows = [
+        ("library, texts of mixed lengths, against padded transformers", "library-small-float32",
+         library_ratio("text-mixed", "transformers")),
+        ("library, texts of mixed lengths, against sentence-transformers", "library-small-float32",
+         library_ratio("text-mixed", "sentence-transformers")),
+        ("service, texts, 64 callers, against FastAPI with sentence-transformers", texts,
+         server_ratio("text-mixed", 64, "FastAPI + s-t")),
+        ("service, texts, 1 caller, against vLLM", texts, server_ratio("text-mixed", 1, "vLLM")),
+        ("service, texts, 64 callers, against vLLM", texts, server_ratio("text-mixed", 64, "vLLM")),
+        ("service, 448x448 pictures, 1 caller, against vLLM", pictures, server_ratio("image-448", 1, "vLLM")),
+        ("service, 448x448 pictures, 16 callers, against vLLM", pictures, server_ratio("image-448", 16, "vLLM")),
+    ]  # fmt: skip
+    lines = ["| what | throughput | record |", "|---|---|---|"]
+    lines += [f"| {what} | {ratio:.2f}x | {_link(file, folder)} |" for what, file, ratio in rows]
+    return "\n".join(lines)
+
+
+def latency_table(_: str) -> str:
+    """Median and 99th percentile of single texts of mixed lengths."""
+    lines = ["| server | callers | requests/s | p50 | p99 |", "|---|---|---|---|---|"]
+    for cell in record("server-small-text-mixed")["cells"]:
+        for who, figures in cell["who"].items():
+            if cell["size"] == 1 and "model" not in who and "bare" not in who:
+                times = [f"{figures[name] / 1000:.2f} s" for name in ("p50_ms", "p99_ms")]
+                lines.append(
+                    f"| {who} | {cell['callers']} | {figures['requests_per_s']:.1f} | {times[0]} | {times[1]} |"
+                )
+    return "\n".join(lines)
+
+
+def output_types_table(_: str) -> str:
+    table: str = output_types.table(record("output_types")["rows"])
+    return table
+
+
+def _link(file: str, folder: str) -> str:
+    return f"[{file}.json]({folder}benchmarks/results/{file}.json)"
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    "settings": lambda _: settings_table(),
+    "metrics": lambda _: Metrics(()).table(),
+    "errors": lambda _: errors_table(),
+    "speed": speed_table,
+    "latency": latency_table,
+    "output_types": output_types_table,
+}
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "bulk.ratio": lambda: f"{record('bulk')['ratio']:.2f}",
+    "growth.library": lambda: f"{record('growth')['verdicts']['library']['time_ratio']:.2f}",
+    "growth.server": lambda: f"{record('growth')['verdicts']['server']['time_ratio']:.2f}",
+    "overload.p99_s": lambda: f"{record('overload')['p99_s']:.1f}",
+    "preprocessing.image-448": lambda: (
+        f"{record('preprocessing')['images_per_s']['image-448']['ours: base64 to model input']:.0f}"
+    ),
+    "server.p99_against_fastapi": lambda: f"{server_ratio('text-mixed', 64, 'FastAPI + s-t', 'p99_ms'):.2f}",
+    "service.null_of_bare": lambda: f"{null_of_bare():.2f}",
+    "soak.growth_mb": lambda: f"{record('soak')['growth_mb']:.0f}",
+    "soak.refused": lambda: f"{record('soak')['refused']:,}",
+    "soak.wrong": lambda: f"{record('soak')['wrong']}",
+}
+
+
+def null_of_bare() -> float:
+    """Requests per second of the service without a model over those of a bare Starlette app, short texts."""
+    cells = record("server-small-text-16")["cells"]
+    (who,) = [cell["who"] for cell in cells if (cell["size"], cell["callers"]) == (1, 64)]
+    return float(who["service, null model"]["requests_per_s"] / who["bare Starlette"]["requests_per_s"])
+
+
+def main() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = rendered(text, way_to_root(page))
+        if new != text:
+            page.write_text(new, encoding="utf-8")
+            print(f"updated {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

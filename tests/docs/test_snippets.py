@@ -1,0 +1,164 @@
+"""What README.md and docs/ show is what happens: commands and snippets run, requests get the responses shown."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import PIL.Image
+import pytest
+import yaml
+
+from tests.conftest import ROOT, Server
+from tests.docs.markdown import PAGES, Block, blocks
+
+BLOCKS = {page: blocks(page) for page in PAGES}
+REASONS = {
+    "needs docker",
+    "needs podman",
+    "needs a cluster",
+    "needs a GPU",
+    "needs the hub",
+    "needs the 8B",
+    "needs a host to fetch from",
+    "takes minutes",
+    "tests/docs/test_install.py runs it",
+}
+SET_UP = "python3 -m venv"  # commands that install: tests/docs/test_install.py, and CI itself
+VOLATILE = {"created", "version"}  # fields of a response that differ from run to run, or with each release
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder that looks like a clone, for commands that write files."""
+    for path in ROOT.iterdir():
+        if not path.name.startswith("."):
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / ".venv").symlink_to(Path(sys.prefix))
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_blocks_of_a_page_do_what_it_says(page: Path, clone: Path, small_server: Server) -> None:
+    """In order, as a reader would: later blocks use the files of earlier ones."""
+    answer = (0, "")
+    for block in BLOCKS[page]:
+        if block.reason or (block.language == "sh" and SET_UP in block.text):
+            continue
+        if block.mark.startswith("request: "):
+            answer = send(block, small_server)
+        elif block.mark.startswith("response"):
+            check_response(block, *answer)
+        elif block.language == "sh":
+            answer = (200, run(block, ["bash", "-c", block.text], clone, small_server))
+        elif block.language == "python":
+            check_printed(block, run(block, [sys.executable, "-c", block.text], clone, small_server))
+        elif block.language == "json":
+            json.loads(block.text)
+        elif block.language == "yaml":
+            yaml.safe_load(block.text)
+
+
+def run(block: Block, command: list[str], folder: Path, server: Server) -> str:
+    """Output of a command that asks `localhost:3000`, which is the test's server here."""
+    address = server.url.removeprefix("http://")
+    command = [word.replace("localhost:3000", address) for word in command]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
+    environment |= {"PYTHONPATH": str(ROOT), "EMBEDDINGS_URL": server.url}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{block}: {done.stderr}"
+    return done.stdout
+
+
+def send(block: Block, server: Server) -> tuple[int, str]:
+    method, path = block.mark.removeprefix("request: ").split()
+    picture = io.BytesIO()
+    PIL.Image.new("RGB", (64, 64), "red").save(picture, "PNG")
+    body = json.loads(block.text.replace("<base64>", base64.b64encode(picture.getvalue()).decode()))
+    response = httpx.request(method, f"{server.url}{path}", json=body, timeout=60)
+    return response.status_code, response.text
+
+
+def check_response(block: Block, status: int, text: str) -> None:
+    expected = block.mark.removeprefix("response").removeprefix(": ") or "200"
+    assert status == int(expected), f"{block}: got {status} {text[:300]}"
+    got = json.loads(text)
+    assert is_as_shown(json.loads(block.text), got), f"{block}: got {shortened(got)}"
+
+
+def is_as_shown(shown: Any, got: Any, name: str = "") -> bool:
+    """Whether a response is the one that is shown, where "..." stands for what is left out."""
+    if name in VOLATILE:
+        return type(shown) is type(got)
+    if isinstance(shown, dict):
+        return (
+            isinstance(got, dict)
+            and list(shown) == list(got)
+            and all(is_as_shown(shown[key], got[key], key) for key in shown)
+        )
+    if isinstance(shown, list):
+        if not isinstance(got, list):
+            return False
+        if shown and shown[-1] == "...":
+            shown, got = shown[:-1], got[: len(shown) - 1]
+        return len(shown) == len(got) and all(map(is_as_shown, shown, got))
+    if isinstance(shown, str):
+        pattern = re.escape(shown).replace(re.escape("..."), ".*")
+        return isinstance(got, str) and re.fullmatch(pattern, got, re.DOTALL) is not None
+    if isinstance(shown, float):
+        return isinstance(got, int | float) and math.isclose(shown, got, abs_tol=2e-3)
+    return bool(shown == got)
+
+
+def shortened(got: Any) -> str:
+    """A response with long lists of numbers cut."""
+    return re.sub(r"((?:-?\d[\d.e-]*, ){3})(?:-?\d[\d.e-]*, )+-?\d[\d.e-]*", r'\1"..."', json.dumps(got))
+
+
+def check_printed(block: Block, output: str) -> None:
+    """What follows `#` in the line of a `print` is what it prints, numbers to two digits."""
+    promised = " ".join(re.findall(r"^ *print\(.*  # (.+)$", block.text, re.MULTILINE)).split()
+    printed = output.split()
+    assert promised, f"{block}: the snippet prints nothing that could be compared"
+    assert len(promised) == len(printed), f"{block}: got {output}"
+    for shown, got in zip(promised, printed, strict=True):
+        assert shown == got or math.isclose(number(shown), number(got), abs_tol=0.011), f"{block}: got {output}"
+
+
+def number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        return math.nan
+
+
+def test_blocks_that_are_not_run_say_why_and_are_the_minority() -> None:
+    every = [block for of_page in BLOCKS.values() for block in of_page if block.language in ("sh", "python", "json")]
+    skipped = Counter(block.reason for block in every if block.reason)
+    unknown = [reason for reason in skipped if reason not in REASONS and not names_a_test(reason)]
+    assert not unknown
+    assert skipped.total() <= len(every) / 3, skipped
+
+
+def names_a_test(reason: str) -> bool:
+    """`covered by tests/..py`, for what another test runs."""
+    return any((ROOT / path).is_file() for path in re.findall(r"tests/\S+\.py", reason))
+
+
+def test_every_request_shows_its_response() -> None:
+    """Except where the page explains a field only: then the request must still succeed, which `send` cannot tell."""
+    for of_page in BLOCKS.values():
+        for block, following in zip(of_page, [*of_page[1:], None], strict=True):
+            if block.mark.startswith("request: ") and block.page.parent.name == "api":
+                assert following is not None, str(block)
+                assert following.mark.startswith("response"), str(block)
