@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,7 @@ from embedder.model.attention import (
     causal_mask,
     choose_attention,
     flash_attn_import_error,
-    num_splits_argument,
     sdpa_attention,
-    varlen_attention,
 )
 from embedder.model.forward import Forward
 from embedder.model.language import MAX_CACHED_TOKENS
@@ -212,51 +209,6 @@ def test_package_called_flash_attn_that_lacks_the_function_is_not_chosen(
     assert choose_attention("auto", torch.device("cuda"), torch.bfloat16)[0] == "varlen"
     assert "flash_attn_varlen_func" in (flash_attn_import_error() or "")
     flash_attn_import_error.cache_clear()
-
-
-# Keyword arguments of torch.ops.aten._flash_attention_forward, as its schema gives them
-_OF_TORCH_2_11 = ("scale", "window_size_left", "window_size_right", "seqused_k", "alibi_slopes")
-FLASH_ARGUMENTS = {"2.11": _OF_TORCH_2_11, "2.13": (*_OF_TORCH_2_11, "block_table", "num_splits")}
-
-
-class FlashOperator:
-    """The operator with the arguments of one version of torch, by a loop with flash attention's semantics."""
-
-    def __init__(self, keywords: tuple[str, ...]) -> None:
-        arguments = [SimpleNamespace(name=name) for name in keywords]
-        self.default = SimpleNamespace(_schema=SimpleNamespace(arguments=arguments))
-        self.keywords = {*keywords, "return_debug_mask"}
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *where: Any, **keywords: Any) -> tuple[Tensor, None]:
-        assert set(keywords) <= self.keywords
-        queries, keys, max_queries, max_keys, dropout, causal = where
-        lengths = [torch.diff(ends).tolist() for ends in (queries, keys)]
-        assert (max(lengths[0]), max(lengths[1])) == (max_queries, max_keys)
-        assert not dropout
-        assert (keywords["window_size_left"], keywords["window_size_right"]) == (-1, 0 if causal else -1)
-        return naive_attention(query, key, value, *lengths, causal), None
-
-
-@pytest.mark.parametrize("version", FLASH_ARGUMENTS)
-@pytest.mark.parametrize("causal", [True, False])
-def test_packed_kernel_of_each_torch_is_called_as_it_can_be(
-    version: str, causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    operator = FlashOperator(FLASH_ARGUMENTS[version])
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", operator)
-    num_splits_argument.cache_clear()
-    shared = [length + 3 for length in LENGTHS]
-    query, key, value = randn(sum(LENGTHS), 4, 8), randn(sum(shared), 2, 8, seed=1), randn(sum(shared), 2, 8, seed=2)
-    where = sequences(LENGTHS, paired_with=shared), sequences(shared, paired_with=LENGTHS)
-    expected = sdpa_attention(query, key, value, *where, causal=causal)
-    assert (varlen_attention(query, key, value, *where, causal=causal) - expected).abs().max() < 1e-5
-    num_splits_argument.cache_clear()
-
-
-def test_recorded_arguments_of_the_packed_kernel_are_those_of_this_torch() -> None:
-    schema = torch.ops.aten._flash_attention_forward.default._schema
-    keywords = tuple(one.name for one in schema.arguments if one.kwarg_only)
-    assert keywords == FLASH_ARGUMENTS[".".join(torch.__version__.split(".")[:2])]
 
 
 @pytest.mark.parametrize(("num_queries", "is_kept"), [(40, True), (2000, False)])

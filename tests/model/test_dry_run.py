@@ -1,0 +1,295 @@
+"""The CUDA path without a GPU: the forward pass over fake CUDA tensors, and its values by an emulated kernel."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+from benchmarks import gpu_counts, report
+from benchmarks.fake_cuda import (
+    CUDA,
+    FLASH_KEYWORDS,
+    FakeCuda,
+    fake_cuda,
+    missing_requirement,
+    no_capture,
+    recorded_kernels,
+)
+from embedder.inputs.items import EmbeddingItem, Image, Part, Text, Video
+from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer, read_vision_config
+from embedder.model import cuda_graphs
+from embedder.model.attention import flash_attention, sdpa_attention, varlen_attention
+from embedder.model.cuda_graphs import TextGraphs, graph_size
+from embedder.model.forward import Forward
+from embedder.model.packing import pack
+from embedder.model.pooling import pool
+from embedder.model.weights import load_model
+from embedder.settings import Settings
+from tests.conftest import picture, words
+from tests.model.test_model import LENGTHS, naive_attention, randn, sequences
+
+CPU = torch.device("cpu")
+BACK_ENDS = {"varlen": varlen_attention, "flash_attn": flash_attention}
+
+needs_fake_cuda = pytest.mark.skipif(missing_requirement() is not None, reason=missing_requirement() or "")
+
+CLIP = Video(tuple(picture(64, 96, seed) for seed in range(4)))
+BATCHES: dict[str, list[tuple[Part, ...]]] = {
+    "one short text": [(Text("red"),)],
+    "texts": [(Text(words(length, length)),) for length in (1, 5, 5, 40, 60)],
+    "images": [(Image(picture(64, 64, 1)),), (Image(picture(100, 300, 2)),)],
+    "clips": [(CLIP,), (CLIP, Text("what moves"))],
+    "mixture": [(Text("red"),), (Image(picture(90, 60, 3)), Text("a"), Image(picture(64, 64, 4)), CLIP)],
+}
+
+
+@pytest.fixture(scope="module")
+def preprocessor(random_checkpoint: Path) -> Preprocessor:
+    settings = Settings()
+    return Preprocessor(load_tokenizer(random_checkpoint), read_vision_config(random_checkpoint, settings), settings)
+
+
+def inputs_of(preprocessor: Preprocessor, batch: str) -> list[ModelInput]:
+    """Preprocessed; every second item has another instruction, so that the batch has two prefixes."""
+    items = [
+        EmbeddingItem(parts, "Find the color." if index % 2 else None) for index, parts in enumerate(BATCHES[batch])
+    ]
+    return sorted(map(preprocessor, items), key=lambda one: one.num_tokens)
+
+
+# The forward pass over fake CUDA tensors
+
+COMBINATIONS = [
+    pytest.param(shape, attention, version, marks=marks, id=f"{shape}-{attention}-torch-{version}")
+    for shape, marks in (("2b", ()), ("8b", pytest.mark.slow))
+    for attention, version in (("varlen", "2.11"), ("varlen", "2.13"), ("flash_attn", "2.13"))
+]
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize(("shape", "attention", "version"), COMBINATIONS)
+def test_forward_pass_runs_on_a_gpu_without_waiting_for_it(
+    shape: str, attention: str, version: str, preprocessor: Preprocessor
+) -> None:
+    """FakeTensorMode raises on a host sync, the recorded kernels on a call that the real ones refuse."""
+    with fake_cuda(version) as device:
+        forward = device.make_forward(device.make_model(shape), preprocessor.vision, attention)
+        for batch in BATCHES:
+            inputs = inputs_of(preprocessor, batch)
+            counter = device.count(
+                lambda inputs=inputs: pool(forward(pack(inputs, preprocessor.vision.merge_size, forward.device)))
+            )
+            assert counter.faults == [], batch
+            assert counter.device_to_host == 1, batch  # the rows
+
+
+@needs_fake_cuda
+def test_graphs_of_texts_are_captured_and_fed_without_waiting(
+    preprocessor: Preprocessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "SIZES", (256,))
+    with fake_cuda() as device:
+        forward = device.make_forward(device.make_model("2b"), preprocessor.vision, "varlen")
+        graphs = TextGraphs(forward.language, forward.device)
+        for num_items in (1, 2):
+            inputs = inputs_of(preprocessor, "texts")[:num_items]
+            counter = device.count(lambda inputs=inputs: pool(graphs(inputs, graph_size(inputs) or 0)))
+            assert counter.faults == []
+            assert counter.device_to_host == 1
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize("shape", ["2b", pytest.param("8b", marks=pytest.mark.slow)])
+def test_no_change_adds_kernels_or_copies(shape: str) -> None:
+    """`python -m benchmarks.gpu_counts` records new counts, for a change that is worth them."""
+    recorded = json.loads((report.RESULTS / f"{gpu_counts.FILE}.json").read_text(encoding="utf-8"))["shapes"][shape]
+    counted = gpu_counts.count_shape(shape)
+    assert counted.keys() == recorded.keys()
+    for batch, one in counted.items():
+        for name in ("kernels", "products", "host_to_device_copies"):
+            assert one[name] <= recorded[batch][name], f"{name} of {batch}"
+        assert one["tflop"] == pytest.approx(recorded[batch]["tflop"], rel=0.01)
+
+
+# The dry run finds each kind of fault
+
+
+@pytest.fixture
+def device() -> Iterator[FakeCuda]:
+    with fake_cuda() as device:
+        yield device
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda tensor: tensor.sum().item(),
+        lambda tensor: bool((tensor > 0).any()),
+        lambda tensor: tensor.nonzero(),
+        lambda tensor: tensor[tensor > 0],
+    ],
+)
+def test_host_sync_raises(wait: Callable[[Tensor], object], device: FakeCuda) -> None:
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)):
+        wait(torch.empty(4, device=CUDA))
+
+
+@needs_fake_cuda
+def test_tensor_on_the_cpu_is_found(device: FakeCuda) -> None:
+    table, index = torch.empty(4, 8, device=CUDA), torch.tensor([0, 1])
+    assert device.count(lambda: table[index]).faults == ["index takes tensors on the CPU, of shapes [(2,)]"]
+
+
+@needs_fake_cuda
+def test_product_in_float32_is_found(device: FakeCuda) -> None:
+    states, weight = torch.empty(4, 8, device=CUDA), torch.empty(2, 8, device=CUDA)
+    with torch.inference_mode():
+        assert device.count(lambda: F.linear(states, weight)).faults == ["linear of (4, 2) in float32"]
+
+
+@needs_fake_cuda
+def test_copy_to_the_host_is_counted(device: FakeCuda) -> None:
+    states = torch.empty(4, 8, device=CUDA)
+    counter = device.count(lambda: states.cpu())
+    assert (counter.device_to_host, counter.host_to_device, counter.num_kernels) == (1, 0, 0)
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize("fault", ["float32 states", "int64 cu_seqlens", "cu_seqlens on the CPU", "strided head_dim"])
+def test_varlen_call_that_the_kernel_refuses_raises(fault: str, device: FakeCuda) -> None:
+    states = torch.empty(6, 4, 64, dtype=torch.float32 if fault == "float32 states" else torch.bfloat16, device=CUDA)
+    if fault == "strided head_dim":
+        states = torch.empty(6, 64, 4, dtype=torch.bfloat16, device=CUDA).transpose(1, 2)
+    cu_seqlens = torch.empty(
+        3,
+        dtype=torch.int64 if fault == "int64 cu_seqlens" else torch.int32,
+        device=CPU if fault == "cu_seqlens on the CPU" else CUDA,
+    )
+    where = replace(sequences([3, 3]), cu_seqlens=cu_seqlens)
+    with pytest.raises(AssertionError):
+        varlen_attention(states, states, states, where, where, causal=True)
+
+
+def test_keyword_that_a_torch_version_lacks_raises() -> None:
+    with recorded_kernels("2.11", emulated_kernel), pytest.raises(TypeError, match="num_splits"):
+        torch.ops.aten._flash_attention_forward(num_splits=1)
+
+
+def test_recorded_keywords_are_those_of_this_torch() -> None:
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    keywords = tuple(argument.name for argument in schema.arguments if argument.kwarg_only)
+    assert keywords == FLASH_KEYWORDS[".".join(torch.__version__.split(".")[:2])]
+
+
+# Values, by an emulated kernel on the CPU
+
+
+def emulated_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+) -> Tensor:
+    """Flash attention's semantics, sequence by sequence: causal masks aligned at the ends, zeros where no key is."""
+    assert cu_queries.dtype == cu_keys.dtype == torch.int32
+    assert (int(cu_queries[-1]), int(cu_keys[-1])) == (len(query), len(key))
+    assert max(cu_queries.diff().tolist()) <= max_queries
+    assert max(cu_keys.diff().tolist()) <= max_keys
+    attended = torch.full_like(query, float("nan"))
+    query_parts = query.split(cu_queries.diff().tolist())
+    parts = zip(query_parts, *(one.split(cu_keys.diff().tolist()) for one in (key, value)), strict=True)
+    for target, part in zip(attended.split(cu_queries.diff().tolist()), parts, strict=True):
+        num_queries, num_keys = len(part[0]), len(part[1])
+        if num_queries and num_keys:
+            mask = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries) if causal else None
+            heads = (one.transpose(0, 1) for one in part)
+            values = F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=query.shape[1] > key.shape[1])
+            target.copy_(values.transpose(0, 1))
+        else:
+            target.zero_()
+    return attended
+
+
+@pytest.mark.parametrize("version", FLASH_KEYWORDS)
+@pytest.mark.parametrize("name", BACK_ENDS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_varlen_back_ends_are_a_softmax_per_sequence(version: str, name: str, causal: bool) -> None:
+    keys = [length + 3 for length in LENGTHS]
+    query, key, value = randn(sum(LENGTHS), 4, 8), randn(sum(keys), 2, 8, seed=1), randn(sum(keys), 2, 8, seed=2)
+    where = sequences(LENGTHS, paired_with=keys), sequences(keys, paired_with=LENGTHS)
+    with recorded_kernels(version, emulated_kernel):
+        attended = BACK_ENDS[name](query, key, value, *where, causal=causal)
+    assert (attended - naive_attention(query, key, value, LENGTHS, keys, causal)).abs().max() < 1e-5
+    assert (attended - sdpa_attention(query, key, value, *where, causal=causal)).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def model(random_checkpoint: Path) -> Any:
+    return load_model(random_checkpoint, torch.float32, CPU)
+
+
+def varlen_forward(model: Any, preprocessor: Preprocessor, name: str) -> Forward:
+    forward = Forward(model, preprocessor.vision, "sdpa")
+    forward.language.attention = forward.vision.attention = BACK_ENDS[name]
+    return forward
+
+
+@pytest.mark.parametrize("name", BACK_ENDS)
+def test_varlen_back_ends_give_the_states_of_sdpa(name: str, model: Any, preprocessor: Preprocessor) -> None:
+    inputs = [one for batch in BATCHES for one in inputs_of(preprocessor, batch)]
+    expected = Forward(model, preprocessor.vision, "sdpa")(pack(inputs, 2, CPU))
+    with recorded_kernels("2.13", emulated_kernel):
+        rows = varlen_forward(model, preprocessor, name)(pack(inputs, 2, CPU))
+    assert torch.allclose(rows, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+class EmulatedGraphs(TextGraphs):
+    """Graphs whose replay runs the tower again, on the static tensors, as a CUDA graph does."""
+
+    def _capture(self, num_tokens: int) -> Any:
+        captured = super()._capture(num_tokens)
+
+        def replay() -> None:
+            captured.rows.copy_(self.language(captured.batch, None, []))
+
+        return replace(captured, graph=SimpleNamespace(replay=replay))
+
+
+def test_replayed_graphs_give_the_states_of_the_plain_forward_pass(model: Any, preprocessor: Preprocessor) -> None:
+    """A graph's static tensors keep nothing of the batch before."""
+    texts = [preprocessor(EmbeddingItem((Text(words(length, length)),))) for length in (1, 2, 3, 5, 9, 13)]
+    plain = Forward(model, preprocessor.vision, "sdpa")
+    batches = ([0], [5, 4], [0], [1, 2, 0], [4], [3, 3], [5, 0, 1], [0, 0, 0], [5], [2], [4, 4], [0])
+    used: set[int] = set()
+    with ExitStack() as stack:
+        stack.enter_context(recorded_kernels("2.13", emulated_kernel))
+        stack.enter_context(no_capture())
+        graphs = EmulatedGraphs(varlen_forward(model, preprocessor, "varlen").language, CPU)
+        for batch in batches:
+            inputs = [texts[index] for index in batch]
+            size = graph_size(inputs)
+            assert size is not None
+            used.add(size)
+            rows, expected = graphs(inputs, size), plain(pack(inputs, 1, CPU))
+            assert torch.allclose(rows, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert used >= {64, 128, 256}  # this tokenizer needs more than 32 tokens for the prompt
