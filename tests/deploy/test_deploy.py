@@ -1,4 +1,4 @@
-"""What `deploy/` says is valid, and is what the code does: names of settings, ports, paths, versions, time-outs."""
+"""The files in deploy/ are valid and agree with the code: settings, ports, paths, versions, timeouts."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ Object = dict[str, Any]
 
 @pytest.fixture(scope="module", params=OVERLAYS)
 def objects(request: pytest.FixtureRequest) -> list[Object]:
-    """The objects of an overlay as kubectl renders them."""
+    """The objects of an overlay, rendered by kubectl."""
     kubectl = Path(sys.executable).with_name("kubectl")
     folder = DEPLOY / "kubernetes" / "overlays" / request.param
     run = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, check=True)
-    assert not run.stderr, "kustomize warns of what it will not take for long"
+    assert not run.stderr, "kustomize warns about deprecated fields"
     return list(yaml.safe_load_all(run.stdout))
 
 
 @pytest.fixture(scope="module")
 def overlay(objects: list[Object]) -> dict[str, Object]:
-    """The same by kind, for kinds of which there is one."""
+    """The objects by kind."""
     return {thing["kind"]: thing for thing in objects}
 
 
@@ -58,14 +58,14 @@ def container_of(overlay: dict[str, Object]) -> Object:
 
 
 def test_objects_are_valid_kubernetes(objects: list[Object]) -> None:
-    """Strictly: an unknown field is an error. Only the Prometheus operator's kind has no schema there."""
+    """Unknown fields are errors. ServiceMonitor is skipped, because the validator has no schema for it."""
     assert len(objects) >= 8
     for thing in objects:
         if thing["kind"] != "ServiceMonitor":
             kubernetes_validate.validate(thing, "1.32", strict=True)
 
 
-def test_validation_sees_a_misspelt_field(overlay: dict[str, Object]) -> None:
+def test_validation_rejects_a_misspelled_field(overlay: dict[str, Object]) -> None:
     wrong = {**overlay["Service"], "spec": {**overlay["Service"]["spec"], "selektor": {}}}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(wrong, "1.32", strict=True)
@@ -76,7 +76,7 @@ def test_selectors_find_the_pods(overlay: dict[str, Object]) -> None:
     selectors = [overlay["Deployment"]["spec"]["selector"], overlay["PodDisruptionBudget"]["spec"]["selector"]]
     selectors += [{"matchLabels": overlay["Service"]["spec"]["selector"]}]
     for selector in selectors:
-        assert len(selector["matchLabels"]) == 2, "by name, too: others in the namespace may have our component's"
+        assert len(selector["matchLabels"]) == 2, "the component's label is not unique in a namespace"
         assert selector["matchLabels"].items() <= labels.items()
         assert not selector["matchLabels"].items() <= overlay["Job"]["spec"]["template"]["metadata"]["labels"].items()
     if "ServiceMonitor" in overlay:
@@ -85,7 +85,7 @@ def test_selectors_find_the_pods(overlay: dict[str, Object]) -> None:
         assert [(endpoint["port"], endpoint["path"]) for endpoint in monitor["endpoints"]] == [("http", "/metrics")]
 
 
-def test_settings_ports_and_paths_are_the_services(overlay: dict[str, Object]) -> None:
+def test_settings_ports_and_paths_match_the_service(overlay: dict[str, Object]) -> None:
     container = container_of(overlay)
     names = {variable["name"] for variable in container["env"]} | overlay["ConfigMap"]["data"].keys()
     assert {name for name in names if name.startswith(PREFIX)} <= SETTINGS
@@ -94,7 +94,7 @@ def test_settings_ports_and_paths_are_the_services(overlay: dict[str, Object]) -
     probes = [container[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness")]
     assert {probe["httpGet"]["port"] for probe in probes} == {"http"}
     assert [probe["httpGet"]["path"] for probe in probes] == ["/readyz", "/readyz", "/livez"]
-    assert {"/readyz", "/livez", "/metrics"} <= {*UNLISTED}, "the container test asks for each"
+    assert {"/readyz", "/livez", "/metrics"} <= {*UNLISTED}, "the container test requests each path"
     assert all(probe["timeoutSeconds"] >= 3 for probe in probes), "the default of 1 s is too short for a busy worker"
 
 
@@ -107,14 +107,14 @@ def test_settings_are_accepted_by_the_service(overlay: dict[str, Object], monkey
 
 
 def test_stop_waits_for_the_longest_request(overlay: dict[str, Object]) -> None:
-    longest_s = 2 * Settings().request_timeout_s  # for its body, and again for its items
+    longest_s = 2 * Settings().request_timeout_s  # for the body, and again for its items
     stop_s = container_of(overlay)["lifecycle"]["preStop"]["sleep"]["seconds"] + longest_s
     assert overlay["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > stop_s + 10
     assert int(COMPOSE["stop_grace_period"].removesuffix("s")) > longest_s + 10
 
 
 def test_model_is_fetched_where_the_service_runs(overlay: dict[str, Object]) -> None:
-    """Its volume can be mounted on one node only."""
+    """Because its volume can be mounted on one node only."""
     service, fetch = (overlay[kind]["spec"]["template"] for kind in ("Deployment", "Job"))
     assert fetch["spec"]["tolerations"] == service["spec"]["tolerations"]
     (term,) = fetch["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
@@ -142,7 +142,7 @@ def test_autoscaler_waits_for_a_second_full_batch(overlay: dict[str, Object]) ->
     if "HorizontalPodAutoscaler" not in overlay:
         assert overlay["Deployment"]["spec"]["replicas"] == 1
         return
-    assert "replicas" not in overlay["Deployment"]["spec"], "applying again would undo what the autoscaler did"
+    assert "replicas" not in overlay["Deployment"]["spec"], "applying it again would reset the autoscaler's number"
     (metric,) = overlay["HorizontalPodAutoscaler"]["spec"]["metrics"]
     assert int(metric["pods"]["target"]["averageValue"]) == 2 * Settings().max_batch_tokens
     assert f"`{metric['pods']['metric']['name']}`" in Metrics(()).table()
