@@ -1,7 +1,8 @@
-"""The playground's page, and the pictures that it searches -> names, thumbnails and vectors, by the engine.
+"""The files of the playground page, and the collection of images that it searches.
 
-The pictures are those of the operator's folder, or the drawings that come with the small model. They are embedded a few
-at a time beside the callers' requests, after the service is ready. A caller names a picture by its index alone.
+The images come from the folder `EMBEDDER_DEMO_FOLDER`, or, with the bundled model, from the drawings in the package.
+After the service is ready, they are embedded a few at a time, in between the requests of clients. Clients name an image
+by its index only, never by a path.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from embedder.errors import (
     ShuttingDown,
 )
 from embedder.http.response import to_base64
+from embedder.inputs.formats import IMAGE_SUFFIXES
 from embedder.inputs.image import decode_image, open_image
 from embedder.inputs.items import EmbeddingItem, Image
 from embedder.settings import Settings
@@ -43,6 +45,7 @@ PAGE = {
     "index.html": "text/html; charset=utf-8",
     "style.css": "text/css; charset=utf-8",
     "script.js": "text/javascript; charset=utf-8",
+    "favicon.svg": "image/svg+xml",
 }
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
@@ -53,22 +56,21 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
-MAX_PICTURES = 1000  # the page holds all vectors: 22 MB of base64 for as many of the 8B's
+MAX_PICTURES = 1000  # the page loads all vectors: 22 MB of base64 with the 8B model
 THUMBNAIL_PIXELS = 192  # the longer side
 
 _PACKAGE = Path(str(importlib.resources.files("embedder")))
 _DEMO = _PACKAGE / "demo"
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-_PIXELS_TOGETHER = 512 * 512  # 250 tokens or so, that callers' requests may have to wait for, plus one picture
-_PATIENCE_S = 600.0  # behind everything that callers ask
+_PIXELS_TOGETHER = 512 * 512  # about 250 tokens, so that requests of clients wait little
+_TIMEOUT_S = 600.0  # requests of clients go first
 
-Source = tuple[str, Callable[[], PIL.Image.Image]]  # a picture's name, and how it is opened
-Opened = tuple[PIL.Image.Image, bytes] | EmbedderError  # with its thumbnail
+Source = tuple[str, Callable[[], PIL.Image.Image]]  # a name, and a function that opens the image
+Opened = tuple[PIL.Image.Image, bytes] | EmbedderError  # the image and its thumbnail
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of the collection. `thumbnail`: WebP. `vector`: (hidden_size,) float32, unit length."""
+    """One image of the collection. `thumbnail`: WebP. `vector`: (hidden_size,) float32, unit length."""
 
     name: str
     thumbnail: bytes
@@ -76,9 +78,9 @@ class Picture:
 
 
 class Collection:
-    """What the page searches. Grows while `build` runs; empty where there is nothing to search.
+    """The images that the page searches, embedded by `build`. Empty without a folder and without the bundled model.
 
-    Raises `ValueError` where the operator's folder is none.
+    Raises `ValueError` if `EMBEDDER_DEMO_FOLDER` is not a folder.
     """
 
     def __init__(self, settings: Settings, *, is_bundled_model: bool) -> None:
@@ -94,24 +96,24 @@ class Collection:
 
     @property
     def status(self) -> str:
-        """Where building stands, in words."""
+        """`building M of N`, `ready`, or `none` if there is nothing to search."""
         num_done = len(self.pictures) + len(self.skipped)
         if num_done < self.num_pictures:
             return f"building {num_done} of {self.num_pictures}"
         return "ready" if self.num_pictures else "none"
 
     async def build(self, engine: Engine) -> None:
-        """Embed every picture. One that cannot be is skipped, and named with the reason."""
+        """Embed every image. An image that fails is listed in `skipped` with the reason."""
         pixels_together = _PIXELS_TOGETHER
         while self._sources:
             opened = await asyncio.to_thread(_open_some, self._sources, pixels_together)
             items = [entry if isinstance(entry, EmbedderError) else _item(entry[0]) for entry in opened]
             try:
-                outcomes = await embed_each(engine, items, _PATIENCE_S)
+                outcomes = await embed_each(engine, items, _TIMEOUT_S)
             except (ShuttingDown, DeviceFailed):
                 return
             except Overloaded as error:
-                pixels_together //= 2  # the queue may be too small for so many, even when it is empty
+                pixels_together //= 2  # the queue limit may be smaller than this group
                 await asyncio.sleep(error.retry_after_s)
                 continue
             except RequestTooLarge:
@@ -127,7 +129,7 @@ class Collection:
             del self._sources[: len(opened)]
 
     def fields(self) -> dict[str, Any]:
-        """For `/playground/collection`. Pictures come when all are there; until then `status` counts them."""
+        """The body of `GET /playground/collection`. `pictures` stays empty until all are embedded."""
         status = self.status
         return {
             "status": status,
@@ -144,7 +146,7 @@ class Collection:
         }
 
     def thumbnail(self, index: int) -> bytes | None:
-        """WebP, or None where there is no such picture."""
+        """The WebP thumbnail of image `index`, or None if there is no such image."""
         return self.pictures[index].thumbnail if 0 <= index < len(self.pictures) else None
 
     def _skip(self, name: str, reason: str) -> None:
@@ -152,21 +154,21 @@ class Collection:
         self.skipped.append((name, reason))
 
     def _take_folder(self, folder: Path, settings: Settings) -> None:
-        """The pictures directly in it, by name."""
+        """Use the image files in `folder`, sorted by name; subfolders are not read."""
         if not folder.is_dir():
             raise ValueError(f"EMBEDDER_DEMO_FOLDER={str(folder)!r} is not a folder")
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file())
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         self.title = folder.resolve().name
         self.num_left_out = max(0, len(paths) - MAX_PICTURES)
         self._sources = [(path.name, functools.partial(_read, path, settings)) for path in paths[:MAX_PICTURES]]
 
     def _take_demo(self) -> None:
-        """The drawings, cut out of their sheet."""
+        """Use the drawings in the package, cut from one sheet."""
         sheet_of = json.loads((_DEMO / "drawings.json").read_text(encoding="utf-8"))
         self.title, self.license = sheet_of["style"], sheet_of["license"]
         side, columns = sheet_of["tile_pixels"], sheet_of["columns"]
 
-        @functools.cache  # for as long as sources are left
+        @functools.cache  # freed with the last source
         def sheet() -> PIL.Image.Image:
             with PIL.Image.open(_DEMO / sheet_of["sheet"]) as image:
                 return image.convert("RGB")
@@ -180,14 +182,14 @@ class Collection:
 
 
 def page_file(name: str) -> tuple[bytes, str] | None:
-    """A file of the page and its content type, or None where the page has no such file."""
+    """The content and the content type of a file of the page, or None if the page has no such file."""
     if name not in PAGE:
         return None
     return (_PACKAGE / "playground" / name).read_bytes(), PAGE[name]
 
 
 def _open_some(sources: list[Source], pixels_together: int) -> list[Opened]:
-    """The next pictures with their thumbnails, or why not: small ones together, a large one ends the round."""
+    """Open the next images, up to about `pixels_together` pixels; an image that cannot be opened becomes its error."""
     opened: list[Opened] = []
     num_pixels = 0
     for _, opener in sources:
@@ -216,7 +218,7 @@ def _item(image: PIL.Image.Image) -> EmbeddingItem:
 
 
 def _read(path: Path, settings: Settings) -> PIL.Image.Image:
-    """An operator's file, under the limits of callers' images. Raises `InvalidMedia` and `MediaTooLarge`."""
+    """Decode a file of the folder, with the limits for images in requests. Raises `InvalidMedia`, `MediaTooLarge`."""
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -1,14 +1,14 @@
-// The playground: things and queries -> vectors of POST /embed -> a heat map and a ranking, computed here.
+// The playground. POST /embed computes the vectors; this script computes the heat map and the ranking.
 "use strict";
 
-const MAX_THINGS = 24; // a larger matrix cannot be read
+const MAX_ENTRIES = 24; // a larger matrix is not readable
 const RESULTS_AT_ONCE = 24;
 const SLOW_S = 8;
-const SUGGESTIONS = ["red", "fruit", "animal", "car", "night"]; // words that the small model knows
+const SUGGESTIONS = ["red", "fruit", "animal", "car", "night"]; // words that the bundled model was trained on
 
 const byId = (id) => document.getElementById(id);
 
-// --- the page's small tools
+// --- DOM and formatting
 
 function make(tag, properties = {}, ...children) {
   const { dataset, ...plain } = properties;
@@ -26,7 +26,7 @@ function counted(number, noun) {
   return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 }
 
-/** A picture of an entry, or a question mark where the browser cannot show it. */
+/** A thumbnail of the entry's image, or a question mark if the browser cannot decode it. */
 function thumb(entry) {
   const image = make("img", { className: "thumb", alt: "", src: entry.url });
   image.onerror = () => image.replaceWith(make("span", { className: "thumb blank", textContent: "?" }));
@@ -42,17 +42,18 @@ let askingForKey = null;
 
 class ServiceError extends Error {}
 
-/** Asks for the service's key; all requests that were refused wait for the same one. */
+/** Show the key form. All rejected requests wait for the same key. */
 function askForKey() {
   const form = byId("key-form");
-  byId("key-reason").textContent = key ? "The service does not take this API key." : "The service asks for an API key.";
+  byId("key-reason").textContent = key ? "The service rejected this API key." : "This service requires an API key.";
+  form.classList.toggle("bad", Boolean(key));
   form.hidden = false;
   byId("key").focus();
   askingForKey ??= new Promise((resolve) => {
     form.onsubmit = (event) => {
       event.preventDefault();
       key = byId("key").value.trim();
-      sessionStorage.setItem("key", key); // gone with the tab
+      sessionStorage.setItem("key", key); // until the tab is closed
       byId("key").value = "";
       form.hidden = true;
       askingForKey = null;
@@ -62,13 +63,13 @@ function askForKey() {
   return askingForKey;
 }
 
-/** `fetch` with the key, if one is known; refused for the want of it, it is sent again. */
+/** `fetch` with the API key. If the service rejects the key, ask for another one and retry. */
 async function send(path, options = {}) {
   const used = key;
   const headers = { ...options.headers, ...(used && { authorization: `Bearer ${used}` }) };
   const response = await fetch(path, { ...options, headers });
   if (response.status !== 401) return response;
-  if (used === key) await askForKey(); // else another request has asked meanwhile
+  if (used === key) await askForKey(); // otherwise another request has already asked
   return send(path, options);
 }
 
@@ -78,17 +79,17 @@ async function ask(path, options) {
     response = await send(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServiceError("The service cannot be reached. Is it running?");
+    throw new ServiceError("The service does not respond. Check that it is running.");
   }
   const body = await response.json().catch(() => null);
   if (response.ok && body) return body;
-  if (body?.results) return body; // every item failed: each says why
+  if (body?.results) return body; // every item failed; each result has its own error
   const wait = response.headers.get("retry-after");
-  const said = body?.error?.message ?? `it answered ${response.status} ${response.statusText}`;
-  throw new ServiceError(`The service says: ${said}${wait ? ` (come back in ${wait} s)` : ""}`);
+  const message = body?.error?.message ?? `status ${response.status} ${response.statusText}`;
+  throw new ServiceError(`Error from the service: ${message}${wait ? ` (retry after ${wait} s)` : ""}`);
 }
 
-async function base64Of(file) {
+async function readBase64(file) {
   const reader = new FileReader();
   await new Promise((resolve, reject) => {
     reader.onload = resolve;
@@ -98,12 +99,12 @@ async function base64Of(file) {
   return reader.result.slice(reader.result.indexOf(",") + 1);
 }
 
-function vectorOf(base64) {
+function decodeVector(base64) {
   const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
   return new Float32Array(bytes.buffer);
 }
 
-/** Entries ({text} or {file}) -> one {vector} or {error} each, in as many requests as the limits ask for. */
+/** Embed entries ({text} or {file}). Returns {vector} or {error} per entry; sends as many requests as the limits require. */
 async function embed(entries, instruction, signal) {
   const limits = info.limits;
   const outcomes = [];
@@ -114,16 +115,16 @@ async function embed(entries, instruction, signal) {
     const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body), signal };
     const answer = await ask("embed", options);
     for (const result of answer.results) {
-      outcomes[places[result.index]] = result.error ? { error: result.error.message } : { vector: vectorOf(result.embedding) };
+      outcomes[places[result.index]] = result.error ? { error: result.error.message } : { vector: decodeVector(result.embedding) };
     }
     items = [], places = [], size = 0;
   };
   for (const [place, entry] of entries.entries()) {
     if (entry.file && entry.file.size > limits.max_image_bytes) {
-      outcomes[place] = { error: `${megabytes(entry.file.size)}; the service takes images of up to ${megabytes(limits.max_image_bytes)}` };
+      outcomes[place] = { error: `the file has ${megabytes(entry.file.size)}; allowed: up to ${megabytes(limits.max_image_bytes)}` };
       continue;
     }
-    const item = entry.file ? { image: await base64Of(entry.file) } : entry.text;
+    const item = entry.file ? { image: await readBase64(entry.file) } : entry.text;
     const cost = (entry.file ? item.image : item).length * (entry.file ? 1 : 3) + 1000;
     if (items.length === limits.max_items_per_request || size + cost > limits.max_body_bytes) await send();
     items.push(item), places.push(place), (size += cost);
@@ -132,8 +133,8 @@ async function embed(entries, instruction, signal) {
   return outcomes;
 }
 
-/** The first values, at unit length again: what the service answers for `dimensions`. */
-function cut(vector) {
+/** The first `dimensions` values, normalized: equal to the service's vector for this `dimensions`. */
+function truncate(vector) {
   const part = vector.subarray(0, dimensions);
   const length = Math.hypot(...part) || 1;
   return part.map((value) => value / length);
@@ -145,7 +146,7 @@ function dot(left, right) {
   return sum;
 }
 
-// --- what is under way, and what went wrong
+// --- progress and errors
 
 function hideState(node) {
   clearInterval(node.timer);
@@ -161,9 +162,9 @@ function showProgress(node, text, cancel) {
   const start = Date.now();
   const tick = () => {
     const seconds = Math.round((Date.now() - start) / 1000);
-    const slow = seconds >= SLOW_S ? " A large model or a busy service takes its time." : "";
+    const slow = seconds >= SLOW_S ? " A large model or a busy service can take longer." : "";
     words.textContent = `${text}${seconds ? ` ${seconds} s.` : ""}${slow}`;
-    node.hidden = Date.now() - start < 150; // a quick answer does not flash
+    node.hidden = Date.now() - start < 150; // no flicker for fast responses
   };
   tick();
   node.timer = setInterval(tick, 200);
@@ -180,52 +181,52 @@ function showFailure(node, error, retry) {
 
 // --- compare
 
-let things = []; // {key, name, text | file, url, vector?, error?}
+let compared = []; // {key, name, text | file, url, vector?, error?}
 let comparing = null;
 
 function nextKey() {
-  const taken = new Set(things.map((thing) => thing.key));
+  const taken = new Set(compared.map((entry) => entry.key));
   return [..."ABCDEFGHIJKLMNOPQRSTUVWXYZ"].find((key) => !taken.has(key));
 }
 
-function entryOf(source) {
+function makeEntry(source) {
   if (typeof source === "string") return { text: source, name: source };
   return { file: source, name: source.name || "image.png", url: URL.createObjectURL(source) };
 }
 
-function addThings(sources) {
-  const fitting = sources.slice(0, Math.max(0, MAX_THINGS - things.length));
-  for (const source of fitting) things.push({ key: nextKey(), ...entryOf(source) });
+function addEntries(sources) {
+  const fitting = sources.slice(0, Math.max(0, MAX_ENTRIES - compared.length));
+  for (const source of fitting) compared.push({ key: nextKey(), ...makeEntry(source) });
   byId("limits").classList.toggle("bad", fitting.length < sources.length);
   compareAll();
 }
 
-function removeThing(thing) {
-  if (thing.url) URL.revokeObjectURL(thing.url);
-  const place = things.indexOf(thing);
-  things = things.filter((other) => other !== thing);
+function removeEntry(entry) {
+  if (entry.url) URL.revokeObjectURL(entry.url);
+  const place = compared.indexOf(entry);
+  compared = compared.filter((other) => other !== entry);
   byId("limits").classList.remove("bad");
   compareAll();
   const buttons = byId("items").querySelectorAll("button");
   (buttons[Math.min(place, buttons.length - 1)] ?? byId("text")).focus();
 }
 
-function instructionOf(tab) {
+function instructionFor(tab) {
   return byId(`${tab}-instruction`).value.trim();
 }
 
-/** Embeds what has no vector yet; what is added meanwhile is taken in the next round. */
+/** Embed all entries without a vector. Entries added in the meantime are embedded in the next round. */
 async function compareAll() {
   drawCompare();
   const state = byId("compare-state");
   if (comparing) return;
   const run = (comparing = new AbortController());
   try {
-    const waiting = () => things.filter((thing) => !thing.vector && !thing.error);
+    const waiting = () => compared.filter((entry) => !entry.vector && !entry.error);
     for (let batch = waiting(); batch.length; batch = waiting()) {
-      showProgress(state, `Embedding ${counted(batch.length, "thing")}…`, () => run.abort());
-      const outcomes = await embed(batch, instructionOf("compare"), run.signal);
-      batch.forEach((thing, index) => Object.assign(thing, outcomes[index]));
+      showProgress(state, `Embedding ${counted(batch.length, "item")}…`, () => run.abort());
+      const outcomes = await embed(batch, instructionFor("compare"), run.signal);
+      batch.forEach((entry, index) => Object.assign(entry, outcomes[index]));
       drawCompare();
     }
     hideState(state);
@@ -239,70 +240,84 @@ async function compareAll() {
 function compareAgain() {
   comparing?.abort();
   comparing = null;
-  for (const thing of things) delete thing.vector, delete thing.error;
+  for (const entry of compared) delete entry.vector, delete entry.error;
   compareAll();
 }
 
 function drawCompare() {
-  byId("compare-empty").hidden = things.length > 0;
-  byId("items").replaceChildren(...things.map(drawThing));
+  byId("compare-empty").hidden = compared.length > 0;
+  byId("items").replaceChildren(...compared.map(drawEntry));
   drawMatrix();
   drawRequest();
 }
 
-function drawThing(thing) {
-  const remove = make("button", { type: "button", textContent: "✕", ariaLabel: `Remove ${thing.key}: ${thing.name}`, onclick: () => removeThing(thing) });
-  const picture = thing.url ? thumb(thing) : make("span", { className: "no-picture" });
-  const what = make("span", { className: "what", textContent: thing.name, title: thing.name });
-  const item = make("li", { className: "item" }, make("span", { className: "key", textContent: thing.key }), picture, what, remove);
-  if (thing.error) {
+function drawEntry(entry) {
+  const remove = make("button", { type: "button", textContent: "✕", ariaLabel: `Remove ${entry.key}: ${entry.name}`, onclick: () => removeEntry(entry) });
+  const picture = entry.url ? thumb(entry) : make("span", { className: "no-picture" });
+  const what = make("span", { className: "what", textContent: entry.name, title: entry.name });
+  const item = make("li", { className: "item" }, make("span", { className: "key", textContent: entry.key }), picture, what, remove);
+  if (entry.error) {
     item.classList.add("failed");
-    item.append(make("p", { className: "error", role: "alert", textContent: thing.error }));
+    item.append(make("p", { className: "error", role: "alert", textContent: entry.error }));
   }
   return item;
 }
 
+/** The heat map of all pairs. Colors span the values off the diagonal: an item's cosine to itself is always 1. */
 function drawMatrix() {
-  const shown = things.filter((thing) => thing.vector);
+  const shown = compared.filter((entry) => entry.vector);
   byId("matrix-box").hidden = shown.length < 2;
   if (shown.length < 2) return;
-  const vectors = shown.map((thing) => cut(thing.vector));
-  const head = make("tr", {}, make("td"), ...shown.map((thing) => drawHeader(thing, "col")));
-  const rows = shown.map((thing, row) =>
-    make("tr", {}, drawHeader(thing, "row"), ...vectors.map((other, column) => drawCell(dot(vectors[row], other), thing, shown[column]))),
-  );
+  const vectors = shown.map((entry) => truncate(entry.vector));
+  const values = vectors.map((left) => vectors.map((right) => dot(left, right)));
+  const others = values.flatMap((row, index) => row.toSpliced(index, 1));
+  const lowest = Math.min(...others), highest = Math.max(...others);
+  const share = (value) => (highest > lowest ? (value - lowest) / (highest - lowest) : 0.5);
+  const head = make("tr", {}, make("td"), ...shown.map((entry) => drawHeader(entry, "col")));
+  const rows = shown.map((entry, row) => {
+    const cell = (value, column) => (row === column ? drawDiagonal() : drawCell(value, share(value), entry, shown[column]));
+    return make("tr", {}, drawHeader(entry, "row"), ...values[row].map(cell));
+  });
   byId("matrix").replaceChildren(make("thead", {}, head), make("tbody", {}, ...rows));
-  byId("summary").textContent = closest(shown, vectors);
+  byId("legend").hidden = shown.length < 3; // one pair has no range
+  byId("lowest").textContent = lowest.toFixed(2);
+  byId("highest").textContent = highest.toFixed(2);
+  byId("summary").textContent = mostSimilar(shown, values);
 }
 
-function drawHeader(thing, scope) {
-  const key = make("span", { className: "key", textContent: thing.key });
-  const label = thing.url ? thumb(thing) : make("span", { className: "clip", textContent: thing.name });
-  const header = make("th", { scope, title: thing.name }, make("div", { className: "who" }, key, label));
-  header.ariaLabel = `${thing.key}: ${thing.name}`;
+function drawHeader(entry, scope) {
+  const key = make("span", { className: "key", textContent: entry.key });
+  const label = entry.url ? thumb(entry) : make("span", { className: "clip", textContent: entry.name });
+  const header = make("th", { scope, title: entry.name }, make("div", { className: "who" }, key, label));
+  header.ariaLabel = `${entry.key}: ${entry.name}`;
   return header;
 }
 
-function drawCell(value, row, column) {
+function drawDiagonal() {
+  return make("td", { className: "diagonal", ariaLabel: "the same item" });
+}
+
+/** `share`: the position of `value` on the color ramp, 0 to 1. */
+function drawCell(value, share, row, column) {
   const cell = make("td", { className: "heat", textContent: value.toFixed(2), title: `${row.name} · ${column.name}: ${value.toFixed(4)}` });
-  cell.style.setProperty("--value", value.toFixed(4));
-  cell.classList.toggle("high", value > 0.6);
+  cell.style.setProperty("--share", share.toFixed(4));
+  cell.classList.toggle("high", share > 0.6);
   return cell;
 }
 
-function closest(shown, vectors) {
+function mostSimilar(shown, values) {
   let best = { value: -2 };
   for (let row = 0; row < shown.length; row += 1) {
     for (let column = row + 1; column < shown.length; column += 1) {
-      const value = dot(vectors[row], vectors[column]);
+      const value = values[row][column];
       if (value > best.value) best = { value, row, column };
     }
   }
-  const named = (thing) => `${thing.key} (${thing.name})`;
-  return `Most alike: ${named(shown[best.row])} and ${named(shown[best.column])}, ${best.value.toFixed(2)}.`;
+  const named = (entry) => `${entry.key} (${entry.name})`;
+  return `Most similar: ${named(shown[best.row])} and ${named(shown[best.column])}, ${best.value.toFixed(2)}.`;
 }
 
-/** Three shapes and their names, drawn here. */
+/** Add three shapes, drawn on a canvas, and their names. */
 async function addExample() {
   const shapes = [["red circle", "#d92b2b"], ["green square", "#1f9d3f"], ["blue triangle", "#2450d6"]];
   const pictures = await Promise.all(shapes.map(async ([name, color]) => {
@@ -319,35 +334,35 @@ async function addExample() {
     const blob = await new Promise((resolve) => canvas.toBlob(resolve));
     return new File([blob], `${name}.png`, { type: "image/png" });
   }));
-  addThings([...shapes.map(([name]) => name), ...pictures]);
+  addEntries([...shapes.map(([name]) => name), ...pictures]);
 }
 
 // --- search
 
-let collection = null; // {pictures: [{name, thumbnail, vector}], ..} once it is built
-let collectionAsked = false;
+let collection = null; // the body of playground/collection, once all images are embedded
+let collectionRequested = false;
 let query = null; // {name, text | file, url, vector?, error?}
 let searching = null;
 let numShown = RESULTS_AT_ONCE;
 
 async function loadCollection() {
-  if (collectionAsked) return;
-  collectionAsked = true;
+  if (collectionRequested) return;
+  collectionRequested = true;
   const state = byId("search-state");
   try {
     const answer = await ask("playground/collection");
     drawBuilding(answer);
     if (answer.status.startsWith("building")) {
-      collectionAsked = false;
+      collectionRequested = false;
       setTimeout(() => tab === "search" && loadCollection(), 1000);
       return;
     }
-    for (const picture of answer.pictures) picture.vector = vectorOf(picture.vector);
+    for (const picture of answer.pictures) picture.vector = decodeVector(picture.vector);
     collection = answer;
     drawCollection();
     drawResults();
   } catch (error) {
-    collectionAsked = false;
+    collectionRequested = false;
     byId("search-box").hidden = false;
     showFailure(state, error, () => (hideState(state), loadCollection()));
   }
@@ -358,23 +373,24 @@ function drawBuilding(answer) {
   byId("collection-none").hidden = answer.status !== "none";
   byId("collection-building").hidden = !isBuilding;
   byId("search-box").hidden = answer.status !== "ready";
-  byId("building").textContent = `Reading the pictures: ${answer.status}.`;
+  byId("building").textContent = `Embedding the images: ${answer.num_done} of ${answer.num_pictures}.`;
   Object.assign(byId("building-progress"), { max: answer.num_pictures || 1, value: answer.num_done });
 }
 
 function drawCollection() {
   const { title, license, pictures, skipped, num_left_out } = collection;
-  byId("search-label").textContent = `Search ${counted(pictures.length, "picture")} of ${title}`;
+  byId("search-label").textContent = `Search ${counted(pictures.length, "image")} of ${title}`;
   if (license) {
-    byId("attribution").textContent = `Pictures: ${title}, ${license}`;
+    byId("attribution").textContent = `Images: ${title}, ${license}`;
     byId("attribution").hidden = false;
   }
   if (info.is_bundled_model) {
     const chips = SUGGESTIONS.map((word) => make("button", { type: "button", textContent: word, onclick: () => searchText(word) }));
     byId("suggestions").replaceChildren(...chips);
+    byId("suggestions-row").hidden = false;
   }
   const notes = [];
-  if (num_left_out) notes.push(make("p", { className: "muted small", textContent: `${counted(num_left_out, "more picture")} of the folder left out.` }));
+  if (num_left_out) notes.push(make("p", { className: "muted small", textContent: `The folder contains ${counted(num_left_out, "more image")}, not included here.` }));
   if (skipped.length) {
     const rows = skipped.map(({ name, message }) => make("li", {}, make("strong", { textContent: name }), `: ${message}`));
     notes.push(make("details", { className: "more" }, make("summary", { textContent: `${counted(skipped.length, "file")} skipped` }), make("ul", { className: "small" }, ...rows)));
@@ -387,10 +403,10 @@ function searchText(text) {
   searchFor(text);
 }
 
-/** A new query: a text or a file. */
+/** Start a search with a new query: a text or a file. */
 function searchFor(source) {
   if (query?.url) URL.revokeObjectURL(query.url);
-  query = entryOf(source);
+  query = makeEntry(source);
   if (query.file) byId("query").value = "";
   searchAgain();
 }
@@ -404,7 +420,7 @@ async function searchAgain() {
   drawRequest();
   showProgress(state, "Embedding the query…", () => run.abort());
   try {
-    const [outcome] = await embed([query], instructionOf("search"), run.signal);
+    const [outcome] = await embed([query], instructionFor("search"), run.signal);
     if (searching !== run) return;
     if (outcome.error) throw new ServiceError(`${query.name}: ${outcome.error}`);
     query.vector = outcome.vector;
@@ -420,7 +436,7 @@ async function searchAgain() {
   }
 }
 
-/** Best first; before the first query, as they come. */
+/** Show the images, most similar first; before the first query, in their own order. */
 function drawResults() {
   drawRequest();
   if (!collection) return;
@@ -430,15 +446,15 @@ function drawResults() {
   const asked = byId("asked");
   asked.hidden = !query?.vector;
   if (asked.hidden) return;
-  const words = make("p", {}, `${counted(ranked.length, "picture")} by likeness to `, make("strong", { textContent: query.name }), `, ${dimensions} dimensions`);
+  const words = make("p", {}, `${counted(ranked.length, "image")} by similarity to `, make("strong", { textContent: query.name }), `, ${dimensions} dimensions`);
   asked.replaceChildren(...(query.url ? [thumb(query)] : []), words);
 }
 
 function rank() {
   if (!query) return collection.pictures.map((picture) => ({ picture }));
   if (!query.vector) return [];
-  const own = cut(query.vector);
-  const ranked = collection.pictures.map((picture) => ({ picture, score: dot(own, cut(picture.vector)) }));
+  const own = truncate(query.vector);
+  const ranked = collection.pictures.map((picture) => ({ picture, score: dot(own, truncate(picture.vector)) }));
   return ranked.sort((left, right) => right.score - left.score);
 }
 
@@ -453,7 +469,7 @@ function drawResult({ picture, score }, index) {
   return result;
 }
 
-/** Tried again where it fails: another worker may not have it yet. With a key it is fetched here: `img` sends none. */
+/** Load a thumbnail. Retry, because another worker may not have it yet. With a key use `fetch`: `img` sends no header. */
 async function showThumbnail(image, picture, tries = 0) {
   image.onerror = () => tries < 5 && setTimeout(() => showThumbnail(image, picture, tries + 1), 1000);
   const path = `playground/${picture.thumbnail}${tries ? `?${tries}` : ""}`;
@@ -465,23 +481,23 @@ async function showThumbnail(image, picture, tries = 0) {
   image.src = picture.url ?? path;
 }
 
-// --- the same request, to copy
+// --- the same request as code
 
 function drawRequest() {
-  const entries = tab === "compare" ? things : query ? [query] : [];
+  const entries = tab === "compare" ? compared : query ? [query] : [];
   byId("request").hidden = !entries.length || !info;
   if (!entries.length || !info) return;
   const options = {};
-  if (instructionOf(tab)) options.instruction = instructionOf(tab);
+  if (instructionFor(tab)) options.instruction = instructionFor(tab);
   if (dimensions < info.hidden_size) options.dimensions = dimensions;
   const language = document.querySelector("input[name=language]:checked").value;
   const url = new URL("embed", document.baseURI).href;
-  byId("code").textContent = language === "curl" ? curlOf(url, entries, options) : pythonOf(url, entries, options);
+  byId("code").textContent = language === "curl" ? curlCode(url, entries, options) : pythonCode(url, entries, options);
   byId("code-note").hidden = !entries.some((entry) => entry.file);
 }
 
-function curlOf(url, entries, options) {
-  const plain = (value) => JSON.stringify(value).replace(/[\\$`]/g, "\\$&"); // the shell looks into the body
+function curlCode(url, entries, options) {
+  const plain = (value) => JSON.stringify(value).replace(/[\\$`]/g, "\\$&"); // the shell expands the body
   const path = (name) => `'./${name.replaceAll("'", "'\\''")}'`;
   const image = (name) => `{"image": "$(base64 < ${path(name)} | tr -d '\\n')"}`;
   const items = entries.map((entry) => `    ${entry.file ? image(entry.name) : plain(entry.text)}`).join(",\n");
@@ -490,8 +506,8 @@ function curlOf(url, entries, options) {
   return `curl -s '${url}' -H 'content-type: application/json'${auth} --data-binary @- <<JSON\n{\n  "items": [\n${items}\n  ]${rest}\n}\nJSON\n`;
 }
 
-function pythonOf(url, entries, options) {
-  const plain = (value) => JSON.stringify(value); // a JSON string is a Python string
+function pythonCode(url, entries, options) {
+  const plain = (value) => JSON.stringify(value); // a JSON string is a valid Python string
   const items = entries.map((entry) => `        ${entry.file ? `image(${plain(entry.name)})` : plain(entry.text)},\n`).join("");
   const rest = Object.entries(options).map(([name, value]) => `    "${name}": ${plain(value)},\n`).join("");
   const image = `def image(path):\n    return {"image": base64.b64encode(pathlib.Path(path).read_bytes()).decode()}\n\n\n`;
@@ -510,14 +526,14 @@ async function copyCode() {
   try {
     await navigator.clipboard.writeText(byId("code").textContent);
   } catch {
-    getSelection().selectAllChildren(byId("code")); // no clipboard without https
+    getSelection().selectAllChildren(byId("code")); // the clipboard API requires https
     document.execCommand("copy");
   }
   byId("copy").textContent = "Copied";
   setTimeout(() => (byId("copy").textContent = "Copy"), 1500);
 }
 
-// --- tabs, dimensions, dropping
+// --- tabs, dimensions, drag and drop
 
 let tab = "compare";
 
@@ -547,9 +563,9 @@ function drawDimensions() {
   }));
 }
 
-function takeImages(files) {
+function addImages(files) {
   if (!files.length || !info) return;
-  if (tab === "compare") addThings(files);
+  if (tab === "compare") addEntries(files);
   else if (collection) searchFor(files[0]);
 }
 
@@ -567,7 +583,7 @@ function listen() {
   byId("add-text").onsubmit = (event) => {
     event.preventDefault();
     const text = byId("text").value;
-    if (text.trim() && info) addThings([text]);
+    if (text.trim() && info) addEntries([text]);
     byId("text").value = "";
     byId("text").focus();
   };
@@ -577,8 +593,8 @@ function listen() {
   };
   for (const id of ["images", "query-image"]) {
     byId(id).onchange = (event) => {
-      takeImages([...event.target.files]);
-      event.target.value = ""; // the same file may be chosen again
+      addImages([...event.target.files]);
+      event.target.value = ""; // allow the same file again
     };
   }
   byId("example").onclick = () => info && addExample();
@@ -606,12 +622,12 @@ function listenForDrops() {
     veil.hidden = true;
     if (!hasFiles(event)) return;
     event.preventDefault();
-    takeImages([...event.dataTransfer.files]);
+    addImages([...event.dataTransfer.files]);
   });
   document.addEventListener("paste", (event) => {
     const images = [...(event.clipboardData?.files ?? [])];
     if (images.length) event.preventDefault();
-    takeImages(images);
+    addImages(images);
   });
 }
 
@@ -622,17 +638,17 @@ async function start() {
     await ask("health");
     info = await ask("info");
   } catch (error) {
-    byId("banner").textContent = `${error.message} Trying again every 2 seconds.`;
+    byId("banner").textContent = `${error.message} Retrying every 2 seconds.`;
     byId("banner").hidden = false;
     setTimeout(start, 2000);
     return;
   }
   byId("banner").hidden = true;
-  const name = info.is_bundled_model ? "the small model of the package" : info.model;
+  const name = info.is_bundled_model ? "Bundled demo model" : info.model;
   byId("model").replaceChildren(make("strong", { textContent: name }), `, ${info.hidden_size} dimensions, on ${info.device}`);
   byId("limits").textContent =
-    `Images are sent as they are: up to ${megabytes(info.limits.max_image_bytes)} and ` +
-    `${(info.limits.max_image_pixels / 1e6).toLocaleString("en")} million pixels each. Up to ${MAX_THINGS} things.`;
+    `Limits: ${MAX_ENTRIES} items; images of up to ${megabytes(info.limits.max_image_bytes)} and ` +
+    `${(info.limits.max_image_pixels / 1e6).toLocaleString("en")} megapixels.`;
   for (const id of ["compare-instruction", "search-instruction"]) byId(id).placeholder = info.default_instruction;
   drawDimensions();
   openTab(tab);

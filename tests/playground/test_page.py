@@ -1,6 +1,6 @@
-"""The playground as a person uses it: typed, clicked and dropped in a real Chromium, against the small model.
+"""The playground in Chromium, with real keys, clicks and drops, against the bundled model.
 
-Screenshots of what the tests see lie in pytest's temporary folder, or where `PLAYGROUND_SCREENSHOTS` says.
+Screenshots are written to the folder `PLAYGROUND_SCREENSHOTS`, or to pytest's temporary folder.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ FAKE_ANSWERS = """
         return answer ? Promise.resolve(new Response(JSON.stringify(answer.body), answer)) : real(url, options);
     };
 """
+SHARES = """
+    return [...document.querySelectorAll("td.heat")].map((cell) => cell.style.getPropertyValue("--share"));
+"""
 FIRST_PICTURES_ARE_SEEN = """
     return [...document.querySelectorAll(".result img")].slice(0, 6).every((image) => image.naturalWidth === 96);
 """
@@ -96,15 +99,17 @@ class Page:
         return found
 
     def answer(self, path: str, *answers: dict[str, Any]) -> None:
-        """The next requests to `path` get these answers, later ones the service's."""
+        """Respond to the next requests to `path` with `answers`; later ones reach the service."""
         self.driver.execute_script(FAKE_ANSWERS % (json.dumps(path), json.dumps(answers)))
 
     def add_text(self, text: str) -> None:
         self.one("#text").send_keys(text, Keys.ENTER)
 
     def matrix(self, size: int) -> NDArray[np.float64]:
-        self.wait(lambda: len(self.texts("td.heat")) == size**2)
-        return np.array(self.texts("td.heat"), np.float64).reshape(size, size)
+        """The similarities; NaN on the diagonal, which the page leaves blank."""
+        self.wait(lambda: len(self.texts("#matrix tbody td")) == size**2)
+        cells = self.texts("#matrix tbody td")
+        return np.array([cell or "nan" for cell in cells], np.float64).reshape(size, size)
 
     def open_search(self) -> None:
         self.one("#tab-search").click()
@@ -124,7 +129,7 @@ class Page:
 
 @pytest.fixture
 def page(chromium: webdriver.Chrome, small_server: Server) -> Iterator[Page]:
-    """The page, newly opened. At the end the browser has complained of nothing but what tests provoke."""
+    """The page, newly opened. At the end, the browser has logged only errors that tests provoke."""
     page = Page(chromium, small_server.url)
     page.open()
     yield page
@@ -158,12 +163,18 @@ def test_texts_and_a_chosen_image_make_a_matrix(
     page.one("#images").send_keys(str(tmp_path / "swatch.png"))
     shown = page.matrix(3)
     expected = vectors(small_server, ["red", "green", {"image": base64.b64encode(swatch).decode()}])
-    np.testing.assert_allclose(shown, expected @ expected.T, atol=0.0051)
-    assert np.diag(shown).tolist() == [1, 1, 1]
+    pairs = ~np.eye(3, dtype=bool)
+    similarities = expected @ expected.T
+    np.testing.assert_allclose(shown[pairs], similarities[pairs], atol=0.0051)
+    assert np.isnan(np.diag(shown)).all()
+    lowest, highest = similarities[pairs].min(), similarities[pairs].max()
+    shares = [float(share) for share in page.driver.execute_script(SHARES)]
+    np.testing.assert_allclose(shares, (similarities[pairs] - lowest) / (highest - lowest), atol=0.01)
+    assert page.texts("#lowest, #highest") == [f"{lowest:.2f}", f"{highest:.2f}"]
     assert page.texts("#items .what") == ["red", "green", "swatch.png"]
     first, second = divmod(int(np.argmax(np.triu(expected @ expected.T, 1))), 3)
     shown_as = ["A (red)", "B (green)", "C (swatch.png)"]
-    assert f"Most alike: {shown_as[first]} and {shown_as[second]}" in page.one("#summary").text
+    assert f"Most similar: {shown_as[first]} and {shown_as[second]}" in page.one("#summary").text
     assert not page.one("#compare-empty").is_displayed()
 
 
@@ -192,13 +203,13 @@ def test_fewer_dimensions_and_an_instruction_change_the_matrix(page: Page, small
     assert abs(whole - first @ second) > 0.0051
 
 
-def test_broken_image_has_the_services_message_and_costs_no_other(page: Page, swatch: bytes) -> None:
+def test_broken_image_shows_the_services_message_and_the_others_are_compared(page: Page, swatch: bytes) -> None:
     page.add_text("red")
     page.driver.execute_script(DROP, base64.b64encode(b"no picture").decode(), "<b>broken</b>.png")
     page.driver.execute_script(DROP, base64.b64encode(swatch).decode(), "whole.png")
     page.matrix(2)
     (message,) = page.texts(".item.failed .error")
-    assert "the bytes are not a known image" in message
+    assert "image: not a JPEG, PNG, WebP, GIF or BMP file" in message
     assert page.texts(".item.failed .what") == ["<b>broken</b>.png"]
 
 
@@ -226,6 +237,15 @@ def test_search_ranks_as_the_service_does_at_every_size(page: Page, small_server
     assert "Noto Emoji" in page.one("#attribution").text
 
 
+def test_search_by_image_is_one_labeled_click_away(page: Page, tmp_path: Path) -> None:
+    page.open_search()
+    assert "Search by image" in page.one("label[for='query-image']").text
+    (tmp_path / "swatch.png").write_bytes(encoded(PIL.Image.new("RGB", (64, 64), "red")))
+    page.one("#query-image").send_keys(str(tmp_path / "swatch.png"))
+    page.ranking()
+    assert "swatch.png" in page.one("#asked").text
+
+
 def test_a_drawing_finds_itself(page: Page, small_server: Server) -> None:
     page.open_search()
     name = httpx.get(f"{small_server.url}/playground/collection").json()["pictures"][9]["name"]
@@ -236,11 +256,13 @@ def test_a_drawing_finds_itself(page: Page, small_server: Server) -> None:
     assert page.ranking()[0] == (name, 1.0)
 
 
-def test_broken_query_says_what_the_service_says(page: Page) -> None:
+def test_broken_query_shows_the_services_message(page: Page) -> None:
     page.open_search()
     page.driver.execute_script(DROP, base64.b64encode(b"%PDF-1.7").decode(), "paper.png")
     page.wait(lambda: page.texts("#search-state [role=alert]"))
-    assert page.texts("#search-state [role=alert]")[0].startswith("paper.png: the bytes are a PDF document")
+    assert page.texts("#search-state [role=alert]")[0].startswith(
+        "paper.png: image: not a JPEG, PNG, WebP, GIF or BMP file, but a PDF document"
+    )
     assert page.texts(".result") == []
     page.one("#query").send_keys("red", Keys.ENTER)
     assert page.ranking()
@@ -270,23 +292,23 @@ def test_slow_answer_shows_progress_and_can_be_cancelled(page: Page, screenshots
     assert not page.one("#compare-state").is_displayed()
 
 
-def test_service_that_does_not_answer_is_waited_for(page: Page) -> None:
+def test_page_waits_for_a_service_that_does_not_respond(page: Page) -> None:
     page.driver.execute_cdp_cmd("Network.enable", {})
     page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/health"]})
     try:
         page.driver.get(f"{page.url}/playground")
-        page.wait(lambda: "cannot be reached" in page.one("#banner").text)
+        page.wait(lambda: "does not respond" in page.one("#banner").text)
     finally:
         page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
     page.wait(lambda: page.all("#dimensions label"))
     assert not page.one("#banner").is_displayed()
 
 
-def test_building_is_counted_until_the_pictures_are_there(page: Page) -> None:
+def test_progress_is_shown_until_all_images_are_embedded(page: Page) -> None:
     body = {"status": "building 120 of 400", "num_done": 120, "num_pictures": 400, "pictures": [], "skipped": []}
     page.answer("playground/collection", {"status": 200, "body": body})
     page.one("#tab-search").click()
-    page.wait(lambda: page.one("#building").text == "Reading the pictures: building 120 of 400.")
+    page.wait(lambda: page.one("#building").text == "Embedding the images: 120 of 400.")
     assert page.one("#building-progress").get_attribute("value") == "120"
     assert not page.one("#search-box").is_displayed()
     page.wait(lambda: page.one("#search-box").is_displayed(), 120)
@@ -294,7 +316,7 @@ def test_building_is_counted_until_the_pictures_are_there(page: Page) -> None:
     assert len(page.texts(".result .name")) == 24  # before the first query, as they come
 
 
-def test_without_pictures_the_search_says_how_to_get_them(page: Page, server: Server) -> None:
+def test_search_without_images_explains_the_setting(page: Page, server: Server) -> None:
     page.url = server.url
     page.open()
     page.one("#tab-search").click()
@@ -302,13 +324,13 @@ def test_without_pictures_the_search_says_how_to_get_them(page: Page, server: Se
     assert not page.one("#search-box").is_displayed()
 
 
-def test_refused_request_is_told_in_the_services_words_and_tried_again(page: Page) -> None:
+def test_rejected_request_shows_the_services_message_and_can_be_retried(page: Page) -> None:
     error = {"code": "overloaded", "message": "9000 tokens wait; allowed: up to 64", "item": None, "type": "overloaded"}
     page.answer("embed", {"status": 429, "headers": {"retry-after": "3"}, "body": {"error": error}})
     page.add_text("red")
     page.wait(lambda: page.texts("#compare-state [role=alert]"))
     (message,) = page.texts("#compare-state [role=alert]")
-    assert message == "The service says: 9000 tokens wait; allowed: up to 64 (come back in 3 s)"
+    assert message == "Error from the service: 9000 tokens wait; allowed: up to 64 (retry after 3 s)"
     page.one("#compare-state button").click()
     page.wait(lambda: not page.one("#compare-state").is_displayed())
     page.add_text("green")
@@ -382,18 +404,19 @@ def test_page_fits_every_screen_in_light_and_dark(look: str, page: Page, screens
 
 
 def fits(page: Page, width: int) -> None:
-    """Nothing but the matrix in its own box is wider than the screen."""
+    """Only the matrix, in its own scroll box, may be wider than the screen."""
     assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def test_key_is_asked_for_and_sent_with_everything(
+def test_key_form_is_shown_and_the_key_is_sent_with_every_request(
     chromium: webdriver.Chrome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = start_server(tmp_path, api_key="s3cret", access_log="true")
     page = Page(chromium, server.url)
     chromium.get(f"{server.url}/playground")
-    for key, reason in (("wrong", "The service asks for an API key."), ("s3cret", "The service does not take this")):
+    for key, reason in (("wrong", "This service requires an API key."), ("s3cret", "The service rejected this")):
         page.wait(lambda reason=reason: page.texts("#key-reason")[0].startswith(reason))
+        assert ("bad" in str(page.one("#key-form").get_attribute("class"))) == reason.endswith("rejected this")
         page.one("#key").send_keys(key, Keys.ENTER)
     page.wait(lambda: page.all("#dimensions label"))
     assert not page.one("#key-form").is_displayed()

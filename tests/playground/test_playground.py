@@ -1,4 +1,4 @@
-"""The playground without a browser: its files and headers, the collection it searches, and what no caller can open."""
+"""The playground without a browser: its files, its headers, its collection, and the paths that it does not serve."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DEMO = ROOT / "embedder" / "demo"
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An operator's folder: three pictures, a broken one, an empty one, a text and a folder."""
+    """A folder with three images, a broken one, an empty one, a text file and a subfolder."""
     folder = tmp_path_factory.mktemp("holiday")
     (folder / "beach.png").write_bytes(encoded(picture(300, 200, 1)))
     (folder / "cliff.JPG").write_bytes(encoded(picture(64, 64, 2), "JPEG"))
@@ -67,25 +67,25 @@ def wait_for_collection(server: Server) -> dict[str, Any]:
     raise AssertionError("the collection was not built")
 
 
-@pytest.mark.parametrize("path", ["/playground", "/playground/style.css", "/playground/script.js"])
-def test_page_is_served_as_it_lies_in_the_package(path: str, client: httpx.Client) -> None:
+@pytest.mark.parametrize("path", ["/playground", *(f"/playground/{name}" for name in PAGE if name != "index.html")])
+def test_page_files_are_served_unchanged(path: str, client: httpx.Client) -> None:
     name = path.removeprefix("/playground").strip("/") or "index.html"
     response = client.get(path)
     assert response.content == (FOLDER / name).read_bytes()
     assert response.headers["content-type"] == PAGE[name]
 
 
-def test_slash_too_many_leads_to_the_page(client: httpx.Client) -> None:
+def test_trailing_slash_redirects_to_the_page(client: httpx.Client) -> None:
     response = client.get("/playground/")
     assert (response.status_code, httpx.URL(response.headers["location"]).path) == (307, "/playground")
 
 
-def test_every_file_of_the_folder_belongs_to_the_page() -> None:
+def test_every_file_of_the_folder_is_declared() -> None:
     assert {path.name for path in FOLDER.iterdir()} == set(PAGE)
 
 
 @pytest.mark.parametrize("path", ["/playground", "/playground/script.js", "/playground/collection"])
-def test_browser_is_told_to_run_and_load_nothing_foreign(path: str, client: httpx.Client) -> None:
+def test_headers_allow_only_content_of_the_service(path: str, client: httpx.Client) -> None:
     headers = client.get(path).headers
     policy = dict(rule.split(" ", 1) for rule in headers["content-security-policy"].split("; "))
     assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
@@ -95,12 +95,13 @@ def test_browser_is_told_to_run_and_load_nothing_foreign(path: str, client: http
     assert headers["referrer-policy"] == "no-referrer"
 
 
-def test_page_names_no_host_and_has_nothing_inline() -> None:
+def test_page_refers_to_no_host_and_has_no_inline_script_or_style() -> None:
     html = (FOLDER / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script>|javascript:", html)
     for name in PAGE:
-        assert not re.search(r"https?://|//\w+\.", (FOLDER / name).read_text(encoding="utf-8").replace("// ", ""))
-    assert "innerHTML" not in (FOLDER / "script.js").read_text(encoding="utf-8")  # names are texts, never markup
+        text = (FOLDER / name).read_text(encoding="utf-8").replace(' xmlns="http://www.w3.org/2000/svg"', "")
+        assert not re.search(r"https?://|//\w+\.", text.replace("// ", ""))
+    assert "innerHTML" not in (FOLDER / "script.js").read_text(encoding="utf-8")  # names are text, not markup
 
 
 @pytest.mark.parametrize(
@@ -124,8 +125,8 @@ def test_page_names_no_host_and_has_nothing_inline() -> None:
         f"/playground/thumbnails/{'1' * 5000}",
     ],
 )
-def test_nothing_else_can_be_opened(path: str, folder_server: Server) -> None:
-    """Raw paths, as no client would tidy them."""
+def test_other_paths_are_not_found(path: str, folder_server: Server) -> None:
+    """Paths sent as they are; HTTP clients would normalize them."""
     wait_for_collection(folder_server)
     connection = http.client.HTTPConnection(folder_server.url.removeprefix("http://"), timeout=10)
     connection.request("GET", path)
@@ -148,7 +149,7 @@ def test_folder_is_embedded_as_its_files_would_be(folder_server: Server, picture
         np.testing.assert_allclose(np.frombuffer(base64.b64decode(entry["vector"]), "<f4"), own, atol=1e-6)
 
 
-def test_broken_pictures_are_skipped_and_named(folder_server: Server) -> None:
+def test_broken_images_are_skipped_and_listed(folder_server: Server) -> None:
     fields = wait_for_collection(folder_server)
     reasons = {entry["name"]: entry["message"] for entry in fields["skipped"]}
     assert reasons.keys() == {"broken.png", "empty.gif"}
@@ -190,14 +191,14 @@ def test_service_ends_cleanly_while_pictures_are_embedded(tmp_path: Path) -> Non
 
 
 class FakeEngine:
-    """Embeds nothing: each item gets the next of its outcomes, and `on_submit` is called before."""
+    """Resolves each item with the next of `outcomes`, after a call of `on_submit`."""
 
     def __init__(self, outcomes: list[Embedding | Exception], on_submit: Any = lambda: None) -> None:
         self.outcomes = outcomes
         self.on_submit = on_submit
 
     @contextlib.contextmanager
-    def room_for(self, items: Sequence[EmbeddingItem]) -> Iterator[None]:
+    def reserve(self, items: Sequence[EmbeddingItem]) -> Iterator[None]:
         yield
 
     def submit(self, item: EmbeddingItem, **_: object) -> Future[Embedding]:
@@ -231,7 +232,7 @@ def test_status_counts_while_it_is_built(pictures: Path, monkeypatch: pytest.Mon
     assert collection.status == "ready"
 
 
-def test_full_queue_is_waited_for_and_the_end_of_the_service_ends_it(
+def test_building_waits_for_a_full_queue_and_stops_with_the_service(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embedder.playground.collection._PIXELS_TOGETHER", 1)
@@ -243,9 +244,7 @@ def test_full_queue_is_waited_for_and_the_end_of_the_service_ends_it(
     assert collection.status == "building 3 of 5"
 
 
-def test_queue_that_is_smaller_than_a_round_takes_one_picture_at_a_time(
-    pictures: Path, random_checkpoint: Path
-) -> None:
+def test_small_queue_gets_one_image_at_a_time(pictures: Path, random_checkpoint: Path) -> None:
     collection = Collection(Settings(demo_folder=str(pictures)), is_bundled_model=False)
     with Embedder(str(random_checkpoint), device="cpu", max_queued_tokens=400) as embedder:
         asyncio.run(collection.build(embedder.engine))
@@ -253,7 +252,7 @@ def test_queue_that_is_smaller_than_a_round_takes_one_picture_at_a_time(
     assert len(collection.pictures) == 3
 
 
-def test_large_folder_is_cut_and_says_how_much_was_left_out(tmp_path: Path) -> None:
+def test_large_folder_is_limited_and_the_rest_is_counted(tmp_path: Path) -> None:
     for index in range(MAX_PICTURES + 3):
         (tmp_path / f"{index:05}.png").touch()
     collection = Collection(Settings(demo_folder=str(tmp_path)), is_bundled_model=False)
