@@ -22,7 +22,7 @@ import embedder
 from deploy.build import ROOT, build, revision
 from deploy.podman import RUN, missing, podman, prepare_build, workspace
 from deploy.sbom import bill_of_materials
-from embedder.http.openapi import EXAMPLES
+from embedder.http.routes import EXAMPLES
 from embedder.model.checkpoint import BUNDLED, PUBLISHED, PUBLISHED_REVISION
 
 IMAGE = f"localhost/container-test:{embedder.__version__}"

@@ -1,168 +1,265 @@
-"""Everything that can go wrong, as one tree: four branches by who must act.
+"""Everything that can go wrong, as one tree with four branches by who must act.
 
 EmbedderError
-    InvalidRequest              the caller changes it          400
-        InvalidKey                                             401
+    InvalidRequest              the caller changes the request
+        InvalidKey
+        NotFound
+        MethodNotAllowed
         InvalidMedia
         InputTooLong
         UnsupportedDimensions
-        RequestTooLarge                                        413
-        MediaTooLarge                                          413
-        UnsupportedContentType                                 415
-    MediaUnavailable            the address's owner acts       424
-    Overloaded                  the caller waits               429
-    DeadlineExceeded            the caller sends less          504
-    ShuttingDown                the caller asks another one    503
-    EngineFailed                we act                         500
+        RequestTooLarge
+        MediaTooLarge
+        UnsupportedContentType
+    MediaUnavailable            the owner of a URL acts
+    Overloaded                  the caller waits
+    NotReady                    the caller waits
+    ShuttingDown                the caller asks another replica
+    DeadlineExceeded            the caller sends less
+    EngineFailed                the operator acts
         DeviceOutOfMemory
-    DeviceFailed                we act                         500
-    ModelUnavailable            the operator acts              the service does not start
+    DeviceFailed                the operator acts
+    ModelUnavailable            the operator acts; the service does not start
+
+An error knows the status, type and code of its response. Routes raise; `http/boundary.py` renders; metrics read the
+code. `python -m embedder.errors` prints the table for the documentation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
+
+ErrorType = Literal["invalid_request", "unavailable", "server_error"]
+
+CLIENT_CLOSED_REQUEST = 499  # status in logs and metrics of a request whose caller has disconnected, as nginx has it
 
 
 class EmbedderError(Exception):
-    """Base of all errors raised on purpose.
+    """An unexpected error inside the service."""
 
-    `code` is stable and goes to the caller. `item` is the index of the item in its request, filled in where the
-    index is known (the steps see one item at a time).
-    """
-
+    status: ClassVar[int] = 500
+    type: ClassVar[ErrorType] = "server_error"
     code: ClassVar[str] = "internal_error"
+    remedy: ClassVar[str] = "Look up the response's `x-request-id` in the service's log, and report it."
 
     def __init__(self, message: str, *, item: int | None = None) -> None:
+        """`item`: index of the item in its request; filled in where the index is known."""
         super().__init__(message)
         self.message = message
         self.item = item
+        self.details: Mapping[str, Any] = {}  # more fields of the response's body, next to `error`
 
     def __str__(self) -> str:
         return self.message if self.item is None else f"item {self.item}: {self.message}"
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the response that go with this error."""
+        return {}
+
 
 class InvalidRequest(EmbedderError):
-    """The request says something that cannot be done; the caller changes it."""
+    """The request asks for something that cannot be done."""
 
+    status = 400
+    type = "invalid_request"
     code = "invalid_request"
+    remedy = "Change the request; `message` names the value received and what is allowed."
 
 
 class InvalidKey(InvalidRequest):
-    """No API key came with the request, or none of ours."""
+    """The request carries no API key, or one that the service does not know."""
 
+    status = 401
     code = "invalid_api_key"
+    remedy = "Send a key as `Authorization: Bearer <key>` or `x-api-key: <key>`."
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"www-authenticate": "Bearer"}
+
+
+class NotFound(InvalidRequest):
+    """The service has no such path."""
+
+    status = 404
+    code = "not_found"
+    remedy = "Check the URL; `/openapi.json` lists the paths."
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The path exists, but not for this HTTP method."""
+
+    status = 405
+    code = "method_not_allowed"
+    remedy = "Embedding routes take POST, the others GET."
 
 
 class InvalidMedia(InvalidRequest):
-    """The bytes are not a usable picture or clip."""
+    """The bytes are not a usable image or video."""
 
     code = "invalid_media"
+    remedy = "Send another file or another format; `message` says what was found."
 
 
 class InputTooLong(InvalidRequest):
-    """What may not be cut (instruction, image and video tokens) does not fit the model's context."""
+    """Content that may not be cut (instruction, image and video tokens) does not fit the model's context."""
 
     code = "input_too_long"
+    remedy = "Send less, or let the operator raise `EMBEDDER_MAX_INPUT_TOKENS` or `EMBEDDER_MAX_TEXT_CHARS`."
 
 
 class UnsupportedDimensions(InvalidRequest):
     """The model has no vector of that size."""
 
     code = "unsupported_dimensions"
+    remedy = "Ask for a size in the range that `message` names."
 
 
 class RequestTooLarge(InvalidRequest):
-    """The body or the number of items is over a limit."""
+    """The body or the number of items exceeds a limit."""
 
+    status = 413
     code = "request_too_large"
+    remedy = "Send several smaller requests, or let the operator raise the setting that `message` names."
 
 
 class UnsupportedContentType(InvalidRequest):
-    """The body is declared to be something else than JSON."""
+    """The body is declared to be something other than plain JSON."""
 
+    status = 415
     code = "unsupported_content_type"
+    remedy = "Send `Content-Type: application/json` and no `Content-Encoding`."
 
 
 class MediaTooLarge(InvalidRequest):
-    """A picture or clip is over a limit on bytes or pixels."""
+    """An image or video exceeds a limit on bytes, pixels or decoding time."""
 
+    status = 413
     code = "media_too_large"
+    remedy = "Send a smaller file, or let the operator raise the limit that `message` names."
 
 
 class MediaUnavailable(EmbedderError):
-    """A media address could not be fetched."""
+    """An image or video could not be fetched from its URL."""
 
+    status = 424
+    type = "unavailable"
     code = "media_unavailable"
+    remedy = "Make the URL answer 200 to the service, or send the bytes."
 
 
 class Overloaded(EmbedderError):
-    """The queue is full. `retry_after_s` estimates when it will have drained."""
+    """The queue, or the memory for request bodies, is full."""
 
+    status = 429
+    type = "unavailable"
     code = "overloaded"
+    remedy = "Try again after the seconds in `Retry-After`; operators add replicas."
 
     def __init__(self, message: str, *, retry_after_s: float, item: int | None = None) -> None:
+        """`retry_after_s`: estimated seconds until there is capacity again."""
         super().__init__(message, item=item)
         self.retry_after_s = retry_after_s
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": str(math.ceil(self.retry_after_s))}
+
 
 class DeadlineExceeded(EmbedderError):
-    """The request took longer than the limit; its items were given up."""
+    """The request took longer than the limit, and its items were dropped."""
 
+    status = 504
+    type = "unavailable"
     code = "deadline_exceeded"
+    remedy = "Send fewer or smaller items, or let the operator raise `EMBEDDER_REQUEST_TIMEOUT_S`."
+
+
+class NotReady(EmbedderError):
+    """The model is not loaded yet."""
+
+    status = 503
+    type = "unavailable"
+    code = "not_ready"
+    remedy = "Wait until `/readyz` answers 200."
 
 
 class ShuttingDown(EmbedderError):
-    """The engine no longer takes work."""
+    """The service no longer accepts requests."""
 
+    status = 503
+    type = "unavailable"
     code = "shutting_down"
+    remedy = "Send the request to another replica."
 
 
 class EngineFailed(EmbedderError):
-    """The forward pass failed for this item alone; details are in the log."""
+    """The forward pass failed for this item only."""
 
     code = "engine_failed"
+    remedy = "Look up the response's `x-request-id` in the service's log."
 
 
 class DeviceOutOfMemory(EngineFailed):
-    """A batch, or an item that was tried alone, does not fit the device's memory."""
+    """A batch, or an item that ran by itself, does not fit into the device's memory."""
 
     code = "device_out_of_memory"
+    remedy = "Send smaller items, or lower `EMBEDDER_MAX_INPUT_TOKENS`, or use a larger device."
 
 
 class DeviceFailed(EmbedderError):
-    """The device is lost to this process, or does not answer: every item that waited fails, and the worker ends."""
+    """The device failed or does not respond: all waiting items fail, and the worker exits."""
 
     code = "device_failed"
+    remedy = "Wait for the restart, and look at the driver's messages."
 
 
 class ModelUnavailable(EmbedderError):
-    """The model named in the settings cannot be loaded; the message says why and what to do."""
+    """The model that the settings name cannot be loaded."""
 
     code = "model_unavailable"
+    remedy = "The service does not start; its last log line says what to change."
 
 
-NO_ANSWER = 499  # status of a request whose caller went away, as nginx says it
-
-ITEM_ERRORS = (InvalidRequest, MediaUnavailable, EngineFailed)  # what one item can be to blame for
+ITEM_ERRORS = (InvalidRequest, MediaUnavailable, EngineFailed)  # errors that a single item can cause
 
 
-Raised = TypeVar("Raised", bound="EmbedderError")
+Raised = TypeVar("Raised", bound=EmbedderError)
 
 
 def without_traceback(error: Raised) -> Raised:
-    """The error without the frames it came through, for those who keep it: frames hold a caller's bytes, in cycles."""
+    """The error without traceback and cause, for code that keeps it: their frames hold callers' bytes, in cycles."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
 
 @contextmanager
 def attributed_to_item(index: int) -> Iterator[None]:
-    """What an item is to blame for and is raised inside says which item it was."""
+    """Record in an item's error that is raised inside which item of the request it was."""
     try:
         yield
     except ITEM_ERRORS as error:
         error.item = index
         raise
+
+
+def error_classes(base: type[EmbedderError] = EmbedderError) -> list[type[EmbedderError]]:
+    """The base class and everything derived from it."""
+    return [base, *(kind for child in base.__subclasses__() for kind in error_classes(child))]
+
+
+def errors_table() -> str:
+    """The errors that callers can get, as a Markdown table, for docs/reference/errors.md."""
+    rows = ["| status | code | type | meaning | what to do |", "|---|---|---|---|---|"]
+    sent = [kind for kind in error_classes() if kind is not ModelUnavailable]
+    for kind in sorted(sent, key=lambda kind: (kind.status, kind.code)):
+        rows.append(f"| {kind.status} | `{kind.code}` | `{kind.type}` | {kind.__doc__} | {kind.remedy} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(errors_table())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from embedder import errors
@@ -17,6 +19,7 @@ from embedder.errors import (
     Overloaded,
     ShuttingDown,
     attributed_to_item,
+    errors_table,
 )
 
 CLASSES = {
@@ -27,7 +30,7 @@ CLASSES = {
 def test_docstring_draws_the_tree_as_it_is() -> None:
     drawn: dict[str, str] = {}
     ancestors: list[str] = []
-    for line in (errors.__doc__ or "").split("\n\n", 1)[1].splitlines():
+    for line in (errors.__doc__ or "").split("\n\n")[1].splitlines():
         depth = (len(line) - len(line.lstrip())) // 4
         name = line.split()[0]
         ancestors[depth:] = [name]
@@ -38,6 +41,19 @@ def test_docstring_draws_the_tree_as_it_is() -> None:
 def test_every_class_has_a_code_of_its_own() -> None:
     codes = [kind.code for kind in CLASSES.values()]
     assert len(set(codes)) == len(codes)
+
+
+def test_every_error_of_a_caller_has_a_status_of_the_4xx_and_the_others_none_but_those_that_wait_on_somebody() -> None:
+    of_callers = {kind for kind in CLASSES.values() if issubclass(kind, InvalidRequest)}
+    assert all(400 <= kind.status < 500 and kind.type == "invalid_request" for kind in of_callers)
+    others = {kind.status for kind in CLASSES.values() if kind not in of_callers}
+    assert others == {424, 429, 500, 503, 504}
+
+
+def test_table_has_every_error_that_a_caller_can_get() -> None:
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \| `(\w+)` \| (.+) \| (.+) \|$", errors_table(), re.MULTILINE)
+    assert {code for _, code, *_ in rows} == {kind.code for kind in CLASSES.values()} - {ModelUnavailable.code}
+    assert all(len(meaning) > 20 and len(remedy) > 20 for *_, meaning, remedy in rows)
 
 
 def test_message_names_the_item_once_it_is_known() -> None:

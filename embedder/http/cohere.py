@@ -1,4 +1,4 @@
-"""Cohere's route: body of `POST /v2/embed` -> request; vectors -> one list for each of the types asked for."""
+"""Cohere's route: `POST /v2/embed`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from pydantic import BaseModel, Field
 
 from embedder.engine.postprocess import Embedding, quantize
 from embedder.errors import InvalidRequest, attributed_to_item
+from embedder.http.dialect import Dialect, ServedModel
 from embedder.http.messages import InputType, check_length, instruction_for, parts_from_content
 from embedder.http.request_body import AnyDimensions, NonEmptyList, RequestBody, check_item_count, validate_body
-from embedder.http.response import to_base64, to_json, usage_fields
-from embedder.inputs.items import EmbeddingItem, Image, describe_value, item_from_fields, refuse_unknown
+from embedder.http.response import CUT_TEXTS, to_base64, to_json, usage_fields
+from embedder.inputs.items import (
+    EXAMPLE_IMAGE,
+    EmbeddingItem,
+    Image,
+    describe_value,
+    item_from_fields,
+    refuse_unknown,
+)
 from embedder.settings import Settings
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
@@ -26,34 +34,34 @@ class CohereEmbedRequest(RequestBody):
     """Body of `POST /v2/embed`: one of `texts`, `images` and `inputs`."""
 
     texts: NonEmptyList[str] | None = None
-    images: NonEmptyList[str] | None = Field(None, description="Data URIs, bare base64, or URLs.")
-    inputs: NonEmptyList[Any] | None = Field(None, description="Mixtures, in your order.")
-    model: Any = Field(None, description="Any name: there is one model here.")
-    input_type: InputType | None = Field(None, description="Queries get the query instruction, all others the default.")
+    images: NonEmptyList[str] | None = Field(None, description="Base64, data URIs or URLs.")
+    inputs: NonEmptyList[Any] | None = Field(None, description="Mixtures of texts and images, in your order.")
+    model: Any = Field(None, description="Any name; a service has one model.")
+    input_type: InputType | None = Field(None, description="Chooses the instruction: a query's, or the default.")
     embedding_types: NonEmptyList[EmbeddingType] = Field(["float"])
     output_dimension: AnyDimensions = Field(None, description="Matryoshka size.")
-    truncate: Literal["NONE", "START", "END"] = Field("END", description="Of text over the limit: an error, or cut.")
-    max_tokens: int | None = Field(None, description="Only a number that is not below the service's own limit.")
-    priority: Any = Field(None, description="Accepted for the clients that send it; changes nothing here.")
+    truncate: Literal["NONE", "START", "END"] = Field("END", description="Text over the limit is refused or cut.")
+    max_tokens: int | None = Field(None, description="At least the service's own limit.")
+    priority: Any = Field(None, description="Accepted because clients send it; has no effect.")
 
 
 class BilledUnits(BaseModel):
-    """What was embedded. Tokens count instruction, template and pictures too."""
+    """What was embedded. Tokens include instruction, prompt template and images."""
 
     input_tokens: int
     images: int
 
 
 class Meta(BaseModel):
-    """About the answer."""
+    """About the response."""
 
     api_version: dict[str, str]
     billed_units: BilledUnits
-    warnings: list[str] | None = Field(None, description="What was cut, item by item; absent if nothing was.")
+    warnings: list[str] | None = Field(None, description=CUT_TEXTS)
 
 
 class CohereEmbedResponse(BaseModel):
-    """Answer of `POST /v2/embed`."""
+    """Response of `POST /v2/embed`."""
 
     id: str
     response_type: Literal["embeddings_by_type"]
@@ -63,7 +71,7 @@ class CohereEmbedResponse(BaseModel):
 
 @dataclass(frozen=True)
 class CohereRequest:
-    """One body as items, and the types that each vector is answered in."""
+    """A body as items, and the types of vectors that it asks for."""
 
     items: tuple[EmbeddingItem, ...]
     types: tuple[EmbeddingType, ...]
@@ -71,34 +79,34 @@ class CohereRequest:
 
 def parse_cohere(body: bytes, settings: Settings) -> CohereRequest:
     """Body of `/v2/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
-    wire = validate_body(CohereEmbedRequest, body)
-    given = [name for name in ("texts", "images", "inputs") if getattr(wire, name) is not None]
+    request = validate_body(CohereEmbedRequest, body)
+    given = [name for name in ("texts", "images", "inputs") if getattr(request, name) is not None]
     if len(given) != 1:
         raise InvalidRequest(f"give one of `texts`, `images` and `inputs`; got {' and '.join(given) or 'none'}")
-    check_length("max_tokens", wire.max_tokens, settings)
-    entries: list[Any] = getattr(wire, given[0])
+    check_length("max_tokens", request.max_tokens, settings)
+    entries: list[Any] = getattr(request, given[0])
     check_item_count(len(entries), settings)
     options = {
-        "instruction": instruction_for(wire.input_type),
-        "dimensions": wire.output_dimension,
-        "truncate": wire.truncate.lower(),
+        "instruction": instruction_for(request.input_type),
+        "dimensions": request.output_dimension,
+        "truncate": request.truncate.lower(),
     }
     items: list[EmbeddingItem] = []
     for index, entry in enumerate(entries):
         with attributed_to_item(index):
             content = _content(entry) if given == ["inputs"] else {given[0].removesuffix("s"): entry}
             items.append(item_from_fields({**options, **content}))
-    return CohereRequest(tuple(items), tuple(dict.fromkeys(wire.embedding_types)))
+    return CohereRequest(tuple(items), tuple(dict.fromkeys(request.embedding_types)))
 
 
-def cohere_response(request: CohereRequest, embeddings: Sequence[Embedding], limit: int) -> bytes:
-    """The answer to a request. `limit` is the number of tokens that texts were cut to."""
-    account = usage_fields(dict(enumerate(embeddings)), limit)
+def cohere_response(request: CohereRequest, embeddings: Sequence[Embedding], model: ServedModel) -> bytes:
+    """Embeddings -> response body."""
+    usage = usage_fields(dict(enumerate(embeddings)), model.max_input_tokens)
     num_images = sum(isinstance(part, Image) for item in request.items for part in item.parts)
     meta = {
         "api_version": {"version": "2"},
-        "billed_units": {"input_tokens": account.pop("usage")["prompt_tokens"], "images": num_images},
-        **account,
+        "billed_units": {"input_tokens": usage.pop("usage")["prompt_tokens"], "images": num_images},
+        **usage,
     }
     return to_json(
         {
@@ -125,3 +133,28 @@ def _typed(vector: NDArray[np.float32], kind: EmbeddingType) -> Any:
             return to_base64(vector)
         case _:
             return quantize(vector, kind)
+
+
+_DATA_URI = f"data:image/png;base64,{EXAMPLE_IMAGE}"
+EMBED = Dialect(
+    "/v2/embed",
+    "Embed, as Cohere's clients ask",
+    CohereEmbedRequest,
+    CohereEmbedResponse,
+    parse_cohere,
+    cohere_response,
+    examples={
+        "texts": {"model": "any", "texts": ["red"], "input_type": "search_query"},
+        "types": {"images": [_DATA_URI], "input_type": "image", "embedding_types": ["int8", "ubinary", "base64"]},
+        "mixture": {
+            "inputs": [
+                {
+                    "content": [
+                        {"type": "text", "text": "a swatch"},
+                        {"type": "image_url", "image_url": {"url": _DATA_URI}},
+                    ]
+                }
+            ]
+        },
+    },
+)

@@ -1,12 +1,11 @@
-"""`POST /embed`: items of any kind in one body -> EmbeddingItems; what became of each -> JSON.
+"""`POST /embed`: items of any kind, each of which fails by itself.
 
-The one route where an item that cannot be embedded costs the caller that item alone: its place in `results` holds an
-error, the other places hold vectors.
+An item that cannot be embedded has an error in its place of `results`; the other items have their vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +13,20 @@ from pydantic import BaseModel, Field
 
 from embedder.engine.postprocess import Embedding, OutputDtype, check_output_dtype, quantize
 from embedder.errors import EmbedderError, InvalidRequest, without_traceback
+from embedder.http.dialect import Dialect, Outcomes, ServedModel
+from embedder.http.messages import QUERY_INSTRUCTION
 from embedder.http.request_body import EncodingFormat, Options, check_item_count, validate_body
-from embedder.http.response import Usage, Vector, encode_vector, error_fields, to_json, usage_fields
-from embedder.inputs.items import EmbeddingItem, describe_value, item_from_fields, without_nulls
+from embedder.http.response import CUT_TEXTS, Usage, Vector, encode_vector, to_json, usage_fields
+from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, describe_value, item_from_fields, without_nulls
 from embedder.settings import Settings
 
 Id = str | int | None
 
 
 class EmbedRequest(Options):
-    """Body of `POST /embed`. What stands beside `items` serves the items that bring none of their own."""
+    """Body of `POST /embed`. Its options apply to items that do not set them themselves."""
 
-    items: list[Any] = Field(min_length=1, description="What to embed: texts, images, videos and mixtures.")
+    items: list[Any] = Field(min_length=1, description="Texts, images, videos and mixtures of them.")
 
 
 class Failure(BaseModel):
@@ -36,26 +37,26 @@ class Failure(BaseModel):
 
 
 class Result(BaseModel):
-    """One item's place in the answer: its vector, or its error."""
+    """One item's vector, or its error."""
 
     index: int
-    id: str | int | None = Field(None, description="The caller's own name for the item; absent if there is none.")
-    embedding: Vector | None = Field(None, description="Absent where there is an error.")
-    error: Failure | None = Field(None, description="Absent where there is a vector.")
+    id: str | int | None = Field(None, description="The caller's name for the item; absent if there is none.")
+    embedding: Vector | None = Field(None, description="Absent if the item failed.")
+    error: Failure | None = Field(None, description="Absent if the item was embedded.")
 
 
 class EmbedResponse(BaseModel):
-    """Answer of `POST /embed`: as many results as items, in their order."""
+    """Response of `POST /embed`: one result for each item, in order."""
 
     results: list[Result]
     model: str
     usage: Usage
-    warnings: list[str] | None = Field(None, description="What was cut, item by item; absent if nothing was.")
+    warnings: list[str] | None = Field(None, description=CUT_TEXTS)
 
 
 @dataclass(frozen=True)
-class NativeRequest:
-    """`items`: what each entry became, or why it could not. `ids`: the caller's own names for them, one each."""
+class EmbedItemsRequest:
+    """`items`: each entry as an item, or why it is not one. `ids`: the caller's names for them."""
 
     items: tuple[EmbeddingItem | InvalidRequest, ...]
     ids: tuple[Id, ...]
@@ -63,19 +64,17 @@ class NativeRequest:
     output_dtype: OutputDtype
 
 
-def parse_embed(body: bytes, settings: Settings) -> NativeRequest:
+def parse_embed(body: bytes, settings: Settings) -> EmbedItemsRequest:
     """Body of `/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge` for the body, never for an item."""
-    wire = validate_body(EmbedRequest, body)
-    check_item_count(len(wire.items), settings)
-    entries = [_read(entry, wire) for entry in wire.items]
+    request = validate_body(EmbedRequest, body)
+    check_item_count(len(request.items), settings)
+    entries = [_parse_entry(entry, request) for entry in request.items]
     items, ids = tuple(item for _, item in entries), tuple(name for name, _ in entries)
-    return NativeRequest(items, ids, wire.encoding_format, wire.output_dtype)
+    return EmbedItemsRequest(items, ids, request.encoding_format, request.output_dtype)
 
 
-def embed_response(
-    request: NativeRequest, outcomes: Sequence[Embedding | EmbedderError], model: str, limit: int
-) -> bytes:
-    """The answer, with one outcome for each item. `limit` is the number of tokens that texts were cut to."""
+def embed_response(request: EmbedItemsRequest, outcomes: Outcomes, model: ServedModel) -> bytes:
+    """Outcomes -> response body. If every item failed, raises the first error, with the whole body as its details."""
     results = []
     for index, (name, outcome) in enumerate(zip(request.ids, outcomes, strict=True)):
         result: dict[str, Any] = {"index": index} if name is None else {"index": index, "id": name}
@@ -85,31 +84,27 @@ def embed_response(
             result["embedding"] = encode_vector(quantize(outcome.vector, request.output_dtype), request.encoding_format)
         results.append(result)
     embedded = {index: outcome for index, outcome in enumerate(outcomes) if isinstance(outcome, Embedding)}
-    failure = whole_failure(outcomes)
-    head = error_fields(failure) if failure else {}
-    return to_json({**head, "results": results, "model": model, **usage_fields(embedded, limit)})
-
-
-def whole_failure(outcomes: Sequence[Embedding | EmbedderError]) -> EmbedderError | None:
-    """The first item's error where no item was embedded: it stands for the request, before `results`."""
+    body = {"results": results, "model": model.name, **usage_fields(embedded, model.max_input_tokens)}
     first = outcomes[0]
-    is_whole = all(isinstance(outcome, EmbedderError) for outcome in outcomes)
-    return first if is_whole and isinstance(first, EmbedderError) else None
+    if not embedded and isinstance(first, EmbedderError):
+        first.details = body
+        raise first
+    return to_json(body)
 
 
-def _read(entry: Any, wire: EmbedRequest) -> tuple[Id, EmbeddingItem | InvalidRequest]:
+def _parse_entry(entry: Any, request: EmbedRequest) -> tuple[Id, EmbeddingItem | InvalidRequest]:
     """One entry of `items` -> the caller's name for it, and the item or what is wrong with it."""
     name = None
     try:
         match entry:
             case str():
-                entry = {**wire.item_options(), "text": entry}
+                entry = {**request.item_options(), "text": entry}
             case Mapping():
                 name = _id(entry.get("id"))
                 own = {field: value for field, value in without_nulls(entry).items() if field != "id"}
-                entry = {**wire.item_options(), **own}
+                entry = {**request.item_options(), **own}
         item = item_from_fields(entry)
-        check_output_dtype(wire.output_dtype, item.normalize)
+        check_output_dtype(request.output_dtype, item.normalize)
     except InvalidRequest as error:
         return name, without_traceback(error)
     return name, item
@@ -119,3 +114,25 @@ def _id(name: Any) -> Id:
     if name is None or (isinstance(name, str | int) and not isinstance(name, bool)):
         return name
     raise InvalidRequest(f"id: got {describe_value(name)}; allowed: a string or a whole number")
+
+
+EMBED = Dialect(
+    "/embed",
+    "Embed items of any kind; each fails by itself",
+    EmbedRequest,
+    EmbedResponse,
+    parse_embed,
+    embed_response,
+    examples={
+        "text, image, mixture": {
+            "items": [
+                "red",
+                {"text": "a red square", "instruction": QUERY_INSTRUCTION, "id": "query"},
+                {"image": EXAMPLE_IMAGE, "dimensions": 64},
+                {"content": [{"type": "text", "text": "a swatch: "}, {"type": "image", "image": EXAMPLE_IMAGE}]},
+            ]
+        },
+        "one bad item": {"items": ["red", {"image": "not a picture"}]},
+    },
+    fails_per_item=True,
+)

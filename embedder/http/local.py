@@ -1,4 +1,4 @@
-"""The `local` provider schema, `POST /txt/embed` and `POST /img/embed`: body -> request, vectors -> response."""
+"""The `local` provider schema: `POST /txt/embed` and `POST /img/embed`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pydantic import AliasChoices, BaseModel, Field
 
 from embedder.engine.postprocess import Embedding, check_output_dtype, quantize
+from embedder.errors import attributed_to_item
+from embedder.http.dialect import Dialect, ServedModel
 from embedder.http.request_body import EmbeddingRequest, NonEmptyList, Options, check_item_count, validate_body
-from embedder.http.response import Usage, Vector, encode_vector, to_json, usage_fields
+from embedder.http.response import CUT_TEXTS, Usage, Vector, encode_vector, to_json, usage_fields
 from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text
 from embedder.settings import Settings
 
@@ -20,7 +22,7 @@ class TextRequest(Options):
 
     input: str | NonEmptyList[str] = Field(
         validation_alias=_INPUT_NAMES,
-        description="One text, or several; `embedding` has the same shape.",
+        description="One text, or a list of texts; `embedding` has the same shape.",
         examples=["red"],
     )
 
@@ -30,19 +32,19 @@ class ImageRequest(Options):
 
     input: str | NonEmptyList[str] = Field(
         validation_alias=_INPUT_NAMES,
-        description="One image in base64 (bare or as a data URI) or its URL, or several; `embedding` has their shape.",
+        description="One image as base64, data URI or URL, or a list of images; `embedding` has the same shape.",
         examples=[EXAMPLE_IMAGE],
     )
 
 
 class EmbeddingResponse(BaseModel):
-    """Answer of `/txt/embed` and `/img/embed`. `embedding` has the shape of `input`."""
+    """Response of `/txt/embed` and `/img/embed`. `embedding` has the shape of `input`."""
 
-    embedding: Vector | list[Vector] = Field(description="Floats, or base64 of little-endian float32; a list of them.")
+    embedding: Vector | list[Vector] = Field(description="Floats, or base64 of little-endian values; or a list.")
     model: str
     dimensions: int
     usage: Usage
-    warnings: list[str] | None = Field(None, description="What was cut, item by item; absent if nothing was.")
+    warnings: list[str] | None = Field(None, description=CUT_TEXTS)
 
 
 def parse_text_request(body: bytes, settings: Settings) -> EmbeddingRequest:
@@ -55,22 +57,51 @@ def parse_image_request(body: bytes, settings: Settings) -> EmbeddingRequest:
     return _request(validate_body(ImageRequest, body), Image, settings)
 
 
-def _request(wire: TextRequest | ImageRequest, part: type[Text] | type[Image], settings: Settings) -> EmbeddingRequest:
-    inputs = wire.input if isinstance(wire.input, list) else [wire.input]
+def _request(body: TextRequest | ImageRequest, part: type[Text] | type[Image], settings: Settings) -> EmbeddingRequest:
+    inputs = body.input if isinstance(body.input, list) else [body.input]
     check_item_count(len(inputs), settings)
-    check_output_dtype(wire.output_dtype, wire.normalize)
-    items = tuple(EmbeddingItem((part(value),), **wire.item_options()) for value in inputs)
-    return EmbeddingRequest(items, isinstance(wire.input, list), wire.encoding_format, wire.output_dtype)
+    check_output_dtype(body.output_dtype, body.normalize)
+    items: list[EmbeddingItem] = []
+    for index, value in enumerate(inputs):
+        with attributed_to_item(index):
+            items.append(EmbeddingItem((part(value),), **body.item_options()))
+    return EmbeddingRequest(tuple(items), isinstance(body.input, list), body.encoding_format, body.output_dtype)
 
 
-def embedding_response(request: EmbeddingRequest, embeddings: Sequence[Embedding], model: str, limit: int) -> bytes:
-    """The answer to a request. `limit` is the number of tokens that texts were cut to."""
+def embedding_response(request: EmbeddingRequest, embeddings: Sequence[Embedding], model: ServedModel) -> bytes:
+    """Embeddings -> response body."""
     vectors = [encode_vector(quantize(one.vector, request.output_dtype), request.encoding_format) for one in embeddings]
     return to_json(
         {
             "embedding": vectors if request.is_list else vectors[0],
-            "model": model,
+            "model": model.name,
             "dimensions": len(embeddings[0].vector),
-            **usage_fields(dict(enumerate(embeddings)), limit),
+            **usage_fields(dict(enumerate(embeddings)), model.max_input_tokens),
         }
     )
+
+
+TEXTS = Dialect(
+    "/txt/embed",
+    "Embed texts",
+    TextRequest,
+    EmbeddingResponse,
+    parse_text_request,
+    embedding_response,
+    examples={
+        "one text": {"input": "red"},
+        "several, smaller": {"input": ["red", "green"], "dimensions": 64, "encoding_format": "base64"},
+    },
+)
+IMAGES = Dialect(
+    "/img/embed",
+    "Embed images",
+    ImageRequest,
+    EmbeddingResponse,
+    parse_image_request,
+    embedding_response,
+    examples={
+        "one image": {"input": EXAMPLE_IMAGE},
+        "several": {"input": [EXAMPLE_IMAGE, f"data:image/png;base64,{EXAMPLE_IMAGE}"]},
+    },
+)

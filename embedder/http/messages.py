@@ -33,7 +33,7 @@ InputType = Literal[  # Cohere's and OpenRouter's names, NVIDIA's and Voyage's, 
 ]
 _QUERIES = ("search_query", "query", "retrieval.query", "code.query")
 
-KINDS = {  # what a part may call itself, and what it is
+PART_TYPES = {  # what a part may call itself, and what it is
     "text": "text",
     "input_text": "text",
     "image": "image",
@@ -108,11 +108,13 @@ def is_part(fields: Mapping[str, Any]) -> bool:
 def _part(part: Any) -> dict[str, Any]:
     """`{"type": "image_url", "image_url": {"url": ..}}` and its relatives -> `{"type": "image", "image": ..}`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    media = KINDS.get(kind) if isinstance(kind, str) else None
+    media = PART_TYPES.get(kind) if isinstance(kind, str) else None
     if media is None:
-        raise InvalidRequest(f"a part of `content` has one of the types {', '.join(KINDS)}; got {describe_value(part)}")
+        raise InvalidRequest(
+            f"a part of `content` has one of the types {', '.join(PART_TYPES)}; got {describe_value(part)}"
+        )
     part = without_nulls(part)
-    names = [name for name in part if KINDS.get(name) == media]
+    names = [name for name in part if PART_TYPES.get(name) == media]
     own = {"fps"} & set(part) if media == "video" else set()
     refuse_unknown(part, {"type", "detail", "uuid", *names, *own})
     if len(names) != 1:

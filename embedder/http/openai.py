@@ -1,8 +1,8 @@
-"""OpenAI's routes: body of `POST /v1/embeddings` -> request; vectors, models and errors -> OpenAI's JSON.
+"""OpenAI's routes: `POST /v1/embeddings` and `GET /v1/models`, and the error bodies of everything under `/v1`.
 
-Beyond OpenAI's own fields: items that are objects (`text`, `image`, `video`, `content`), vLLM's `messages`, and the
-options of the other routes, for `extra_body`. Any name of a model is taken, and none is needed: one service serves one
-model, and the answer names it.
+In addition to OpenAI's own fields, `/v1/embeddings` takes items that are objects (`text`, `image`, `video`, `content`),
+vLLM's `messages`, and the options of the other routes. Any `model` is accepted: a service has one, and the response
+names it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any, Literal
 from pydantic import AliasChoices, BaseModel, Field
 
 from embedder.engine.postprocess import Embedding, check_output_dtype, quantize
-from embedder.errors import InvalidRequest, Overloaded, attributed_to_item
+from embedder.errors import EmbedderError, InvalidRequest, Overloaded, attributed_to_item
+from embedder.http.dialect import Dialect, ServedModel
 from embedder.http.messages import (
+    QUERY_INSTRUCTION,
     InputType,
     check_length,
     instruction_for,
@@ -24,11 +26,11 @@ from embedder.http.messages import (
     parts_from_content,
 )
 from embedder.http.request_body import EmbeddingRequest, Options, check_item_count, validate_body
-from embedder.http.response import Usage, Vector, encode_vector, to_json, usage_fields
-from embedder.inputs.items import EmbeddingItem, describe_value, item_from_fields, without_nulls
+from embedder.http.response import CUT_TEXTS, Usage, Vector, encode_vector, to_json, usage_fields
+from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, describe_value, item_from_fields, without_nulls
 from embedder.settings import Settings
 
-IGNORED = "Accepted for the clients that send it; changes nothing here."
+IGNORED = "Accepted because clients send it; has no effect."
 
 
 class EmbeddingsRequest(Options):
@@ -36,17 +38,15 @@ class EmbeddingsRequest(Options):
 
     input: Any = Field(None, description="A text or data URI, an object, or a list of them.")
     messages: Any = Field(
-        None, description="One conversation (one item) as vLLM's clients write it, or a list of them."
+        None, description="vLLM's form: a conversation, which is one item, or a list of conversations."
     )
-    model: Any = Field(None, description="Any name: there is one model here, and the answer says which.")
+    model: Any = Field(None, description="Any name; the response says which model is served.")
     input_type: InputType | None = Field(
         None,
         validation_alias=AliasChoices("input_type", "task"),
-        description="Queries get the query instruction, all others the default; `instruction` goes before.",
+        description="Chooses the instruction: a query's, or the default. `instruction` takes precedence.",
     )
-    truncate_prompt_tokens: int | None = Field(
-        None, description="vLLM's. Only -1 or a number that is not below the service's own limit."
-    )
+    truncate_prompt_tokens: int | None = Field(None, description="vLLM's; -1, or at least the service's own limit.")
     user: Any = Field(None, description=IGNORED)
     provider: Any = Field(None, description=IGNORED)
     priority: Any = Field(None, description=IGNORED)
@@ -65,17 +65,17 @@ class EmbeddingData(BaseModel):
 
 
 class EmbeddingsResponse(BaseModel):
-    """Answer of `POST /v1/embeddings`."""
+    """Response of `POST /v1/embeddings`."""
 
     object: Literal["list"]
     data: list[EmbeddingData]
     model: str
     usage: Usage
-    warnings: list[str] | None = Field(None, description="What was cut, item by item; absent if nothing was.")
+    warnings: list[str] | None = Field(None, description=CUT_TEXTS)
 
 
 class ModelCard(BaseModel):
-    """A model that is served."""
+    """The model that is served."""
 
     id: str
     object: Literal["model"]
@@ -85,67 +85,68 @@ class ModelCard(BaseModel):
 
 
 class ModelsResponse(BaseModel):
-    """Answer of `GET /v1/models`."""
+    """Response of `GET /v1/models`."""
 
     object: Literal["list"]
     data: list[ModelCard]
 
 
 class OpenAIError(BaseModel):
-    """What went wrong, in OpenAI's words; `code` is ours."""
+    """An error in OpenAI's form; `code` is the same as on the other routes."""
 
     message: str
     type: str
-    param: str | None = Field(description="The item at fault, as `input[3]`.")
+    param: str | None = Field(description="The item that failed, such as `input[3]`.")
     code: str
 
 
 class OpenAIErrorResponse(BaseModel):
-    """Body of every answer under `/v1` that is not 200."""
+    """Body of every response under `/v1` with an error status."""
 
     error: OpenAIError
 
 
 def parse_embeddings(body: bytes, settings: Settings) -> EmbeddingRequest:
     """Body of `/v1/embeddings` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
-    wire = validate_body(EmbeddingsRequest, body)
-    check_length("truncate_prompt_tokens", wire.truncate_prompt_tokens, settings)
-    if (wire.input is None) == (wire.messages is None):
+    request = validate_body(EmbeddingsRequest, body)
+    check_length("truncate_prompt_tokens", request.truncate_prompt_tokens, settings)
+    if (request.input is None) == (request.messages is None):
         raise InvalidRequest("give either `input` or `messages`")
-    entries = _inputs(wire.input) if wire.messages is None else _conversations(wire.messages)
+    entries = _inputs(request.input) if request.messages is None else _conversations(request.messages)
     check_item_count(len(entries), settings)
-    translate = _item_of_input if wire.messages is None else item_from_conversation
-    options = wire.item_options()
+    translate = _item_of_input if request.messages is None else item_from_conversation
+    options = request.item_options()
     if options["instruction"] is None:
-        options["instruction"] = instruction_for(wire.input_type)
+        options["instruction"] = instruction_for(request.input_type)
     items: list[EmbeddingItem] = []
     for index, entry in enumerate(entries):
         with attributed_to_item(index):
             items.append(item_from_fields({**options, **translate(entry)}))
-            check_output_dtype(wire.output_dtype, items[-1].normalize)
-    return EmbeddingRequest(tuple(items), True, wire.encoding_format, wire.output_dtype)
+            check_output_dtype(request.output_dtype, items[-1].normalize)
+    return EmbeddingRequest(tuple(items), True, request.encoding_format, request.output_dtype)
 
 
-def embeddings_response(request: EmbeddingRequest, embeddings: Sequence[Embedding], model: str, limit: int) -> bytes:
-    """The answer to a request. `limit` is the number of tokens that texts were cut to."""
+def embeddings_response(request: EmbeddingRequest, embeddings: Sequence[Embedding], model: ServedModel) -> bytes:
+    """Embeddings -> response body."""
     vectors = (encode_vector(quantize(one.vector, request.output_dtype), request.encoding_format) for one in embeddings)
     data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
-    return to_json({"object": "list", "data": data, "model": model, **usage_fields(dict(enumerate(embeddings)), limit)})
+    usage = usage_fields(dict(enumerate(embeddings)), model.max_input_tokens)
+    return to_json({"object": "list", "data": data, "model": model.name, **usage})
 
 
-def models_response(model: str, started_s: float, max_input_tokens: int) -> bytes:
-    """The one model. Clients read from `max_model_len` how long an item may be."""
-    card = {"id": model, "object": "model", "created": int(started_s), "owned_by": "qwen3-vl-embedding-service"}
-    return to_json({"object": "list", "data": [{**card, "max_model_len": max_input_tokens}]})
+def models_response(model: ServedModel, started_s: float) -> bytes:
+    """Response body of `GET /v1/models`. Clients read from `max_model_len` how long an item may be."""
+    card = {"id": model.name, "object": "model", "created": int(started_s), "owned_by": "qwen3-vl-embedding-service"}
+    return to_json({"object": "list", "data": [{**card, "max_model_len": model.max_input_tokens}]})
 
 
-def openai_error_body(error: Mapping[str, Any]) -> bytes:
-    """Our error's fields (`response.ErrorBody`) as OpenAI's clients read them."""
-    kind = "rate_limit_error" if error["code"] == Overloaded.code else "server_error"
-    if error["type"] == "invalid_request":
+def openai_error_body(error: EmbedderError) -> bytes:
+    """The error body that OpenAI's clients read."""
+    kind = "rate_limit_error" if isinstance(error, Overloaded) else "server_error"
+    if error.type == "invalid_request":
         kind = "invalid_request_error"
-    param = None if error["item"] is None else f"input[{error['item']}]"
-    return to_json({"error": {"message": error["message"], "type": kind, "param": param, "code": error["code"]}})
+    param = None if error.item is None else f"input[{error.item}]"
+    return to_json({"error": {"message": str(error), "type": kind, "param": param, "code": error.code}})
 
 
 def _inputs(value: Any) -> Sequence[Any]:
@@ -157,8 +158,8 @@ def _inputs(value: Any) -> Sequence[Any]:
         raise InvalidRequest("input: got an empty list; allowed: at least one item")
     if _is_number(value[0]) or (isinstance(value[0], list) and value[0] and _is_number(value[0][0])):
         raise InvalidRequest(
-            "input: got token ids; allowed: text, because this model has a tokenizer of its own. Let the client send "
-            "text: in LangChain OpenAIEmbeddings(check_embedding_ctx_length=False)"
+            "input: got token ids; allowed: text. Token ids of another model's tokenizer have no meaning here; make "
+            "the client send text, in LangChain with OpenAIEmbeddings(check_embedding_ctx_length=False)"
         )
     return value
 
@@ -168,7 +169,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _conversations(messages: Any) -> Sequence[Any]:
-    """One conversation, or several: vLLM takes the first, mteb's client sends the second."""
+    """One conversation, as vLLM's clients send it, or several, as mteb's does."""
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest(f"messages: got {describe_value(messages)}; allowed: a list of at least one message")
     return messages if isinstance(messages[0], list) else [messages]
@@ -188,3 +189,31 @@ def _item_of_input(entry: Any) -> dict[str, Any]:
     if "content" in fields:
         return {**fields, "content": parts_from_content(fields["content"])}
     return fields
+
+
+_DATA_URI = f"data:image/png;base64,{EXAMPLE_IMAGE}"
+EMBEDDINGS = Dialect(
+    "/v1/embeddings",
+    "Embed, as OpenAI's and vLLM's clients ask",
+    EmbeddingsRequest,
+    EmbeddingsResponse,
+    parse_embeddings,
+    embeddings_response,
+    examples={
+        "texts": {"input": ["red", "green"], "model": "any", "encoding_format": "float"},
+        "image as data URI": {"input": _DATA_URI},
+        "objects": {
+            "input": [
+                {"text": "red"},
+                {"image": EXAMPLE_IMAGE},
+                {"content": [{"type": "text", "text": "red"}, {"type": "image_url", "image_url": {"url": _DATA_URI}}]},
+            ]
+        },
+        "messages": {
+            "messages": [
+                {"role": "system", "content": QUERY_INSTRUCTION},
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": _DATA_URI}}]},
+            ]
+        },
+    },
+)

@@ -1,153 +1,88 @@
-"""The wire models -> the OpenAPI document of the HTTP contract.
+"""The models of request and response bodies -> the OpenAPI document of the service.
 
 Written here because BentoML's generator shows only the first member of a union, and clients read from `input` whether
-lists are accepted, and how long (`anyOf` with `maxItems`). What the wire models leave to later steps (items, parts,
-messages: one that is wrong may not spoil the others) is described here by hand, and held to the parsers by tests.
+it may be a list, and how long (`anyOf` with `maxItems`). Items, parts and messages, which the parsers read one by one,
+are described by hand; tests compare the description with the parsers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from embedder.http.cohere import CohereEmbedRequest, CohereEmbedResponse
-from embedder.http.embed import EmbedRequest, EmbedResponse
-from embedder.http.local import EmbeddingResponse, ImageRequest, TextRequest
-from embedder.http.messages import KINDS
-from embedder.http.openai import EmbeddingsRequest, EmbeddingsResponse, ModelsResponse, OpenAIErrorResponse
+from embedder.errors import EmbedderError, ModelUnavailable, error_classes
+from embedder.http.dialect import Dialect
+from embedder.http.messages import PART_TYPES
+from embedder.http.openai import ModelsResponse, OpenAIErrorResponse
 from embedder.http.response import ErrorResponse
 from embedder.inputs.items import EXAMPLE_IMAGE
 from embedder.settings import Settings
 
-ERRORS = {
-    400: "The request says something that cannot be done; `message` names what was got and what is allowed.",
-    401: "No API key came with the request, or none of the service's.",
-    413: "The body, the number of items, or an image is over a limit.",
-    415: "The body is not JSON.",
-    424: "A URL could not be fetched: what `message` says is for its owner to mend.",
-    429: "The queue is full; `Retry-After` says when to come back.",
-    500: "The item could not be embedded; the service's log has the reason.",
-    503: "The service is starting or shutting down.",
-    504: "The request took longer than the limit.",
-}
-
-REQUESTS: tuple[type[BaseModel], ...] = (
-    TextRequest,
-    ImageRequest,
-    EmbedRequest,
-    EmbeddingsRequest,
-    CohereEmbedRequest,
-)
-ANSWERS: tuple[type[BaseModel], ...] = (
-    EmbeddingResponse,
-    EmbedResponse,
-    EmbeddingsResponse,
-    ModelsResponse,
-    CohereEmbedResponse,
-    ErrorResponse,
-    OpenAIErrorResponse,
-)
+NOT_OF_AN_EMBEDDING = (404, 405)  # statuses that a request to an existing route does not get
 
 KEYS = {  # the ways to send an API key, where the service has such
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
 
-_DATA_URI = f"data:image/png;base64,{EXAMPLE_IMAGE}"
-_QUERY = "Retrieve images or text relevant to the user's query."
-EXAMPLES: dict[str, dict[str, dict[str, Any]]] = {  # bodies by route and name, each answered with 200
-    "/txt/embed": {
-        "one text": {"input": "red"},
-        "several, smaller": {"input": ["red", "green"], "dimensions": 64, "encoding_format": "base64"},
-    },
-    "/img/embed": {"one image": {"input": EXAMPLE_IMAGE}, "several": {"input": [EXAMPLE_IMAGE, _DATA_URI]}},
-    "/embed": {
-        "text, image, mixture": {
-            "items": [
-                "red",
-                {"text": "a red square", "instruction": _QUERY, "id": "query"},
-                {"image": EXAMPLE_IMAGE, "dimensions": 64},
-                {"content": [{"type": "text", "text": "a swatch: "}, {"type": "image", "image": EXAMPLE_IMAGE}]},
-            ]
-        },
-        "one bad item": {"items": ["red", {"image": "not a picture"}]},
-    },
-    "/v1/embeddings": {
-        "texts": {"input": ["red", "green"], "model": "any", "encoding_format": "float"},
-        "image as data URI": {"input": _DATA_URI},
-        "objects": {
-            "input": [
-                {"text": "red"},
-                {"image": EXAMPLE_IMAGE},
-                {"content": [{"type": "text", "text": "red"}, {"type": "image_url", "image_url": {"url": _DATA_URI}}]},
-            ]
-        },
-        "messages": {
-            "messages": [
-                {"role": "system", "content": _QUERY},
-                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": _DATA_URI}}]},
-            ]
-        },
-    },
-    "/v2/embed": {
-        "texts": {"model": "any", "texts": ["red"], "input_type": "search_query"},
-        "types": {"images": [_DATA_URI], "input_type": "image", "embedding_types": ["int8", "ubinary", "base64"]},
-        "mixture": {
-            "inputs": [
-                {
-                    "content": [
-                        {"type": "text", "text": "a swatch"},
-                        {"type": "image_url", "image_url": {"url": _DATA_URI}},
-                    ]
-                }
-            ]
-        },
-    },
+ROW_EXAMPLES: dict[str, dict[str, Any]] = {  # bodies of BentoML's APIs, each answered with 200
     "/embed_texts": {"texts": {"texts": ["red", {"text": "green", "dimensions": 64}]}},
     "/embed_images": {"images": {"images": [EXAMPLE_IMAGE, {"image": EXAMPLE_IMAGE, "instruction": "Find it."}]}},
 }
 
 
-def openapi_document(settings: Settings, version: str, *, needs_key: bool = False) -> dict[str, Any]:
+def error_meanings() -> dict[int, str]:
+    """What each error status of an embedding route means, from the errors themselves."""
+    meanings: dict[int, list[str]] = {}
+    for kind in error_classes(EmbedderError):
+        if kind is not ModelUnavailable and kind.status not in NOT_OF_AN_EMBEDDING:
+            meanings.setdefault(kind.status, []).append(f"`{kind.code}`: {kind.__doc__}")
+    return {status: " ".join(meanings[status]) for status in sorted(meanings)}
+
+
+def openapi_document(
+    dialects: Sequence[Dialect[Any]], settings: Settings, version: str, *, needs_key: bool = False
+) -> dict[str, Any]:
     """The document, with the limits of these settings."""
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "Qwen3-VL-Embedding",
             "version": version,
-            "description": "Text, images, videos and mixtures of them in, one vector per item out.",
+            "description": "Embeds text, images, videos and mixtures of them: one vector per item.",
         },
         "paths": {
-            "/txt/embed": _post("/txt/embed", "Embed texts", TextRequest, EmbeddingResponse),
-            "/img/embed": _post("/img/embed", "Embed images", ImageRequest, EmbeddingResponse),
-            "/embed": _post("/embed", "Embed items of any kind, each failing alone", EmbedRequest, EmbedResponse),
-            "/v1/embeddings": _post("/v1/embeddings", "As OpenAI's clients ask", EmbeddingsRequest, EmbeddingsResponse),
+            **{dialect.path: _post(dialect) for dialect in dialects},
             "/v1/models": _get("/v1/models", "The model, as OpenAI's clients ask", _ref("ModelsResponse")),
-            "/v2/embed": _post("/v2/embed", "As Cohere's clients ask", CohereEmbedRequest, CohereEmbedResponse),
             "/embed_texts": _post_rows(
-                "/embed_texts", "text", "Texts, for BentoML clients (adaptive batching)", settings
+                "/embed_texts", "text", "Embed texts, for BentoML's clients (adaptive batching)", settings
             ),
             "/embed_images": _post_rows(
-                "/embed_images", "image", "Images, for BentoML clients (adaptive batching)", settings
+                "/embed_images", "image", "Embed images, for BentoML's clients (adaptive batching)", settings
             ),
-            "/health": _probe("/health", "200 once something was embedded for real"),
+            "/health": _probe("/health", "200 once the service has embedded a text and an image"),
             "/info": _get("/info", "Model, sizes, limits and device", {"type": "object"}),
         },
-        "components": {"schemas": _schemas(settings), "securitySchemes": KEYS},
+        "components": {"schemas": _schemas(dialects, settings), "securitySchemes": KEYS},
         "security": [{name: []} for name in KEYS] if needs_key else [{}],
     }
 
 
-def _schemas(settings: Settings) -> dict[str, Any]:
+def _schemas(dialects: Sequence[Dialect[Any]], settings: Settings) -> dict[str, Any]:
+    requests = list(dict.fromkeys(dialect.request for dialect in dialects))
+    responses = [dialect.response for dialect in dialects] + [ModelsResponse, ErrorResponse, OpenAIErrorResponse]
     _, document = models_json_schema(
-        [*((model, "validation") for model in REQUESTS), *((model, "serialization") for model in ANSWERS)],
+        [
+            *((model, "validation") for model in requests),
+            *((model, "serialization") for model in dict.fromkeys(responses)),
+        ],
         by_alias=False,
         ref_template="#/components/schemas/{model}",
     )
     schemas: dict[str, Any] = {**document["$defs"], **_items()}
-    fields = {model.__name__: schemas[model.__name__]["properties"] for model in REQUESTS}
+    fields = {model.__name__: schemas[model.__name__]["properties"] for model in requests}
     fields["EmbedRequest"]["items"]["items"] = {"anyOf": [{"type": "string"}, _ref("NamedItem")]}
     fields["CohereEmbedRequest"]["inputs"]["anyOf"][0]["items"] = _ref("Content")
     entry = [{"type": "string"}, _ref("Input"), _ref("ChatPart")]
@@ -166,7 +101,7 @@ def _schemas(settings: Settings) -> dict[str, Any]:
         for option in [fields[model][name], *fields[model][name].get("anyOf", ())]:
             if option.get("type") == "array":
                 option["maxItems"] = settings.max_items_per_request
-    for request in REQUESTS:
+    for request in requests:
         _allow_nulls(schemas[request.__name__])
     return schemas
 
@@ -211,8 +146,8 @@ def _items() -> dict[str, Any]:
             _object({"data": text, "format": text}, ["data"]),
         ]
     }
-    chat_kinds = {name: text if kind == "text" else {"anyOf": [address, clip]} for name, kind in KINDS.items()}
-    chat_parts = {"type": {"enum": list(KINDS)}, **chat_kinds, "fps": fps, "detail": text, "uuid": text}
+    chat_kinds = {name: text if kind == "text" else {"anyOf": [address, clip]} for name, kind in PART_TYPES.items()}
+    chat_parts = {"type": {"enum": list(PART_TYPES)}, **chat_kinds, "fps": fps, "detail": text, "uuid": text}
     chat_content = {"anyOf": [text, _list_of(_ref("ChatPart"))]}
     something = [{"required": [name]} for name in (*kinds, "content")]
     name = {"type": ["string", "integer", "null"], "description": "Your own name for the item; the answer repeats it."}
@@ -245,8 +180,9 @@ def _list_of(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "minItems": 1, "items": schema}
 
 
-def _post(path: str, summary: str, request: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
-    return _operation(path, summary, _ref(request.__name__), _answer("The vectors.", _ref(answer.__name__)))
+def _post(dialect: Dialect[Any]) -> dict[str, Any]:
+    response = _response("The vectors.", _ref(dialect.response.__name__))
+    return _operation(dialect.path, dialect.summary, _ref(dialect.request.__name__), response, dialect.examples)
 
 
 def _post_rows(path: str, kind: str, summary: str, settings: Settings) -> dict[str, Any]:
@@ -254,20 +190,23 @@ def _post_rows(path: str, kind: str, summary: str, settings: Settings) -> dict[s
     rows = {"type": "array", "items": row, "maxItems": settings.max_items_per_request}
     body = {"type": "object", "properties": {f"{kind}s": rows}, "required": [f"{kind}s"]}
     vectors = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
-    return _operation(path, summary, body, _answer("One vector per row.", vectors))
+    return _operation(path, summary, body, _response("One vector per row.", vectors), ROW_EXAMPLES[path])
 
 
-def _operation(path: str, summary: str, body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
-    examples = {name: {"value": value} for name, value in EXAMPLES[path].items()}
+def _operation(
+    path: str, summary: str, body: dict[str, Any], response: dict[str, Any], examples: Mapping[str, Any]
+) -> dict[str, Any]:
+    values = {name: {"value": value} for name, value in examples.items()}
+    errors = {str(status): _error(path, text) for status, text in error_meanings().items()}
     return {
         "post": {
             "operationId": _operation_id(path),
             "summary": summary,
             "requestBody": {
                 "required": True,
-                "content": {"application/json": {"schema": body, "examples": examples}},
+                "content": {"application/json": {"schema": body, "examples": values}},
             },
-            "responses": {"200": answer, **{str(status): _error(path, text) for status, text in ERRORS.items()}},
+            "responses": {"200": response, **errors},
         }
     }
 
@@ -279,8 +218,9 @@ def _probe(path: str, summary: str) -> dict[str, Any]:
 
 
 def _get(path: str, summary: str, schema: dict[str, Any]) -> dict[str, Any]:
-    refused = {str(status): _error(path, ERRORS[status]) for status in (401, 503)}
-    responses = {"200": _answer(summary, schema), **refused}
+    meanings = error_meanings()
+    refused = {str(status): _error(path, meanings[status]) for status in (401, 503)}
+    responses = {"200": _response(summary, schema), **refused}
     return {"get": {"operationId": _operation_id(path), "summary": summary, "responses": responses}}
 
 
@@ -290,10 +230,10 @@ def _operation_id(path: str) -> str:
 
 
 def _error(path: str, text: str) -> dict[str, Any]:
-    return _answer(text, _ref("OpenAIErrorResponse" if path.startswith("/v1/") else "ErrorResponse"))
+    return _response(text, _ref("OpenAIErrorResponse" if path.startswith("/v1/") else "ErrorResponse"))
 
 
-def _answer(description: str, schema: dict[str, Any]) -> dict[str, Any]:
+def _response(description: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 

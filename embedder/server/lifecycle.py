@@ -1,8 +1,7 @@
-"""How the service starts and stops, around BentoML's arbiter (the parent process) and its workers.
+"""How the service starts and stops, in BentoML's arbiter (the parent process, circus) and in its workers.
 
-A start that fails ends the whole service with status 1: BentoML itself would start the worker again every 10 s, for
-ever, while callers hang in the socket. At SIGTERM a worker answers what it has taken before its server is told to stop;
-BentoML's server closes connections at once, also those on which a request is just arriving (BentoML 1.4.39).
+A start that fails ends the whole service with status 1; BentoML would start the worker again every 10 s forever while
+callers hang. At SIGTERM a worker finishes the requests that it has accepted; BentoML would close connections at once.
 """
 
 from __future__ import annotations
@@ -18,112 +17,47 @@ from contextlib import contextmanager
 from types import FrameType, MethodType
 from typing import NoReturn
 
+import bentoml
 import click
 import uvicorn
-from bentoml._internal.configuration.containers import BentoMLContainer  # what `bentoml serve` itself asks
+from bentoml._internal.configuration.containers import BentoMLContainer  # where `bentoml serve` itself looks
 from circus.client import make_json
 from circus.sighandler import SysHandler
 
+from embedder.errors import EmbedderError
+from embedder.http.drain import Drain
+
 logger = logging.getLogger(__name__)
 
-_POLL_S = 0.05
-_LOOK_S = 1.0
-_LEFT_S = 5  # for answers that are on their way when the drain is over
+POLL_S = 0.05  # between looks whether a draining worker has requests left
+PARENT_POLL_S = 1.0
+SENDING_S = 5  # after the drain, for responses that are being sent
 
 
-def own_server() -> uvicorn.Server:
-    """The server of this worker, while it starts: it listens for SIGTERM already, and for callers not yet."""
-    handler = signal.getsignal(signal.SIGTERM)
-    assert isinstance(handler, MethodType)
-    server = handler.__self__
-    assert isinstance(server, uvicorn.Server)
-    return server
+# In the arbiter
 
 
-class Drain:
-    """The requests that a worker has taken, and whether it takes more."""
+def stop_at_sigterm_during_a_start() -> None:
+    """Make the arbiter obey a SIGTERM that arrives while it starts a worker.
 
-    def __init__(self) -> None:
-        self.is_draining = False
-        self._num_requests = 0
-
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Around one request."""
-        self._num_requests += 1
-        try:
-            yield
-        finally:
-            self._num_requests -= 1
-
-    def begin_at_sigterm(self, server: uvicorn.Server, max_s: float) -> None:
-        """In the worker's event loop: from now on SIGTERM reaches its server when no request is left.
-
-        Or after `max_s`: who does not read an answer must not hold the worker until it is killed.
-        """
-        loop = asyncio.get_running_loop()
-        server.config.timeout_graceful_shutdown = _LEFT_S  # without it the server itself waits for ever
-
-        def drain(signum: int, until_s: float) -> None:
-            if self._num_requests and loop.time() < until_s:
-                loop.call_later(_POLL_S, drain, signum, until_s)
-            else:
-                server.handle_exit(signum, None)
-
-        def begin(signum: int, _: FrameType | None) -> None:
-            self.is_draining = True
-            loop.call_soon_threadsafe(drain, signum, loop.time() + max_s)
-
-        signal.signal(signal.SIGTERM, begin)
-
-
-def end_with_arbiter(arbiter: int) -> None:
-    """In the worker's event loop: SIGTERM to itself once that parent is gone; else it held port and GPU for ever."""
-    loop = asyncio.get_running_loop()
-
-    def look() -> None:
-        if os.getppid() == arbiter:
-            loop.call_later(_LOOK_S, look)
-        else:
-            signal.raise_signal(signal.SIGTERM)
-
-    look()
-
-
-def stop_when_told() -> None:
-    """In the arbiter, before it is there: it stops at SIGTERM also where that meets it while it starts a worker.
-
-    circus (kantoku 0.18) takes one command at a time, and drops another; so it is asked until it does stop.
+    circus executes one command at a time and drops another that arrives meanwhile, so the command is repeated.
     """
 
-    def quit_until_heard(handler: SysHandler) -> None:
+    def repeat_quit(handler: SysHandler) -> None:
         controller = handler.controller
 
-        def ask() -> None:
+        def quit_unless_stopping() -> None:
             if not controller.arbiter._stopping:  # has no public name
                 controller.dispatch((None, make_json("quit")))
-                controller.loop.call_later(_LOOK_S, ask)
+                controller.loop.call_later(PARENT_POLL_S, quit_unless_stopping)
 
-        controller.loop.add_callback_from_signal(ask)
+        controller.loop.add_callback_from_signal(quit_unless_stopping)
 
-    SysHandler.quit = quit_until_heard
-
-
-def check_port() -> None:
-    """In the arbiter: raises `ValueError` where the port that `bentoml serve` shall listen on is taken."""
-    command = click.get_current_context(silent=True)  # none where a program serves, which sees the error itself
-    if command is None or command.info_name != "serve":
-        return
-    host = command.params["host"] or ""  # without one: on every address
-    port = command.params["port"] or BentoMLContainer.http.port.get()
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        raise ValueError(f"cannot listen on {host or 'any address'}, port {port}: {error.strerror}") from error
+    SysHandler.quit = repeat_quit
 
 
-def end_with_workers() -> None:
-    """In the arbiter: when a worker gives up, stop the others and exit with status 1."""
+def exit_when_a_worker_fails_to_start() -> None:
+    """When a worker calls `fail_start`, stop the other workers and exit with status 1."""
     has_failed = False
 
     def stop(_: int, __: FrameType | None) -> None:
@@ -131,17 +65,89 @@ def end_with_workers() -> None:
         has_failed = True
         signal.raise_signal(signal.SIGTERM)
 
-    def end() -> None:
+    def exit_with_failure() -> None:
         if has_failed:
-            os._exit(1)  # the arbiter, once stopped, would end with 0
+            os._exit(1)  # the arbiter, once stopped, would exit with 0
 
-    atexit.register(end)  # runs after all that is registered later
+    atexit.register(exit_with_failure)  # runs after everything that is registered later
     signal.signal(signal.SIGUSR1, stop)
 
 
-def give_up(reason: object) -> NoReturn:
-    """In a worker: say why in one line, and end it and the arbiter."""
+def check_port() -> None:
+    """Raise `ValueError` if the port that `bentoml serve` is to listen on is taken."""
+    command = click.get_current_context(silent=True)  # None if a program serves, which sees the error itself
+    if command is None or command.info_name != "serve":
+        return
+    host = command.params["host"] or ""  # every address
+    port = command.params["port"] or BentoMLContainer.http.port.get()
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host or 'any address'}, port {port}: {error.strerror}") from error
+
+
+# In a worker
+
+
+@contextmanager
+def failing_start() -> Iterator[None]:
+    """An exception inside ends the service, with one line, or with a traceback if it is a bug."""
+    try:
+        yield
+    except Exception as error:
+        if not bentoml.server_context.worker_index:  # a program runs the service, not BentoML's arbiter
+            raise
+        if not isinstance(error, EmbedderError):
+            logger.exception("bug: the start failed")
+        fail_start(error if isinstance(error, EmbedderError) else type(error).__name__)
+
+
+def fail_start(reason: object) -> NoReturn:
+    """Log why the service does not start, and end this worker and the arbiter."""
     logger.error("the service does not start: %s", reason)
     logging.shutdown()
     os.kill(os.getppid(), signal.SIGUSR1)
     os._exit(1)
+
+
+def worker_server() -> uvicorn.Server:
+    """Return the server of this worker, which handles SIGTERM already and accepts no connections yet."""
+    handler = signal.getsignal(signal.SIGTERM)
+    assert isinstance(handler, MethodType)
+    server = handler.__self__
+    assert isinstance(server, uvicorn.Server)
+    return server
+
+
+def drain_at_sigterm(drain: Drain, server: uvicorn.Server, max_s: float) -> None:
+    """From now on, SIGTERM reaches the server when no request is left, or after `max_s` seconds.
+
+    The limit is for callers that never read their response.
+    """
+    loop = asyncio.get_running_loop()
+    server.config.timeout_graceful_shutdown = SENDING_S  # without it the server waits forever
+
+    def stop_when_idle(signum: int, until_s: float) -> None:
+        if drain.num_requests and loop.time() < until_s:
+            loop.call_later(POLL_S, stop_when_idle, signum, until_s)
+        else:
+            server.handle_exit(signum, None)
+
+    def begin(signum: int, _: FrameType | None) -> None:
+        drain.is_draining = True
+        loop.call_soon_threadsafe(stop_when_idle, signum, loop.time() + max_s)
+
+    signal.signal(signal.SIGTERM, begin)
+
+
+def exit_when_orphaned(arbiter: int) -> None:
+    """Send this worker SIGTERM when its parent is gone; it would hold the port and the GPU forever."""
+    loop = asyncio.get_running_loop()
+
+    def check_parent() -> None:
+        if os.getppid() == arbiter:
+            loop.call_later(PARENT_POLL_S, check_parent)
+        else:
+            signal.raise_signal(signal.SIGTERM)
+
+    check_parent()

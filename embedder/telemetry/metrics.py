@@ -1,13 +1,12 @@
-"""What the engine and the HTTP edge tell -> numbers for Prometheus, at `/metrics`; summed over the worker processes.
+"""Prometheus metrics of the engine and of HTTP requests, served at `/metrics` and summed over the worker processes.
 
-Every label has few values: a route is one that embeds or `other`, a status a number, a code one of `errors`. The texts
-beside the names are the documentation: `python -m embedder.telemetry.metrics` prints them as the README's table.
+Every label has few values: a route that embeds or `other`, a status, an error code. The descriptions are the
+documentation: `python -m embedder.telemetry.metrics` prints them as a table for docs/reference/metrics.md.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from starlette.requests import ClientDisconnect
 
 from embedder.engine.observer import KINDS, Batch, ItemTrace, Observer
-from embedder.errors import NO_ANSWER, EmbedderError
+from embedder.errors import CLIENT_CLOSED_REQUEST, EmbedderError, error_classes
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -32,13 +32,17 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 ITEMS = tuple(2**power for power in range(10))  # 1 to 512
 TOKENS = tuple(2**power for power in range(6, 18))  # 64 to 131072
-FILE_BYTES = 2**17  # the largest, of the histograms, is filled to 56,144
+FILE_BYTES = 2**17  # of each file; the largest, of the histograms, uses 56,144
 
 Series = TypeVar("Series", Counter, Histogram)
 
 
 class Metrics(Observer):
-    """All metrics of this process. `folder` is where prometheus_client keeps those of all processes, if it does."""
+    """All metrics of this process.
+
+    `routes` get a label of their own. `folder`: where prometheus_client keeps the values of all processes; None for a
+    single process.
+    """
 
     def __init__(self, routes: Collection[str], folder: str | None = None) -> None:
         self.routes = frozenset(routes)
@@ -53,68 +57,68 @@ class Metrics(Observer):
     def _define_requests(self) -> None:
         self.requests = self._counter(
             "requests_total",
-            "Requests answered, by `route` (`other`: all that do not embed) and `status` (499: the client went away).",
+            "Requests completed, by `route` (`other`: not an embedding) and `status` (499: the client disconnected).",
             "route",
             "status",
         )
-        self.requests_in_progress = self._gauge("requests_in_progress", "Requests begun and not answered yet.")
-        self.held_bytes = self._gauge("held_bytes", "Bytes of the bodies of requests begun and not answered yet.")
-        self.held_limit = self._gauge("held_limit_bytes", "Bytes of bodies that may wait; more is refused (429).")
+        self.requests_in_progress = self._gauge("requests_in_progress", "Requests in progress.")
+        self.held_bytes = self._gauge("held_bytes", "Bytes of the bodies of requests in progress.")
+        self.held_limit = self._gauge("held_limit_bytes", "Limit on `embedder_held_bytes`; more is refused (429).")
         request_seconds = self._histogram(
             "request_duration_seconds",
-            "Time from a request's head to the end of its answer, by `route`.",
+            "Seconds from a request's head to the end of its response, by `route`.",
             SECONDS,
             "route",
         )
-        self.request_seconds = _begin(request_seconds, [*self.routes, "other"])
-        self.errors = self._counter("errors_total", "Requests answered with an error, by `code`.", "code")
-        _begin(self.errors, _codes())
+        self.request_seconds = _create_series(request_seconds, [*self.routes, "other"])
+        self.errors = self._counter("errors_total", "Requests that ended in an error, by `code`.", "code")
+        _create_series(self.errors, _codes())
 
     def _define_items(self) -> None:
-        items = self._counter("items_total", "Items taken into the queue, by `kind` of content.", "kind")
-        self.items = _begin(items, KINDS)
-        self.failed_items = self._counter(
-            "failed_items_total", "Items that failed after that, alone or with their request, by `code`.", "code"
-        )
-        _begin(self.failed_items, _codes())
+        items = self._counter("items_total", "Items admitted to the queue, by `kind` of content.", "kind")
+        self.items = _create_series(items, KINDS)
+        self.failed_items = self._counter("failed_items_total", "Admitted items that failed, by error `code`.", "code")
+        _create_series(self.failed_items, _codes())
         self.cancelled_items = self._counter(
             "cancelled_items_total",
-            "Items given up: their caller had gone, the time was over, or another item failed their request.",
+            "Admitted items that were dropped: the caller disconnected, the time was over, or their request failed.",
         )
         self.cached_items = self._counter(
-            "cached_items_total", "Items answered from `EMBEDDER_CACHE_BYTES`, or by an equal one that ran meanwhile."
+            "cached_items_total",
+            "Items whose vector came from the cache, or from an equal item being computed.",
         )
-        self.cut_items = self._counter("cut_items_total", "Items embedded whose text was cut.")
+        self.cut_items = self._counter("cut_items_total", "Embedded items whose text was cut to the limit.")
         tokens = self._counter("tokens_total", "Tokens embedded, by `kind`: text or visual.", "kind")
-        self.tokens = _begin(tokens, ["text", "visual"])
+        self.tokens = _create_series(tokens, ["text", "visual"])
         self.prefix_tokens = self._counter(
-            "prefix_tokens_total", "Of the text tokens, those of instructions: computed once, unless very many differ."
+            "prefix_tokens_total",
+            "Text tokens in shared instruction prefixes, whose keys and values are reused.",
         )
-        self.queue_items = self._gauge("queue_items", "Items taken and not answered yet.")
-        self.queue_tokens = self._gauge("queue_tokens", "Their tokens, as estimated when they came.")
-        self.queue_limit = self._gauge("queue_limit_tokens", "Estimated tokens that may wait; more is refused (429).")
+        self.queue_items = self._gauge("queue_items", "Items admitted and not finished.")
+        self.queue_tokens = self._gauge("queue_tokens", "Their tokens, as estimated at admission.")
+        self.queue_limit = self._gauge("queue_limit_tokens", "Limit on `embedder_queue_tokens`; more is refused (429).")
 
     def _define_work(self) -> None:
         wait_seconds = self._histogram(
             "queue_wait_seconds",
-            "Time an item waits, by `stage`: `preprocess` for a thread, then `device` for its batch to start.",
+            "Seconds an item waits, by `stage`: `preprocess` for a thread, then `device` for its batch to start.",
             SECONDS,
             "stage",
         )
-        self.wait_seconds = _begin(wait_seconds, ["preprocess", "device"])
+        self.wait_seconds = _create_series(wait_seconds, ["preprocess", "device"])
         preprocess_seconds = self._histogram(
-            "preprocess_seconds", "Time a thread decodes, resizes and tokenizes one item, by `kind`.", SECONDS, "kind"
+            "preprocess_seconds", "Seconds to decode, resize and tokenize one item, by `kind`.", SECONDS, "kind"
         )
-        self.preprocess_seconds = _begin(preprocess_seconds, KINDS)
-        self.forward_seconds = self._histogram("forward_seconds", "Time the device takes for a batch.", SECONDS)
-        self.batch_items = self._histogram("batch_items", "Items that run together.", ITEMS)
+        self.preprocess_seconds = _create_series(preprocess_seconds, KINDS)
+        self.forward_seconds = self._histogram("forward_seconds", "Seconds the device takes for a batch.", SECONDS)
+        self.batch_items = self._histogram("batch_items", "Items in a batch.", ITEMS)
         self.batch_tokens = self._histogram(
             "batch_tokens",
-            "Tokens that run together as `EMBEDDER_MAX_BATCH_TOKENS` counts: visual ones also for the vision tower.",
+            "Tokens in a batch, as `EMBEDDER_MAX_BATCH_TOKENS` counts them: with the vision tower's work.",
             TOKENS,
         )
-        self.threads = self._gauge("preprocess_threads", "Threads that preprocess, of all workers.")
-        self.workers = self._gauge("workers", "Worker processes that are ready.")
+        self.threads = self._gauge("preprocess_threads", "Preprocessing threads of all workers.")
+        self.workers = self._gauge("workers", "Ready worker processes.")
         self.model = Gauge(
             "embedder_model_info",
             "Always 1, by `model`, `revision`, `device`, `dtype` and `version` of the service.",
@@ -124,7 +128,7 @@ class Metrics(Observer):
         )
 
     def serving(self, settings: Settings, info: Mapping[str, Any], version: str) -> None:
-        """The worker is ready."""
+        """Set the values that stay the same while the worker serves."""
         labels = {name: str(info[name] or "") for name in ("model", "revision", "device", "dtype")}
         self.model.labels(**labels, version=version).set(1)
         self.queue_limit.set(settings.max_queued_tokens)
@@ -132,8 +136,12 @@ class Metrics(Observer):
         self.threads.set(settings.preprocess_threads)
         self.workers.set(1)
 
+    def request(self, path: str) -> _CountedRequest:
+        """A context that counts one request to `path`."""
+        return _CountedRequest(self, path)
+
     def answered_request(self, path: str, status: int, seconds: float, code: str | None) -> None:
-        """A request has its answer; `code` of one that is an error."""
+        """Count a completed request; `code` if it ended in an error."""
         route = path if path in self.routes else "other"
         self.requests.labels(route, status).inc()
         self.request_seconds[route].observe(seconds)
@@ -165,7 +173,7 @@ class Metrics(Observer):
         self.batch_items.observe(batch.num_items)
         self.batch_tokens.observe(batch.num_tokens)
 
-    def answered(self, trace: ItemTrace, future: Future[Embedding]) -> None:
+    def resolved(self, trace: ItemTrace, future: Future[Embedding]) -> None:
         self.queue_items.dec()
         self.queue_tokens.dec(trace.estimated_tokens)
         if future.cancelled():
@@ -176,7 +184,7 @@ class Metrics(Observer):
             self.cached_items.inc()
 
     def exposition(self) -> bytes:
-        """What Prometheus scrapes, in its text format. Reads files: not for an event loop."""
+        """All metrics in Prometheus' text format. Reads files, so not for an event loop."""
         if self._folder is None:
             return generate_latest(self._registry)
         _forget_dead_processes(Path(self._folder))
@@ -185,7 +193,7 @@ class Metrics(Observer):
         return generate_latest(registry)
 
     def table(self) -> str:
-        """The metrics as a Markdown table, for the README: `python -m embedder.telemetry.metrics`."""
+        """The metrics as a Markdown table, for docs/reference/metrics.md."""
         rows = ["| metric | type | meaning |", "|---|---|---|"]
         for family in self._registry.collect():
             name = f"{family.name}_total" if family.type == "counter" else family.name
@@ -199,67 +207,80 @@ class Metrics(Observer):
         return Histogram(f"embedder_{name}", documentation, labels, registry=self._registry, buckets=buckets)
 
     def _gauge(self, name: str, documentation: str) -> Gauge:
-        """One that is summed over the workers that live."""
+        """A gauge that is summed over the running workers."""
         return Gauge(f"embedder_{name}", documentation, registry=self._registry, multiprocess_mode="livesum")
 
 
 class MetricsMiddleware:
-    """ASGI middleware around the edge: every answer, its time, and the code of one that is an error."""
+    """ASGI middleware: counts every response, its time, and the code of an error that is raised inside."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start = time.monotonic()
-        status, body = NO_ANSWER, b""
-        self.metrics.requests_in_progress.inc()
+        with self.metrics.request(scope["path"]) as request:
 
-        async def watch(message: Message) -> None:
-            nonlocal status, body
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            elif status >= 400:
-                body += message.get("body", b"")
-            await send(message)
+            async def watch(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    request.status = message["status"]
+                await send(message)
 
-        try:
             await self.app(scope, receive, watch)
-        finally:
-            self.metrics.requests_in_progress.dec()
-            code = json.loads(body)["error"]["code"] if body else None  # the edge gives every error this shape
-            self.metrics.answered_request(scope["path"], status, time.monotonic() - start, code)
 
 
-def _begin(family: Series, values: Iterable[str]) -> dict[str, Series]:
-    """The series of each value of a label, at 0: the first event is an increase, and alerts find what they ask for."""
+class _CountedRequest:
+    """Context of one request; at its end the request is counted, with the error that ended it."""
+
+    def __init__(self, metrics: Metrics, path: str) -> None:
+        self.status = CLIENT_CLOSED_REQUEST
+        self._metrics = metrics
+        self._path = path
+        self._start_s = time.monotonic()
+
+    def __enter__(self) -> _CountedRequest:
+        self._metrics.requests_in_progress.inc()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        code = None
+        if isinstance(error, EmbedderError):
+            self.status, code = error.status, error.code
+        elif isinstance(error, Exception) and not isinstance(error, ClientDisconnect):  # a bug
+            self.status, code = EmbedderError.status, EmbedderError.code
+        self._metrics.requests_in_progress.dec()
+        self._metrics.answered_request(self._path, self.status, time.monotonic() - self._start_s, code)
+
+
+def _create_series(family: Series, values: Iterable[str]) -> dict[str, Series]:
+    """Create the series of each label value at 0, so that the first event is an increase that alerts can see."""
     return {value: family.labels(value) for value in values}
 
 
-def _codes(kind: type[EmbedderError] = EmbedderError) -> list[str]:
-    """Of all errors there are."""
-    return sorted({kind.code, *(code for child in kind.__subclasses__() for code in _codes(child))})
+def _codes() -> list[str]:
+    """The codes of all errors."""
+    return sorted({kind.code for kind in error_classes()})
 
 
 def _make_files(folder: Path) -> None:
-    """The files of this process's numbers, before prometheus_client makes them, with holes: on a disk that is full by
-    then, a write into one ends the process (SIGBUS). Here it is an OSError, and only at the start.
+    """Create this process's files with all their bytes, before prometheus_client creates sparse ones.
+
+    On a disk that is full, writing to a sparse file kills the process with SIGBUS. Here it is an OSError at the start.
     """
     for kind in ("counter", "histogram", "gauge_livesum", "gauge_livemax"):
         (folder / f"{kind}_{os.getpid()}.db").write_bytes(bytes(FILE_BYTES))
 
 
 def _forget_dead_processes(folder: Path) -> None:
-    """A worker that was killed leaves its gauges behind; nobody else takes them away."""
+    """Remove the gauges of workers that were killed; nothing else does."""
     for pid in {int(path.stem.rpartition("_")[2]) for path in folder.glob("gauge_live*_*.db")}:
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
-            with contextlib.suppress(FileNotFoundError):  # another worker was faster
+            with contextlib.suppress(FileNotFoundError):  # another worker removed it first
                 mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
 
 

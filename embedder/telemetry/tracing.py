@@ -1,15 +1,15 @@
-"""The stages that a request's items went through -> spans for OpenTelemetry, one tree a request, without contents.
+"""OpenTelemetry spans of a request's stages, without any of its content.
 
-    POST /embed                 the caller's trace goes on, where a `traceparent` came
-        wait_preprocess         of each item: for a thread
-        preprocess              of each item
-        wait_device             of each item: for its batch to start
-        forward                 of each batch that had items of the request
-        serialize               the last item's vector -> the head of the answer
+    POST /embed                 continues the caller's trace if a `traceparent` header came
+        wait_preprocess         each item's wait for a thread
+        preprocess              each item
+        wait_device             each item's wait for its batch to start
+        forward                 each batch with items of the request
+        serialize               from the last vector to the head of the response
 
-Only where the standard variables name an exporter; which, how often and under what service name the SDK reads itself.
-Spans are drawn when the answer is out, from the times that the engine noted: its threads know nothing of tracing.
-BentoML's own adaptive-batching APIs mix callers and have no tree.
+Spans exist only if the standard variables name an exporter; the SDK reads sampling, endpoint and service name itself.
+They are created when the response is out, from the times that the engine recorded, so the engine's threads know
+nothing of tracing. BentoML's adaptive-batching APIs mix callers and have no spans.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_DRAWN_ITEMS = 32  # the slowest of a request: a thousand spans would not fit the exporter's queue of 2048 for long
+MAX_ITEMS_WITH_SPANS = 32  # the slowest of a request; the exporter's queue holds 2048 spans
 
 
 def is_traced() -> bool:
-    """Whether an exporter is named, and installed to be used."""
+    """Whether an exporter is configured and installed."""
     variable = trace_exporter_variable()
     if variable is None:
         return False
     try:
         _otlp_exporter()
     except ImportError:
-        logger.warning("%s is set, but no trace is sent: install the extra `tracing`", variable)
+        logger.warning("%s is set, but traces are not sent: install the extra `tracing`", variable)
         return False
     return True
 
 
 def otlp_provider(version: str) -> TracerProvider:
-    """Sends over HTTP in the background."""
+    """A provider that sends spans over HTTP in the background."""
     ours = Resource({"service.name": "qwen3-vl-embedding", "service.version": version})
     provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))
     provider.add_span_processor(BatchSpanProcessor(_otlp_exporter()()))
@@ -62,14 +62,14 @@ def otlp_provider(version: str) -> TracerProvider:
 
 
 def _otlp_exporter() -> type[SpanExporter]:
-    """Of the extra `tracing`."""
+    """The exporter of the extra `tracing`. Raises `ImportError`."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     return OTLPSpanExporter
 
 
 class TracingMiddleware:
-    """ASGI middleware around the edge: a span for each request to one of `routes`, and those of its stages."""
+    """ASGI middleware: a span for each request to one of `routes`, and spans of its stages."""
 
     def __init__(
         self, app: ASGIApp, routes: Collection[str], version: str, provider: TracerProvider | None = None
@@ -80,7 +80,6 @@ class TracingMiddleware:
         self.tracer = self.provider.get_tracer("embedder", version)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or the service's life."""
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
@@ -91,12 +90,12 @@ class TracingMiddleware:
         if not span.is_recording():  # not sampled
             await self.app(scope, receive, send)
             return
-        status, answered_s = 0, None
+        status, responded_s = 0, None
 
         async def watch(message: Message) -> None:
-            nonlocal status, answered_s
+            nonlocal status, responded_s
             if message["type"] == "http.response.start":
-                status, answered_s = message["status"], time.monotonic()
+                status, responded_s = message["status"], time.monotonic()
             await send(message)
 
         traces: list[ItemTrace] = []
@@ -105,11 +104,11 @@ class TracingMiddleware:
             await self.app(scope, receive, watch)
         finally:
             ITEM_TRACES.reset(token)
-            _Drawing(self.tracer, span).draw(traces, answered_s)
+            _StageSpans(self.tracer, span).create(traces, responded_s)
             _end(span, status, traces)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the last spans before the service says that it is done: no exit handler runs after that."""
+        """Send the last spans before shutdown completes: no exit handler runs after that."""
 
         async def watch(message: Message) -> None:
             if message["type"].startswith("lifespan.shutdown"):
@@ -125,8 +124,8 @@ class TracingMiddleware:
         return self.tracer.start_span(name, extract(headers), SpanKind.SERVER, attributes)
 
 
-class _Drawing:
-    """Puts stages that are over under a request's span. Times come as seconds of `time.monotonic`."""
+class _StageSpans:
+    """Creates spans of completed stages under a request's span. Times are seconds of `time.monotonic`."""
 
     def __init__(self, tracer: Tracer, span: Span) -> None:
         self._tracer = tracer
@@ -134,17 +133,17 @@ class _Drawing:
         self._now_s = time.monotonic()
         self._epoch_ns = time.time_ns() - round(self._now_s * 1e9)
 
-    def draw(self, traces: list[ItemTrace], answered_s: float | None) -> None:
+    def create(self, traces: list[ItemTrace], responded_s: float | None) -> None:
         for number, trace in _slowest(traces):
-            self._draw_item({"embedder.item.number": number, "embedder.item.kind": trace.kind}, trace)
+            self._create_item({"embedder.item.number": number, "embedder.item.kind": trace.kind}, trace)
         batches = Counter(trace.batch for trace in traces if trace.batch)
         for batch, num_items in batches.items():
             attributes = {"embedder.batch.items": batch.num_items, "embedder.batch.tokens": batch.num_tokens}
             self._stage("forward", batch.started_s, batch.ended_s, {"embedder.items": num_items, **attributes})
-        if batches and answered_s is not None:
-            self._stage("serialize", max(batch.ended_s for batch in batches), answered_s)
+        if batches and responded_s is not None:
+            self._stage("serialize", max(batch.ended_s for batch in batches), responded_s)
 
-    def _draw_item(self, item: Mapping[str, str | int], trace: ItemTrace) -> None:
+    def _create_item(self, item: Mapping[str, str | int], trace: ItemTrace) -> None:
         started_s, ended_s, batch = trace.preprocess_started_s, trace.preprocess_ended_s, trace.batch
         self._stage("wait_preprocess", trace.admitted_s, started_s, item)
         if started_s is not None:
@@ -154,7 +153,7 @@ class _Drawing:
             self._stage("wait_device", ended_s, batch.started_s if batch else None, item)
 
     def _stage(self, name: str, start_s: float, end_s: float | None, attributes: Attributes = None) -> None:
-        """One that is not over ends now, and says so."""
+        """A stage without an end ends now, and is marked as unfinished."""
         span = self._tracer.start_span(name, self._parent, attributes=attributes, start_time=self._ns(start_s))
         span.set_attribute("embedder.is_unfinished", end_s is None)
         span.end(self._ns(self._now_s if end_s is None else end_s))
@@ -164,13 +163,13 @@ class _Drawing:
 
 
 def _slowest(traces: list[ItemTrace]) -> list[tuple[int, ItemTrace]]:
-    """With their numbers, in the order in which they were taken."""
+    """The slowest traces with their indices, in the order of admission."""
 
     def ended_s(entry: tuple[int, ItemTrace]) -> float:
         batch = entry[1].batch
         return batch.ended_s if batch else float("inf")
 
-    return sorted(sorted(enumerate(traces), key=ended_s)[-MAX_DRAWN_ITEMS:], key=lambda entry: entry[0])
+    return sorted(sorted(enumerate(traces), key=ended_s)[-MAX_ITEMS_WITH_SPANS:], key=lambda entry: entry[0])
 
 
 def _end(span: Span, status: int, traces: list[ItemTrace]) -> None:

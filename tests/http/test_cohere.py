@@ -12,6 +12,7 @@ import pytest
 from embedder.engine.postprocess import Embedding, quantize
 from embedder.errors import InvalidRequest, RequestTooLarge
 from embedder.http.cohere import CohereEmbedResponse, CohereRequest, cohere_response, parse_cohere
+from embedder.http.dialect import ServedModel
 from embedder.http.messages import QUERY_INSTRUCTION
 from embedder.inputs.items import EmbeddingItem, Image, Text
 from embedder.settings import Settings
@@ -75,7 +76,7 @@ def test_answer_has_a_list_for_each_type_and_what_was_embedded() -> None:
     )
     vectors = np.eye(2, 8, dtype=np.float32)
     embeddings = [Embedding(vectors[0], 40, 0), Embedding(vectors[1], 60, 5)]
-    body = json.loads(cohere_response(request, embeddings, 60))
+    body = json.loads(cohere_response(request, embeddings, ServedModel("the model", 60)))
     CohereEmbedResponse.model_validate(body)
     assert list(body["embeddings"]) == kinds[:-1]
     assert body["embeddings"]["float"] == vectors.tolist()
@@ -89,5 +90,5 @@ def test_answer_has_a_list_for_each_type_and_what_was_embedded() -> None:
     assert body["meta"] == {
         "api_version": {"version": "2"},
         "billed_units": {"input_tokens": 100, "images": 2},
-        "warnings": ["item 1: got 65 tokens; allowed: 60; 5 of the text were cut"],
+        "warnings": ["item 1: got 65 tokens; allowed: 60; 5 tokens of its text were cut"],
     }

@@ -23,11 +23,12 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from embedder.http.openapi import openapi_document
+from embedder.http.routes import DIALECTS
 from embedder.settings import Settings
 from tests.conftest import Server
 
 REFUSED = {"negative_data_rejection": {"expected-statuses": ["400", "405", "413", "415"]}}
-DOCUMENT = openapi_document(Settings(), "0")
+DOCUMENT = openapi_document(DIALECTS, Settings(), "0")
 SHORT = SchemathesisConfig.from_dict({"checks": REFUSED, "phases": {"coverage": {"enabled": False}}})
 LONG = SchemathesisConfig.from_dict({"checks": REFUSED})
 

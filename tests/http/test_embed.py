@@ -11,7 +11,9 @@ import pytest
 
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EngineFailed, InvalidMedia, InvalidRequest, RequestTooLarge
-from embedder.http.embed import EmbedResponse, NativeRequest, embed_response, parse_embed, whole_failure
+from embedder.http.dialect import ServedModel
+from embedder.http.embed import EmbedItemsRequest, EmbedResponse, embed_response, parse_embed
+from embedder.http.response import error_body
 from embedder.inputs.items import EmbeddingItem, Image, Text
 from embedder.settings import Settings
 
@@ -19,13 +21,13 @@ SETTINGS = Settings(max_items_per_request=4)
 VECTOR = np.array([1.0, -2.0], np.float32)
 
 
-def parse(*items: Any, **options: Any) -> NativeRequest:
+def parse(*items: Any, **options: Any) -> EmbedItemsRequest:
     return parse_embed(json.dumps({"items": items, **options}).encode(), SETTINGS)
 
 
-def answer(request: NativeRequest, *outcomes: Any) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads(embed_response(request, outcomes, "the model", 100))
-    EmbedResponse.model_validate({name: value for name, value in body.items() if name != "error"})
+def answer(request: EmbedItemsRequest, *outcomes: Any) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads(embed_response(request, outcomes, ServedModel("the model", 100)))
+    EmbedResponse.model_validate(body)
     return body
 
 
@@ -108,7 +110,7 @@ def test_answer_has_a_place_for_each_item() -> None:
         ],
         "model": "the model",
         "usage": {"prompt_tokens": 105, "total_tokens": 105},
-        "warnings": ["item 2: got 103 tokens; allowed: 100; 3 of the text were cut"],
+        "warnings": ["item 2: got 103 tokens; allowed: 100; 3 tokens of its text were cut"],
     }
 
 
@@ -120,10 +122,12 @@ def test_vectors_are_written_as_the_request_wants_them() -> None:
 
 def test_first_error_stands_for_a_request_without_any_vector() -> None:
     bad, failed, good = InvalidMedia("no picture"), EngineFailed("failed"), Embedding(VECTOR, 5, 0)
-    assert whole_failure([bad, failed]) is bad
-    assert whole_failure([bad, good]) is None
-    assert whole_failure([good, bad]) is None
-    body = answer(parse("a", "b"), bad, failed)
+    assert "error" not in answer(parse("a", "b"), bad, good)
+    assert "error" not in answer(parse("a", "b"), good, bad)
+    with pytest.raises(InvalidMedia) as caught:
+        answer(parse("a", "b"), bad, failed)
+    assert caught.value is bad
+    body = json.loads(error_body(bad))
     assert next(iter(body)) == "error"  # where every other error has it
     assert body["error"]["code"] == "invalid_media"
     assert [result["error"]["code"] for result in body["results"]] == ["invalid_media", "engine_failed"]

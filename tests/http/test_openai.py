@@ -10,6 +10,7 @@ import pytest
 
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EngineFailed, InvalidRequest, Overloaded, RequestTooLarge
+from embedder.http.dialect import ServedModel
 from embedder.http.messages import QUERY_INSTRUCTION
 from embedder.http.openai import (
     EmbeddingsResponse,
@@ -21,7 +22,6 @@ from embedder.http.openai import (
     parse_embeddings,
 )
 from embedder.http.request_body import EmbeddingRequest
-from embedder.http.response import error_fields
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
 from embedder.settings import Settings
 
@@ -103,7 +103,7 @@ def test_token_ids_are_refused_with_the_clients_switch(value: Any) -> None:
         ({"input": ["a", 5]}, "item 1: got 5 (a number); allowed: a string, or an object with text, image, video or"),
         ({"input": ["a", ["b"]]}, "item 1: got ['b'] (a list); allowed: "),
         ({"input": ["a", {"txt": "b"}]}, "item 1: extra fields not permitted: txt"),
-        ({"input": {"text": "a", "content": "b"}}, "item 0: give either `content` or `text`/`image`/`video`"),
+        ({"input": {"text": "a", "content": "b"}}, "item 0: got `content` and `text`/`image`/`video`; allowed: one of the two forms"),
         ({"input": [{}]}, "item 0: an item needs at least one of text, image or video; got none"),
         ({"messages": []}, "messages: got [] (a list); allowed: a list of at least one message"),
         ({"messages": "a"}, "messages: got 'a' (a string); allowed: a list of at least one message"),
@@ -130,7 +130,7 @@ def test_answer_has_openais_shape() -> None:
     request = parse(input=["a", "b"], output_dtype="int8")
     vectors = [np.array([1.0, 0.0], np.float32), np.array([0.0, -1.0], np.float32)]
     embeddings = [Embedding(vector, 50 + 51 * index, 4 * index) for index, vector in enumerate(vectors)]
-    body = json.loads(embeddings_response(request, embeddings, "the model", 101))
+    body = json.loads(embeddings_response(request, embeddings, ServedModel("the model", 101)))
     assert body == {
         "object": "list",
         "data": [
@@ -139,13 +139,13 @@ def test_answer_has_openais_shape() -> None:
         ],
         "model": "the model",
         "usage": {"prompt_tokens": 151, "total_tokens": 151},
-        "warnings": ["item 1: got 105 tokens; allowed: 101; 4 of the text were cut"],
+        "warnings": ["item 1: got 105 tokens; allowed: 101; 4 tokens of its text were cut"],
     }
     EmbeddingsResponse.model_validate(body)
 
 
 def test_models_has_the_one_with_its_limit() -> None:
-    body = json.loads(models_response("the model", 1234.5, 8192))
+    body = json.loads(models_response(ServedModel("the model", 8192), 1234.5))
     (card,) = ModelsResponse.model_validate(body, strict=True).data
     assert (card.id, card.created, card.max_model_len) == ("the model", 1234, 8192)
 
@@ -159,6 +159,6 @@ def test_models_has_the_one_with_its_limit() -> None:
     ],
 )
 def test_error_has_openais_shape_and_our_code(error: Any, kind: str, param: str | None) -> None:
-    body = json.loads(openai_error_body(error_fields(error)["error"]))
+    body = json.loads(openai_error_body(error))
     assert body == {"error": {"message": str(error), "type": kind, "param": param, "code": error.code}}
     OpenAIErrorResponse.model_validate(body, strict=True)

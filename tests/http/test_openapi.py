@@ -15,10 +15,11 @@ from embedder.http.cohere import parse_cohere
 from embedder.http.embed import parse_embed
 from embedder.http.local import ImageRequest, TextRequest, parse_image_request, parse_text_request
 from embedder.http.openai import parse_embeddings
-from embedder.http.openapi import ERRORS, EXAMPLES, openapi_document
+from embedder.http.openapi import error_meanings, openapi_document
+from embedder.http.routes import DIALECTS, EXAMPLES
 from embedder.settings import Settings
 
-DOCUMENT = openapi_document(Settings(max_items_per_request=7), "1.2.3")
+DOCUMENT = openapi_document(DIALECTS, Settings(max_items_per_request=7), "1.2.3")
 ROUTES = ["/txt/embed", "/img/embed"]
 
 
@@ -50,7 +51,7 @@ def test_document_is_valid_openapi() -> None:
 
 
 def test_keys_are_described_where_they_are_needed() -> None:
-    closed = openapi_document(Settings(), "1", needs_key=True)
+    closed = openapi_document(DIALECTS, Settings(), "1", needs_key=True)
     openapi_spec_validator.validate(closed)
     assert closed["security"] == [{"bearer": []}, {"header": []}]
     assert {scheme["type"] for scheme in closed["components"]["securitySchemes"].values()} == {"http", "apiKey"}
@@ -67,9 +68,9 @@ def test_input_takes_a_list_of_at_most_the_settings_number(path: str) -> None:
 
 
 def test_another_limit_makes_another_document() -> None:
-    schemas = openapi_document(Settings(max_items_per_request=9), "1")["components"]["schemas"]
+    schemas = openapi_document(DIALECTS, Settings(max_items_per_request=9), "1")["components"]["schemas"]
     assert [option.get("maxItems") for option in schemas["TextRequest"]["properties"]["input"]["anyOf"]] == [None, 9]
-    assert openapi_document(Settings(max_items_per_request=7), "1.2.3") == DOCUMENT
+    assert openapi_document(DIALECTS, Settings(max_items_per_request=7), "1.2.3") == DOCUMENT
 
 
 @pytest.mark.parametrize(("path", "model"), [("/txt/embed", TextRequest), ("/img/embed", ImageRequest)])
@@ -96,8 +97,8 @@ def test_every_reference_leads_somewhere() -> None:
 def test_every_error_has_the_one_body_or_openais(path: str) -> None:
     body = "OpenAIErrorResponse" if path.startswith("/v1") else "ErrorResponse"
     responses = DOCUMENT["paths"][path]["post"]["responses"]
-    assert set(responses) == {"200", *map(str, ERRORS)}
-    for status in ERRORS:
+    assert set(responses) == {"200", *map(str, error_meanings())}
+    for status in error_meanings():
         schema = responses[str(status)]["content"]["application/json"]["schema"]
         assert schema == {"$ref": f"#/components/schemas/{body}"}
 

@@ -23,6 +23,7 @@ from embedder.errors import (
     Overloaded,
     ShuttingDown,
 )
+from embedder.http.dialect import ServedModel
 from embedder.http.local import EmbeddingResponse, embedding_response
 from embedder.http.request_body import EmbeddingRequest, EncodingFormat
 from embedder.http.response import ErrorResponse, error_body, to_base64, to_json
@@ -45,7 +46,7 @@ def answer(
 ) -> dict[str, Any]:
     items = (EmbeddingItem((Text("a"),)),) * len(embeddings)
     request = EmbeddingRequest(items, is_list, encoding_format)
-    body: dict[str, Any] = json.loads(embedding_response(request, embeddings, "the model", limit))
+    body: dict[str, Any] = json.loads(embedding_response(request, embeddings, ServedModel("the model", limit)))
     EmbeddingResponse.model_validate(body, strict=True)
     return body
 
@@ -93,7 +94,7 @@ def test_tokens_of_all_items_are_counted() -> None:
 
 def test_what_was_cut_is_said_item_by_item() -> None:
     body = answer(embedding(), embedding(num_tokens=100, num_cut_tokens=23), embedding(), limit=100)
-    assert body["warnings"] == ["item 1: got 123 tokens; allowed: 100; 23 of the text were cut"]
+    assert body["warnings"] == ["item 1: got 123 tokens; allowed: 100; 23 tokens of its text were cut"]
     assert "warnings" not in answer(embedding())
 
 

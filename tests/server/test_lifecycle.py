@@ -21,7 +21,8 @@ import httpx
 import pytest
 import uvicorn
 
-from embedder.server.lifecycle import Drain, own_server
+from embedder.http.drain import Drain
+from embedder.server.lifecycle import drain_at_sigterm, worker_server
 from tests.conftest import ROOT, Server, start_server
 
 NUM_CLIENTS = 6
@@ -105,7 +106,7 @@ def test_server_is_stopped_when_no_request_is_left_or_the_time_is_over(
     async def stopped_after_s() -> float:
         server = uvicorn.Server(uvicorn.Config(app="none"))
         signal.signal(signal.SIGTERM, server.handle_exit)
-        drain.begin_at_sigterm(own_server(), 0.5)
+        drain_at_sigterm(drain, worker_server(), 0.5)
 
         async def answer() -> None:
             with drain.request():

@@ -112,9 +112,9 @@ def test_long_text_is_cut_and_the_answer_says_so(client: httpx.Client) -> None:
 
 
 BAD_REQUESTS: dict[str, tuple[str, Any, int, str, str]] = {
-    "dimensions 0": ("/txt/embed", {"input": "a", "dimensions": 0}, 400, "unsupported_dimensions", "got 0; allowed: a whole number from 64 to 192"),
+    "dimensions 0": ("/txt/embed", {"input": "a", "dimensions": 0}, 400, "unsupported_dimensions", "got 0 (a number); allowed: a positive whole number"),
     "dimensions 5000": ("/txt/embed", {"input": "a", "dimensions": 5000}, 400, "unsupported_dimensions", "got 5000; allowed: a whole number from 64 to 192"),
-    "dimensions of letters": ("/txt/embed", {"input": "a", "dimensions": "many"}, 400, "unsupported_dimensions", "got 'many'; allowed: a whole number from 64 to 192"),
+    "dimensions of letters": ("/txt/embed", {"input": "a", "dimensions": "many"}, 400, "unsupported_dimensions", "got 'many' (a string); allowed: a positive whole number"),
     "dimensions NaN": ("/txt/embed", b'{"input": "a", "dimensions": NaN}', 400, "invalid_request", "not valid JSON"),
     "empty list": ("/txt/embed", {"input": []}, 400, "invalid_request", "got an empty list; allowed: at least one"),
     "too many items": ("/txt/embed", {"input": ["a"] * 513}, 413, "request_too_large", "got 513 items; allowed: 1 to 512"),
@@ -377,4 +377,4 @@ def test_worker_that_loses_its_device_answers_and_ends(
     assert (response.status_code, body["code"], body["item"]) == (500, "device_failed", None)
     assert httpx.get(f"{server.url}/readyz", timeout=5).status_code == 503
     assert server.process.wait(60) != 0
-    assert "gives up with 1 items waiting: the device failed: AcceleratorError" in server.log.read_text()
+    assert "stops with 1 items pending: the device failed: AcceleratorError" in server.log.read_text()

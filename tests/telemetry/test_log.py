@@ -14,14 +14,17 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from embedder.engine.aio import embed_each
-from embedder.engine.engine import Engine, WaitForRows
+from embedder.engine.device import WaitForRows
+from embedder.engine.engine import Engine
 from embedder.http.api_keys import ApiKeys
+from embedder.http.boundary import RequestBoundary
+from embedder.http.drain import Drain
 from embedder.http.guard import RequestGuard
 from embedder.inputs.items import EmbeddingItem, Text
 from embedder.inputs.preprocess import ModelInput
-from embedder.server.lifecycle import Drain
+from embedder.server.bento_log import configure_logging
 from embedder.settings import Settings
-from embedder.telemetry.log import begin_request, configure_logging, count_items, request_id
+from embedder.telemetry.log import begin_request, count_items, request_id
 
 SECRET = "what the caller sent"
 
@@ -99,7 +102,7 @@ def test_json_line_holds_message_request_and_traceback(lines: io.StringIO) -> No
 
 
 def ask(path: str, *, is_logged: bool = True, status: int | None = 200) -> None:
-    """One request with an id through the edge, to an app that embeds two items and says so."""
+    """Send one request with an id through the middlewares to an app that embeds two items and says so."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         count_items(2, 44)
@@ -113,11 +116,12 @@ def ask(path: str, *, is_logged: bool = True, status: int | None = 200) -> None:
     async def send(message: Message) -> None:
         pass
 
-    keys, limits = ApiKeys(Settings()), (99, 99, 9, 9.0)
-    edge = RequestGuard(app, *limits, keys=keys, drain=Drain(), open_paths=frozenset(), is_logged=is_logged)
+    drain = Drain()
+    guard = RequestGuard(app, Settings(), keys=ApiKeys(Settings()), drain=drain)
+    service = RequestBoundary(guard, drain=drain, is_logged=is_logged)
     headers = [(b"x-request-id", b"mine"), (b"authorization", SECRET.encode())]
     query = {"query_string": SECRET.encode()}
-    asyncio.run(edge({"type": "http", "method": "POST", "path": path, "headers": headers, **query}, receive, send))
+    asyncio.run(service({"type": "http", "method": "POST", "path": path, "headers": headers, **query}, receive, send))
 
 
 @pytest.mark.parametrize("lines", ["text"], indirect=True)

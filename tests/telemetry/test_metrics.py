@@ -34,7 +34,7 @@ from embedder.telemetry.metrics import Metrics, MetricsMiddleware
 from tests.conftest import ROOT, Server, encoded, picture, start_server, words
 from tests.fake_model import HIDDEN_SIZE, FakeModel, item
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+REFERENCE = (ROOT / "docs" / "reference" / "metrics.md").read_text(encoding="utf-8")
 PNG = base64.b64encode(encoded(picture(70, 50))).decode()
 
 Numbers = dict[str, float]  # of `name{label="value",..}`, as Prometheus writes a series
@@ -276,7 +276,7 @@ def test_request_without_an_answer_is_counted_as_one_that_went_away(metrics: Met
 
 
 def test_table_is_the_codes_and_names_every_metric_and_label(client: httpx.Client, metrics: Metrics) -> None:
-    assert metrics.table() in README
+    assert metrics.table() in REFERENCE
     for family in text_string_to_metric_families(client.get("/metrics").text):
         name = f"{family.name}_total" if family.type == "counter" else family.name
         (row,) = [row for row in metrics.table().splitlines() if f"| `{name}` | {family.type} |" in row]

@@ -24,7 +24,7 @@ from opentelemetry.trace import StatusCode
 from embedder.engine.aio import embed_each
 from embedder.engine.engine import Engine
 from embedder.errors import DeadlineExceeded
-from embedder.telemetry.tracing import MAX_DRAWN_ITEMS, TracingMiddleware, is_traced
+from embedder.telemetry.tracing import MAX_ITEMS_WITH_SPANS, TracingMiddleware, is_traced
 from tests.conftest import start_server
 from tests.fake_model import FakeModel, item, running
 
@@ -129,7 +129,7 @@ def test_stage_that_outlives_its_request_ends_with_it(engine: Engine, model: Fak
 def test_large_request_shows_its_slowest_items(engine: Engine) -> None:
     root, stages = root_and_stages(spans_of(engine, *(f"text {index}" for index in range(100))))
     assert attributes(root)["items"] == 100
-    assert len(stages["preprocess"]) == MAX_DRAWN_ITEMS
+    assert len(stages["preprocess"]) == MAX_ITEMS_WITH_SPANS
     assert sum(attributes(span)["items"] for span in stages["forward"]) == 100
 
 

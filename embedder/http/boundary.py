@@ -1,0 +1,151 @@
+"""The outermost middleware: what every request and every response of the service has in common.
+
+A request gets an id and, if wanted, a line in the access log. A response gets the id as a header and, if it is a page,
+the security headers of one. An error that is raised inside becomes a response here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterable
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from embedder.errors import CLIENT_CLOSED_REQUEST, EmbedderError, without_traceback
+from embedder.http.drain import Drain
+from embedder.http.openai import openai_error_body
+from embedder.http.response import error_body
+from embedder.telemetry.log import begin_request
+
+logger = logging.getLogger(__name__)
+
+PROBES = frozenset({"/livez", "/healthz", "/readyz", "/health"})
+METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+
+# Of a refused request, so much of the rest of the body is read and dropped before the connection is closed: many
+# clients read no response before they have sent everything.
+MAX_DROPPED_S, MAX_DROPPED_BYTES = 1.0, 2**24
+
+_CLOSE = (b"connection", b"close")
+_PAGE_HEADERS = [  # for pages that bring no such headers of their own
+    (
+        b"content-security-policy",
+        b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; "
+        b"form-action 'none'; frame-ancestors 'none'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+]
+
+
+class RequestBoundary:
+    """ASGI middleware around everything else. `is_logged`: write a line for each request except probes."""
+
+    def __init__(self, app: ASGIApp, *, drain: Drain, is_logged: bool) -> None:
+        self.app = app
+        self.drain = drain
+        self.is_logged = is_logged
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        scope = {**scope, "headers": list(scope["headers"])}  # uvicorn appends a body's trailers to its own list
+        request = begin_request(scope["headers"])
+        body = _Body(receive, is_expected=scope["method"] in METHODS_WITH_BODY)
+        response = _Response(send, request.id, self.drain)
+        try:
+            with self.drain.request():
+                error = await self._error_of(scope, body, response)
+                if error:
+                    await response.send_error(error, _error_body(scope["path"], error), body)
+        finally:
+            if self.is_logged and scope["path"] not in PROBES:
+                request.write(scope["method"], scope["path"], response.status or CLIENT_CLOSED_REQUEST)
+
+    async def _error_of(self, scope: Scope, body: _Body, response: _Response) -> EmbedderError | None:
+        """Run the request; the error that ended it, or None. The error's frames, which hold the body, are gone."""
+        try:
+            await self.app(scope, body.receive, response.send)
+        except ClientDisconnect:
+            return None
+        except EmbedderError as error:
+            return without_traceback(error)
+        except Exception:
+            if response.status is not None:  # too late for another; the server closes the connection
+                raise
+            logger.exception("bug: %s %s failed", scope["method"], scope["path"])
+            return EmbedderError(f"internal error; the service's log has the reason at request {response.request_id}")
+        return None
+
+
+def _error_body(path: str, error: EmbedderError) -> bytes:
+    return openai_error_body(error) if path.startswith("/v1/") else error_body(error)
+
+
+class _Body:
+    """A request's body as it arrives. `is_complete`: its end was seen, or there is none."""
+
+    def __init__(self, receive: Receive, *, is_expected: bool) -> None:
+        self._receive = receive
+        self.is_complete = not is_expected
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if not message.get("more_body", False):  # also of a disconnect
+            self.is_complete = True
+        return message
+
+    async def drop(self) -> None:
+        """Read on for `MAX_DROPPED_S`, or up to the body's end or `MAX_DROPPED_BYTES`."""
+        num_bytes = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(MAX_DROPPED_S):
+                while not self.is_complete and num_bytes < MAX_DROPPED_BYTES:
+                    num_bytes += len((await self.receive()).get("body", b""))
+
+
+class _Response:
+    """A response on its way out. `status` is None until it has begun."""
+
+    def __init__(self, send: Send, request_id: str, drain: Drain) -> None:
+        self.request_id = request_id
+        self.status: int | None = None
+        self._send = send
+        self._drain = drain
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._send_start(message["status"], message.get("headers", ()))
+        else:
+            await self._send(message)
+
+    async def send_error(self, error: EmbedderError, body: bytes, rest: _Body) -> None:
+        """Send an error. If the request's body is not complete, drop the `rest`, and close the connection."""
+        headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
+        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        is_left = not rest.is_complete
+        await self._send_start(error.status, [*headers, _CLOSE] if is_left else headers)
+        await self._send({"type": "http.response.body", "body": body, "more_body": is_left})
+        if is_left:
+            await rest.drop()
+            await self._send({"type": "http.response.body"})
+
+    async def _send_start(self, status: int, given: Iterable[tuple[bytes, bytes]]) -> None:
+        self.status = status
+        headers = [(name, value) for name, value in given if not _names_the_server(name.lower())]
+        headers.append((b"x-request-id", self.request_id.encode()))
+        if self._drain.is_draining and _CLOSE not in headers:
+            headers.append(_CLOSE)
+        fields = {name.lower(): value for name, value in headers}
+        if fields.get(b"content-type", b"").startswith(b"text/html") and b"content-security-policy" not in fields:
+            headers += _PAGE_HEADERS
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+def _names_the_server(header: bytes) -> bool:
+    return header == b"server" or header.startswith(b"x-bentoml-")

@@ -1,0 +1,115 @@
+"""BentoML's ASGI app as part of ours: its error responses are raised as errors, and our middlewares go around it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from embedder.errors import (
+    CLIENT_CLOSED_REQUEST,
+    EmbedderError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    NotReady,
+    RequestTooLarge,
+    UnsupportedContentType,
+)
+
+RAISED = "embedder.error"  # key of an ASGI message that carries an exception out through BentoML's middlewares
+
+
+def serve_inside(service: Any, wrap: Callable[[ASGIApp], ASGIApp]) -> None:
+    """Make a BentoML service serve `wrap(its own app)`.
+
+    `Service.add_asgi_middleware` would put our middlewares inside BentoML's. Its time-out middleware keeps a timer for
+    each request until the time-out has passed, also after the response, and hangs when an exception passes through.
+    """
+
+    class Wrapped(type(service)):  # type: ignore[misc]  # BentoML's Service class
+        __slots__ = ()
+
+        def to_asgi(self, is_main: bool = True) -> ASGIApp:
+            return wrap(super().to_asgi(is_main))
+
+    service.__class__ = Wrapped
+
+
+class RaisingErrors:
+    """ASGI middleware: an error response of the app inside becomes an exception.
+
+    A message with the key `RAISED` carries the exception itself; otherwise it is made from status and body.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start: Message | None = None
+        body = b""
+
+        async def watch(message: Message) -> None:
+            nonlocal start, body
+            if start is not None:
+                body += message.get("body", b"")
+            elif message["type"] == "http.response.start" and message["status"] >= 400:
+                start = message
+            else:
+                await send(message)
+
+        await self.app(scope, receive, watch)
+        if start is not None:
+            raise start.get(RAISED) or error_from_response(scope, start["status"], body)
+
+
+def raised_response(error: Exception) -> list[Message]:
+    """Messages of a response that `RaisingErrors` turns into this exception."""
+    status = 500
+    if isinstance(error, EmbedderError):
+        status = error.status
+    elif isinstance(error, ClientDisconnect):
+        status = CLIENT_CLOSED_REQUEST
+    start = {"type": "http.response.start", "status": status, "headers": [], RAISED: error}
+    return [start, {"type": "http.response.body", "body": b""}]
+
+
+def error_from_response(scope: Scope, status: int, body: bytes) -> EmbedderError:
+    """The error that an error response of BentoML or Starlette stands for."""
+    match status:
+        case 404:
+            return NotFound(f"no such path: {scope['path'][:100]}; /openapi.json lists the paths")
+        case 405:
+            return MethodNotAllowed(f"{scope['path'][:100]} does not take {scope['method'][:20]}")
+        case 413:
+            return RequestTooLarge(_message(status, body))
+        case 415:
+            return UnsupportedContentType(_message(status, body))
+        case 503:
+            return NotReady("the service is not ready")
+    if status >= 500:
+        return EmbedderError(_phrase(status))  # the body may tell something internal
+    return InvalidRequest(_message(status, body))
+
+
+def _message(status: int, body: bytes) -> str:
+    """The text of `{"error": .., "detail": [pydantic's errors]}`, of `[{"error": ..}]`, or of plain text."""
+    try:
+        fields: Any = json.loads(body)
+    except ValueError:
+        return body.decode("utf-8", "replace").strip() or _phrase(status)
+    fields = fields[0] if isinstance(fields, list) and fields else fields
+    if not isinstance(fields, dict):
+        return _phrase(status)
+    detail = fields.get("detail")
+    if isinstance(detail, list):
+        detail = "; ".join(": ".join((*map(str, fault["loc"]), fault["msg"])) for fault in detail)
+    return str(detail or fields.get("error") or _phrase(status))
+
+
+def _phrase(status: int) -> str:
+    return HTTPStatus(status).phrase if status in set(HTTPStatus) else f"error {status}"

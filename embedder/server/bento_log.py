@@ -1,0 +1,40 @@
+"""BentoML's log handlers for this package's lines too, without BentoML's tracebacks of callers' mistakes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+from bentoml.exceptions import BentoMLException
+from pydantic import ValidationError
+
+from embedder.telemetry.log import JsonLines, request_id
+
+
+def configure_logging(log_format: Literal["text", "json"]) -> None:
+    """Send the lines of the logger `embedder` to BentoML's handlers, each with its request's id.
+
+    BentoML logs a traceback for each request that it refuses, and the traceback holds the request's body.
+    """
+    ours, theirs = logging.getLogger("embedder"), logging.getLogger("bentoml")
+    for handler in theirs.handlers:
+        handler.addFilter(_add_request_id)
+        if log_format == "json":
+            handler.setFormatter(JsonLines())
+    ours.handlers, ours.propagate = theirs.handlers, False
+    ours.setLevel(logging.INFO)
+    logging.getLogger("bentoml._internal.server.http_app").addFilter(lambda record: not _is_callers_mistake(record))
+
+
+def _add_request_id(record: logging.LogRecord) -> bool:
+    """Put the request's id where BentoML's format has the trace."""
+    if name := request_id():
+        record.trace_msg = f" (request={name})"
+    return True
+
+
+def _is_callers_mistake(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, BentoMLException):
+        return error.error_code < 500
+    return isinstance(error, ValidationError)
