@@ -40,7 +40,7 @@ from embedder.bulk.worker import Job, Worker
 from embedder.bulk.writer import Writer, output_schema
 
 PNGS = [encoded(picture(40 + 8 * index, 48, index)) for index in range(3)]
-# the same rows in every format: a text, pictures, both; in a folder the pictures alone
+# The same rows in every format: texts, images, both. A folder has only the images.
 ROWS: list[dict[str, Any]] = [
     {"text": "red"},
     {"image": PNGS[0]},

@@ -1,8 +1,8 @@
-"""Looks for inputs that break a door for untrusted bytes, by coverage: `python -m tests.inputs.fuzz media`.
+"""Coverage-guided fuzzing of everything that reads untrusted bytes: `python -m tests.inputs.fuzz media`.
 
-Atheris (the `fuzz` extra) changes good inputs in whatever way reaches new lines of ours and of Pillow's. It stops at
-the first one that gives anything but a result or an error of ours, and leaves it in the folder it was started in.
-`test_fuzz` puts the same functions to the same test by hypothesis.
+Atheris (the `fuzz` extra) mutates valid inputs to reach new lines of this project and of Pillow. It stops at the first
+input that gives neither a result nor an `InvalidRequest`, and writes it to the current folder. `test_fuzz` checks the
+same functions with hypothesis.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PARSERS = (parse_text_request, parse_image_request, parse_embed, parse_embedding
 
 
 def check_image(data: bytes) -> None:
-    """A picture of whole tokens, or one of the two errors that media has."""
+    """An image whose sides are multiples of the token size, or one of the two errors."""
     try:
         values = load_image(data, GEOMETRY, SETTINGS)
     except (InvalidMedia, MediaTooLarge):
@@ -56,7 +56,7 @@ def check_video(data: bytes) -> None:
 
 
 def check_request(data: bytes) -> None:
-    """Items or an error of the caller's, on every route."""
+    """Items or an `InvalidRequest`, on every route."""
     for parse in PARSERS:
         try:
             items = parse(data, SETTINGS).items
@@ -69,21 +69,21 @@ def check_request(data: bytes) -> None:
 IMAGES = {kind: encoded(picture(40, 36), kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF")}
 CHECKS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     "media": (check_image, list(IMAGES.values())),
-    "video": (check_video, list(hostile.films().values())),
+    "video": (check_video, list(hostile.videos().values())),
     "request": (check_request, [json.dumps(body).encode() for body in hostile.GOOD_BODIES.values()]),
 }
 
 
 def main() -> None:
-    """The command."""
-    import atheris  # with the extra alone
+    """Run the command."""
+    import atheris  # installed with the extra only
 
-    parser = argparse.ArgumentParser(description="Look for inputs that break a door for untrusted bytes.")
+    parser = argparse.ArgumentParser(description="Fuzz the code that reads untrusted bytes.")
     parser.add_argument("what", choices=CHECKS)
     parser.add_argument("--seconds", type=int, default=600)
     chosen = parser.parse_args()
     check, seeds = CHECKS[chosen.what]
-    for function in gc.get_objects():  # what is imported already; not torch
+    for function in gc.get_objects():  # of the modules imported so far, which excludes torch
         if isinstance(function, FunctionType) and str(function.__module__).startswith(("PIL.", "embedder.")):
             atheris.instrument_func(function)
     with tempfile.TemporaryDirectory() as corpus:

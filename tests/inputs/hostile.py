@@ -1,4 +1,4 @@
-"""What a service must survive: pictures, clips, items and bodies made to hurt. Each is to be refused with a code."""
+"""Hostile images, videos, items and bodies. The service must refuse each with an error code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GOOD_BODIES: dict[str, dict[str, Any]] = {
     "/embed_images": {"images": [EXAMPLE_IMAGE]},
 }
 DEEP = json.loads("[" * 500 + "]" * 500)
-WRONG: dict[str, list[Any]] = {  # values of no route's field of that name
+WRONG: dict[str, list[Any]] = {  # values that no route accepts in the field of that name
     "input": [5, True, {}, [], [5], [None], [[]], [[[]]], 1e300, DEEP, ["a"] * 513, ["a"] * 51_300],
     "items": ["red", 5, {}, [], ["a"] * 513, DEEP, [DEEP]],
     "texts": ["red", 5, {}, [], [5], [None], ["a"] * 513],
@@ -60,7 +60,7 @@ FIELDS = {
     "/embed_texts": ["texts"],
     "/embed_images": ["images"],
 }
-SOURCES = ("input", "items", "messages", "texts", "images", "inputs")  # of which a body has one
+SOURCES = ("input", "items", "messages", "texts", "images", "inputs")  # a body has one of them
 MANY = 2**26 - 100  # bytes, nearly the limit of a body
 
 
@@ -79,7 +79,7 @@ def png(
 
 
 def jpeg_of_scans(image: PIL.Image.Image, num_scans: int) -> bytes:
-    """A progressive JPEG whose last scan is there `num_scans` times: a pass over all pixels for a few bytes each."""
+    """A progressive JPEG that repeats its last scan `num_scans` times: each costs a pass over all pixels."""
     data = encoded(image.convert("L"), "JPEG", progressive=True, quality=50)
     last = data.rindex(b"\xff\xc4", 0, data.rindex(b"\xff\xda"))
     return data[:-2] + data[last:-2] * num_scans + data[-2:]
@@ -93,7 +93,7 @@ def pictures() -> Iterator[tuple[str, bytes | str]]:
     yield from _cut(files)
     for kind, data in files.items():
         yield f"{kind} with a wrong first byte", b"\x00" + data[1:]
-        yield f"{kind} behind a PDF's first line", b"%PDF-1.7\n" + data
+        yield f"{kind} after the first line of a PDF", b"%PDF-1.7\n" + data
         yield f"{kind} in base64 twice", base64.b64encode(base64.b64encode(data)).decode()
         yield f"{kind} by a path", f"/tmp/picture.{kind}"
     for kind in ("PPM", "TGA", "ICO", "PCX", "DDS", "SGI", "JPEG2000", "TIFF", "PDF", "EPS", "ICNS"):
@@ -118,10 +118,10 @@ def pictures() -> Iterator[tuple[str, bytes | str]]:
         "GIF of 65,535 x 65,535": files["GIF"][:6] + b"\xff" * 4 + files["GIF"][10:],
         "BMP of 2**62 pixels": files["BMP"][:18] + struct.pack("<ii", 2**31 - 1, 2**31 - 1) + files["BMP"][26:],
         "BMP of negative width": files["BMP"][:18] + struct.pack("<i", -64) + files["BMP"][22:],
-        "PNG that is a JPEG inside": files["PNG"][:8] + files["JPEG"],
-        "JPEG that is a PNG inside": files["JPEG"][:4] + files["PNG"],
-        "WebP that is a sound": b"RIFF\x24\x00\x00\x00WAVEfmt " + b"\0" * 40,
-        "WebP that is a film": b"RIFF\x24\x00\x00\x00AVI LIST" + b"\0" * 40,
+        "PNG with the content of a JPEG": files["PNG"][:8] + files["JPEG"],
+        "JPEG with the content of a PNG": files["JPEG"][:4] + files["PNG"],
+        "RIFF file that is a WAV": b"RIFF\x24\x00\x00\x00WAVEfmt " + b"\0" * 40,
+        "RIFF file that is an AVI": b"RIFF\x24\x00\x00\x00AVI LIST" + b"\0" * 40,
         "one pixel": encoded(picture(1, 1)),
         "one pixel high": encoded(picture(100, 1)),
         "1 to 500": encoded(picture(2, 1000)),
@@ -146,7 +146,7 @@ def pictures() -> Iterator[tuple[str, bytes | str]]:
         "a data URI without base64": "data:image/png,abc",
         "a data URI of text": "data:text/html;base64,PGI+",
         "a data URI of nothing": "data:",
-        "padding alone": "====",
+        "only padding": "====",
         "too little padding": "AAAAA",
         "the other alphabet": "_-_-",
         "letters of Greece": "αβγδ",
@@ -154,14 +154,14 @@ def pictures() -> Iterator[tuple[str, bytes | str]]:
     }.items()
 
 
-def films() -> dict[str, bytes]:
-    """Two seconds in each container."""
-    return {kind: _film(kind, codec) for kind, codec in (("mp4", "mpeg4"), ("matroska", "mjpeg"), ("gif", "gif"))}
+def videos() -> dict[str, bytes]:
+    """Two seconds in each container format."""
+    return {kind: _video(kind, codec) for kind, codec in (("mp4", "mpeg4"), ("matroska", "mjpeg"), ("gif", "gif"))}
 
 
 def clips() -> Iterator[tuple[str, bytes | str | list[str]]]:
     """Encoded clips, strings in place of their base64, or lists of frames."""
-    files = films()
+    files = videos()
     yield from _cut(files)
     small, wide = (base64.b64encode(encoded(picture(width, 32))).decode() for width in (32, 96))
     large = base64.b64encode(png(7072, 7072)).decode()
@@ -176,11 +176,11 @@ def clips() -> Iterator[tuple[str, bytes | str | list[str]]]:
     yield "65 frames", [small] * 65
     yield "frames of two sizes", [small, wide]
     yield "frames of 50 million pixels and more", [large] * 64
-    yield "a frame that is none", [small, "AAAA"]
+    yield "a frame that is not an image", [small, "AAAA"]
 
 
 def items() -> Iterator[tuple[str, Any]]:
-    """Entries of `/embed` that are no items."""
+    """Invalid entries of `/embed`."""
     for entry in (
         *(5, None, True, [], {}, DEEP, {"txt": "a"}, {"a" * 100_000: 1}, {str(number): 1 for number in range(1000)}),
         *({"text": value} for value in (5, "", {}, DEEP, "a" * 200_001, ["a" * 50_000] * 5)),
@@ -200,7 +200,7 @@ def bodies() -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
         for field in FIELDS[path]:
             for number, value in enumerate(WRONG[field]):
                 if value == [] and path in ("/embed_texts", "/embed_images"):
-                    continue  # no rows, no vectors: as BentoML's batching has it
+                    continue  # BentoML's batching answers no rows with no vectors
                 others = {} if field in SOURCES else fields
                 body = json.dumps({**others, field: value}).encode()
                 yield f"{path}: {field} {number}", path, body, {}
@@ -218,7 +218,7 @@ def bodies() -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
 
 
 def large_bodies() -> Iterator[tuple[str, bytes]]:
-    """Of nearly as many bytes as a body may have, for any route."""
+    """Bodies of nearly the largest allowed size, for any route."""
     yield "deep", b'{"input":' + b"[" * (MANY - 20)
     yield "a list of many", b'{"input":[' + b'"a",' * (MANY // 4) + b'"a"]}'
     yield "a list of many numbers", b'{"input":[' + b"1," * (MANY // 2 - 20) + b"1]}"
@@ -275,7 +275,7 @@ def _zipped(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def _film(container_format: str, codec: str) -> bytes:
+def _video(container_format: str, codec: str) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container_format) as container:
         stream = container.add_stream(codec, rate=5)

@@ -160,7 +160,7 @@ def get(fetcher: Fetcher, url: str, is_cancelled: Callable[[], bool] = lambda: F
 
 # Forbidden addresses
 
-NAMES = {  # what a look-up of the attacker's names says; all others fail
+NAMES = {  # addresses of the attacker's names; other names do not resolve
     "private.test": ["10.0.0.1"],
     "loopback.test": ["127.0.0.1"],
     "loopback6.test": ["::1"],
@@ -224,7 +224,7 @@ class Listener(socketserver.ThreadingTCPServer):
 
 
 def resolve_names(host: str, port: int) -> list[str]:
-    """The attacker's names; of others, addresses alone, without a look-up."""
+    """Resolve the attacker's names and literal addresses, without DNS."""
     if host in NAMES:
         return NAMES[host]
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
@@ -253,8 +253,8 @@ def test_forbidden_addresses_are_never_connected_to() -> None:
         assert tried == []
         assert listener.num_visits == 0
     assert {type(error) for error in errors} == {InvalidRequest, MediaUnavailable}
-    told = " ".join(error.message for error in errors if isinstance(error, MediaUnavailable))
-    assert not [ip for ips in NAMES.values() for ip in ips if ip in told.replace("127.0.0.1.nip.invalid", "")]
+    messages = " ".join(error.message for error in errors if isinstance(error, MediaUnavailable))
+    assert not [ip for ips in NAMES.values() for ip in ips if ip in messages.replace("127.0.0.1.nip.invalid", "")]
 
 
 def test_without_the_check_of_addresses_the_same_urls_reach_the_listener(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +396,7 @@ def authority() -> trustme.CA:
 
 
 def secure(authority: trustme.CA, *names: str) -> tuple[Site, list[str | None], ssl.SSLContext]:
-    """A site with a certificate for these names, the names that clients say they want, and who trusts it."""
+    """A site with a certificate for these names, the names that clients request (SNI), and a context that trusts it."""
     asked: list[str | None] = []
     tls, trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
     authority.issue_cert(*names).configure_cert(tls)
@@ -479,11 +479,11 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 @pytest.mark.parametrize(
     "body",
     {
-        "said": answer(bytes(2001)),
-        "said, and never sent": answer(b"", content_length="99999999999999999999"),
-        "not said": b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + bytes(2001),
+        "declared": answer(bytes(2001)),
+        "declared, never sent": answer(b"", content_length="99999999999999999999"),
+        "not declared": b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + bytes(2001),
         "in chunks": CHUNKED + b"3e8\r\n" + bytes(1000) + b"\r\n3e9\r\n" + bytes(1001) + b"\r\n",
-        "said to be short, in chunks": CHUNKED[:-2] + b"content-length: 5\r\n\r\n7d1\r\n" + bytes(2001),
+        "declared shorter, in chunks": CHUNKED[:-2] + b"content-length: 5\r\n\r\n7d1\r\n" + bytes(2001),
         "without end": pour,
     }.items(),
     ids=lambda case: case[0],
@@ -545,7 +545,7 @@ def test_time_limit_covers_redirects_headers_and_body(body: Answer, site: Site) 
     start = time.monotonic()
     with pytest.raises(MediaUnavailable, match=r"^image at a\.test: not complete after 0\.3 s \(url_timeout_s\)$"):
         get(site.fetcher(url_timeout_s=0.3), "http://a.test/")
-    assert 0.3 <= time.monotonic() - start < 2
+    assert 0.3 <= time.monotonic() - start < 20  # the servers go on for ever
 
 
 def test_lookup_that_hangs_ends_at_the_time_limit() -> None:
@@ -559,7 +559,7 @@ def test_lookup_that_hangs_ends_at_the_time_limit() -> None:
     start = time.monotonic()
     with pytest.raises(MediaUnavailable, match="not complete after"):
         get(fetcher, "https://a.test/")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20  # the lookup takes 30 s
     released.set()
 
 
@@ -568,7 +568,7 @@ def test_cancelled_request_frees_its_thread(site: Site) -> None:
     start = time.monotonic()
     with pytest.raises(MediaUnavailable, match="cancelled together with the request"):
         get(site.fetcher(url_timeout_s=60), "http://a.test/", lambda: bool(site.requests))
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 30  # the time limit is 60 s
 
 
 # Through the engine
@@ -612,7 +612,7 @@ def test_fetches_are_limited_do_not_delay_texts_and_end_with_their_requests(engi
     for future in slow:
         future.cancel()
     engine.submit(EmbeddingItem((Image("http://a.test/good"),))).result(30)
-    assert len(site.requests) == MAX_FETCHES + 1  # of the others none began
+    assert len(site.requests) == MAX_FETCHES + 1  # none of the cancelled ones started
 
 
 # Through the running service

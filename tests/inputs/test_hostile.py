@@ -1,4 +1,4 @@
-"""What was made to hurt gets a 4xx with a code; what stands beside it, its vector; the service stays as it was."""
+"""Hostile input gets a 4xx with a code; good items of the same request get their vectors; the service is unharmed."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from embedder.settings import Settings
 from tests.conftest import Server, encoded, picture
 from tests.inputs import hostile
 
-TOLERANCE = 1e-6  # of a value; float32, whatever is in the batch beside it
-MAX_GROWN_BYTES = 600 * 2**20  # the last bodies of 64 MiB until they are collected, and allocators' share; 350 MB seen
-MAX_PARSE_S = 0.3  # of CPU for the largest body; the event loop stands still as long
+TOLERANCE = 1e-6  # of a value in float32; batches differ
+MAX_GROWN_BYTES = 600 * 2**20  # bodies of 64 MiB not collected yet, and allocators; measured: 350 MB
+MAX_PARSE_S = 0.3  # of CPU for the largest body; it blocks the event loop
 SETTINGS = Settings()
 MAX_VALUES = MAX_VALUES_PER_ITEM * SETTINGS.max_items_per_request
 GOOD: list[Any] = [f"good item {number}" for number in range(12)] + [
@@ -47,7 +47,7 @@ def known(embedder: Embedder) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def unharmed(server: Server, known: Any) -> Iterator[None]:
-    """Around all of these tests: memory, files and the answer to a good request are as before, /health answered."""
+    """Check around the tests of this module: memory, open files and vectors as before; /health always responds."""
     with httpx.Client(base_url=server.url, timeout=60) as client:
         _check_good(client, known)
         idle_s = statistics.median(_health_s(client) for _ in range(20))
@@ -65,11 +65,11 @@ def unharmed(server: Server, known: Any) -> Iterator[None]:
     yield
     stopped.set()
     thread.join()
-    assert max(slowest) < 2 + 20 * idle_s  # beside bodies of 64 MB
+    assert max(slowest) < 2 + 20 * idle_s  # while bodies of 64 MB are read
     with httpx.Client(base_url=server.url, timeout=60) as client:
         _check_good(client, known)
     deadline = time.monotonic() + 10
-    while _files(process) > num_files and time.monotonic() < deadline:  # connections of ours that are being closed
+    while _files(process) > num_files and time.monotonic() < deadline:  # connections that are being closed
         time.sleep(0.1)
     assert _files(process) <= num_files
     assert _memory(process) - num_bytes < MAX_GROWN_BYTES
@@ -113,7 +113,7 @@ def _media(field: str, entries: Iterator[tuple[str, Any]]) -> list[tuple[str, An
 
 
 @pytest.mark.parametrize("kind", ["pictures", "clips", "items"])
-def test_bad_item_is_refused_alone_and_beside_fifteen_good_ones(kind: str, client: httpx.Client, known: Any) -> None:
+def test_bad_item_is_refused_by_itself_and_among_fifteen_good_ones(kind: str, client: httpx.Client, known: Any) -> None:
     bad = {
         "pictures": lambda: _media("image", hostile.pictures()),
         "clips": lambda: _media("video", hostile.clips()),
@@ -139,18 +139,18 @@ def test_large_body_is_refused(client: httpx.Client) -> None:
         assert_refused(client.post("/txt/embed", content=body, headers={"content-type": "application/json"}), name)
 
 
-def test_what_a_large_body_took_is_taken_again(server: Server, client: httpx.Client) -> None:
+def test_memory_of_a_large_body_is_reused(server: Server, client: httpx.Client) -> None:
     process = psutil.Process(server.process.pid)
     body = dict(hostile.large_bodies())["one string"]
     num_bytes = []
     for _ in range(10):
         assert_refused(client.post("/txt/embed", content=body, headers={"content-type": "application/json"}), "again")
         num_bytes.append(_memory(process))
-    # A sample may catch a body that is being put away; five more that are kept show in every one of the later half.
+    # A sample can include a body that is being freed. Five bodies that leak show in every sample of the second half.
     assert min(num_bytes[5:]) - min(num_bytes[:5]) < 2 * len(body)
 
 
-def test_body_of_a_get_is_neither_read_nor_waited_for(server: Server) -> None:
+def test_body_of_a_get_request_is_not_read(server: Server) -> None:
     for path in ("/health", "/info", "/v1/models", "/playground"):
         connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=5)
         connection.request("GET", path, headers={"content-length": "1000000000"})
@@ -159,11 +159,11 @@ def test_body_of_a_get_is_neither_read_nor_waited_for(server: Server) -> None:
         connection.close()
 
 
-def test_flood_without_an_end_is_cut_off(server: Server) -> None:
-    """Chunks whose number nothing tells; the answer comes before they end."""
+def test_endless_body_is_cut_off(server: Server) -> None:
+    """Chunked, without a length; the response arrives before the body ends."""
     sent = 0
 
-    def flood() -> Iterator[bytes]:
+    def endless() -> Iterator[bytes]:
         nonlocal sent
         for _ in itertools.count():
             sent += 2**16
@@ -172,15 +172,15 @@ def test_flood_without_an_end_is_cut_off(server: Server) -> None:
 
     with httpx.Client(base_url=server.url, timeout=60) as client:
         try:
-            answer = client.post("/txt/embed", content=flood(), headers={"content-type": "application/json"})
+            answer = client.post("/txt/embed", content=endless(), headers={"content-type": "application/json"})
         except httpx.TransportError:  # the service has answered and closed before all was sent
             return
-        assert_refused(answer, "flood")
+        assert_refused(answer, "endless")
         assert answer.status_code == 413
 
 
 def parse_s(body: bytes) -> float:
-    """CPU seconds of the slowest route's parsing, the best of three: a garbage collection may fall into one."""
+    """CPU seconds of parsing on the slowest route, the best of three because one can include a garbage collection."""
 
     def once(parse: Any) -> float:
         start = time.thread_time()
@@ -193,19 +193,19 @@ def parse_s(body: bytes) -> float:
 
 
 @pytest.mark.parametrize("body", [pytest.param(body, id=name) for name, body in hostile.large_bodies()])
-def test_largest_body_stops_the_event_loop_for_a_moment_only(body: bytes) -> None:
-    """What counts the values runs in a thread and lets go of Python's lock; what parses does not."""
+def test_largest_body_blocks_the_event_loop_briefly(body: bytes) -> None:
+    """Parsing holds the GIL. Counting values does not: it runs in a thread and releases the GIL."""
     assert exceeds_value_count(body, MAX_VALUES) or parse_s(body) < MAX_PARSE_S
 
 
 @pytest.mark.parametrize("field", ["input", "items", "texts"])
 @pytest.mark.parametrize("entry", [1, [], {"a": {}}], ids=str)
-def test_as_many_values_as_a_body_may_hold_cost_a_moment_only(field: str, entry: Any) -> None:
+def test_largest_number_of_values_is_parsed_quickly(field: str, entry: Any) -> None:
     num_each = 1 + sum(map(json.dumps(entry).count, "[{"))
     body = json.dumps({field: [entry] * (MAX_VALUES // num_each - 2)}).encode()
     assert not exceeds_value_count(body, MAX_VALUES)
     assert parse_s(body) < MAX_PARSE_S
 
 
-def test_as_many_unknown_fields_cost_a_moment_only() -> None:
+def test_largest_number_of_unknown_fields_is_parsed_quickly() -> None:
     assert parse_s(json.dumps({f"field {number}": 1 for number in range(MAX_VALUES - 1)}).encode()) < MAX_PARSE_S

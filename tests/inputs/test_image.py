@@ -84,13 +84,13 @@ def test_sides_are_whole_tokens_and_never_zero_however_small_the_maximum() -> No
     assert num_zero  # the case is met
 
 
-def test_long_picture_under_a_small_maximum_keeps_one_row() -> None:
+def test_long_image_under_a_small_maximum_keeps_one_row() -> None:
     # 8,000,000 px into 4,096: both sides shrink by sqrt(8e6 / 4096) = 44.2, to 4.5 x 905; 905 floors to 28 * 32
     assert smart_resize(200, 40_000, 32, 1024, 4096) == (0, 896)
     assert resized_size(200, 40_000, ImageGeometry(32, 1024, 4096)) == (32, 896)
 
 
-def test_pixel_regimes_differ_on_large_pictures_alone() -> None:
+def test_pixel_limits_of_checkpoint_and_reference_differ_on_large_images_only() -> None:
     assert resized_size(1000, 1000, CHECKPOINT) == resized_size(1000, 1000, REFERENCE) == (992, 992)
     assert resized_size(2000, 2000, CHECKPOINT) == (1120, 1120)  # sqrt(1,310,720) = 1144.9, floored to 35 * 32
     assert resized_size(2000, 2000, REFERENCE) == (1344, 1344)  # sqrt(1,843,200) = 1357.6, floored to 42 * 32
@@ -136,15 +136,15 @@ def test_cmyk_jpeg_is_as_in_the_reference() -> None:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
-def test_transparency_lies_on_white_as_in_the_reference(file_format: str) -> None:
+def test_transparency_is_composited_on_white_as_in_the_reference(file_format: str) -> None:
     data = encoded(with_alpha(), file_format, **({"lossless": True} if file_format == "WEBP" else {}))
     assert np.array_equal(load(data), reference(PIL.Image.open(io.BytesIO(data))))
     clear = PIL.Image.new("RGBA", (32, 32), (10, 20, 30, 0))
     assert (load(encoded(clear, file_format)) == 255).all()
 
 
-def test_other_ways_to_be_transparent_lie_on_white_too() -> None:
-    """The reference drops their transparency; ours treats the same picture the same in every mode."""
+def test_every_transparent_mode_is_composited_on_white() -> None:
+    """The reference drops their transparency. Here the same image gives the same pixels in every mode."""
     gray = PIL.Image.new("LA", (64, 64), (40, 0))
     palette = PIL.Image.new("P", (64, 64), 0)
     palette.putpalette([9, 9, 9])
@@ -169,7 +169,7 @@ def test_16_bit_gray_is_scaled_not_clipped() -> None:
     assert np.array_equal(loaded, np.repeat((values // 257).astype(np.uint8)[..., None], 3, axis=2))
 
 
-def test_transparent_value_of_16_bit_gray_lies_on_white() -> None:
+def test_transparent_value_of_16_bit_gray_becomes_white() -> None:
     values = np.full((64, 64), 5140, np.uint16)  # 20 of 255
     values[:, :32] = 1000
     loaded = load(encoded(PIL.Image.fromarray(values), transparency=1000))
@@ -182,12 +182,12 @@ def test_16_bit_color_keeps_its_upper_byte() -> None:
     assert (load(png(64, 64, row * 64, bit_depth=16)) == (0x12, 0x80, 0xFF)).all()
 
 
-def test_animation_gives_its_first_frame() -> None:
+def test_of_an_animation_the_first_frame_is_used() -> None:
     frames = [PIL.Image.new("RGB", (64, 64), color) for color in ("red", "blue", "green")]
     for file_format in ("GIF", "PNG", "WEBP"):
         data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:])
         assert getattr(PIL.Image.open(io.BytesIO(data)), "n_frames", 1) == 3
-        assert (abs(load(data).astype(int) - (255, 0, 0)) < 8).all()  # WebP loses a little
+        assert (abs(load(data).astype(int) - (255, 0, 0)) < 8).all()  # WebP is lossy
 
 
 def test_exif_orientation_is_not_applied() -> None:
@@ -214,14 +214,14 @@ def test_base64_in_short_lines_costs_little_memory() -> None:
     assert peak < 4 * len(text)  # a list of the lines would be 20 times as large
 
 
-def test_every_form_of_base64_is_the_same_picture() -> None:
+def test_every_form_of_base64_gives_the_same_image() -> None:
     data = encoded(picture(40, 40))
     text = base64.b64encode(data).decode()
     lines = base64.encodebytes(data).decode()
     expected = load(data)
     for form in (text, lines, lines.replace("\n", "\r\n"), f"data:image/png;base64,{text}", f"data:;base64,{text}"):
         assert np.array_equal(load(form), expected)
-    # what the data URI calls it does not matter, the bytes do
+    # the media type of the data URI is ignored
     assert np.array_equal(load(f"data:image/jpeg;charset=x;base64,{text}"), expected)
 
 
@@ -259,12 +259,12 @@ def test_empty_source_and_data_uri_without_base64_are_refused(source: Any, messa
         "\ud800AAA",
     ],
 )
-def test_text_that_is_not_base64_is_refused_and_no_path_is_opened(text: str) -> None:
+def test_text_that_is_not_base64_is_refused_and_not_opened_as_a_path(text: str) -> None:
     with pytest.raises(InvalidMedia, match=r"^image(: not a JPEG| is not valid base64 \()"):
         load(text)
 
 
-def test_path_of_a_real_picture_is_not_opened(tmp_path: Any) -> None:
+def test_path_of_an_existing_image_is_not_opened(tmp_path: Any) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(encoded(picture(40, 40)))
     for form in (str(path), path.as_uri()):
@@ -314,16 +314,16 @@ def test_other_formats_that_pil_reads_are_refused(file_format: str) -> None:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP"])
-def test_picture_cut_short_anywhere_is_refused(file_format: str) -> None:
+def test_image_cut_off_anywhere_is_refused(file_format: str) -> None:
     data = encoded(picture(64, 48), file_format)
-    last = len(data) - (20 if file_format == "PNG" else 2)  # without its end marks alone a picture is still whole
+    last = len(data) - (20 if file_format == "PNG" else 2)  # without its end marker an image is still complete
     for length in {*range(1, 40), *range(40, last, max(1, last // 60))}:
         with pytest.raises(InvalidMedia):
             load(data[:length])
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP", "BMP"])
-def test_damaged_bytes_give_a_picture_or_our_error_and_no_warning(file_format: str) -> None:
+def test_damaged_bytes_give_an_image_or_an_error_and_no_warning(file_format: str) -> None:
     data = encoded(picture(48, 48).convert("P") if file_format == "GIF" else picture(48, 48), file_format)
     generator = random.Random(2)
     num_refused = 0
@@ -346,7 +346,7 @@ def test_image_with_a_side_of_one_pixel_is_refused() -> None:
     assert load(encoded(picture(2, 2))).shape == (64, 64, 3)  # the least that min_pixels of 4096 allows
 
 
-def test_picture_of_1_to_500_is_refused() -> None:
+def test_aspect_ratio_of_500_is_refused_after_decoding_the_header() -> None:
     with pytest.raises(
         InvalidMedia, match=r"^image of 2x1000 pixels has an aspect ratio of 500:1; allowed: up to 200:1$"
     ):
@@ -354,17 +354,17 @@ def test_picture_of_1_to_500_is_refused() -> None:
 
 
 @pytest.mark.parametrize("side", [30_000, 13_000, 1001])
-def test_too_many_pixels_are_refused_by_the_header_alone(side: int) -> None:
-    """Without a warning (they are errors here); PIL's own limits stand at 89 and 179 million pixels."""
+def test_too_many_pixels_are_refused_by_the_header(side: int) -> None:
+    """Without PIL's warning, which would be an error here; PIL's limits are 89 and 179 million pixels."""
     with pytest.raises(MediaTooLarge, match=f"{side * side}.* pixels.*; allowed: up to 1000000( pixels)?$"):
-        load(png(side, side))  # had it been decoded it would be InvalidMedia: there are no pixels in it
+        load(png(side, side))  # decoding would raise InvalidMedia: the file has no pixels
 
 
 def test_pixels_at_the_limit_are_allowed() -> None:
     assert load(encoded(PIL.Image.new("RGB", (1000, 1000)))).shape == (992, 992, 3)
 
 
-def test_pil_image_is_held_to_the_same_limit() -> None:
+def test_pil_image_has_the_same_limit() -> None:
     with pytest.raises(MediaTooLarge, match=r"^image of 1001x1000 = 1001000 pixels; allowed: up to 1000000$"):
         load(PIL.Image.new("RGB", (1001, 1000)))
 
@@ -398,7 +398,7 @@ def test_decoding_ends_at_the_deadline(file_format: str) -> None:
         load_image(data, CHECKPOINT, Settings(decode_timeout_s=0.5), deadline=time.monotonic())
 
 
-def test_chunks_without_an_end_are_cut_off_in_time() -> None:
+def test_file_of_a_million_chunks_ends_at_the_deadline() -> None:
     data = png(64, 64, more=chunk(b"tEXt", b"a\0b") * 1_000_000)
     start = time.thread_time()
     with pytest.raises((MediaTooLarge, InvalidMedia)):
@@ -406,7 +406,7 @@ def test_chunks_without_an_end_are_cut_off_in_time() -> None:
     assert time.thread_time() - start < 2
 
 
-def test_progressive_jpeg_of_a_hundred_scans_is_the_most() -> None:
+def test_progressive_jpeg_has_at_most_100_scans() -> None:
     image = picture(64, 64)
     num_own = jpeg_of_scans(image, 0).count(b"\xff\xda")
     load(jpeg_of_scans(image, 100 - num_own))
@@ -414,7 +414,7 @@ def test_progressive_jpeg_of_a_hundred_scans_is_the_most() -> None:
         load(jpeg_of_scans(image, 101 - num_own))
 
 
-def test_warnings_of_the_rest_of_the_program_are_left_alone() -> None:
+def test_warning_filters_are_restored() -> None:
     before = list(warnings.filters)
     load(encoded(picture(40, 40)))
     assert warnings.filters == before

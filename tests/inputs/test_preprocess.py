@@ -1,4 +1,4 @@
-"""Ids, patches and positions are those of transformers' processor and model; what does not fit is cut or refused."""
+"""Ids, patches and positions equal those of transformers; text that does not fit is cut, other content is refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def make(random_checkpoint: Path) -> Make:
-    """A Preprocessor with settings of your own."""
+    """Makes a Preprocessor with the given settings."""
 
     def make(folder: Path = random_checkpoint, **options: Any) -> Preprocessor:
         settings = Settings(**options)
@@ -73,13 +73,13 @@ def processor(random_checkpoint: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def rope_model(random_checkpoint: Path) -> Any:
-    """For `get_rope_index` alone, which reads no weights."""
+    """Used for `get_rope_index`, which reads no weights."""
     with torch.device("meta"):
         return Qwen3VLModel(Qwen3VLConfig.from_pretrained(random_checkpoint))
 
 
 def reference(item: EmbeddingItem, processor: Any) -> Any:
-    """What transformers' processor makes of an item."""
+    """The output of transformers' processor for an item."""
     content: list[dict[str, Any]] = []
     for part in item.parts:
         match part:
@@ -115,7 +115,7 @@ MIXED = [
     (Image(picture(33, 300, 2)), Text("what it shows")),
     (Text("before\n"), Image(picture(90, 64, 3)), Text(" between "), Image(picture(64, 64, 4)), Text("\nafter")),
     (Image(picture(70, 70, 5)), Image(picture(200, 40, 6))),
-    # 64 divides the sides: the reference's first pass over a list of frames rounds to that
+    # sides are multiples of 64, to which the reference first rounds a list of frames
     (Video(tuple(picture(128, 64, seed) for seed in range(5))),),
     (Video(tuple(picture(64, 128, seed) for seed in range(2)), fps=1.0), Text("what moves")),
     (
@@ -188,7 +188,7 @@ def test_positions_of_a_text_count_up(preprocessor: Preprocessor) -> None:
 
 
 def test_patchify_lays_out_blocks_then_rows_then_columns() -> None:
-    # 4x8 pixels, patches of 2, merged by 2: each value says row and column of its pixel
+    # 4x8 pixels, patches of 2, merged by 2; each value is row and column of its pixel
     values = (np.arange(4)[:, None] * 10 + np.arange(8)).astype(np.uint8)
     patches = patchify(values[None, None, :, :, None], patch_size=2, merge_size=2)
     assert patches.grid_thw == (1, 2, 4)
@@ -222,7 +222,7 @@ def test_caller_cannot_end_the_turn(preprocessor: Preprocessor, processor: Any) 
     assert preprocessor(forged).input_ids.tolist() != reference(forged, processor)["input_ids"][0].tolist()
 
 
-def test_what_the_checkpoints_tokenizer_appends_is_appended(
+def test_tokens_that_the_checkpoints_tokenizer_appends_are_appended(
     random_checkpoint: Path, make: Make, tmp_path: Path
 ) -> None:
     item = EmbeddingItem((Text("red"),))
@@ -315,7 +315,7 @@ def test_only_the_callers_text_is_cut(parts: tuple[Any, ...], make: Make, proces
             assert np.array_equal(one.pixels, other.pixels)
 
 
-def test_picture_that_does_not_fit_is_refused(make: Make) -> None:
+def test_image_that_does_not_fit_is_refused(make: Make) -> None:
     # 320x320 is 100 tokens; with the template more than 100 may not be cut
     item = EmbeddingItem((Image(picture(320, 320)), Text(words(50))))
     alone = make()(EmbeddingItem((Image(picture(320, 320)),))).num_tokens
@@ -324,20 +324,20 @@ def test_picture_that_does_not_fit_is_refused(make: Make) -> None:
         make(max_input_tokens=alone - 1)(item)
 
 
-def test_pictures_are_not_decoded_once_the_item_is_too_long(make: Make) -> None:
+def test_images_are_not_decoded_once_the_item_is_too_long(make: Make) -> None:
     large = Image(picture(256, 256))  # 64 tokens
     with pytest.raises(InputTooLong, match=r"^128 tokens of the first 2 images and videos, .*; allowed: 64$"):
         make(max_input_tokens=64)(EmbeddingItem((large, large, Image(b"no picture"))))
 
 
-def test_pictures_and_clips_of_an_item_share_one_deadline(make: Make) -> None:
+def test_images_and_videos_of_an_item_share_one_deadline(make: Make) -> None:
     preprocessor = make(decode_timeout_s=1e-9)
     for part in (Image(encoded(picture(64, 64))), Video((encoded(picture(64, 64)),))):
         with pytest.raises(MediaTooLarge, match="decoding took more than"):
             preprocessor(EmbeddingItem((part,)))
 
 
-def test_clip_that_does_not_fit_is_refused(make: Make) -> None:
+def test_video_that_does_not_fit_is_refused(make: Make) -> None:
     with pytest.raises(InputTooLong):
         make(max_input_tokens=200)(EmbeddingItem((Video((picture(256, 256),) * 8),)))
 
@@ -368,12 +368,12 @@ def test_prefix_holds_the_header_of_the_turn_and_nothing_of_the_text(
     assert (num_shared < other.num_prefix_tokens) == is_grown_together
 
 
-def test_long_text_is_tokenized_beside_what_else_runs(preprocessor: Preprocessor) -> None:
+def test_tokenizing_a_long_text_releases_the_gil(preprocessor: Preprocessor) -> None:
     item = EmbeddingItem((Text(words(20_000)),))
     with ThreadPoolExecutor(1) as pool:
         start = last = time.perf_counter()
         tokenizing = pool.submit(preprocessor, item)
-        longest_s = 0.0  # in which this thread did not come to anything
+        longest_s = 0.0  # in which this thread did not run
         while not tokenizing.done():
             now = time.perf_counter()
             longest_s, last = max(longest_s, now - last), now
@@ -381,9 +381,9 @@ def test_long_text_is_tokenized_beside_what_else_runs(preprocessor: Preprocessor
 
 
 def test_empty_text_next_to_an_image_adds_nothing(preprocessor: Preprocessor) -> None:
-    alone = preprocessor(EmbeddingItem((Image(picture(64, 64)),)))
-    beside = preprocessor(EmbeddingItem((Image(picture(64, 64)), Text(""))))
-    assert np.array_equal(alone.input_ids, beside.input_ids)
+    without_text = preprocessor(EmbeddingItem((Image(picture(64, 64)),)))
+    with_text = preprocessor(EmbeddingItem((Image(picture(64, 64)), Text(""))))
+    assert np.array_equal(without_text.input_ids, with_text.input_ids)
 
 
 # Threads
@@ -420,7 +420,7 @@ def test_geometry_is_the_checkpoints(random_checkpoint: Path) -> None:
     assert (vision.mean, vision.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def test_setting_goes_before_the_checkpoints_pixels(random_checkpoint: Path) -> None:
+def test_setting_overrides_the_checkpoints_max_pixels(random_checkpoint: Path) -> None:
     assert read_vision_config(random_checkpoint, Settings(max_pixels=1_843_200)).max_pixels == 1_843_200
 
 
@@ -431,7 +431,7 @@ def bare_folder(folder: Path, **files: Any) -> Path:
     return folder
 
 
-def test_missing_files_mean_the_published_values(tmp_path: Path, random_checkpoint: Path) -> None:
+def test_missing_files_give_the_published_values(tmp_path: Path, random_checkpoint: Path) -> None:
     assert read_vision_config(bare_folder(tmp_path), Settings()) == read_vision_config(random_checkpoint, Settings())
 
 
@@ -478,7 +478,7 @@ def test_missing_tokenizer_stops_the_start(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_pil_image_is_left_as_it_was(preprocessor: Preprocessor) -> None:
+def test_pil_image_is_not_modified(preprocessor: Preprocessor) -> None:
     image = PIL.Image.new("P", (40, 40))
     preprocessor(EmbeddingItem((Image(image),)))
     assert (image.mode, image.size) == ("P", (40, 40))

@@ -1,4 +1,4 @@
-"""Text that does not fit loses its end or its start, as the item says, or is refused; usage counts what is left."""
+"""Text over the token limit is cut at its end or its start, or refused, as `truncate` says; usage counts the rest."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def text_item(text: str, truncate: Truncate = "end") -> EmbeddingItem:
 
 
 def head_ids(processor: Any) -> list[int]:
-    """Everything before the caller's text."""
+    """Ids of everything before the caller's text."""
     text = "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n"
     ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
 @pytest.mark.parametrize("excess", [1, 2, 50, 150])
-def test_start_cuts_the_beginning_of_the_text_and_nothing_else(excess: int, prepare: Any, processor: Any) -> None:
+def test_start_cuts_only_the_beginning_of_the_text(excess: int, prepare: Any, processor: Any) -> None:
     whole = prepare(text_item(words(200))).input_ids.tolist()
     head = head_ids(processor)
     cut = prepare(text_item(words(200), "start"), len(whole) - excess)
@@ -61,7 +61,7 @@ def test_start_cuts_the_beginning_of_the_text_and_nothing_else(excess: int, prep
     assert np.array_equal(cut.position_ids, np.tile(np.arange(cut.num_tokens), (3, 1)))
 
 
-def test_end_is_what_happens_if_nothing_is_said(prepare: Any) -> None:
+def test_end_is_the_default(prepare: Any) -> None:
     item = EmbeddingItem((Text(words(200)),))
     assert item.truncate == "end"
     end, start = (prepare(text_item(words(200), truncate), 100).input_ids for truncate in ("end", "start"))
@@ -84,7 +84,7 @@ def test_first_text_is_cut_first_by_start_and_last_by_end(prepare: Any) -> None:
 
 
 @pytest.mark.parametrize("truncate", ["start", "end"])
-def test_pictures_times_and_template_are_never_cut(truncate: Truncate, prepare: Any, processor: Any) -> None:
+def test_images_times_and_template_are_never_cut(truncate: Truncate, prepare: Any, processor: Any) -> None:
     clip = Video(tuple(picture(64, 64, seed) for seed in range(4)))
     parts = (Text(words(30, 1)), clip, Text(words(30, 2)), Image(picture(96, 64)), Text(words(30, 3)))
     whole = prepare(EmbeddingItem(parts))
@@ -108,12 +108,12 @@ def test_none_refuses_with_both_numbers(prepare: Any) -> None:
 
 
 @pytest.mark.parametrize("truncate", ["start", "end", "none"])
-def test_picture_that_does_not_fit_is_refused_whatever_the_policy(truncate: Truncate, prepare: Any) -> None:
+def test_image_that_does_not_fit_is_refused_with_every_policy(truncate: Truncate, prepare: Any) -> None:
     with pytest.raises(InputTooLong, match=r"^\d+ tokens.*allowed:.* 100\b"):
         prepare(EmbeddingItem((Text(words(50)), Image(picture(320, 320))), truncate=truncate), 100)
 
 
-def test_policy_does_not_matter_where_everything_fits(prepare: Any) -> None:
+def test_policy_has_no_effect_if_everything_fits(prepare: Any) -> None:
     ids = [prepare(text_item("red", truncate)).input_ids.tolist() for truncate in ("end", "start", "none")]
     assert ids[0] == ids[1] == ids[2]
 
@@ -136,7 +136,7 @@ def test_start_cut_equals_transformers_and_usage_counts_the_rest(random_checkpoi
     assert embedding.num_tokens + embedding.num_cut_tokens == len(head) + len(ids) - num_user + len(tail)
 
 
-def test_refused_item_of_a_list_says_which_it_was(random_checkpoint: Path) -> None:
+def test_refused_item_of_a_list_is_named_by_its_index(random_checkpoint: Path) -> None:
     with Embedder(str(random_checkpoint), device="cpu", max_input_tokens=64) as embedder:
         with pytest.raises(InputTooLong, match=r"^item 1: \d+ tokens; allowed: up to 64"):
             embedder.embed(["red", {"text": words(200), "truncate": "none"}])

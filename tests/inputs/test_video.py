@@ -1,4 +1,4 @@
-"""Clips become the frames, sizes and times that the reference would give the model; what is no clip says why."""
+"""Videos give the frames, sizes and times of the reference; other bytes are refused with the reason."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def clip(
     group: int = 12,
     movflags: dict[str, str] | None = None,
 ) -> bytes:
-    """An encoded clip: a bar that moves over a ground that gets lighter; a key frame every `group` frames."""
+    """An encoded video of a moving bar on a background that gets lighter, with a key frame every `group` frames."""
     container_format, codec, pixel_format, options = KINDS[kind]
     if kind == "H.264 in fragments":
         movflags = FRAGMENTS
@@ -79,13 +79,13 @@ def clip(
 
 
 def every_frame(data: bytes) -> list[PIL.Image.Image]:
-    """All frames, decoded one after the other."""
+    """All frames of a video, decoded in order."""
     with av.open(io.BytesIO(data)) as container:
         return [frame.to_image() for frame in container.decode(video=0)]
 
 
-def sound(container_format: str = "mp4") -> bytes:
-    """A second of silence."""
+def audio(container_format: str = "mp4") -> bytes:
+    """Audio: a second of silence."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container_format) as container:
         stream = container.add_stream("aac" if container_format == "mp4" else "libopus", rate=48000)
@@ -139,12 +139,12 @@ def oracle(random_checkpoint: Path) -> Oracle:
 
 
 @pytest.mark.parametrize("name", PARITY)
-def test_encoded_clip_equals_transformers(name: str, embedder: Embedder, oracle: Oracle) -> None:
+def test_encoded_video_equals_transformers(name: str, embedder: Embedder, oracle: Oracle) -> None:
     item = PARITY[name]()
     assert_equal(embedder.embed([item]), oracle.embed([item]))
 
 
-def test_every_form_of_a_clip_gives_the_same_vector(embedder: Embedder) -> None:
+def test_every_form_of_a_video_gives_the_same_vector(embedder: Embedder) -> None:
     data = clip("H.264 in MP4", 30)
     text = base64.b64encode(data).decode()
     forms = [data, text, f"data:video/mp4;base64,{text}", [f"data:video/mp4;base64,{text}"]]
@@ -153,7 +153,7 @@ def test_every_form_of_a_clip_gives_the_same_vector(embedder: Embedder) -> None:
 
 
 @pytest.mark.parametrize("max_frames", [64, 63, 8, 2])
-def test_sampled_frames_are_qwen_vl_utils(max_frames: int) -> None:
+def test_sampled_frames_are_those_of_qwen_vl_utils(max_frames: int) -> None:
     generator = random.Random(max_frames)
     rates = [1.0, 2.0, 24.0, 25.0, 30000 / 1001, 30.0, 60.0, 0.5, 7.3]
     for _ in range(2000):
@@ -164,12 +164,12 @@ def test_sampled_frames_are_qwen_vl_utils(max_frames: int) -> None:
         assert sample_indices(total, rate, wanted, max_frames) == expected, (total, rate, wanted)
 
 
-def test_times_are_the_frames_numbers_over_the_streams_rate() -> None:
+def test_times_are_frame_numbers_divided_by_the_frame_rate() -> None:
     loaded = load(clip(num_frames=50, rate=25))
     assert loaded.seconds == (0.0, 16 / 25, 33 / 25, 49 / 25)  # four frames at least, of two seconds
 
 
-def test_rate_of_a_header_that_the_time_stamps_contradict_is_not_believed() -> None:
+def test_frame_rate_of_the_header_is_ignored_if_the_timestamps_contradict_it() -> None:
     data = bytearray(clip("VP9 in WebM", 50, width=64, height=64))
     place = data.index(b"\x23\xe3\x83\x84")  # DefaultDuration, in nanoseconds
     data[place + 4 : place + 8] = struct.pack(">I", 1_000_000)  # a thousand frames a second
@@ -188,7 +188,7 @@ def test_single_frame_is_taken_twice() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group", [7, 250])
-def test_frames_are_those_of_decoding_everything(kind: str, group: int) -> None:
+def test_frames_equal_those_of_decoding_everything(kind: str, group: int) -> None:
     data = clip(kind, 120, group=group)
     images = every_frame(data)
     for fps in (1.0, 6.0):
@@ -199,7 +199,7 @@ def test_frames_are_those_of_decoding_everything(kind: str, group: int) -> None:
 
 
 class Counting:
-    """A codec context that counts what it is given and what it gives."""
+    """A codec context that counts packets and frames."""
 
     def __init__(self, context: Any) -> None:
         self.__dict__.update(context=context, num_packets=0, num_frames=0)
@@ -233,7 +233,7 @@ def test_groups_without_a_sampled_frame_are_skipped(kind: str, group: int, max_p
     assert [frame.pts for frame in frames] == wanted
     assert context.num_packets <= max_packets
     if kind.startswith("H.264"):
-        assert context.num_frames < 0.75 * context.num_packets  # frames that no other needs are left out
+        assert context.num_frames < 0.75 * context.num_packets  # frames that no other depends on are skipped
 
 
 # Limits and errors
@@ -296,7 +296,7 @@ def with_offset(index: bytes, by: int) -> bytes:
         ("H.264 in fragments", b"trun", 8, (400_000_000,)),
     ],
 )
-def test_index_that_would_grow_beyond_all_measure_is_refused(
+def test_index_that_declares_too_many_entries_is_refused(
     kind: str, table: bytes, offset: int, values: tuple[int, ...]
 ) -> None:
     with pytest.raises(
@@ -306,7 +306,7 @@ def test_index_that_would_grow_beyond_all_measure_is_refused(
         load(with_table(clip(kind), table, offset, values))
 
 
-def test_small_file_that_took_gigabytes_is_refused_before_it_is_opened() -> None:
+def test_small_file_that_would_take_gigabytes_is_refused_before_it_is_opened() -> None:
     count = 60_000_000  # samples of one byte in one chunk
     data = with_table(clip(), b"stsz", 8, (1, count))
     data = with_table(with_table(data, b"stsc", 16, (count,)), b"stts", 12, (count, 1))
@@ -326,14 +326,14 @@ def test_small_file_that_took_gigabytes_is_refused_before_it_is_opened() -> None
         b"GIF89a" + b";" * 1_000_000,
     ],
 )
-def test_file_of_nothing_but_structure_is_refused_at_once(data: bytes) -> None:
+def test_file_of_only_structure_is_refused_quickly(data: bytes) -> None:
     start = time.thread_time()
     with pytest.raises((InvalidMedia, MediaTooLarge)):
         load(data)
     assert time.thread_time() - start < 5
 
 
-def test_same_bytes_named_often_count_as_often() -> None:
+def test_bytes_that_an_index_repeats_are_counted_each_time() -> None:
     data = clip("H.264 in MP4", 50)
     place = data.index(b"stsz") + 12
     sizes = struct.unpack_from(">50I", data, place)
@@ -342,15 +342,15 @@ def test_same_bytes_named_often_count_as_often() -> None:
         load(data[:place] + first + data[place + 200 :], settings=Settings(max_video_bytes=len(data)))
 
 
-def test_sound_without_pictures_is_refused() -> None:
+def test_audio_without_video_is_refused() -> None:
     with pytest.raises(
         InvalidMedia, match=r"^video without a video stream \(found: audio\); allowed: at least one frame$"
     ):
-        load(sound())
+        load(audio())
     with pytest.raises(
         InvalidMedia, match=r"^video without a video stream \(found: audio\); allowed: at least one frame$"
     ):
-        load(sound("webm"))
+        load(audio("webm"))
 
 
 @pytest.mark.parametrize("kind", ["H.264 in fragments", "H.264 in Matroska", "VP9 in WebM"])
@@ -367,7 +367,7 @@ def test_video_that_is_cut_off_is_refused(kind: str) -> None:
             load(data[: int(len(data) * share)])
 
 
-def test_index_in_front_does_not_hide_that_frames_are_missing() -> None:
+def test_missing_frames_are_noticed_with_the_index_first() -> None:
     data = clip(num_frames=60)  # ftyp, free, mdat, moov: the index points at bytes that stay where they are
     start, end = data.index(b"mdat") - 4, data.index(b"moov") - 4
     index = data[end:]
@@ -402,7 +402,7 @@ def test_other_formats_are_refused_by_their_first_bytes(data: bytes, found: str)
 @pytest.mark.parametrize(
     "name", ["/etc/hostname", "file:///etc/hostname", "clip.mp4", "rtsp://host/a", "https://host/a", "pipe:0"]
 )
-def test_name_is_not_opened(name: str) -> None:
+def test_path_or_url_is_not_opened(name: str) -> None:
     with pytest.raises(InvalidMedia, match=r"^video(: not a GIF| is not valid base64)"):
         load(name)
 
@@ -420,7 +420,7 @@ def test_codec_outside_the_list_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_video_is_an_error_of_the_caller_or_a_clip(kind: str) -> None:
+def test_damaged_video_gives_a_video_or_an_invalid_request(kind: str) -> None:
     data = clip(kind, 30, width=64, height=64)
     generator = random.Random(kind)
     settings = Settings(max_video_bytes=10 * len(data), max_image_pixels=1_000_000, decode_timeout_s=5)
@@ -439,7 +439,7 @@ def test_damaged_video_is_an_error_of_the_caller_or_a_clip(kind: str) -> None:
 # Lists of frames
 
 
-def test_frames_of_several_sizes_are_refused_as_the_reference_cannot_stack_them() -> None:
+def test_frames_of_several_sizes_are_refused() -> None:
     message = r"^video of frames of 64x64, 96x64 pixels; allowed: frames of one size$"
     with pytest.raises(InvalidMedia, match=message):
         load_list(picture(64, 64), picture(96, 64), picture(64, 64))
@@ -450,7 +450,7 @@ def load_list(*frames: Any, **options: Any) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize(("num_given", "num_loaded"), [(1, 2), (2, 2), (3, 4), (8, 8)])
-def test_number_of_frames_is_even_and_the_last_one_repeated(num_given: int, num_loaded: int) -> None:
+def test_odd_number_of_frames_is_made_even_by_repeating_the_last(num_given: int, num_loaded: int) -> None:
     frames = [picture(64, 64, seed) for seed in range(num_given)]
     loaded = load_list(*frames)
     assert len(loaded) == num_loaded
@@ -458,28 +458,28 @@ def test_number_of_frames_is_even_and_the_last_one_repeated(num_given: int, num_
         assert np.array_equal(values, np.asarray(frames[min(index, num_given - 1)]))
 
 
-def test_frames_are_given_in_every_form_of_a_picture() -> None:
+def test_frames_can_be_given_in_every_form_of_an_image() -> None:
     image = picture(64, 64)
     data = encoded(image)
     loaded = load_list(image, data, base64.b64encode(data).decode(), encoded(image.convert("RGBA")))
     assert all(np.array_equal(values, np.asarray(image)) for values in loaded)
 
 
-def test_frames_are_resized_as_pictures_are() -> None:
+def test_frames_are_resized_as_images_are() -> None:
     frames = [picture(70, 50, seed) for seed in range(2)]
     assert np.array_equal(load_list(*frames), np.stack([load_image(frame, CHECKPOINT, SETTINGS) for frame in frames]))
 
 
 def test_small_frames_are_not_enlarged_beyond_the_models_minimum() -> None:
-    assert load_list(picture(128, 128)).shape == (2, 128, 128, 3)  # qwen-vl-utils alone would give 384x384
+    assert load_list(picture(128, 128)).shape == (2, 128, 128, 3)  # qwen-vl-utils would give 384x384
     assert load_list(picture(20, 20)).shape == (2, 64, 64, 3)
 
 
-def test_area_of_a_frame_is_bounded_alone_and_together() -> None:
+def test_area_of_one_frame_and_of_all_frames_is_bounded() -> None:
     large = PIL.Image.new("RGB", (1000, 1000))
-    # alone: sqrt(768 * 1024) = 886.8, floored to 27 * 32
+    # one frame: sqrt(768 * 1024) = 886.8, floored to 27 * 32
     assert load_list(large).shape == (2, 864, 864, 3)
-    # together, as the reference: 7,864,320 * 2 / 40 frames = 393,216, whose root 627.07 floors to 19 * 32
+    # all frames, as the reference: 7,864,320 * 2 / 40 frames = 393,216, whose root 627.07 floors to 19 * 32
     settings = Settings(max_video_frames=5000)
     assert load_video(Video((large,) * 40), CHECKPOINT, settings).frames.shape == (40, 608, 608, 3)
     assert FRAME_MAX_PIXELS == 768 * 1024
@@ -508,7 +508,7 @@ def test_bad_frame_refuses_the_video() -> None:
         load_list(picture(64, 64), encoded(PIL.Image.new("1", (2000, 600))))
 
 
-def test_list_has_two_frames_a_second_unless_it_says_otherwise() -> None:
+def test_list_has_two_frames_per_second_by_default() -> None:
     frames = tuple(picture(64, 64, seed) for seed in range(3))
     assert load_video(Video(frames), CHECKPOINT, SETTINGS).seconds == (0.0, 0.5, 1.0, 1.5)
     assert load_video(Video(frames, fps=4.0), CHECKPOINT, SETTINGS).seconds == (0.0, 0.25, 0.5, 0.75)
