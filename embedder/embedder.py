@@ -1,4 +1,4 @@
-"""Plain Python values -> vectors: the engine with a real model behind it, for programs and for the service."""
+"""`Embedder`: the engine with a loaded checkpoint, for Python programs and for the service."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import PIL.Image
 import torch
 from numpy.typing import NDArray
 
-from embedder.engine.engine import Engine, WaitForRows
+from embedder.engine.device import WaitForRows
+from embedder.engine.engine import Engine
 from embedder.engine.observer import Observer
 from embedder.engine.postprocess import Embedding
 from embedder.errors import DeviceOutOfMemory, InvalidRequest, ModelUnavailable, attributed_to_item
@@ -33,7 +34,7 @@ from embedder.settings import Settings, available_cores
 
 logger = logging.getLogger(__name__)
 
-LIMITS = (
+LIMITS = (  # settings that `info` reports
     "max_input_tokens",
     "max_items_per_request",
     "max_body_bytes",
@@ -50,18 +51,21 @@ LIMITS = (
     "request_timeout_s",
 )
 
-STUCK_AFTER_S = 300.0  # default on a GPU, where no batch takes a tenth of that
+STUCK_AFTER_S = 300.0  # default on a GPU; no batch takes a tenth of that
 
 Item = str | PIL.Image.Image | Mapping[str, Any] | EmbeddingItem
 
 
 class Embedder:
-    """A loaded checkpoint that embeds text, images, clips and mixtures of them.
+    """A loaded checkpoint that embeds text, images, videos and mixtures of them.
 
-    `model` is a checkpoint folder or hub id; without one the small model shipped in the package is used. Threads run
-    until `close` or the end of a `with` block. `worker` chooses the GPU where there are several; `observer` is told
-    what becomes of the items. `on_failure` is told why, when the device is lost and nothing more can be embedded in
-    this process (`Engine`). Other settings are those of `Settings`, by name. Raises `ModelUnavailable`.
+    `model`: a checkpoint folder or hub id; empty: the small model shipped in the package. `device`: auto, cpu, cuda or
+    cuda:N. `options`: other fields of `Settings`, by name; `settings` replaces all of these arguments. `worker`: this
+    process's number, from 0, which chooses its GPU if there are several. `observer` is called at each stage of an item.
+    `on_failure` is called with the reason if the device fails; then this process can embed nothing more.
+
+    Close it, or use it in a `with` block, to end its threads. Raises `ModelUnavailable`, and pydantic's
+    `ValidationError` for settings out of range.
     """
 
     def __init__(
@@ -80,40 +84,44 @@ class Embedder:
         self.settings = settings or Settings(model=str(model or ""), device=device, dtype=dtype, **options)
         self.checkpoint = find_checkpoint(self.settings)
         self.device = choose_device(self.settings, worker)
-        if self.settings.cuda_graphs and self.device.type != "cuda":
+        is_cuda = self.device.type == "cuda"
+        if self.settings.cuda_graphs and not is_cuda:
             raise ModelUnavailable(f"EMBEDDER_CUDA_GRAPHS needs a GPU; the device is {self.device}")
-        if self.device.type == "cpu":  # torch would take every core of the machine, in each worker and under any quota
-            share = max(1, available_cores() // self.settings.num_workers(torch.cuda.device_count()))
-            torch.set_num_threads(min(torch.get_num_threads(), share))
-        # A thread that computes keeps a team of threads. With one beside the engine's there are more than cores, and
-        # OpenMP lets them sleep between any two products: a query took 6.4 ms instead of 3 (`python -m
-        # training.evaluate`, 2 cores, 2026-11-25).
-        with ThreadPoolExecutor(1) as passing:
-            passing.submit(self._load).result()
+        if not is_cuda:
+            self._limit_torch_threads()
+        # In a thread that ends afterwards: OpenMP keeps a team of threads for each thread that has computed. With this
+        # thread's team in addition to the device thread's there are more threads than cores, and a text query takes
+        # 6.4 ms instead of 3 (`python -m training.evaluate`, 2 cores, 2026-11-25).
+        with ThreadPoolExecutor(1) as loader:
+            loader.submit(self._load).result()
         self.engine = Engine(
             self.preprocessor,
             self._launch,
             self.forward.hidden_size,
-            self._within_memory() if self.device.type == "cuda" else self.settings,
+            self._limit_batches_to_memory() if is_cuda else self.settings,
             observer=observer,
-            max_in_flight=2 if self.device.type == "cuda" else 1,
-            stuck_after_s=self.settings.stuck_after_s or (STUCK_AFTER_S if self.device.type == "cuda" else math.inf),
+            max_in_flight=2 if is_cuda else 1,
+            stuck_after_s=self.settings.stuck_after_s or (STUCK_AFTER_S if is_cuda else math.inf),
             on_failure=on_failure,
         )
-        self._announce(time.monotonic() - start)
+        self._log_start(time.monotonic() - start)
 
     def embed(
         self, items: Iterable[Item], *, instruction: str | None = None, dimensions: int | None = None
     ) -> list[NDArray[np.float32]]:
-        """One unit vector for each item, in order, each (dimensions,) float32.
+        """Embed items: one vector per item, in order, each (dimensions,) float32.
 
-        An item is a text, a PIL image, an `EmbeddingItem`, or a mapping with `text`, `image` (encoded bytes, base64,
-        PIL, or a URL as far as `url_hosts` goes), `video` (likewise, or a list of frames) or `content` (parts in your
-        order), and optionally its own `instruction`, `dimensions` and `truncate`; those given here serve the others.
-        Raises the first faulty item's `EmbedderError`, with its index.
+        An item is a string, a PIL image, an `EmbeddingItem`, or a mapping with `text`, `image` (encoded bytes, base64,
+        a PIL image, or a URL if `url_hosts` allows it), `video` (likewise, or a list of frames) or `content` (a list of
+        parts in your order), and optionally `instruction`, `dimensions`, `normalize` and `truncate`. `instruction` and
+        `dimensions` of this call apply to strings, PIL images, and mappings that do not set their own. `dimensions` is
+        from 64 to the model's hidden size, the default. Vectors have unit length, except with `normalize` false.
+
+        Blocks while the queue is full, so a generator is read only as fast as its items are embedded. Raises the
+        `EmbedderError` of the first item that fails, with its index; the items after it are cancelled.
         """
         vectors: list[NDArray[np.float32]] = []
-        futures: deque[Future[Embedding]] = deque()  # of the items behind those whose vectors are there
+        futures: deque[Future[Embedding]] = deque()  # of the items that follow those in `vectors`
         request = object()
 
         def take_first() -> None:
@@ -132,11 +140,11 @@ class Embedder:
                 take_first()
         finally:
             for future in futures:
-                future.cancel()  # those still waiting, after an error
+                future.cancel()  # after an error
         return vectors
 
     def info(self) -> dict[str, Any]:
-        """What is served, for `/info`: model, sizes, limits, device."""
+        """The model, its sizes, the device and the limits, as `/info` reports them. Pixels are per image."""
         vision = self.preprocessor.vision
         return {
             "model": self.checkpoint.name,
@@ -152,7 +160,7 @@ class Embedder:
         }
 
     def close(self) -> None:
-        """Finish what was submitted and end the threads."""
+        """Finish the submitted items and end the threads."""
         self.engine.close()
 
     def __enter__(self) -> Self:
@@ -169,11 +177,16 @@ class Embedder:
         )
         self.forward = Forward(weights, vision, self.settings.attention, is_compiled=self.settings.torch_compile)
         if self.settings.torch_compile:
-            self._compile()
+            self._compile_layers()
         self.graphs = self._record_graphs() if self.settings.cuda_graphs else None
 
-    def _within_memory(self) -> Settings:
-        """The settings, with batches that the GPU holds beside all that will be kept there."""
+    def _limit_torch_threads(self) -> None:
+        """Use this worker's share of the cores. By default torch uses all of the machine's, whatever the CPU quota."""
+        share = max(1, available_cores() // self.settings.num_workers(torch.cuda.device_count()))
+        torch.set_num_threads(min(torch.get_num_threads(), share))
+
+    def _limit_batches_to_memory(self) -> Settings:
+        """The settings with `max_batch_tokens` lowered to what fits the GPU next to the kept prefixes."""
 
         def run(inputs: list[ModelInput]) -> None:
             with device_errors(self.device):
@@ -191,9 +204,9 @@ class Embedder:
         except DeviceOutOfMemory as error:
             raise ModelUnavailable(f"EMBEDDER_CUDA_GRAPHS: no memory is left for the graphs: {error}") from error
 
-    def _compile(self) -> None:
-        """Run each tower once. Raises `ModelUnavailable` where what torch.compile needs is missing."""
-        logger.info("compiling the layers; TORCHINDUCTOR_CACHE_DIR says where that is kept for the next start")
+    def _compile_layers(self) -> None:
+        """Run each tower once. Raises `ModelUnavailable` if torch.compile does not work here, e.g. has no compiler."""
+        logger.info("compiling the layers; the next start is faster if TORCHINDUCTOR_CACHE_DIR keeps the result")
         start = time.monotonic()
         item = EmbeddingItem((Text("ready?"), Image(EXAMPLE_IMAGE)))
         try:
@@ -201,9 +214,10 @@ class Embedder:
         except RuntimeError as error:
             reason = " ".join(str(error).strip().partition("\n\n")[0].split())
             raise ModelUnavailable(f"EMBEDDER_TORCH_COMPILE: the layers cannot be compiled: {reason}") from error
-        logger.info("compiled in %.0f s", time.monotonic() - start)
+        logger.info("the layers are compiled after %.0f s", time.monotonic() - start)
 
     def _launch(self, inputs: list[ModelInput]) -> WaitForRows:
+        """Start a batch, sorted by length; the function returned gives the rows in the order of `inputs`."""
         order = sorted(range(len(inputs)), key=lambda index: inputs[index].num_tokens)
         with device_errors(self.device):
             wait_for_rows = pool(self._forward([inputs[index] for index in order]))
@@ -215,19 +229,19 @@ class Embedder:
         return wait
 
     def _forward(self, inputs: list[ModelInput]) -> torch.Tensor:
-        """(num_items, hidden_size), on the device."""
+        """The final hidden states, (num_items, hidden_size), on the device."""
         if self.graphs and (num_tokens := graph_size(inputs)):
             return self.graphs(inputs, num_tokens)
         return self.forward(pack(inputs, self.preprocessor.vision.merge_size, self.device))
 
-    def _announce(self, seconds: float) -> None:
+    def _log_start(self, seconds: float) -> None:
         if self.checkpoint.is_bundled:
             logger.warning(
-                "serving the small model shipped in the package: it knows colors, shapes and emoji drawings, "
-                "and is for trying out. Set EMBEDDER_MODEL=Qwen/Qwen3-VL-Embedding-2B for the real one"
+                "using the small model shipped in the package, for trials only: it knows colors, shapes and emoji. "
+                "Set EMBEDDER_MODEL=Qwen/Qwen3-VL-Embedding-2B to use the published model"
             )
         logger.info(
-            "%s loaded in %.1f s: %s, %s, attention %s",
+            "%s loaded in %.1f s: device %s, dtype %s, attention %s",
             self.checkpoint.name,
             seconds,
             self.device,

@@ -1,11 +1,11 @@
-"""A hand-written model for the engine: a row is what its text says, and some texts break things."""
+"""A hand-written model for the engine: a row depends on the item's text, and some texts cause failures."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.engine.engine import Engine, WaitForRows
+from embedder.engine.device import WaitForRows
+from embedder.engine.engine import Engine
 from embedder.engine.postprocess import Embedding
 from embedder.errors import DeviceFailed, DeviceOutOfMemory, InvalidRequest
 from embedder.inputs.items import EmbeddingItem, Text
@@ -25,19 +26,20 @@ HIDDEN_SIZE = 8
 
 @dataclass
 class FakeModel:
-    """Counts batches; can be told to wait, to fail on a poisoned item, or to give something that is not a number.
+    """Records what it is asked to do.
 
-    `capacity`: how many characters fit its memory together. `is_entered`: a batch was begun. `preprocessed`: the
-    texts, in order.
+    `gate`: batches and the text "slow" wait until it is set. `is_entered`: set when a batch starts. `batches`: number
+    of items of each batch. `capacity`: characters that fit the memory. `preprocessed`: texts in order. `on_batch` is
+    called with the number of items of each batch.
     """
 
     gate: threading.Event = field(default_factory=threading.Event)
     is_entered: threading.Event = field(default_factory=threading.Event)
     batches: list[int] = field(default_factory=list)
     capacity: int = 1_000_000
-    seconds_per_item: float = 0.0
     preprocessed: list[str] = field(default_factory=list)
     num_launched: int = 0
+    on_batch: Callable[[int], None] = lambda _: None
     stream: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def preprocess(self, item: EmbeddingItem) -> ModelInput:
@@ -58,16 +60,17 @@ class FakeModel:
         if part.text == "interrupted":
             raise KeyboardInterrupt
         if part.text == "panic":
-            raise BaseException("a panic in a library")  # as tokenizers raises what panics in Rust
+            raise BaseException("a panic in a library")  # as tokenizers raises a panic in Rust
         ids = np.frombuffer(part.text.encode(), np.uint8).astype(np.int64)
         return ModelInput(ids, np.zeros((3, len(ids)), np.int64), np.empty(0, np.int64), (), 0, 0, len(ids))
 
     def launch(self, inputs: list[ModelInput]) -> WaitForRows:
+        """As on a CPU: the launch computes."""
         rows = self.run(inputs)
         return lambda: rows
 
     def launch_ahead(self, inputs: list[ModelInput]) -> WaitForRows:
-        """As on a GPU: batches queue up there, and are computed one after the other."""
+        """As on a GPU: batches are queued on the device, which computes them one after the other."""
         self.num_launched += 1
         return self.stream.submit(self.run, inputs).result
 
@@ -75,7 +78,7 @@ class FakeModel:
         self.is_entered.set()
         self.gate.wait(timeout=30)
         self.batches.append(len(inputs))
-        time.sleep(self.seconds_per_item * len(inputs))
+        self.on_batch(len(inputs))
         if sum(one.num_tokens for one in inputs) > self.capacity:
             raise DeviceOutOfMemory("full")
         texts = [bytes(one.input_ids.astype(np.uint8)).decode() for one in inputs]
@@ -100,28 +103,45 @@ def item(text: str, **options: Any) -> EmbeddingItem:
     return EmbeddingItem((Text(text),), **options)
 
 
-def held_back(engine: Engine, model: FakeModel, texts: list[str], num_launched: int = 0) -> list[Future[Embedding]]:
-    """Submit behind an item that holds the device until all of them wait, so that they run together.
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Fails after 10 s."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
-    `num_launched`: of an engine that launches ahead, how many of them at the most do not wait.
-    """
+
+@contextmanager
+def busy_device(engine: Engine, model: FakeModel) -> Iterator[None]:
+    """The item "holder" occupies the device during the block."""
     model.gate.clear()
     model.is_entered.clear()
     holder = engine.submit(item("holder"))
     assert model.is_entered.wait(10)
-    futures = [engine.submit(item(text)) for text in texts]
-    deadline = time.monotonic() + 10
-    while len(engine._inputs) < len(texts) - num_launched and time.monotonic() < deadline:
-        time.sleep(0.001)
+    yield
     model.gate.set()
-    wait([holder], timeout=10)
+    holder.result(10)
+
+
+def submit_together(
+    engine: Engine, model: FakeModel, texts: Sequence[str], num_launched: int = 0
+) -> list[Future[Embedding]]:
+    """Submit the texts while the device is busy, so that they run in one batch if they fit.
+
+    `num_launched`: how many of them an engine that launches ahead may take at once.
+    """
+    with busy_device(engine, model):
+        futures = [engine.submit(item(text)) for text in texts]
+        wait_until(lambda: len(engine._inputs) >= len(texts) - num_launched)
     return futures
 
 
 @contextmanager
 def running(model: FakeModel, **settings: Any) -> Iterator[Engine]:
-    """An engine with this model; at the end the model waits no more, and the engine is closed."""
+    """An engine with this model. At the end the gate is opened and the engine closed."""
     engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, Settings(**settings))
-    yield engine
-    model.gate.set()
-    engine.close()
+    try:
+        yield engine
+    finally:
+        model.gate.set()
+        engine.close()

@@ -1,4 +1,4 @@
-"""`Embedder` as a program uses it."""
+"""`Embedder` as Python programs use it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from embedder.settings import available_cores
 from tests.conftest import encoded, picture
 
 
-def test_an_item_may_be_given_in_every_form(embedder: Embedder) -> None:
+def test_forms_of_the_same_item_give_the_same_vector(embedder: Embedder) -> None:
     text = embedder.embed(["red", {"text": "red"}, {"text": ["red"]}, EmbeddingItem((Text("red"),))])
     png = encoded(picture(70, 50))
     b64 = base64.b64encode(png).decode()
@@ -40,7 +40,7 @@ def test_vectors_are_float32_of_unit_length(embedder: Embedder) -> None:
         assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
 
 
-def test_items_own_options_go_before_the_calls(embedder: Embedder) -> None:
+def test_options_of_an_item_take_precedence_over_those_of_the_call(embedder: Embedder) -> None:
     own = {"text": "red", "instruction": "Find it.", "dimensions": 64}
     vectors = embedder.embed([own, "red"], instruction="Look.", dimensions=128)
     assert [len(vector) for vector in vectors] == [64, 128]
@@ -56,8 +56,10 @@ def test_instruction_changes_the_vector_and_the_default_is_the_published_one(emb
     assert np.abs(plain - other).max() > 1e-3
 
 
-def test_error_names_the_item(embedder: Embedder) -> None:
-    with pytest.raises(InvalidMedia, match=r"^item 2: the bytes are a PDF document"):
+def test_error_has_the_index_of_its_item(embedder: Embedder) -> None:
+    with pytest.raises(
+        InvalidMedia, match=r"^item 2: image: not a JPEG, PNG, WebP, GIF or BMP file, but a PDF document"
+    ):
         embedder.embed(["red", "green", {"image": b"%PDF-1.7 ..."}, "blue"])
     with pytest.raises(UnsupportedDimensions, match=r"^item 1: dimensions: got 5000"):
         embedder.embed(["red", {"text": "green", "dimensions": 5000}])
@@ -66,12 +68,12 @@ def test_error_names_the_item(embedder: Embedder) -> None:
     assert len(embedder.embed(["still works"])) == 1
 
 
-def test_more_items_than_the_queue_holds_are_embedded(random_checkpoint: Path) -> None:
+def test_call_may_have_more_items_than_the_queue_holds(random_checkpoint: Path) -> None:
     with Embedder(str(random_checkpoint), device="cpu", max_queued_tokens=200) as embedder:
         assert len(embedder.embed([f"text {index}" for index in range(100)])) == 100
 
 
-def test_of_what_was_embedded_only_vectors_are_kept(random_checkpoint: Path) -> None:
+def test_call_keeps_only_the_vectors_of_finished_items(random_checkpoint: Path) -> None:
     num_futures = []
 
     def texts() -> Iterator[str]:
@@ -81,7 +83,7 @@ def test_of_what_was_embedded_only_vectors_are_kept(random_checkpoint: Path) -> 
 
     with Embedder(str(random_checkpoint), device="cpu", max_queued_tokens=2048, max_input_tokens=1024) as small:
         assert len(small.embed(texts())) == 600
-    assert num_futures[0] < 200  # a queue holds 68 of them
+    assert num_futures[0] < 200  # the queue holds 68 items
 
 
 @pytest.mark.parametrize(
@@ -92,9 +94,7 @@ def test_of_what_was_embedded_only_vectors_are_kept(random_checkpoint: Path) -> 
         ("owner/name-that-is-not-there", "could not be downloaded"),
     ],
 )
-def test_missing_model_is_an_error_that_says_what_to_do(
-    model: str, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_model_is_an_error(model: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelUnavailable, match=reason):
         Embedder(model)
@@ -106,21 +106,24 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
         Embedder(str(tmp_path))
 
 
-def test_importing_the_package_is_light() -> None:
+def test_importing_the_package_does_not_import_torch() -> None:
     program = "import sys, embedder; print(sorted({'torch', 'transformers', 'torchvision'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 @pytest.mark.skipif(available_cores() < 2 or not Path("/proc/self/task").is_dir(), reason="needs two cores, and Linux")
-def test_loading_leaves_no_threads_behind() -> None:
-    """They would be more than cores with the engine's own, and OpenMP's would sleep between any two of its products."""
+def test_threads_that_load_the_model_end() -> None:
+    """Otherwise OpenMP has more threads than cores and becomes slow. Embedding starts its own threads."""
     program = """
-import os, threading, torch
+import os, threading, time, torch
 from embedder import Embedder
-torch.set_num_threads(torch.get_num_threads())  # starts one of another kind
+torch.set_num_threads(torch.get_num_threads())  # starts torch's own pool
 count = lambda: len(os.listdir("/proc/self/task")) - threading.active_count()
 before = count()
 with Embedder() as embedder:
+    deadline = time.monotonic() + 10
+    while count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)  # a thread of the system outlives Python's thread for a moment
     loaded = count()
     embedder.embed(["red"])
     print(loaded - before, count() > loaded)

@@ -1,0 +1,17 @@
+"""Takes items, decides which run together on the device, and returns their embeddings. No torch, no HTTP.
+
+The files, in the order in which an item meets them:
+
+    aio                 awaits the embeddings of a request's items in an event loop, within a time limit
+    engine              the queue and the device thread: the whole way of an item, step by step
+    admission           which items and requests are accepted, and when a refused caller should retry
+    job                 one admitted item, with its future
+    observer            what the engine reports: traces of items, and batches
+    preprocess_workers  the threads that fetch, decode, resize and tokenize
+    cache               content keys, and rows of earlier items
+    coalescing          that cache, together with the jobs that wait for the same content
+    scheduler           which jobs run next, within a token budget
+    batch_limits        the token budget after an out-of-memory error
+    device              launches batches, waits for them, and measures them
+    postprocess         a pooled row to the vector that the caller asked for
+"""

@@ -1,4 +1,4 @@
-"""EmbeddingItems -> their Embeddings, awaited in an event loop within a time, by the engine's threads."""
+"""Embeds a request's items from an event loop, within a time limit. The engine's threads do the work."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 
-from embedder.engine.engine import Engine, Room
+from embedder.engine.admission import Reservation
+from embedder.engine.engine import Engine
 from embedder.engine.postprocess import Embedding
 from embedder.errors import ITEM_ERRORS, DeadlineExceeded, EmbedderError, attributed_to_item, without_traceback
 from embedder.inputs.items import EmbeddingItem
 
 Outcome = Embedding | EmbedderError
 
-SUBMITTED_AT_ONCE = 16  # items: some 2 ms of texts; then the event loop looks after others
+ITEMS_PER_TURN = 16  # about 2 ms of short texts; then other tasks of the event loop have a turn
 
 
 async def embed_all(
     engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float
 ) -> list[Embedding]:
-    """Every item's Embedding, in order. Raises the first error in order, with its index, and gives up the others."""
+    """Embed all items, in order. Raises the first error in order, with the item's index, and cancels the other items.
+
+    Also raises `DeadlineExceeded` after `timeout_s`, and `Overloaded`, `RequestTooLarge`, `ShuttingDown` and
+    `DeviceFailed`, which concern the whole request.
+    """
     embeddings = []
     async with _submitted(engine, items, timeout_s) as futures:
         for index, future in enumerate(futures):
@@ -30,9 +35,9 @@ async def embed_all(
 
 
 async def embed_each(engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float) -> list[Outcome]:
-    """Every item's Embedding or error, in order. An error among the items, of its parsing, is its outcome.
+    """Embed the items, in order: each gives its embedding or its error. An error among the items is returned as is.
 
-    Raises one that concerns more than an item: the device is lost.
+    Raises the errors that concern the whole request, as `embed_all` does.
     """
     async with _submitted(engine, items, timeout_s) as futures:
         return [await _outcome(future) for future in futures]
@@ -46,7 +51,7 @@ async def _outcome(future: Future[Embedding]) -> Outcome:
 
 
 async def _result(future: Future[Embedding]) -> Embedding:
-    """Most of a request's are there with the first."""
+    # `wrap_future` costs a turn of the loop; most futures of a request are done with the first.
     return future.result() if future.done() else await asyncio.wrap_future(future)
 
 
@@ -54,36 +59,35 @@ async def _result(future: Future[Embedding]) -> Embedding:
 async def _submitted(
     engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float
 ) -> AsyncIterator[list[Future[Embedding]]]:
-    """A future for each item. Those not done at the end are given up.
-
-    Raises `DeadlineExceeded`, and what concerns the request and no single item: `Overloaded`, `RequestTooLarge`,
-    `ShuttingDown`, `DeviceFailed`.
-    """
+    """Submit the items, and yield a future for each. At the end, cancel those that are not done."""
     request, loop = object(), asyncio.get_running_loop()
     futures: list[Future[Embedding]] = []
     try:
         async with asyncio.timeout(timeout_s):
-            with engine.room_for([item for item in items if isinstance(item, EmbeddingItem)]) as room:
-                for start in range(0, len(items), SUBMITTED_AT_ONCE):
-                    loop.call_soon(engine.wake)  # not before what else came in this turn of the loop is submitted
-                    for item in items[start : start + SUBMITTED_AT_ONCE]:
-                        futures.append(_submit(engine, item, request, room))
+            with engine.reserve([item for item in items if isinstance(item, EmbeddingItem)]) as reservation:
+                for start in range(0, len(items), ITEMS_PER_TURN):
+                    # Later in this turn of the loop, so that requests that arrived together run together.
+                    loop.call_soon(engine.wake)
+                    for item in items[start : start + ITEMS_PER_TURN]:
+                        futures.append(_submit(engine, item, request, reservation))
                     if len(futures) < len(items):
                         await asyncio.sleep(0)
             yield futures
     except TimeoutError as error:
-        raise DeadlineExceeded(f"timeout: not done after {timeout_s:g} s, the limit") from error
+        raise DeadlineExceeded(f"timeout: not done after {timeout_s:g} s, the limit for a request's items") from error
     finally:
         for future in futures:
-            future.cancel()  # those still waiting, after an error or when the caller went away
+            future.cancel()  # has no effect on those that are done
 
 
-def _submit(engine: Engine, item: EmbeddingItem | EmbedderError, request: object, room: Room) -> Future[Embedding]:
-    """An item's future, which has failed already where that item is refused."""
+def _submit(
+    engine: Engine, item: EmbeddingItem | EmbedderError, request: object, reservation: Reservation
+) -> Future[Embedding]:
+    """The item's future, which is failed already if the item is refused."""
     try:
         if isinstance(item, EmbedderError):
             raise item
-        return engine.submit(item, request=request, room=room, wake=False)
+        return engine.submit(item, request=request, reservation=reservation, wake=False)
     except ITEM_ERRORS as error:
         refused: Future[Embedding] = Future()
         refused.set_exception(without_traceback(error))

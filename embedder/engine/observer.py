@@ -1,7 +1,7 @@
-"""What the engine tells of its work: numbers and times, and nothing of what callers sent.
+"""What the engine reports about its work: numbers and times, and nothing that callers sent.
 
-The engine calls an `Observer`; who measures (`metrics`) is one. Whoever wants to know of the items of one request
-(`tracing`) sets `ITEM_TRACES` around it. All times are seconds of `time.monotonic`.
+The engine calls one `Observer`, which the metrics implement. Code that wants the traces of one request's items, as
+tracing does, sets `ITEM_TRACES` around the request. All times are seconds of `time.monotonic`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KIND_OF_PART: dict[type[Part], Kind] = {Text: "text", Image: "image", Video: "v
 
 @dataclass(frozen=True)
 class Batch:
-    """What ran together. `num_tokens`: as the scheduler counts them against its budget."""
+    """Measurements of items that ran together. `num_tokens` is their cost as the scheduler counts it."""
 
     num_items: int
     num_tokens: int
@@ -43,9 +43,9 @@ class Batch:
 
 @dataclass(slots=True)
 class ItemTrace:
-    """One item's way through the engine; None and 0 stand where it has not come to, or will not.
+    """The stages of one item. Times of stages that it has not reached are None, counts 0.
 
-    `num_tokens` counts text and visual tokens; the first `num_prefix_tokens` of them are shared with other items.
+    `num_tokens` counts text and visual tokens; the first `num_prefix_tokens` of them may be shared with other items.
     """
 
     kind: Kind
@@ -61,15 +61,15 @@ class ItemTrace:
 
     @contextmanager
     def preprocessing(self) -> Iterator[None]:
-        """Takes the time of what runs inside, also where it fails."""
+        """Record the start and the end of the block as the preprocessing stage, also if it raises."""
         self.preprocess_started_s = time.monotonic()
         try:
             yield
         finally:
             self.preprocess_ended_s = time.monotonic()
 
-    def count(self, model_input: ModelInput) -> None:
-        """Take over how large it turned out to be."""
+    def count_tokens(self, model_input: ModelInput) -> None:
+        """Record the numbers of tokens that preprocessing found."""
         self.num_tokens = model_input.num_tokens
         self.num_visual_tokens = len(model_input.visual_index)
         self.num_prefix_tokens = model_input.num_prefix_tokens
@@ -77,26 +77,26 @@ class ItemTrace:
 
 
 class Observer:
-    """Is told what becomes of items, by the engine's threads, which wait meanwhile. This one does not care."""
+    """Callbacks for the stages of items. The engine's threads wait for them. This base class does nothing."""
 
     def admitted(self, trace: ItemTrace) -> None:
-        """An item has a place in the queue."""
+        """An item entered the queue."""
 
     def preprocessed(self, trace: ItemTrace) -> None:
-        """An item was preprocessed, or failed there: then it has no tokens."""
+        """Preprocessing of an item ended; if it failed, the trace has no tokens."""
 
     def ran(self, batch: Batch, traces: Sequence[ItemTrace]) -> None:
-        """A batch came back from the device."""
+        """A batch was computed."""
 
-    def answered(self, trace: ItemTrace, future: Future[Embedding]) -> None:
-        """An item left: with its vector, with an error, or cancelled because nobody waits for it any more."""
+    def resolved(self, trace: ItemTrace, future: Future[Embedding]) -> None:
+        """An item left the queue: with its embedding, with an error, or cancelled by its caller."""
 
 
 ITEM_TRACES: ContextVar[list[ItemTrace] | None] = ContextVar("traces", default=None)
 
 
 def begin_trace(item: EmbeddingItem, estimated_tokens: int) -> ItemTrace:
-    """The trace of an item just admitted; whoever listens in this context gets to know it."""
+    """Create the trace of an item that was just admitted, and add it to `ITEM_TRACES` if that is set."""
     trace = ItemTrace(item_kind(item), estimated_tokens, time.monotonic())
     if (traces := ITEM_TRACES.get()) is not None:
         traces.append(trace)
@@ -104,6 +104,6 @@ def begin_trace(item: EmbeddingItem, estimated_tokens: int) -> ItemTrace:
 
 
 def item_kind(item: EmbeddingItem) -> Kind:
-    """What an item is made of; `mixed` where its parts are not all of one kind."""
+    """The kind of the item's parts; `mixed` if they differ."""
     kinds = {_KIND_OF_PART[type(part)] for part in item.parts}
     return kinds.pop() if len(kinds) == 1 else "mixed"

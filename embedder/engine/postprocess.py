@@ -1,9 +1,8 @@
-"""A pooled row -> the vector that was asked for: cut to `dimensions`, brought to unit length, quantized if asked."""
+"""A pooled row to the vector that the caller asked for: cut to `dimensions`, normalized, and quantized."""
 
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,21 +10,22 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.errors import EngineFailed, InvalidRequest, UnsupportedDimensions
+from embedder.errors import EngineFailed, InvalidRequest
 
 OutputDtype = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 
-MIN_DIMENSIONS = 64  # the smallest Matryoshka size the checkpoints were trained for (model card)
-# int8 covers this many times 1/sqrt(dimensions), the root mean square of a unit vector's values. The largest of the
-# published 2B's first values for its demo image is 5 times that; 12 leaves room, and costs a cosine below 0.001.
+MIN_DIMENSIONS = 64  # the smallest Matryoshka size that the checkpoints were trained for (model card)
+# int8 covers this many times 1 / sqrt(dimensions), the root mean square of a unit vector's values. The largest of the
+# first values that are published for the 2B model's demo image is 5 times that. At 12 the cosine changes by < 0.001.
 INT8_RANGE = 12.0
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """One answer. `vector`: (dimensions,) float32. `num_tokens` were embedded, `num_cut_tokens` did not fit.
+    """The result for one item.
 
-    `is_cached`: equal content had been computed, or was being computed, for another item.
+    `vector`: (dimensions,) float32. `num_tokens`: tokens of the sequence that was embedded. `num_cut_tokens`: tokens
+    of the item's text that were truncated. `is_cached`: the row came from the cache or from a coalesced item.
     """
 
     vector: NDArray[np.float32]
@@ -34,39 +34,26 @@ class Embedding:
     is_cached: bool = False
 
 
-def check_dimensions(dimensions: int | None, hidden_size: int) -> None:
-    """Raises `UnsupportedDimensions` unless a vector of that size can be cut from `hidden_size` values."""
-    smallest = min(MIN_DIMENSIONS, hidden_size)
-    is_whole = isinstance(dimensions, int) and not isinstance(dimensions, bool)
-    if dimensions is not None and not (is_whole and smallest <= dimensions <= hidden_size):
-        raise UnsupportedDimensions(
-            f"dimensions: got {reprlib.repr(dimensions)}; allowed: a whole number from {smallest} to {hidden_size}"
-        )
-
-
 def check_output_dtype(output_dtype: OutputDtype, normalize: bool) -> None:
-    """Raises `InvalidRequest` for int8 and uint8 of a vector that is not normalized: their scale is a unit vector's."""
+    """Raise `InvalidRequest` for int8 and uint8 without `normalize`: their scale is that of a unit vector."""
     if output_dtype in ("int8", "uint8") and not normalize:
         raise InvalidRequest(f"output_dtype: got {output_dtype} with normalize false; allowed: with normalize true")
 
 
-_NOT_FINITE = "the model gave a value that is not finite, or far too large"
-
-
 def finish_vectors(
-    rows: NDArray[np.float32], wanted: Sequence[tuple[int | None, bool]]
+    rows: NDArray[np.float32], options: Sequence[tuple[int | None, bool]]
 ) -> list[NDArray[np.float32] | EngineFailed]:
-    """(num_rows, hidden_size) -> of each row what is `wanted`, its dimensions and whether its length shall be 1.
+    """Cut each of the rows, (num_rows, hidden_size), to its `dimensions`, then normalize it if it is to be.
 
-    Cut first, then normalize. An `EngineFailed` stands for a row with a value that is not finite. A vector does not
-    depend on the rows beside it; those that want the same go through numpy together, as each call there may hand the
-    interpreter to another thread.
+    `options` are each row's (dimensions, normalize). A row with a value that is not finite gives an `EngineFailed`. A
+    vector does not depend on the other rows. Rows with equal options are computed in one numpy call: each call may
+    release the GIL to another thread.
     """
     finished: dict[int, NDArray[np.float32] | EngineFailed] = {}
-    for dimensions, normalize in set(wanted):
-        places = [place for place, want in enumerate(wanted) if want == (dimensions, normalize)]
+    for dimensions, normalize in set(options):
+        places = [place for place, option in enumerate(options) if option == (dimensions, normalize)]
         vectors = rows[places, :dimensions]
-        with np.errstate(over="ignore", invalid="ignore"):  # such rows are left out
+        with np.errstate(over="ignore", invalid="ignore"):  # such rows become errors below
             squares = np.vecdot(vectors, vectors)
             if normalize:
                 vectors /= np.maximum(np.sqrt(squares), np.float32(1e-12))[:, None]
@@ -75,16 +62,19 @@ def finish_vectors(
     return [finished[place] for place in range(len(rows))]
 
 
+_NOT_FINITE = "the model computed a value that is not finite, or far too large"
+
+
 def quantize(vector: NDArray[np.float32], output_dtype: OutputDtype) -> NDArray[Any]:
-    """A unit vector in fewer bits, (..., dimensions) -> the same shape, or of the binaries (..., ceil(dimensions / 8)).
+    """Quantize unit vectors, (..., dimensions), to the same shape, or for binaries to (..., ceil(dimensions / 8)).
 
-    The result depends on nothing but the vector itself:
+    The result depends only on the vector itself, not on a data set:
 
-    - int8: value / `int8_step(dimensions)`, rounded, saturating at -127 and 127; uint8: that plus 128.
-    - ubinary: one bit a value, set where it is above zero, eight in a byte, the first in the highest bit, zeros behind
-      the last; binary: that minus 128 as int8 (as Cohere and sentence-transformers).
+    - int8: value / `int8_step(dimensions)`, rounded, saturating at -127 and 127. uint8: the same plus 128.
+    - ubinary: one bit per value, set if the value is positive; eight bits per byte, the first in the highest bit,
+      padded with zeros. binary: that byte minus 128, as int8 (as in Cohere's API and sentence-transformers).
 
-    `dequantize` is the way back.
+    `dequantize` is the inverse.
     """
     match output_dtype:
         case "float32":
@@ -101,7 +91,7 @@ def quantize(vector: NDArray[np.float32], output_dtype: OutputDtype) -> NDArray[
 
 
 def dequantize(values: NDArray[Any], output_dtype: OutputDtype, dimensions: int) -> NDArray[np.float32]:
-    """What `quantize` gave -> float32, (..., dimensions). Of the binaries only the signs are left: -1 and 1."""
+    """Convert the result of `quantize` back to float32, (..., dimensions). Binaries give only the signs, -1 and 1."""
     match output_dtype:
         case "float32" | "float16":
             return values.astype(np.float32)
@@ -114,5 +104,5 @@ def dequantize(values: NDArray[Any], output_dtype: OutputDtype, dimensions: int)
 
 
 def int8_step(dimensions: int) -> float:
-    """The value of 1 in int8: min(1, 12 / sqrt(dimensions)) / 127."""
+    """The value that 1 stands for in int8: min(1, 12 / sqrt(dimensions)) / 127."""
     return min(1.0, INT8_RANGE / math.sqrt(dimensions)) / 127

@@ -1,4 +1,4 @@
-"""The engine under any order of submits, cancels, failures and pauses: everybody is answered, all tokens come back."""
+"""Any order of submits, cancels, failures and pauses: every future is resolved, and all capacity is released."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ TEXTS = ["red", "green", "blue", "x" * 80, "malformed", "bug", "panic", "infinit
 
 
 class EngineStates(RuleBasedStateMachine):
-    """Its model is a list of what was submitted: a text, and the future."""
+    """The state to compare with is a list of the submitted texts and their futures."""
 
     @initialize(
         cache_bytes=st.sampled_from([0, 1000]),
-        is_sound=st.sampled_from([True, True, False]),
+        never_fails=st.sampled_from([True, True, False]),
         max_in_flight=st.integers(1, 3),
     )
-    def start(self, cache_bytes: int, is_sound: bool, max_in_flight: int) -> None:
-        self.is_sound = is_sound
+    def start(self, cache_bytes: int, never_fails: bool, max_in_flight: int) -> None:
+        self.never_fails = never_fails
         self.model = FakeModel(capacity=100)
         self.model.gate.set()
         choice = Settings(
@@ -51,18 +51,20 @@ class EngineStates(RuleBasedStateMachine):
         except DeviceFailed:
             assert self.engine.failure
 
-    @rule(place=st.integers(0, 29))  # drawn from a fixed range: how many were admitted depends on the threads
+    @rule(
+        place=st.integers(0, 29)
+    )  # drawn from a fixed range, because the number of submitted items depends on the threads
     def cancel(self, place: int) -> None:
         if self.submitted:
             self.submitted[place % len(self.submitted)][1].cancel()
 
-    @rule(is_free=st.booleans())
-    def hold_or_free_the_device(self, is_free: bool) -> None:
-        (self.model.gate.set if is_free else self.model.gate.clear)()
+    @rule(is_open=st.booleans())
+    def open_or_close_the_gate(self, is_open: bool) -> None:
+        (self.model.gate.set if is_open else self.model.gate.clear)()
 
-    @precondition(lambda self: not self.is_sound)
+    @precondition(lambda self: not self.never_fails)
     @rule()
-    def lose_the_device(self) -> None:
+    def fail_the_device(self) -> None:
         self.submit("assert", None)
 
     def teardown(self) -> None:
@@ -81,8 +83,8 @@ class EngineStates(RuleBasedStateMachine):
             else:
                 np.testing.assert_array_equal(future.result().vector, unit(text))
         assert (self.engine.pending_tokens, len(self.engine._pending)) == (0, 0)
-        assert (len(self.engine._items), len(self.engine._inputs)) == (0, 0)
-        assert self.engine.failure or len(self.engine._twins) == 0
+        assert (len(self.engine._workers), len(self.engine._inputs)) == (0, 0)
+        assert self.engine.failure or self.engine._cache.num_unfinished() == 0
         with pytest.raises((ShuttingDown, DeviceFailed)):
             self.engine.submit(item("late"))
 

@@ -1,0 +1,82 @@
+"""Launches batches on the device, waits for their rows, and measures how long each takes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedder.engine.job import Job
+from embedder.engine.observer import Batch
+from embedder.engine.scheduler import Rate
+from embedder.inputs.preprocess import ModelInput
+
+WaitForRows = Callable[[], NDArray[np.float32]]
+Launch = Callable[[list[ModelInput]], WaitForRows]
+
+INITIAL_SECONDS_PER_TOKEN = 0.0002  # until a batch was measured
+
+
+@dataclass(frozen=True)
+class InFlightBatch:
+    """A batch that was launched. `wait_for_rows` raises the error if the launch failed."""
+
+    jobs: list[Job]
+    wait_for_rows: WaitForRows
+    launched_s: float
+
+
+class Device:
+    """Calls `launch`, in the engine's device thread only.
+
+    `busy_since_s` is when the batch that now computes started, or infinity; the watchdog reads it from its thread.
+    """
+
+    def __init__(self, launch: Launch, hidden_size: int) -> None:
+        self.busy_since_s = math.inf
+        self._launch = launch
+        self._hidden_size = hidden_size
+        self._rate = Rate(INITIAL_SECONDS_PER_TOKEN)
+        self._num_in_flight = 0
+        self._last_end_s = 0.0
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Measured over the last seconds."""
+        return self._rate.seconds_per_token
+
+    def launch(self, jobs: list[Job]) -> InFlightBatch:
+        """Launch a batch. An error is raised later by `wait`, in the order of the batches."""
+        launched_s = time.monotonic()
+        self.busy_since_s = min(self.busy_since_s, launched_s)
+        self._num_in_flight += 1
+        try:
+            wait_for_rows = self._launch([job.model_input for job in jobs])
+        except Exception as error:
+            wait_for_rows = partial(_raise, error)
+        return InFlightBatch(jobs, wait_for_rows, launched_s)
+
+    def wait(self, in_flight: InFlightBatch) -> tuple[NDArray[np.float32], Batch]:
+        """Wait for a batch: its rows, (num_items, hidden_size), and its measurements. Raises whatever made it fail."""
+        try:
+            rows = in_flight.wait_for_rows()
+        finally:
+            end_s = time.monotonic()
+            self._num_in_flight -= 1
+            start_s, self._last_end_s = max(in_flight.launched_s, self._last_end_s), end_s
+            self.busy_since_s = end_s if self._num_in_flight else math.inf
+        jobs = in_flight.jobs
+        assert rows.shape == (len(jobs), self._hidden_size)
+        batch = Batch(len(jobs), sum(job.model_input.cost for job in jobs), start_s, end_s)
+        self._rate.add(batch.num_tokens, batch.seconds)
+        return rows, batch
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error

@@ -1,0 +1,52 @@
+"""One admitted item on its way through the engine, and the errors that say no more than its caller may know."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from collections.abc import Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from embedder.engine.observer import ItemTrace
+from embedder.engine.postprocess import Embedding
+from embedder.errors import DeviceFailed, DeviceOutOfMemory, EngineFailed
+from embedder.inputs.items import EmbeddingItem
+from embedder.inputs.preprocess import ModelInput
+
+
+@dataclass(eq=False)
+class Job:
+    """An item, its future, and what is known of it so far.
+
+    `num_tokens` is the estimate at admission. `num_bytes` is the size of `model_input`, which preprocessing sets.
+    `key` identifies the content if vectors are cached; otherwise it is different for every job. `context` is the
+    request's: log records and traces need it in the engine's threads.
+    """
+
+    item: EmbeddingItem
+    request: object
+    num_tokens: int
+    num_bytes: int = 0
+    future: Future[Embedding] = field(default_factory=Future)
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+    trace: ItemTrace = field(init=False)
+    model_input: ModelInput = field(init=False)
+    key: Hashable = field(default_factory=object)
+
+    def log_error(self, logger: logging.Logger, message: str, *values: object, exc: Exception | None = None) -> None:
+        """Log an error in the context of the request, so that the record carries the request's id."""
+        # In a copy: another thread may still be inside the context itself.
+        self.context.copy().run(logger.error, message, *values, exc_info=exc)
+
+
+def device_failed() -> DeviceFailed:
+    """The error of an item that waits when the device fails."""
+    return DeviceFailed("the device failed, and nothing more can be embedded; the service's log has the reason")
+
+
+def item_failed(error: Exception | None = None, num_tokens: int = 0) -> EngineFailed:
+    """The error of an item for which preprocessing or the forward pass raised an unexpected `error`."""
+    if isinstance(error, DeviceOutOfMemory):
+        return DeviceOutOfMemory(f"an item of {num_tokens} tokens does not fit the device's memory, even by itself")
+    return EngineFailed("the item could not be embedded; the service's log has the reason")
