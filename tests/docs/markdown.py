@@ -5,8 +5,8 @@
     <!-- response: 400 -->         the next block is what the last request or curl command answers (200 if no number)
     <!-- log -->                   the next block has lines of the service's log
 
-In requests `<base64>` stands for a picture. In responses a list that ends with "..." is cut, and in a string "..." stands
-for any text.
+In requests `<base64>` stands for a picture. In responses a list that ends with "..." is cut, and in a string "..."
+stands for any text.
 """
 
 from __future__ import annotations
