@@ -381,10 +381,36 @@ def test_resources_are_divided_among_the_workers(workers: Any, gpus: int, cpus: 
     assert share_resources(Settings(**workers), gpus, cpus) == expected
 
 
-@pytest.mark.timeout(900)  # Ray starts twice; a busy machine is slow at that
+def test_resumed_run_writes_only_the_missing_parts(tmp_path: Path, embedder: Embedder) -> None:
+    texts = [words(5, seed) for seed in range(10)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    task = job(path, tmp_path / "out", embedder.checkpoint.folder)
+    worker = Worker(task)
+    parts = worker.source.parts(2)
+    for part in (parts[0], parts[3]):
+        worker({"part": part.to_json()})
+    (worker.writer.state_folder / "1.killed.tmp").write_bytes(b"PAR1")
+    before = {one.name: one.stat().st_mtime_ns for one in task.output.glob("*.parquet")}
+    worker.writer.remove_unfinished()
+    missing = [part for part in parts if not worker.writer.is_written(part.number)]
+    assert [part.number for part in missing] == [1, 2, 4]
+    for part in missing:
+        worker({"part": part.to_json()})
+    worker.embedder.close()
+    after = {one.name: one.stat().st_mtime_ns for one in task.output.glob("*.parquet")}
+    assert len(after) == 5
+    assert before.items() <= after.items()
+    assert not list(worker.writer.state_folder.glob("*.tmp"))
+    table = read(task.output)
+    assert table["id"].to_pylist() == [f"a.jsonl#{number}" for number in range(10)]
+    np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), np.stack(embedder.embed(texts)), atol=1e-6)
+
+
+@pytest.mark.slow  # Ray starts twice; the test above checks resuming without Ray
+@pytest.mark.timeout(900)
 def test_every_row_is_written_once_after_a_kill(tmp_path: Path, embedder: Embedder) -> None:
-    """SIGKILL in the middle, then the same command again; two workers, in a process of root's, without a terminal."""
-    texts = [words(300, seed) for seed in range(300)]
+    """SIGKILL in the middle, then the same command again, with two workers."""
+    texts = [words(100, seed) for seed in range(300)]
     path, output = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts]), tmp_path / "out"
     command = [sys.executable, "-m", "embedder.bulk", str(path), str(output), "--rows-per-part", "5"]
     environment = {**os.environ, "EMBEDDER_MODEL": str(embedder.checkpoint.folder), "EMBEDDER_WORKERS": "2"}
