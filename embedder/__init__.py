@@ -1,38 +1,21 @@
-"""Qwen3-VL-Embedding: text, images, clips and mixtures of them in, one vector each out.
+"""Qwen3-VL-Embedding: text, images, videos and mixtures of them in, one vector per item out.
 
     from embedder import Embedder
 
     with Embedder("Qwen/Qwen3-VL-Embedding-2B") as embedder:
         red, swatch = embedder.embed(["red", {"image": open("red.png", "rb").read()}])
 
-The path of an item, one file a step, in order; a step imports only what stands above it:
+An item goes through these folders, top to bottom; imports point down only:
 
-    settings, errors    what an operator may choose; what can go wrong
-    request             JSON or Python values -> EmbeddingItems
-    address             a URL -> where it leads, if the operator allows it
-    fetch               an item's URLs -> the bytes behind them
-    media               an item's pictures -> RGB values, resized, within limits
-    video               an item's clips -> sampled frames and their times, likewise
-    prompt              instruction and parts -> the chat text the model was trained on
-    preprocess          text and pixels -> ModelInput: token ids, positions, patches, cost
-    cache               content that was embedded before -> its row, if that is wanted
-    scheduler           waiting ModelInputs -> which go next, under the token budget
-    packing             those -> PackedBatch on the device, one row without padding
-    model/              PackedBatch -> the last token's hidden state of each item
-    pooling             hidden states -> float32 rows on the host
-    postprocess         row -> cut to `dimensions`, unit length
-    response            vectors -> JSON
+    http/           a request body -> items; embeddings -> a response body
+    engine/         which items run together, on which thread, and for how long
+    inputs/         untrusted text, images, videos and URLs -> token ids and patches
+    model/          token ids and patches -> hidden states, on the device
 
-Around it: `checkpoint` finds the model's folder; `engine` owns the queue and the threads; `library` puts a real
-checkpoint behind the engine (`Embedder`), and `budget` finds what fits its device at once; `awaiting` puts items
-through it from an event loop. `native` (`/embed`), `openai` (`/v1`) and `cohere` (`/v2`) translate what those clients
-send into the same items, with `chat` for the forms they share; `openapi` describes the HTTP contract, `edge` guards it,
-with the callers' `keys` and with `values` to count what a body holds, behind each `connection` with its bounds; `log`
-names the request in every line and keeps its body out; `lifecycle` starts and stops all that. `observer` is what the
-engine tells of its work, which `metrics` counts for Prometheus and `tracing` draws as spans. `playground` is the page
-to look at, and the pictures that it searches. `bulk` embeds whole data sets on Ray. `verify` checks a checkpoint or a
-running service from outside; `random_checkpoint` writes checkpoints for tests and benchmarks; `torchvision_shim` lets
-torchvision load beside a CPU build of torch.
+Next to them: `embedder` connects a checkpoint's model with an engine; `settings` reads the environment; `errors` has
+everything that can go wrong. `server/` holds what depends on BentoML's and uvicorn's internals, `telemetry/` metrics,
+spans and logs, `bulk/` the command for whole data sets, `playground/` the page, `verify/` the command that checks a
+checkpoint or a running service. `default_model/` and `demo/` are a small trained model and its images.
 """
 
 from __future__ import annotations
@@ -47,7 +30,7 @@ __all__ = ["Embedder", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Embedder` is imported when it is first asked for: torch and transformers cost seconds."""
+    """`Embedder` is imported on first use: torch and transformers take seconds."""
     if name == "Embedder":
         from embedder.embedder import Embedder
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pybase64
 from numpy.typing import NDArray
 
 from embedder.errors import EngineFailed, InvalidRequest
@@ -106,3 +107,8 @@ def dequantize(values: NDArray[Any], output_dtype: OutputDtype, dimensions: int)
 def int8_step(dimensions: int) -> float:
     """The value that 1 stands for in int8: min(1, 12 / sqrt(dimensions)) / 127."""
     return min(1.0, INT8_RANGE / math.sqrt(dimensions)) / 127
+
+
+def to_base64(vector: NDArray[Any]) -> str:
+    """The values' bytes in base64, little-endian, in the dtype of the vector."""
+    return pybase64.b64encode(vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes()).decode("ascii")

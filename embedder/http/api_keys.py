@@ -1,7 +1,7 @@
-"""API keys of the settings and of a file -> whether a request's headers hold one of them.
+"""The API keys of the settings and of a file, and whether a request's headers hold one of them.
 
-Keys are kept and compared as digests, all of them every time: the time that takes tells neither a key's length nor
-which one was nearly right. The file is read again when it changes, so keys are replaced without a restart.
+Keys are stored and compared as digests, and every known key is compared every time, so timing reveals neither the
+length of a key nor a nearly right one. The file is read again when it changes: keys can be replaced without a restart.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 
 class ApiKeys:
-    """The keys that open the service; with none of either kind it is open to everyone.
+    """All keys; without any, the service is open to everyone.
 
-    Raises `ValueError` where a setting promises keys and there are none.
+    Raises `ValueError` if a setting names a source of keys that holds none.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -40,11 +40,11 @@ class ApiKeys:
 
     @property
     def are_needed(self) -> bool:
-        """Whether callers need one."""
+        """Whether callers need a key."""
         return bool(self._from_setting or self._from_file)
 
     def open_for(self, headers: Headers) -> bool:
-        """Whether the headers hold a key, as `Authorization: Bearer` or `x-api-key`, or none is needed."""
+        """Whether no key is needed, or the headers hold one as `Authorization: Bearer` or `x-api-key`."""
         if self._path:
             self._read_again(self._path)
         known = (*self._from_setting, *self._from_file)
@@ -52,7 +52,7 @@ class ApiKeys:
         return any(matches) or not known
 
     def _read_again(self, path: Path) -> None:
-        """The file's keys if it has changed; one that cannot be read, or is empty, leaves the last good ones valid."""
+        """Read the file if it has changed. If it cannot be read, or is empty, the keys read before stay valid."""
         stamp = _stamp(path)
         if stamp == self._stamp:
             return
@@ -66,7 +66,7 @@ class ApiKeys:
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """What changes when the file does, by writing or by renaming; None where it is not there."""
+    """Values that change when the file is written or replaced; None if it does not exist."""
     try:
         found = os.stat(path)
     except OSError:
@@ -75,7 +75,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 
 def _read(path: Path) -> tuple[bytes, ...]:
-    """Digests of the file's keys, one a line. Raises `ValueError` where it has none."""
+    """Digests of the file's keys, one per line. Raises `ValueError` if there are none."""
     try:
         digests = _digests(path.read_bytes().splitlines())
     except OSError as error:

@@ -1,8 +1,7 @@
-"""What OpenAI's, Cohere's, vLLM's, Jina's and OpenRouter's clients write -> items in the native form.
+"""Messages, content parts and input types of OpenAI's, Cohere's, vLLM's, Jina's and OpenRouter's clients.
 
-The native form (`request.item_from_fields`) is a mapping; nothing here looks inside a text or a picture. Of what
-clients send along and a fixed prompt has no use for, this is taken and left aside by name: `detail`, `uuid` and
-`format` of a part, `name` of a message.
+They become the mapping that `inputs.items.item_from_fields` takes. These fields are accepted because clients send them,
+and have no effect: `detail`, `uuid` and `format` of a part, `name` of a message.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from embedder.errors import InvalidRequest
 from embedder.inputs.items import describe_value, refuse_unknown, without_nulls
 from embedder.settings import Settings
 
-QUERY_INSTRUCTION = "Retrieve images or text relevant to the user's query."  # the model card's own, for queries
+QUERY_INSTRUCTION = "Retrieve images or text relevant to the user's query."  # from the model card, for queries
 
 InputType = Literal[  # Cohere's and OpenRouter's names, NVIDIA's and Voyage's, Jina's tasks
     "search_query",
@@ -33,7 +32,7 @@ InputType = Literal[  # Cohere's and OpenRouter's names, NVIDIA's and Voyage's, 
 ]
 _QUERIES = ("search_query", "query", "retrieval.query", "code.query")
 
-PART_TYPES = {  # what a part may call itself, and what it is
+PART_TYPES = {  # `type` of a part -> what it is
     "text": "text",
     "input_text": "text",
     "image": "image",
@@ -48,12 +47,12 @@ PART_TYPES = {  # what a part may call itself, and what it is
 
 
 def instruction_for(input_type: InputType | None) -> str | None:
-    """A query's instruction for the types that are queries; None, the default, for all others."""
+    """The instruction for an input type: the query's for queries, None (the default) for all others."""
     return QUERY_INSTRUCTION if input_type in _QUERIES else None
 
 
 def check_length(name: str, tokens: int | None, settings: Settings) -> None:
-    """Of a client's own limit on tokens: every text is cut by the service's, so a lower one cannot be kept."""
+    """Raises `InvalidRequest` for a limit on tokens below the service's own, which it could not keep."""
     if tokens not in (None, -1) and tokens < settings.max_input_tokens:
         raise InvalidRequest(
             f"{name}: got {tokens}; allowed: -1, or from {settings.max_input_tokens} (the service's max_input_tokens)"
@@ -61,7 +60,7 @@ def check_length(name: str, tokens: int | None, settings: Settings) -> None:
 
 
 def item_from_string(text: str) -> dict[str, Any]:
-    """A string is a text, unless it is the data URI of a picture or clip."""
+    """A string is a text, unless it is the data URI of an image or video."""
     for media in ("image", "video"):
         if text.startswith(f"data:{media}/"):
             return {media: text}
@@ -69,10 +68,10 @@ def item_from_string(text: str) -> dict[str, Any]:
 
 
 def item_from_conversation(messages: Any) -> dict[str, Any]:
-    """One user message is the content, a system message the instruction.
+    """The user message is the content, the system message the instruction.
 
-    An empty message of the assistant may stand at the end: vLLM's clients send it for the sake of its header, which
-    our prompt has anyway. Raises `InvalidRequest` for any other dialogue: the model was not trained on it.
+    An empty assistant message is accepted: vLLM's clients send one for its header, which the prompt has anyway. Raises
+    `InvalidRequest` for any other dialogue: the model was not trained on one.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise InvalidRequest(f"messages: got {describe_value(messages)}; allowed: a list of messages")
@@ -92,7 +91,7 @@ def item_from_conversation(messages: Any) -> dict[str, Any]:
 
 
 def parts_from_content(content: Any) -> list[dict[str, Any]]:
-    """The content of a message or input, a string or a list of parts, with every part in the native form."""
+    """The content of a message or input, a string or a list of parts, as parts that `item_from_fields` takes."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
@@ -101,12 +100,12 @@ def parts_from_content(content: Any) -> list[dict[str, Any]]:
 
 
 def is_part(fields: Mapping[str, Any]) -> bool:
-    """Whether an object is one part on its own, as in `{"type": "image_url", ..}`."""
+    """Whether an object is a single part, such as `{"type": "image_url", ..}`."""
     return "type" in fields
 
 
 def _part(part: Any) -> dict[str, Any]:
-    """`{"type": "image_url", "image_url": {"url": ..}}` and its relatives -> `{"type": "image", "image": ..}`."""
+    """`{"type": "image_url", "image_url": {"url": ..}}` and the like -> `{"type": "image", "image": ..}`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     media = PART_TYPES.get(kind) if isinstance(kind, str) else None
     if media is None:
@@ -125,7 +124,7 @@ def _part(part: Any) -> dict[str, Any]:
 
 
 def _address(value: Any) -> Any:
-    """`{"url": ..}` and `{"data": ..}` -> what they hold; anything else stays for the next step to judge."""
+    """The value of `{"url": ..}` or `{"data": ..}`; anything else unchanged."""
     if not isinstance(value, Mapping):
         return value
     value = without_nulls(value)
@@ -141,7 +140,7 @@ def _role_and_content(message: Any) -> tuple[Any, Any]:
 
 
 def _plain_text(content: Any) -> str:
-    """Text of a message that may hold nothing else."""
+    """The text of a message that may hold only text."""
     parts = parts_from_content("" if content is None else content)
     if any(part["type"] != "text" or not isinstance(part["text"], str) for part in parts):
         raise InvalidRequest(f"messages: got {describe_value(content)} in a system or assistant message; allowed: text")

@@ -1,4 +1,4 @@
-"""JSON of a request body -> a validated model of it: what the bodies of all routes have in common."""
+"""What the request bodies of all routes have in common: options, and messages for what is wrong."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 @dataclass(frozen=True)
 class EmbeddingRequest:
-    """One HTTP body. `is_list` says whether the answer has the shape of a list."""
+    """A request body as items. `is_list`: whether the response has the shape of a list."""
 
     items: tuple[EmbeddingItem, ...]
     is_list: bool
@@ -50,7 +50,7 @@ class EmbeddingRequest:
 
 
 class RequestBody(BaseModel):
-    """Base of the bodies of all routes. A field that is null counts as not given: many generated clients send those."""
+    """Base class of request bodies. A field that is null counts as not given: many generated clients send nulls."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -67,30 +67,30 @@ class Options(RequestBody):
     dimensions: AnyDimensions = Field(
         None,
         validation_alias=AliasChoices("dimensions", "dim", "dimension", "output_dimension"),
-        description="Matryoshka size: the first values of the vector, brought to unit length again.",
+        description="Matryoshka size: the first values of the vector, normalized again.",
     )
-    normalize: StrictBool = Field(True, description="Divide the vector by its length.")
+    normalize: StrictBool = Field(True, description="Divide the vector by its L2 norm.")
     encoding_format: EncodingFormat = Field(
-        "float", description="`base64` answers the vector's bytes in base64, little-endian."
+        "float", description="`base64`: the vector's bytes, little-endian, in base64."
     )
     output_dtype: OutputDtype = Field(
-        "float32", description="Type of the vector's values; the two binaries hold eight values in a byte."
+        "float32", description="Type of the values; `binary` and `ubinary` pack eight values into a byte."
     )
-    truncate: Truncate = Field("end", description="Of text over the limit: which end is cut; `none`: an error.")
+    truncate: Truncate = Field("end", description="Which end of text over the limit is cut; `none`: an error.")
 
     def item_options(self) -> dict[str, Any]:
-        """What each item takes of these, in the native form; what an item says itself goes before."""
+        """The options of an item, as `item_from_fields` takes them."""
         return {name: getattr(self, name) for name in ("instruction", "dimensions", "normalize", "truncate")}
 
 
 def check_item_count(num_items: int, settings: Settings) -> None:
-    """Raises `RequestTooLarge` above the operator's limit."""
+    """Raises `RequestTooLarge` for more items than `EMBEDDER_MAX_ITEMS_PER_REQUEST`."""
     if num_items > settings.max_items_per_request:
         raise RequestTooLarge(f"got {num_items} items; allowed: 1 to {settings.max_items_per_request}")
 
 
 def validate_body(model: type[Body], body: bytes) -> Body:
-    """JSON -> a wire model of any route. Raises `InvalidRequest` that says what was got and what is allowed."""
+    """JSON -> a body of the given model. Raises `InvalidRequest`."""
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -104,12 +104,12 @@ def validate_body(model: type[Body], body: bytes) -> Body:
 
 
 def _explain(error: ValidationError) -> str:
-    """First fault in words: what was got, and what is allowed."""
+    """The first fault in words: the value received, and what is allowed."""
     faults = error.errors(include_url=False)
     unknown = [str(fault["loc"][0]) for fault in faults if fault["type"] == "extra_forbidden"]
     if unknown:
         return unknown_fields_message(unknown)
-    # of a union's faults the deepest names the item at fault, and an empty list is said to be one
+    # the deepest fault of a union names the item, and an empty list is called one
     fault = max(faults, key=lambda fault: (len(fault["loc"]), fault["type"] == "too_short"))
     place = "".join(f"[{key}]" for key in fault["loc"] if isinstance(key, int))
     name = f"{fault['loc'][0]}{place}"

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import orjson
-import pybase64
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from embedder.engine.postprocess import Embedding
+from embedder.engine.postprocess import Embedding, to_base64
 from embedder.errors import EmbedderError, ErrorType
 from embedder.http.request_body import EncodingFormat
 
@@ -67,11 +66,6 @@ def error_body(error: EmbedderError) -> bytes:
     """The error body of all routes except OpenAI's."""
     fields = {"code": error.code, "message": str(error), "item": error.item, "type": error.type}
     return to_json({"error": fields, **error.details})
-
-
-def to_base64(vector: NDArray[Any]) -> str:
-    """The values' bytes in base64, little-endian, in the dtype of the vector."""
-    return pybase64.b64encode(vector.astype(vector.dtype.newbyteorder("<"), copy=False).tobytes()).decode("ascii")
 
 
 def to_json(fields: Any) -> bytes:

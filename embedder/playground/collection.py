@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from embedder.engine.aio import embed_each
 from embedder.engine.engine import Engine
+from embedder.engine.postprocess import to_base64
 from embedder.errors import (
     DeadlineExceeded,
     DeviceFailed,
@@ -33,7 +34,6 @@ from embedder.errors import (
     RequestTooLarge,
     ShuttingDown,
 )
-from embedder.http.response import to_base64
 from embedder.inputs.formats import IMAGE_SUFFIXES
 from embedder.inputs.image import decode_image, open_image
 from embedder.inputs.items import EmbeddingItem, Image

@@ -1,0 +1,54 @@
+"""Everything that depends on the internals of BentoML, uvicorn and circus, each with a row in this ledger.
+
+A row says what is done, against which upstream version, why the public way does not do, when the code can go, and which
+test fails when upstream changes.
+
+bento_app.serve_inside
+    Subclasses the class of a BentoML service, so that our middlewares are outside of BentoML's (BentoML 1.4.40).
+    `Service.add_asgi_middleware` puts them inside of BentoML's time-out middleware. That one keeps a timer for each
+    request until the time-out has passed, 150 s by default: `python -m benchmarks.bento_timers` measures the memory.
+    It also leaves the caller waiting when an exception passes through it.
+    Goes when: the time-out of a service can be None.
+    Test: tests/server/test_service.py, every route.
+bento_app.RaisingErrors
+    Reads the body of BentoML's error responses, which have three shapes (BentoML 1.4.40).
+    There is no hook for the form of an error.
+    Goes when: BentoML lets a service render its errors.
+    Test: tests/server/test_bento_app.py.
+adaptive_batching.GatheredRows
+    Relies on BentoML's dispatcher cutting a batch's result with one slice for each request (BentoML 1.4.40).
+    A batchable API may not see the request: its context is that of another caller, and one exception fails the batch.
+    Goes when: the dispatcher allows several batches in flight, and an error for each row.
+    Test: tests/server/test_service.py, `batching`.
+adaptive_batching.refuse_extra_fields
+    Rebuilds the pydantic model that BentoML derives from an API's signature (BentoML 1.4.40).
+    The model ignores unknown fields, so a misspelled option would change nothing without a word.
+    Goes when: `bentoml.api` takes a model's configuration.
+    Test: tests/server/test_service.py, "field next to the rows".
+bento_log.configure_logging
+    Adds a filter to the logger `bentoml._internal.server.http_app` and sets `trace_msg` on records (BentoML 1.4.40).
+    BentoML logs a traceback, with the request's body, for each request that it refuses.
+    Goes when: BentoML logs no tracebacks of errors below 500.
+    Test: tests/telemetry/test_log.py.
+lifecycle.check_port
+    Reads the click context of `bentoml serve` and BentoMLContainer (BentoML 1.4.40, click 8).
+    BentoML itself fails with a traceback, after the workers have started.
+    Goes when: `bentoml serve` checks its port first.
+    Test: tests/server/test_lifecycle.py, "port that is taken".
+lifecycle.stop_at_sigterm_during_a_start
+    Replaces `SysHandler.quit` of circus and reads `arbiter._stopping` (kantoku 0.18, the fork that BentoML uses).
+    circus drops a command that arrives while another is executed, so a SIGTERM could be lost.
+    Goes when: circus queues the command.
+    Test: tests/server/test_lifecycle.py, "arbiter that is busy".
+lifecycle.worker_server, lifecycle.drain_at_sigterm
+    Finds uvicorn's server through its signal handler, and delays `handle_exit` (uvicorn 0.54, BentoML 1.4.40).
+    BentoML creates the server itself, and uvicorn closes idle and arriving connections at once.
+    Goes when: BentoML has a hook before shutdown that may wait.
+    Test: tests/server/test_lifecycle.py, "finishes".
+connection.BoundedProtocol
+    Subclasses uvicorn's HttpToolsProtocol and wraps its parser (uvicorn 0.54, httptools 0.9).
+    uvicorn bounds neither the size nor the time of a request's head, nor how long a response may lie unread, and it
+    loses the body of a request that offers another protocol.
+    Goes when: uvicorn has these limits, or another server does as well at the same speed.
+    Test: tests/server/test_connection.py.
+"""

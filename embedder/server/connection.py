@@ -1,7 +1,7 @@
-"""A caller's bytes -> requests: uvicorn's own protocol, with bounds on what comes before a request and stays behind it.
+"""uvicorn's HTTP protocol with limits on the head of a request and on the time that a response stays unread.
 
-uvicorn 0.54 bounds neither the size of a request's head nor its time, and copies a URL for every piece that comes: one
-of 142 MB stopped the event loop for 14 s, without a key. Nor does it bound how long an answer lies unread.
+uvicorn 0.54 bounds neither the size of a request's head nor the time until it is complete, and it copies a URL for
+every piece that arrives: a URL of 142 MB stopped the event loop for 14 s, without a key.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD_BYTES = 2**16  # beyond one read of the socket
-KEEP_ALIVE_S = 75  # longer than load balancers and pooled clients keep an idle connection (mostly 60 s)
+MAX_HEAD_BYTES = 2**16  # in addition to what one read of the socket returns
+KEEP_ALIVE_S = 75  # load balancers and pooled clients mostly keep idle connections for 60 s
 
 _FRAMING = (b"content-length", b"transfer-encoding")
 
 
 def bound_connections(config: Config, max_wait_s: float) -> None:
-    """Of a server that has not begun to listen: each head is to come, and each answer to be taken, in so long."""
+    """Limit the connections of a server that does not accept any yet. `max_wait_s`: for a head, and for reading."""
     config.timeout_keep_alive = KEEP_ALIVE_S
-    config.ws_protocol_class = None  # no route is a websocket
+    config.ws_protocol_class = None  # there are no websocket routes
     config.http_protocol_class = partial(BoundedProtocol, max_wait_s=max_wait_s)  # type: ignore[assignment]  # a maker
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection. It is closed when a head, or the reading of a response, takes longer than `max_wait_s`."""
 
     def __init__(self, *arguments: Any, max_wait_s: float, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._max_wait_s = max_wait_s
-        self._num_bytes = 0  # since the last that were of a body
+        self._num_bytes = 0  # received since the last byte of a body
         self._head_timer: asyncio.TimerHandle | None = None
-        self._answer_timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
         self.parser = _IgnoresUpgrades(self.parser, self)  # type: ignore[assignment]  # behaves as one
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -44,7 +44,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         _stop(self._head_timer)
-        _stop(self._answer_timer)
+        _stop(self._unread_timer)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -53,7 +53,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._num_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             if self.cycle is None or self.cycle.response_complete:
                 self.send_400_response("The head of the request is too large.")
-            else:  # behind the body, while the answer is made
+            else:  # after the body, before the response
                 self.transport.abort()
 
     def on_message_begin(self) -> None:
@@ -72,15 +72,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._num_bytes = 0
-        if not self.parser.should_upgrade():  # else the body is still to come, through another parser
+        if not self.parser.should_upgrade():  # otherwise the body follows, through another parser
             super().on_message_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._answer_timer = self._abort_later()
+        self._unread_timer = self._abort_later()
 
     def resume_writing(self) -> None:
-        _stop(self._answer_timer)
+        _stop(self._unread_timer)
         super().resume_writing()
 
     def _abort_later(self) -> asyncio.TimerHandle:
@@ -96,8 +96,8 @@ class _IgnoresUpgrades:
     """httptools' request parser for a connection that stays HTTP/1.1.
 
     Every JDK HttpClient, and `curl --http2`, offers `Upgrade: h2c` with its first request. A server may ignore the
-    offer (RFC 9110, section 7.8), but httptools 0.8 takes everything after the head to be the other protocol, and the
-    body is lost. So what follows such a head goes through a new parser, which is told only how the body is framed.
+    offer (RFC 9110, section 7.8), but httptools 0.9 treats everything after the head as the other protocol, and the
+    body is lost. Here a new parser, which gets only the framing headers, reads what follows such a head.
     """
 
     def __init__(self, parser: httptools.HttpRequestParser, protocol: BoundedProtocol) -> None:
@@ -108,7 +108,7 @@ class _IgnoresUpgrades:
         return getattr(self._parser, name)
 
     def feed_data(self, data: bytes) -> None:
-        """As httptools', without `HttpParserUpgrade`. Raises `HttpParserError`."""
+        """Parse more bytes. Raises `HttpParserError`, and never `HttpParserUpgrade`."""
         while True:
             try:
                 self._parser.feed_data(data)
@@ -122,7 +122,7 @@ class _IgnoresUpgrades:
 
 
 class _AfterHead:
-    """Callbacks of a parser: those of the protocol, except while the first head is read, which it has seen."""
+    """Callbacks of the new parser: the protocol's, except for the first head, which the protocol has seen."""
 
     def __init__(self, protocol: BoundedProtocol) -> None:
         self._protocol = protocol

@@ -15,9 +15,9 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from benchmarks import output_types
-from embedder.engine.postprocess import OutputDtype, check_output_dtype, dequantize, int8_step, quantize
+from embedder.engine.postprocess import OutputDtype, check_output_dtype, dequantize, int8_step, quantize, to_base64
 from embedder.errors import InvalidRequest
-from embedder.http.response import encode_vector, to_base64, to_json
+from embedder.http.response import encode_vector, to_json
 from tests.conftest import ROOT, finish
 
 DTYPES: tuple[OutputDtype, ...] = get_args(OutputDtype)

@@ -103,7 +103,10 @@ def test_token_ids_are_refused_with_the_clients_switch(value: Any) -> None:
         ({"input": ["a", 5]}, "item 1: got 5 (a number); allowed: a string, or an object with text, image, video or"),
         ({"input": ["a", ["b"]]}, "item 1: got ['b'] (a list); allowed: "),
         ({"input": ["a", {"txt": "b"}]}, "item 1: extra fields not permitted: txt"),
-        ({"input": {"text": "a", "content": "b"}}, "item 0: got `content` and `text`/`image`/`video`; allowed: one of the two forms"),
+        (
+            {"input": {"text": "a", "content": "b"}},
+            "item 0: got `content` and `text`/`image`/`video`; allowed: one of the two forms",
+        ),
         ({"input": [{}]}, "item 0: an item needs at least one of text, image or video; got none"),
         ({"messages": []}, "messages: got [] (a list); allowed: a list of at least one message"),
         ({"messages": "a"}, "messages: got 'a' (a string); allowed: a list of at least one message"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedder.engine.postprocess import Embedding
+from embedder.engine.postprocess import Embedding, to_base64
 from embedder.errors import (
     DeadlineExceeded,
     EmbedderError,
@@ -26,7 +26,7 @@ from embedder.errors import (
 from embedder.http.dialect import ServedModel
 from embedder.http.local import EmbeddingResponse, embedding_response
 from embedder.http.request_body import EmbeddingRequest, EncodingFormat
-from embedder.http.response import ErrorResponse, error_body, to_base64, to_json
+from embedder.http.response import ErrorResponse, error_body, to_json
 from embedder.inputs.items import EmbeddingItem, Text
 
 VECTORS = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
