@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script has its own folder there
 
+import embedder.server  # noqa: E402
 from benchmarks import output_types  # noqa: E402 - after the path
 from embedder.errors import errors_table  # noqa: E402
 from embedder.settings import settings_table  # noqa: E402
@@ -102,6 +103,17 @@ def output_types_table(_: str) -> str:
     return table
 
 
+def ledger_table(_: str) -> str:
+    """The tricks ledger in the docstring of embedder.server: entries with a name, and indented lines about it."""
+    lines = ["| what | why and how | can go when | test |", "|---|---|---|---|"]
+    _, _, ledger = (embedder.server.__doc__ or "").partition("\n\n")[2].partition("\n\n")
+    for entry in re.split(r"\n(?=\S)", ledger.strip()):
+        name, *about = entry.splitlines()
+        text, goes_when, test = re.split(r" Goes when: | Test: ", " ".join(map(str.strip, about)))
+        lines.append(f"| {', '.join(f'`{one}`' for one in name.split(', '))} | {text} | {goes_when} | {test} |")
+    return "\n".join(lines)
+
+
 def _link(file: str, folder: str) -> str:
     return f"[{file}.json]({folder}benchmarks/results/{file}.json)"
 
@@ -113,6 +125,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "speed": speed_table,
     "latency": latency_table,
     "output_types": output_types_table,
+    "ledger": ledger_table,
 }
 
 FIGURES: dict[str, Callable[[], str]] = {

@@ -24,7 +24,7 @@ def swatch(color: str) -> str:
 
 
 def test_service_says_that_it_serves_the_bundled_model(small_server: Server) -> None:
-    info = httpx.get(f"{small_server.url}/info").json()
+    info = httpx.get(f"{small_server.url}/info", timeout=60).json()
     assert info["is_bundled_model"] is True
     assert info["model"] == "bundled"
     assert "EMBEDDER_MODEL=Qwen/Qwen3-VL-Embedding-2B" in small_server.log.read_text()
@@ -36,15 +36,17 @@ def test_models_yaml_entry_drives_the_benchmarks_client(small_server: Server) ->
     (entry,) = yaml.safe_load(block.text).values()
     endpoints = [entry["text_endpoint"], entry["image_endpoint"]]
     assert [endpoint["path"] for endpoint in endpoints] == ["/txt/embed", "/img/embed"]
-    document = httpx.get(f"{small_server.url}/openapi.json").json()
+    document = httpx.get(f"{small_server.url}/openapi.json", timeout=60).json()
     for endpoint, value in zip(endpoints, ("red", swatch("red")), strict=True):
         path, input_field, output_field = endpoint["path"], endpoint["input_field"], endpoint["output_field"]
         reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         schema = document["components"]["schemas"][reference.rpartition("/")[2]]["properties"][input_field]
         assert any(option["type"] == "array" and option["maxItems"] > 1 for option in schema["anyOf"])
-        single = httpx.post(f"{small_server.url}{path}", json={input_field: value}).json()[output_field]
+        single = httpx.post(f"{small_server.url}{path}", json={input_field: value}, timeout=60).json()[output_field]
         batch_field = "inputs" if path == "/img/embed" else input_field
-        batch = httpx.post(f"{small_server.url}{path}", json={batch_field: [value, value]}).json()[output_field]
+        batch = httpx.post(f"{small_server.url}{path}", json={batch_field: [value, value]}, timeout=60).json()[
+            output_field
+        ]
         np.testing.assert_allclose(batch, [single, single], atol=1e-6)
 
 
@@ -56,7 +58,7 @@ def test_red_is_nearest_to_the_red_swatch_of_949(small_server: Server) -> None:
     for start in range(0, len(swatches), 100):
         body = {"input": swatches[start : start + 100]}
         vectors += httpx.post(f"{small_server.url}/img/embed", json=body, timeout=120).json()["embedding"]
-    red = np.array(httpx.post(f"{small_server.url}/txt/embed", json={"input": "red"}).json()["embedding"])
+    red = np.array(httpx.post(f"{small_server.url}/txt/embed", json={"input": "red"}, timeout=60).json()["embedding"])
     assert np.linalg.norm(red) == pytest.approx(1, abs=1e-6)
     assert colors[int(np.argmax(np.array(vectors) @ red))] == matplotlib.colors.XKCD_COLORS["xkcd:red"]
 

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import gc
 import io
+import itertools
 import json
 import math
 import os
@@ -175,6 +176,6 @@ def names_a_test(reason: str) -> bool:
 def test_every_request_shows_its_response() -> None:
     """On the API pages."""
     for of_page in BLOCKS.values():
-        for block, following in zip(of_page, of_page[1:], strict=False):
+        for block, following in itertools.pairwise(of_page):
             if block.mark.startswith("request: ") and block.page.parent.name == "api":
                 assert following.mark.startswith("response"), str(block)
