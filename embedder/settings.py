@@ -1,4 +1,4 @@
-"""Environment -> Settings: everything an operator may choose, read once and checked at start."""
+"""Everything an operator may choose, read from the environment once and checked at the start."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _URL_HOSTS = rf"^({_URL_HOST}( *, *{_URL_HOST})*)?$"
 
 
 def available_cores() -> int:
-    """Cores that this process may use: its affinity, and its cgroup's quota (v2), which is a container's CPU limit."""
+    """CPU cores that this process may use: its affinity, and the CPU limit of its container (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -28,97 +28,104 @@ def available_cores() -> int:
 
 
 class Settings(BaseModel):
-    """What an operator may choose. Programs give fields; the service reads the variables `EMBEDDER_<FIELD>`."""
+    """What an operator may choose, as fields, or as environment variables `EMBEDDER_<FIELD>`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
+    # Model
     model: str = Field(
-        "",
-        description="Checkpoint folder or hub id; empty: the small model shipped here, in a Bento the published 2B.",
+        "", description="Checkpoint folder or hub id; empty: the bundled model, in a Bento the published 2B."
     )
     revision: str = Field("", description="Hub revision (branch, tag or commit); empty: the newest.")
+    default_instruction: str = Field(
+        "Represent the user's input.", min_length=1, description="Instruction of items that have none."
+    )
+    max_input_tokens: int = Field(8192, ge=64, description="Tokens of one item; longer text is cut.")
+    max_pixels: int | None = Field(
+        None, ge=4096, description="Pixels of an image after resizing; empty: the checkpoint's own limit."
+    )
+    # Device
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Dtype of the weights; `auto`: bfloat16 on CUDA, float32 on CPU."
+        "auto", description="Data type of the weights; `auto`: bfloat16 on CUDA, float32 on a CPU."
     )
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
-        "auto", description="Attention back end; `auto`: flash_attn if installed, else varlen on CUDA, sdpa on CPU."
+        "auto", description="Attention back end; `auto`: flash_attn if installed, else varlen, on CUDA; sdpa on a CPU."
     )
     cuda_graphs: bool = Field(False, description="Replay small batches of texts as CUDA graphs; needs a GPU.")
     torch_compile: bool = Field(
-        False, description="Compile the layers at start, for minutes; needs a C++ compiler, on a GPU a C compiler."
+        False,
+        description="Compile the layers at start, for minutes; needs a C++ compiler, on a GPU a C compiler.",
     )
-    default_instruction: str = Field(
-        "Represent the user's input.", min_length=1, description="Instruction of an item that brings none."
-    )
-    max_pixels: int | None = Field(
-        None, ge=4096, description="Pixels an image keeps after resizing; empty: as the checkpoint says."
-    )
-    max_input_tokens: int = Field(8192, ge=64, description="Tokens of one item; longer text is cut.")
-    max_batch_tokens: int = Field(
-        16384,
-        ge=64,
-        description="Tokens (text + visual) that run together; fewer where a GPU's memory holds no more, "
-        "and not many more than a slow device computes in a second.",
-    )
-    max_queued_tokens: int = Field(524_288, ge=64, description="Estimated tokens that may wait; more is refused (429).")
-    cache_bytes: int = Field(0, ge=0, description="Bytes of vectors kept for equal content; 0: every item is computed.")
-    max_items_per_request: int = Field(512, ge=1, description="Items in one request.")
-    max_body_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes of one request body.")
-    max_held_bytes: int = Field(
-        2**30,
-        ge=1024,
-        description="Bytes of the bodies of all requests of a worker; more is refused (429), but for small ones.",
-    )
-    max_text_chars: int = Field(200_000, ge=1, description="Characters of one item's text, before it is cut to tokens.")
-    max_image_bytes: int = Field(20 * 2**20, ge=64, description="Bytes of one encoded image.")
-    max_image_pixels: int = Field(50_000_000, ge=4096, description="Pixels of one image, checked before decoding.")
-    max_video_bytes: int = Field(48 * 2**20, ge=64, description="Bytes of one encoded video.")
-    max_video_frames: int = Field(64, ge=2, description="Frames of one video; of an encoded one that many are sampled.")
-    decode_timeout_s: float = Field(
-        20.0, gt=0, description="Seconds that decoding one item's images and videos may take."
-    )
-    url_hosts: str = Field(
-        "",
-        pattern=_URL_HOSTS,
-        description="Hosts that URLs may name: `a.com, *.b.com, http://c.com:8080`, or `*`; empty: no URL is fetched.",
-    )
-    url_timeout_s: float = Field(10.0, gt=0, description="Seconds that fetching one URL may take in all.")
-    request_timeout_s: float = Field(
-        60.0, gt=0, description="Seconds for a body to come, and again for its items (504)."
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="Worker processes, each with its own copy of the model, assigned to the GPUs in turn; "
+        "`auto`: one for each GPU.",
     )
     stuck_after_s: float | None = Field(
         None,
         gt=0,
-        description="Seconds one batch may take before its worker ends; empty: 300 on a GPU, no limit on a CPU.",
+        description="Seconds after which a worker exits because a batch has not finished; empty: 300 on a GPU, never "
+        "on a CPU.",
     )
+    # Batching and queue
+    max_batch_tokens: int = Field(
+        16384,
+        ge=64,
+        description="Tokens (text and visual) in a batch; fewer if the GPU's memory holds no more, or a slow device "
+        "would take much over a second.",
+    )
+    max_queued_tokens: int = Field(
+        524_288, ge=64, description="Estimated tokens in the queue; more is refused with 429."
+    )
+    cache_bytes: int = Field(0, ge=0, description="Bytes of vectors kept for equal content; 0: no cache.")
     preprocess_threads: int = Field(
         default_factory=lambda: min(16, available_cores()),
         ge=1,
         description="Threads that decode, resize and tokenize.",
     )
-    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto", description="Processes, each with its own copy of the model, on the GPUs in turn; `auto`: one a GPU."
+    # Requests
+    max_items_per_request: int = Field(2048, ge=1, description="Items in one request.")
+    max_body_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes of one request body.")
+    max_held_bytes: int = Field(
+        2**30,
+        ge=1024,
+        description="Bytes of all request bodies in a worker; more is refused with 429, except bodies up to 64 KiB.",
     )
-    replicas_per_gpu: int = Field(1, ge=1, description="With `auto` workers: as many on each GPU, or on the CPU.")
-    demo_folder: str = Field(
-        "", description="Folder of images that the playground searches; empty: with the small model its drawings."
+    max_text_chars: int = Field(200_000, ge=1, description="Characters of one item's text, before it is cut to tokens.")
+    request_timeout_s: float = Field(
+        60.0, gt=0, description="Seconds for a body to arrive, and again for its items to be embedded (504)."
     )
+    # Images and videos
+    max_image_bytes: int = Field(20 * 2**20, ge=64, description="Bytes of one encoded image.")
+    max_image_pixels: int = Field(50_000_000, ge=4096, description="Pixels of one image, checked before decoding.")
+    max_video_bytes: int = Field(48 * 2**20, ge=64, description="Bytes of one encoded video.")
+    max_video_frames: int = Field(64, ge=2, description="Frames in a list, and frames sampled from an encoded video.")
+    decode_timeout_s: float = Field(20.0, gt=0, description="Seconds to decode one item's images and videos.")
+    url_hosts: str = Field(
+        "",
+        pattern=_URL_HOSTS,
+        description="Hosts that URLs may name: `a.com, *.b.com, http://c.com:8080`, or `*`; empty: URLs are refused.",
+    )
+    url_timeout_s: float = Field(10.0, gt=0, description="Seconds to fetch one URL, redirects included.")
+    # Access
     api_key: SecretStr | None = Field(
-        None, description="Key that callers need, or several with commas between them; empty: none."
+        None, description="API key that callers need, or several separated by commas; empty: none is needed."
     )
-    api_key_file: str = Field(
-        "", description="File of such keys, one a line, read again when it changes; empty: no file."
+    api_key_file: str = Field("", description="File with one API key per line, read again when it changes.")
+    # Log and playground
+    access_log: bool = Field(False, description="Log one line per request, without its content.")
+    log_format: Literal["text", "json"] = Field("text", description="`text`, or `json`: one JSON object per line.")
+    demo_folder: str = Field(
+        "", description="Folder of images that the playground searches; empty: the bundled drawings, if any."
     )
-    access_log: bool = Field(False, description="One log line per request, without its contents.")
-    log_format: Literal["text", "json"] = Field("text", description="`text`, or `json`: one JSON object a line.")
 
     @model_validator(mode="after")
     def _one_item_fits_a_batch(self) -> Self:
         if self.max_input_tokens > self.max_batch_tokens:
             raise ValueError(
                 f"max_input_tokens ({self.max_input_tokens}) exceeds max_batch_tokens ({self.max_batch_tokens}): "
-                f"an item could wait for ever. Raise {PREFIX}MAX_BATCH_TOKENS or lower {PREFIX}MAX_INPUT_TOKENS."
+                f"an item could wait forever. Raise {PREFIX}MAX_BATCH_TOKENS or lower {PREFIX}MAX_INPUT_TOKENS."
             )
         return self
 
@@ -131,19 +138,11 @@ class Settings(BaseModel):
             )
         return self
 
-    @model_validator(mode="after")
-    def _workers_are_counted_once(self) -> Self:
-        if self.workers != "auto" and self.replicas_per_gpu > 1:
-            raise ValueError(
-                f"workers ({self.workers}) and replicas_per_gpu ({self.replicas_per_gpu}) are both given. "
-                f"Unset {PREFIX}WORKERS, or give the number of all replicas there and unset {PREFIX}REPLICAS_PER_GPU."
-            )
-        return self
-
     def num_workers(self, num_gpus: int) -> int:
-        """Worker processes on a machine with so many GPUs: `choose_device` puts them on these in turn."""
-        num_devices = max(num_gpus, 1) if self.device == "auto" else 1
-        return num_devices * self.replicas_per_gpu if self.workers == "auto" else self.workers
+        """Worker processes on a machine with `num_gpus` GPUs, which `choose_device` assigns to them in turn."""
+        if self.workers != "auto":
+            return self.workers
+        return max(num_gpus, 1) if self.device == "auto" else 1
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -156,7 +155,7 @@ class Settings(BaseModel):
         if unknown:
             raise ValueError(f"unknown settings: {', '.join(unknown)}; known are: {', '.join(sorted(names))}")
         variables = {name: os.environ.get(f"{PREFIX}{name.upper()}") for name in cls.model_fields}
-        values = {name: value for name, value in variables.items() if value}  # an empty one counts as not given
+        values = {name: value for name, value in variables.items() if value}  # an empty variable counts as not set
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -165,9 +164,9 @@ class Settings(BaseModel):
 
 
 def make_metrics_folder() -> None:
-    """In the arbiter, before its workers start: a folder of this service alone, taken away at its end.
+    """In the arbiter, before its workers start: create a metrics folder for this service, removed at its end.
 
-    BentoML's is one for all services of a user, and is emptied whenever one of them starts (BentoML 1.4.39).
+    BentoML's folder is shared by all services of a user, and emptied whenever one of them starts (BentoML 1.4.40).
     """
     folder = tempfile.mkdtemp(prefix="qwen3-vl-embedding-metrics-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -175,14 +174,14 @@ def make_metrics_folder() -> None:
 
 
 def metrics_folder() -> str | None:
-    """Where prometheus_client keeps the numbers of all worker processes, from now on; None outside of such a one."""
+    """The folder where prometheus_client keeps the values of all workers; None outside of a worker."""
     if PROMETHEUS_FOLDER in os.environ and METRICS_FOLDER in os.environ:
         os.environ[PROMETHEUS_FOLDER] = os.environ[METRICS_FOLDER]
     return os.environ.get(PROMETHEUS_FOLDER)
 
 
 def trace_exporter_variable() -> str | None:
-    """The standard variable, if any, by which an operator names where OpenTelemetry sends traces."""
+    """The standard variable that names where OpenTelemetry sends traces; None if none is set."""
     names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
     return next((name for name in names if os.environ.get(name)), None)
 
@@ -194,14 +193,27 @@ def _fault(fault: dict[str, object]) -> str:
     return f"{PREFIX}{str(location[0]).upper()}={fault['input']!r}: {fault['msg']}"
 
 
+FIRST_OF_TOPIC = {  # settings are declared by topic
+    "model": "Model",
+    "device": "Device",
+    "max_batch_tokens": "Batching and queue",
+    "max_items_per_request": "Requests",
+    "max_image_bytes": "Images and videos",
+    "api_key": "Access",
+    "access_log": "Log and playground",
+}
+
+
 def settings_table() -> str:
-    """The settings as a Markdown table, for the README: `python -m embedder.settings`."""
-    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    """The settings as Markdown, a table for each topic, for docs/reference/settings.md."""
+    rows = []
     for name, field in Settings.model_fields.items():
+        if name in FIRST_OF_TOPIC:
+            rows += ["", f"## {FIRST_OF_TOPIC[name]}", "", "| variable | default | meaning |", "|---|---|---|"]
         default = "cores, at most 16" if name == "preprocess_threads" else field.default
         shown = f"`{default}`" if default not in ("", None) else "empty"
         rows.append(f"| `{PREFIX}{name.upper()}` | {shown} | {field.description} |")
-    return "\n".join(rows)
+    return "\n".join(rows).strip()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from embedder.model.weights import choose_device
-from embedder.settings import PREFIX, Settings, available_cores
+from embedder.settings import FIRST_OF_TOPIC, PREFIX, Settings, available_cores, settings_table
 
 FIELDS = Settings.model_fields
 MINIMA = {
@@ -125,12 +126,11 @@ def test_hosts_of_urls_that_would_match_nothing_stop_the_start(hosts: str, monke
         ({}, 0, ["cpu"]),
         ({}, 1, [0]),
         ({}, 3, [0, 1, 2]),
-        ({"replicas_per_gpu": 2}, 0, ["cpu", "cpu"]),
-        ({"replicas_per_gpu": 2}, 3, [0, 1, 2, 0, 1, 2]),
+        ({"workers": 6}, 3, [0, 1, 2, 0, 1, 2]),
         ({"workers": 4}, 3, [0, 1, 2, 0]),
         ({"workers": 2}, 0, ["cpu", "cpu"]),
-        ({"replicas_per_gpu": 2, "device": "cuda:1"}, 3, [1, 1]),
-        ({"replicas_per_gpu": 2, "device": "cpu"}, 3, ["cpu", "cpu"]),
+        ({"workers": 2, "device": "cuda:1"}, 3, [1, 1]),
+        ({"workers": 2, "device": "cpu"}, 3, ["cpu", "cpu"]),
     ],
 )
 def test_workers_take_the_gpus_in_turn(
@@ -142,9 +142,10 @@ def test_workers_take_the_gpus_in_turn(
     assert [device.type if device.type == "cpu" else device.index for device in devices] == expected
 
 
-def test_replicas_are_not_counted_twice() -> None:
-    with pytest.raises(ValidationError, match=r"workers \(4\) and replicas_per_gpu \(2\) are both given"):
-        Settings(workers=4, replicas_per_gpu=2)
+def test_table_has_every_setting_under_its_topic() -> None:
+    table = settings_table()
+    assert re.findall(r"^\| `EMBEDDER_(\w+)`", table, re.MULTILINE) == [name.upper() for name in Settings.model_fields]
+    assert re.findall(r"^## (.+)$", table, re.MULTILINE) == list(FIRST_OF_TOPIC.values())
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "1.5"])

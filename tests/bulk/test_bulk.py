@@ -372,7 +372,7 @@ def test_two_runs_do_not_write_one_output(tmp_path: Path, capsys: pytest.Capture
         ({"workers": 4}, 0, [2], (4, {"num_cpus": 0.5})),
         ({}, 0, [16, 8], (2, {"num_cpus": 8})),  # a cluster
         ({}, 8, [96], (8, {"num_gpus": 1, "num_cpus": 1})),
-        ({"replicas_per_gpu": 2}, 8, [96], (16, {"num_gpus": 0.5, "num_cpus": 1})),
+        ({"workers": 16}, 8, [96], (16, {"num_gpus": 0.5, "num_cpus": 1})),
         ({"workers": 3}, 2, [2], (3, {"num_gpus": 0.5, "num_cpus": 2 / 3})),
         ({"device": "cpu"}, 0, [4], (1, {"num_cpus": 4})),
     ],

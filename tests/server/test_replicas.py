@@ -14,7 +14,7 @@ from tests.conftest import start_server
 
 def test_two_replicas_serve_the_same_vectors(tmp_path: Path, embedder: Embedder) -> None:
     model = str(embedder.checkpoint.folder)
-    server = start_server(tmp_path, model=model, device="cpu", replicas_per_gpu="2", preprocess_threads="1")
+    server = start_server(tmp_path, model=model, device="cpu", workers="2", preprocess_threads="1")
     deadline = time.monotonic() + 60
     while server.log.read_text().count(" loaded in ") < 2 and time.monotonic() < deadline:  # one is enough to be ready
         time.sleep(0.1)
