@@ -222,7 +222,7 @@ class Engine:
 
     def _run_device(self) -> None:
         try:
-            # Jobs are no locals here: this frame would hold their pixels while it waits for the next ones.
+            # No local variable refers to a job: it would keep its pixels while this frame waits for the next one.
             while self._launch_next_batch() or self._finish_next_batch():
                 pass
         except DeviceFailed as error:
@@ -380,7 +380,7 @@ class Engine:
             time.sleep(min(1.0, self._stuck_after_s / 4))
 
     def _fail(self, reason: str) -> None:
-        """Stop the engine for good: fail all pending items and refuse new ones."""
+        """Stop the engine permanently: fail all pending items and refuse new ones."""
         with self._lock:
             if self.failure:
                 return
