@@ -276,7 +276,7 @@ def throttle(page: Page, latency_ms: int) -> None:
 
 
 def test_slow_answer_shows_progress_and_can_be_cancelled(page: Page, screenshots: Path) -> None:
-    throttle(page, 4000)
+    throttle(page, 2500)
     try:
         page.add_text("red")
         page.add_text("green")
@@ -408,6 +408,20 @@ def fits(page: Page, width: int) -> None:
     assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
 
 
+def test_key_form_looks_like_an_error_only_after_a_rejected_key(page: Page) -> None:
+    page.answer("embed", *[{"status": 401, "body": {}}] * 2)
+    page.add_text("red")
+    page.wait(lambda: page.texts("#key-reason") == ["This service requires an API key."])
+    assert "bad" not in str(page.one("#key-form").get_attribute("class"))
+    page.one("#key").send_keys("wrong", Keys.ENTER)
+    page.wait(lambda: page.texts("#key-reason") == ["The service rejected this API key."])
+    assert "bad" in str(page.one("#key-form").get_attribute("class"))
+    page.one("#key").send_keys("right", Keys.ENTER)
+    page.wait(lambda: not page.one("#key-form").is_displayed() and page.texts("#items .what") == ["red"])
+    page.driver.execute_script("sessionStorage.clear()")
+
+
+@pytest.mark.slow
 def test_key_form_is_shown_and_the_key_is_sent_with_every_request(
     chromium: webdriver.Chrome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
