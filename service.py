@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import embedder  # before torch, whose OpenMP reads the wait policy that it sets  # isort: skip
 import bentoml
 import torch
 from pydantic import AfterValidator
 from starlette.types import ASGIApp
 
-import embedder
 from embedder.engine.aio import embed_all
 from embedder.errors import ModelUnavailable
 from embedder.http.api_keys import ApiKeys

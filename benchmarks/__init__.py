@@ -6,6 +6,7 @@
     python -m benchmarks.preprocessing  JPEG preprocessing on one core, compared with Pillow
     python -m benchmarks.choices        the effect of single design decisions
     python -m benchmarks.overload       responses at twice the capacity
+    python -m benchmarks.busy           a CPU that other processes use too
     python -m benchmarks.soak           100,000 mixed requests, each compared with its known result
     python -m benchmarks.bulk           20,000 rows with Ray Data, killed halfway and resumed
     python -m benchmarks.gpu            everything that needs a GPU, within 8 minutes
@@ -17,3 +18,5 @@ Modules: `checkpoints` and `workloads` create weights and items; `peers` are the
 servers; `compare` runs libraries in turns, `load` sends requests to servers; `limits`, `meter` and `gaps` measure the
 machine and a process; `report` writes results. Times vary on a shared machine; compare the ratios.
 """
+
+import embedder  # noqa: F401 - before torch, whose OpenMP reads the wait policy that it sets

@@ -20,10 +20,17 @@ checkpoint or a running service. `default_model/` and `demo/` are a small traine
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from embedder.embedder import Embedder as Embedder
+
+# OpenMP's threads spin while they wait. Next to other busy processes that makes torch 10 to 30 times slower on a CPU: a
+# text query took 516 ms at the median instead of 28, bulk embedded 11 texts a second instead of 191 (two busy loops on
+# two cores, `python -m benchmarks.busy`). Set before torch loads OpenMP, unless the user has chosen a policy.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 __version__ = "0.1.0"
 __all__ = ["Embedder", "__version__"]
