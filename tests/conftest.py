@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -36,6 +38,33 @@ hypothesis.settings.load_profile("house")
 
 ROOT = Path(__file__).parents[1]
 TEXTS = list(topics.values())  # the text of Python's own help: English that every installation has
+
+
+RUN = f"{os.getpid()}-{time.time_ns()}"
+os.environ["EMBEDDING_TESTS_RUN"] = RUN  # every process that a test starts inherits it
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run, and end the processes, if any that a test has started is still there."""
+    if left := processes_of_this_run():
+        for pid, command in left.items():
+            print(f"\nstill running after the tests: {pid} {command}", file=sys.stderr)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def processes_of_this_run() -> dict[int, str]:
+    """Process ids and commands; without those that have ended and whose parent has not noticed yet."""
+    mark = f"EMBEDDING_TESTS_RUN={RUN}\0".encode()
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if mark in (path / "environ").read_bytes() and path.name != str(os.getpid()):
+                command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if command and "multiprocessing.resource_tracker" not in command:  # ends with this process
+                    found[int(path.name)] = command[:200]
+    return found
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -119,9 +148,13 @@ class Server:
         return [int(pid) for pid in children if b"_bentoml_impl.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def stop(self) -> int:
-        """SIGTERM; its exit status."""
+        """Send SIGTERM; its exit status. A service that does not end is killed, workers and all."""
         self.process.terminate()
-        return self.process.wait(60)
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
 
 
 def start_server(folder: Path, *, target: str = ".", cwd: Path = ROOT, **settings: str) -> Server:
@@ -138,6 +171,13 @@ def start_server(folder: Path, *, target: str = ".", cwd: Path = ROOT, **setting
     raise AssertionError(f"the service did not become ready:\n{server.log.read_text()}")
 
 
+def end_with_the_tests() -> None:
+    """In a new process: SIGTERM when the process of the tests ends, however it ends (Linux)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 def _start_server(folder: Path, target: str, cwd: Path, settings: Mapping[str, str]) -> Server:
     """Ready, or ended."""
     with socket.socket() as free:
@@ -151,7 +191,15 @@ def _start_server(folder: Path, target: str, cwd: Path, settings: Mapping[str, s
     bentoml = Path(sys.executable).parent / "bentoml"
     command = [str(bentoml), "serve", target, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=end_with_the_tests,
+        )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -182,7 +230,7 @@ def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def model() -> FakeModel:
-    """One that does not wait."""
+    """A fake model that does not wait."""
     model = FakeModel()
     model.gate.set()
     return model

@@ -32,10 +32,10 @@ GOOD_BODIES: dict[str, dict[str, Any]] = {
 }
 DEEP = json.loads("[" * 500 + "]" * 500)
 WRONG: dict[str, list[Any]] = {  # values that no route accepts in the field of that name
-    "input": [5, True, {}, [], [5], [None], [[]], [[[]]], 1e300, DEEP, ["a"] * 513, ["a"] * 51_300],
-    "items": ["red", 5, {}, [], ["a"] * 513, DEEP, [DEEP]],
-    "texts": ["red", 5, {}, [], [5], [None], ["a"] * 513],
-    "images": ["red", 5, {}, [], [5], [None], [EXAMPLE_IMAGE[:20]], [EXAMPLE_IMAGE] * 513],
+    "input": [5, True, {}, [], [5], [None], [[]], [[[]]], 1e300, DEEP, ["a"] * 2049, ["a"] * 204_900],
+    "items": ["red", 5, {}, [], ["a"] * 2049, DEEP, [DEEP]],
+    "texts": ["red", 5, {}, [], [5], [None], ["a"] * 2049],
+    "images": ["red", 5, {}, [], [5], [None], [EXAMPLE_IMAGE[:20]], [EXAMPLE_IMAGE] * 2049],
     "inputs": [5, {}, [], [5], [{}], [{"content": 5}], [{"content": [DEEP]}], [{"content": [{"type": DEEP}]}]],
     "messages": [5, {}, [], [5], [{}], [DEEP], [{"role": DEEP, "content": "a"}], [{"role": "a" * 999, "content": "a"}]],
     "dimensions": [0, -1, 63, 10**6, 64.5, "64", True, [], {}, DEEP, 1e300, -(2**63)],
