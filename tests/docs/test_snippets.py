@@ -59,11 +59,13 @@ def test_blocks_of_a_page_do_what_it_says(
     """In order, as a reader would: later blocks use the files of earlier ones."""
     monkeypatch.chdir(clone)
     answer = (0, "")
-    for block in BLOCKS[page]:
+    for block, following in itertools.zip_longest(BLOCKS[page], BLOCKS[page][1:]):
         if block.reason or (block.language == "sh" and SET_UP in block.text):
             continue
         if block.mark.startswith("request: "):
             answer = send(block, small_server)
+            shows_response = following is not None and following.mark.startswith("response")
+            assert shows_response or answer[0] == 200, f"{block}: got {answer}"
         elif block.mark.startswith("response"):
             check_response(block, *answer)
         elif block.language == "sh":
