@@ -30,9 +30,11 @@ from benchmarks.quality.tasks import LOCAL_TASKS
 from benchmarks.quality.vectors import Vectors
 from embedder import Embedder
 from embedder.http.messages import QUERY_INSTRUCTION
+from embedder.settings import Settings
 from tests.conftest import ROOT, Server, encoded, picture
 
 FEW = ["--count", "24"]
+MAX_ITEMS = Settings().max_items_per_request
 
 
 class Counted:
@@ -268,7 +270,7 @@ def test_models_yaml_is_read(tmp_path: Path) -> None:
 
 def test_batch_size_is_read_from_the_services_document(server: Server, mean_color: str) -> None:
     with Client(LocalService("ours", server.url)) as client:
-        assert [client.max_items(one) for one in (client.service.text, client.service.image)] == [512, 512]
+        assert [client.max_items(one) for one in (client.service.text, client.service.image)] == [MAX_ITEMS, MAX_ITEMS]
     text, image = Endpoint("/t", "POST", "words", "vector"), Endpoint("/i", "POST", "picture", "out")
     with Client(LocalService("other", mean_color, text, image)) as client:
         assert [client.max_items(one) for one in (text, image)] == [7, 1]

@@ -151,7 +151,8 @@ def test_autoscaler_waits_for_a_second_full_batch(overlay: dict[str, Object]) ->
 def test_images_have_the_packages_version(overlay: dict[str, Object]) -> None:
     image = f"qwen3-vl-embedding:{embedder.__version__}"
     assert {container["image"] for pod in pod_specs(overlay) for container in pod["containers"]} == {image}
-    for path in (ROOT / "README.md", DEPLOY / "README.md", DEPLOY / "Containerfile.model", DEPLOY / "compose.yaml"):
+    deploy_page = ROOT / "docs" / "operations" / "deploy.md"
+    for path in (deploy_page, DEPLOY / "README.md", DEPLOY / "Containerfile.model", DEPLOY / "compose.yaml"):
         text = path.read_text(encoding="utf-8")
         assert set(re.findall(r"qwen3-vl-embedding:[\d.]+\d", text)) == {image}, path
     assert f"## [{embedder.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
