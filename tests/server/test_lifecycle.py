@@ -307,7 +307,7 @@ def fill(folder: Path) -> None:
 
 ARBITER = """
 from circus import get_arbiter
-from embedder.server.lifecycle import stop_when_told
+from embedder.server.lifecycle import stop_at_sigterm_during_a_start
 
 {prepare}
 arbiter = get_arbiter([{{"cmd": "sleep 60", "numprocesses": 2, "warmup_delay": 2}}])
@@ -316,7 +316,7 @@ arbiter.start()
 """
 
 
-@pytest.mark.parametrize("prepare", ["stop_when_told()", "pass  # what would be if it were not for that"])
+@pytest.mark.parametrize("prepare", ["stop_at_sigterm_during_a_start()", "pass  # circus alone loses the signal"])
 def test_arbiter_that_is_busy_with_a_worker_stops_when_it_is_done(prepare: str) -> None:
     command = [sys.executable, "-c", ARBITER.format(prepare=prepare)]
     arbiter = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
