@@ -203,7 +203,8 @@ def ahead(model: FakeModel) -> Iterator[Engine]:
 
 def test_one_batch_is_launched_ahead_and_no_more(ahead: Engine, model: FakeModel) -> None:
     model.gate.clear()
-    futures = [ahead.submit(item(f"{index:50}")) for index in range(9)]
+    with ahead._lock:  # so that the device thread sees all of them at once
+        futures = [ahead.submit(item(f"{index:50}")) for index in range(9)]
     wait_until(lambda: model.num_launched == 2)
     time.sleep(0.05)  # in which a third would be launched
     assert model.num_launched == 2
@@ -239,7 +240,7 @@ def test_with_two_in_flight_the_next_batch_is_launched_before_the_first_is_waite
     engine = Engine(model.preprocess, launch, HIDDEN_SIZE, settings, max_in_flight=max_in_flight)
     with busy_device(engine, model):
         wait_until(lambda: calls == ["launch 0", "wait 0"])
-        futures = [engine.submit(item(f"{index:50}"), wake=False) for index in range(6)]
+        futures = [engine.submit(item(f"{index:50}")) for index in range(6)]
     wait(futures, timeout=10)
     engine.close()
     assert ", ".join(calls) == expected
