@@ -125,7 +125,7 @@ def ask(path: str, *, is_logged: bool = True, status: int | None = 200) -> None:
 
 
 @pytest.mark.parametrize("lines", ["text"], indirect=True)
-@pytest.mark.parametrize(("status", "shown"), [(200, "200"), (400, "400"), (None, "-")])
+@pytest.mark.parametrize(("status", "shown"), [(200, "200"), (400, "400"), (None, "499")])
 def test_request_is_one_line_without_its_contents(status: int | None, shown: str, lines: io.StringIO) -> None:
     ask("/embed", status=status)
     (line,) = lines.getvalue().splitlines()

@@ -119,7 +119,7 @@ def test_requests_items_and_tokens_are_counted_by_kind(client: httpx.Client, emb
         ("/txt/embed", {"inptu": "red"}, "/txt/embed", 400, "invalid_request"),
         ("/v1/embeddings", {"input": "red", "dimensions": 1}, "/v1/embeddings", 400, "unsupported_dimensions"),
         ("/embed_texts", {"texts": [""]}, "/embed_texts", 400, "invalid_request"),
-        ("/embed", {"items": ["red"] * 1000}, "/embed", 413, "request_too_large"),
+        ("/embed", {"items": ["red"] * 3000}, "/embed", 413, "request_too_large"),
         ("/no/such/path", {}, "other", 404, "not_found"),
     ],
 )

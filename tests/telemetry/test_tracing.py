@@ -149,7 +149,7 @@ def test_without_the_exporter_nothing_is_traced_and_the_log_says_why(
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with caplog.at_level(logging.WARNING):
         assert not is_traced()
-    assert "OTEL_EXPORTER_OTLP_ENDPOINT is set, but no trace is sent: install the extra `tracing`" in caplog.text
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT is set, but traces are not sent: install the extra `tracing`" in caplog.text
 
 
 @pytest.fixture
