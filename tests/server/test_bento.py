@@ -89,7 +89,7 @@ def test_fresh_install_brings_the_bentoml_of_the_lock() -> None:
 def test_bento_has_the_page_and_leaves_the_small_model_out(bento_tag: str) -> None:
     home, tag = bento_tag.split("|")
     sources = Path(home) / "bentos" / tag.replace(":", "/") / "src"
-    assert (sources / "embedder" / "engine.py").is_file()
+    assert (sources / "embedder" / "engine" / "engine.py").is_file()
     assert (sources / "embedder" / "playground" / "index.html").is_file()
     assert not (sources / "embedder" / "default_model").exists()
     assert not (sources / "embedder" / "demo").exists()
