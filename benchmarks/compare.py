@@ -1,4 +1,4 @@
-"""Peers and a workload -> who needed how long, in rounds that take turns (A B C A B C), every vector checked."""
+"""Time the peers on one workload, in rounds that take turns (A B C A B C), and check every vector."""
 
 from __future__ import annotations
 
@@ -17,18 +17,25 @@ from benchmarks.workloads import Item, is_one_at_a_time, make_items
 
 MIN_COSINE = 0.999
 MAX_DISTANCE_RATIO = 1.5  # mean distance to float32 vectors, over that of transformers in the same dtype
-PROBES = (4, 64, 512)  # items; a handful says little about bulk
+PROBES = (4, 64, 512)  # items; a few do not predict the speed of many
 MIN_ITEMS, MAX_ITEMS = 4, 2048
 ONE_AT_A_TIME_ITEMS = 20
 
 
 class WrongVectors(AssertionError):
-    """A peer's vectors are not ours: its time would mean nothing."""
+    """A peer's vectors are wrong, so its speed means nothing."""
+
+
+def _raise(message: str) -> None:
+    raise WrongVectors(message)
 
 
 @dataclass
 class Timing:
-    """`seconds` of each call of `items_per_call`. `peak_bytes` of the device beyond what was held before."""
+    """A peer's times in one workload.
+
+    `seconds`: of each call of `items_per_call` items. `peak_bytes`: of device memory, above what was allocated before.
+    """
 
     items_per_call: int
     min_cosine: float = 1.0
@@ -46,7 +53,7 @@ class Timing:
 
 @dataclass
 class Comparison:
-    """One workload: its items, and each peer's timing. `limits`: matrix rate measured in each round, FLOP/s."""
+    """One workload: its items, each peer's timing, and `limits`, the matrix rate measured in each round (FLOP/s)."""
 
     workload: str
     items: list[Item]
@@ -64,10 +71,12 @@ def compare(
     limit: Callable[[], float],
     min_cosine: float = MIN_COSINE,
     oracle: Peer | None = None,
+    on_wrong: Callable[[str], object] = _raise,
 ) -> Comparison:
-    """As many items as all peers together can embed `rounds` times in `seconds`; the first peer is ours.
+    """Time the peers in turns, with as many items as they embed `rounds` times in `seconds`; the first peer is ours.
 
-    Stops early, after a whole round, when `seconds` are over. Raises `WrongVectors`.
+    Stops after the round in which `seconds` are over. A wrong vector calls `on_wrong`, which raises `WrongVectors` by
+    default.
 
     Without `oracle`, the cosine of each vector to ours must be at least `min_cosine`. With `oracle`, which embeds in
     float32, each peer's mean distance to it must be at most `MAX_DISTANCE_RATIO` times that of transformers.
@@ -77,7 +86,7 @@ def compare(
     items = make_items(workload, count, words)
     calls = calls_of(items)
     comparison = Comparison(workload, items, {peer.name: Timing(len(calls[0])) for peer in peers})
-    _check(peers, calls, comparison, min_cosine, oracle)
+    _check(peers, calls, comparison, min_cosine, oracle, on_wrong)
     deadline = time.perf_counter() + seconds
     for _ in tqdm(range(rounds), desc=f"{workload} x {count}", unit="round", leave=False):
         comparison.limits.append(limit())
@@ -97,7 +106,7 @@ def _one_at_a_time(items: list[Item]) -> list[list[Item]]:
 
 
 def _affordable_count(workload: str, peers: Sequence[Peer], words: list[str], seconds: float) -> int:
-    """Items that all peers together embed once in `seconds`; whole batches of 32 where there are that many."""
+    """The number of items that all peers together embed once in `seconds`; from 32 on, a multiple of 32."""
     if is_one_at_a_time(workload):
         return ONE_AT_A_TIME_ITEMS
     count = float(PROBES[0])
@@ -117,12 +126,12 @@ def _warm_seconds(peer: Peer, items: list[Item]) -> float:
 
 def _seconds(peer: Peer, items: list[Item]) -> float:
     start = time.perf_counter()
-    peer.embed(items)  # answers lie on the host: nothing is left to wait for
+    peer.embed(items)  # returns vectors on the host, so no synchronization is needed
     return time.perf_counter() - start
 
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Unit length: sentence-transformers normalizes in bfloat16 and misses it by up to 0.3 %."""
+    """At unit length. sentence-transformers normalizes in bfloat16, with lengths up to 0.3 % off."""
     exact = vectors.astype(np.float64)
     return exact / np.linalg.norm(exact, axis=1, keepdims=True)
 
@@ -133,8 +142,9 @@ def _check(
     comparison: Comparison,
     min_cosine: float,
     oracle: Peer | None,
+    on_wrong: Callable[[str], object],
 ) -> None:
-    """Every peer embeds everything once, untimed: the warm-up of the real sizes. Each vector must be ours."""
+    """Every peer embeds all items once, which is also the warm-up, and its vectors are compared."""
     vectors: dict[str, NDArray[np.float32]] = {}
     for peer in peers:
         held = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
@@ -151,12 +161,12 @@ def _check(
         comparison.timings[name].min_cosine = float(own.min())
         distances[name] = float(np.mean(1 - own))
         if oracle is None and not own.min() >= min_cosine:
-            raise WrongVectors(f"{comparison.workload}: a vector of {name} has cosine {own.min():.6f} to ours")
+            on_wrong(f"{comparison.workload}: a vector of {name} has cosine {own.min():.6f} to ours")
         if not (cosines.max(axis=1) <= own + 1e-3).all():
-            raise WrongVectors(f"{comparison.workload}: a vector of {name} is nearer to another item's than to its own")
+            on_wrong(f"{comparison.workload}: a vector of {name} is nearer to another item's than to its own")
     for name, distance in distances.items():
         if oracle is not None and not distance <= MAX_DISTANCE_RATIO * distances[TRANSFORMERS]:
-            raise WrongVectors(
+            on_wrong(
                 f"{comparison.workload}: the mean distance of {name} to float32 vectors is {distance:.2e}; that of "
                 f"{TRANSFORMERS} is {distances[TRANSFORMERS]:.2e}, {MAX_DISTANCE_RATIO} times as much is allowed"
             )

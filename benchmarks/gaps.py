@@ -1,4 +1,4 @@
-"""A call -> how long the GPU waited between its kernels, by torch.profiler."""
+"""How long the GPU is idle between the kernels of one call, measured by torch.profiler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIN_GAP_US = 10.0
 
 
 def launch_gaps(call: Callable[[], object]) -> dict[str, Any]:
-    """Kernels and copies of one call, from the first's start to the last's end. The call is warmed up first."""
+    """Kernels and copies of one call, from the start of the first to the end of the last. Calls once for warm-up."""
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -25,7 +25,7 @@ def launch_gaps(call: Callable[[], object]) -> dict[str, Any]:
 
 
 def summarize(spans: list[tuple[float, float]]) -> dict[str, Any]:
-    """`spans`: start and end of each kernel in microseconds; those on several streams may overlap."""
+    """`spans`: start and end of each kernel in microseconds; kernels of several streams may overlap."""
     spans = sorted(spans)
     gaps: list[float] = []
     end = spans[0][0]

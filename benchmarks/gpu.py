@@ -1,26 +1,32 @@
-"""Everything that needs a GPU, in one command of at most 8 minutes: `python -m benchmarks.gpu`.
+"""Correctness and speed on one GPU: `python -m benchmarks.gpu`, 8 minutes by default.
 
-1. Each attention back end against the oracle (plain transformers, float32, CPU) on small random checkpoints, and a
-   vector's dependence on its batch.
-2. The 2B and 8B shapes with random weights, made on the device and never written to disk, through every workload,
-   against transformers and sentence-transformers; shares of the matrix rate and of the copy rate measured in the run;
-   how long the GPU waits between kernels; peak memory.
+checks  Each configuration of the engine against the oracle (plain transformers, float32, CPU) on small random
+        checkpoints, and the difference of a vector by itself and in a batch.
+speed   The 2B and 8B shapes, with random weights made on the device, through every workload, against transformers and
+        sentence-transformers: shares of the matrix rate and of the copy rate measured in the same run, gaps between
+        kernels, peak memory.
 
-Needs torch >= 2.11, transformers >= 5.17, sentence-transformers and the small dependencies (av, httpcore, matplotlib,
-orjson, psutil, pybase64, pydantic, qwen-vl-utils, tqdm), not BentoML. A machine without registries gets those as
-wheels. A fault in one part is recorded, the rest goes on, and the exit status is 1. `--device cpu --shapes tiny` tries
-the script itself.
+Each check and each shape runs in a process of its own with a time limit, and every result is written at once to
+`results/gpu-parts/`. A fault ends one step; its process is started again for the steps after it. The parts on disk are
+merged into `results/gpu.json`, also those of an earlier run: `--shapes 2b` and `--shapes 8b` can be two runs, and
+`--parts` without a value only merges. The exit status is 1 if any fault was recorded.
+
+Needs torch >= 2.11, transformers >= 5.17, sentence-transformers and small packages (av, httpcore, orjson, psutil,
+pybase64, pydantic, qwen-vl-utils, tqdm; matplotlib for the plot), but not BentoML. `--device cpu --shapes tiny` runs
+the whole script on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
+import signal
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +38,13 @@ from tqdm import tqdm
 
 from benchmarks import library, peers, report
 from benchmarks.checkpoints import random_folder, tokenizer
-from benchmarks.compare import compare, unit
+from benchmarks.compare import Comparison, compare, unit
 from benchmarks.gaps import launch_gaps
+from benchmarks.gpu_parts import PartFile, exit_with_parent, read_parts, run_part
 from benchmarks.limits import Weights, copy_rate, matrix_rate
 from benchmarks.random_checkpoint import SHAPES, shape_config
 from benchmarks.workloads import WORKLOADS, make_items, read_words
+from embedder.inputs.preprocess import Preprocessor
 from embedder.torchvision_shim import declare_torchvision_operators
 from tests.oracle import Oracle
 
@@ -44,55 +52,49 @@ declare_torchvision_operators()
 
 from transformers import Qwen3VLModel  # noqa: E402 - after the declaration
 
-BACK_ENDS: dict[str, tuple[dict[str, Any], ...]] = {
-    "cuda": (
-        {"attention": "varlen"},
-        {"attention": "varlen", "cuda_graphs": True},
-        {"attention": "varlen", "torch_compile": True},
-        {"attention": "flash_attn"},
-    ),
-    "cpu": ({"attention": "sdpa"},),
+CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {  # by device, then by name: settings of the engine
+    "cuda": {
+        "eager": {"attention": "varlen", "cuda_graphs": False, "torch_compile": False},
+        "CUDA graphs": {"attention": "varlen", "cuda_graphs": True, "torch_compile": False},
+        "compiled": {"attention": "varlen", "cuda_graphs": False, "torch_compile": True},
+        "CUDA graphs, compiled": {"attention": "varlen", "cuda_graphs": True, "torch_compile": True},
+        "flash_attn": {"attention": "flash_attn", "cuda_graphs": False, "torch_compile": False},
+    },
+    "cpu": {"eager": {"attention": "sdpa", "cuda_graphs": False, "torch_compile": False}},
 }
-ORACLE_SHAPES = ("tiny", "small")
-MIN_COSINE = 0.99  # between two bfloat16 forwards of up to 36 random layers; the oracle judges, this finds mix-ups
-MAX_BATCH_DIFFERENCE = {torch.bfloat16: 4e-3, torch.float32: 1e-6}
-ROUNDS = 3
+PARTS = ("checks", "speed")
+CHECK_SHAPES = {"cuda": ("tiny", "small"), "cpu": ("tiny",)}
 CHECKED = ("text-16", "text-mixed", "image-256", "half-half")
-PROFILED = ("query", "text-64", "text-512", "image-448")  # whose launch gaps are measured
+PROFILED = ("query", "text-64", "text-512", "image-448")  # workloads whose gaps between kernels are measured
+ROUNDS = 3
+MIN_COSINE = 0.99  # between two bfloat16 forward passes of up to 36 random layers; the checks are stricter
+# Between a vector by itself and in a batch. cuBLAS takes other kernels for other numbers of rows, and bfloat16 alone
+# differs from float32 by up to 6e-3 in these vectors.
+MAX_BATCH_DIFFERENCE = {torch.bfloat16: 1.5e-2, torch.float32: 1e-6}
+CHECK_SECONDS = 150  # for all configurations of a shape
+RIGHT, WRONG = "right", "WRONG"
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     chosen = _parse(arguments)
-    about = report.environment(report.command("gpu", chosen))
+    if chosen.part:
+        exit_with_parent()
+        part = PartFile(_folder(chosen), chosen.part)
+        (_check if chosen.part.startswith("checks") else _measure)(part, chosen)
+        return part.data
+    options = {name: value for name, value in vars(chosen).items() if name not in ("part", "steps", "no_checks")}
+    about = report.environment(report.command("gpu", argparse.Namespace(**options)))
     deadline = time.monotonic() + chosen.seconds
-    device = torch.device(chosen.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    faults: list[str] = []
-    rates = {"matrix_flop_per_s": matrix_rate(dtype, device)}
-    rates["copy_bytes_per_s"] = copy_rate(device, 2**31 if device.type == "cuda" else 2**27)
-    checks: list[dict[str, Any]] = []
-    for shape in ORACLE_SHAPES[: 1 if device.type == "cpu" else None]:
-        checks += _guard(faults, f"oracle, {shape}", partial(_check_back_ends, shape, device, dtype)) or []
-    shapes: dict[str, Any] = {}
-    for index, shape in enumerate(chosen.shapes):
-        left = (deadline - time.monotonic()) / (len(chosen.shapes) - index)
-        shapes[shape] = _run_shape(shape, device, dtype, chosen.workloads, left, rates, faults)
-    faults += [f"oracle: {one}" for one in checks if one["result"] == "WRONG"]
-    data = {
-        "environment": about,
-        "dtype": str(dtype).removeprefix("torch."),
-        "rates": rates,
-        "checks": checks,
-        "shapes": shapes,
-        "faults": faults,
-    }
-    text = _text(data)
-    bars = {
-        f"{shape} {row}": ratios for shape, one in shapes.items() for row, ratios in library.bars(one["rows"]).items()
-    }
-    report.save(
-        chosen.results, "gpu" if device.type == "cuda" else "gpu-script-on-cpu", data, text, bars, "x transformers"
-    )
+    steps = _parts(chosen)
+    for index, name in enumerate(steps):
+        left = deadline - time.monotonic()
+        seconds = min(CHECK_SECONDS, left) if name.startswith("checks") else left / (len(steps) - index)
+        run_part(_folder(chosen), name, steps[name], max(seconds, 1.0), partial(_command, name, chosen))
+        _merge(chosen, about)
+    data, text = _merge(chosen, about)
+    if importlib.util.find_spec("matplotlib"):
+        bars = {f"{shape} {row}": one for shape, found in data["shapes"].items() for row, one in _bars(found).items()}
+        report.save(chosen.results, _name(chosen), data, text, bars, "x transformers")
     print(text)
     return data
 
@@ -100,59 +102,134 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Correctness and speed on one GPU.")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="none: only merge what is there")
+    parser.add_argument("--no-checks", action="store_true", help="the same as --parts speed")
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=["2b", "8b"])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME")
-    parser.add_argument("--seconds", type=float, default=420, help="for everything; starting takes another minute")
+    parser.add_argument("--seconds", type=float, default=420, help="for everything; each part may take 2 minutes more")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
-    return parser.parse_args(arguments)
+    parser.add_argument("--part", default="", help=argparse.SUPPRESS)  # in the process of one part: its name
+    parser.add_argument("--steps", nargs="*", default=[], help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.no_checks:
+        chosen.parts = [part for part in chosen.parts if part != "checks"]
+    return chosen
 
 
-def _guard(faults: list[str], what: str, run: Callable[[], Any]) -> Any:
-    """What `run` gives; a fault is noted and costs only this part."""
-    try:
-        return run()
-    except Exception as error:
-        traceback.print_exc()
-        faults.append(f"{what}: {type(error).__name__}: {str(error)[:500]}")
-        return None
+def _name(chosen: argparse.Namespace) -> str:
+    return "gpu" if chosen.device.startswith("cuda") else "gpu-script-on-cpu"
 
 
-def _check_back_ends(shape: str, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Distance to the oracle over every kind of item, for each back end that is installed, and what a batch changes.
+def _folder(chosen: argparse.Namespace) -> Path:
+    folder: Path = chosen.results / f"{_name(chosen)}-parts"
+    return folder
 
-    Distance is 1 - cosine, the mean over all items. Right is at most 1.5 times that of transformers in the same dtype.
+
+def _parts(chosen: argparse.Namespace) -> dict[str, list[str]]:
+    """Each part's name, and its steps: configurations to check, or workloads to measure."""
+    kind = chosen.device.partition(":")[0]
+    parts: dict[str, list[str]] = {}
+    if "checks" in chosen.parts:
+        parts |= {f"checks-{shape}": list(CONFIGURATIONS[kind]) for shape in CHECK_SHAPES[kind]}
+    if "speed" in chosen.parts:
+        parts |= {f"speed-{shape}": chosen.workloads for shape in chosen.shapes}
+    return parts
+
+
+def _command(name: str, chosen: argparse.Namespace, steps: Sequence[str], seconds: float) -> list[str]:
+    """The command line of a part's own process."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--steps", *steps, "--seconds", str(seconds)]
+    return [*command, "--device", chosen.device, "--results", str(chosen.results.resolve())]
+
+
+def _merge(chosen: argparse.Namespace, about: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """All parts on disk as one result, written as JSON and Markdown."""
+    parts = read_parts(_folder(chosen))
+    checks = [one for name, part in parts.items() if name.startswith("checks") for one in part["results"].values()]
+    shapes = {
+        name.removeprefix("speed-"): {
+            "rows": [one["row"] for one in part["results"].values()],
+            "gaps": {workload: one["gaps"] for workload, one in part["results"].items() if one["gaps"]},
+            **{key: part[key] for key in ("date", "device", "weight_gb", "rates", "loading_s") if key in part},
+        }
+        for name, part in parts.items()
+        if name.startswith("speed")
+    }
+    faults = [f"{name}, {fault}" for name, part in parts.items() for fault in part["faults"]]
+    faults += [f"{one['shape']}, {one['configuration']}: wrong vectors" for one in checks if one["result"] == WRONG]
+    data = {
+        "environment": about,
+        "dtype": str(_dtype(torch.device(chosen.device))).removeprefix("torch."),
+        "checks": checks,
+        "shapes": shapes,
+        "faults": faults,
+    }
+    text = _text(data)
+    report.write(chosen.results, _name(chosen), data, text)
+    return data, text
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+# The part "checks"
+
+
+def _check(part: PartFile, chosen: argparse.Namespace) -> None:
+    """Distance of each configuration to the oracle, over every kind of item.
+
+    Distance is 1 - cosine, the mean over all items. It may be 1.5 times that of transformers in the same dtype.
     """
-    checks: list[dict[str, Any]] = []
+    shape = chosen.part.partition("-")[2]
+    device = torch.device(chosen.device)
+    dtype = _dtype(device)
     with random_folder(shape) as folder:
         words = read_words(folder)
         items = [item for name in CHECKED for item in make_items(name, 6, words)]
         expected = Oracle(folder).embed([_oracle_item(item) for item in items])
         theirs = peers.padded_transformers(folder, peers.load_model(folder, dtype, device)).embed(items)
         allowed = 1.5 * _distance(theirs, expected) + 1e-6
-        for options in BACK_ENDS[device.type]:
-            name = options["attention"]
-            if "torch_compile" in options and not shutil.which("cc"):
-                continue
-            if name == "flash_attn" and not peers.is_installed("flash_attn"):
-                checks.append({"shape": shape, "attention": name, "result": library.NOT_INSTALLED})
-                continue
-            ours = peers.ours(folder, dtype, device, **options)
-            together = ours.embed(items)
-            alone = np.concatenate([ours.embed([item]) for item in items])
-            ours.close()
-            distance, difference = _distance(together, expected), float(np.abs(together - alone).max())
-            is_right = distance <= allowed and difference <= MAX_BATCH_DIFFERENCE[dtype]
-            checks.append(
-                {
-                    "shape": shape,
-                    "attention": ", ".join([name, *(peers.OPTIONS[one] for one in options if one in peers.OPTIONS)]),
-                    "result": "right" if is_right else "WRONG",
-                    "distance": distance,
-                    "allowed": allowed,
-                    "batch_difference": difference,
-                }
-            )
-    return checks
+        for name in chosen.steps:
+            part.step(name, partial(_check_one, folder, items, expected, allowed, name, device))
+            if name in part.data["results"]:
+                part.data["results"][name] |= {"shape": shape, "configuration": name}
+                part.update()
+
+
+def _check_one(
+    folder: Path,
+    items: list[dict[str, Any]],
+    expected: NDArray[np.float32],
+    allowed: float,
+    name: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    options = CONFIGURATIONS[device.type][name]
+    if reason := _missing(options):
+        return {"result": reason}
+    dtype = _dtype(device)
+    ours = peers.ours(folder, dtype, device, **options)
+    together = ours.embed(items)
+    alone = np.concatenate([ours.embed([item]) for item in items])
+    ours.close()
+    distance, difference = _distance(together, expected), float(np.abs(together - alone).max())
+    is_right = distance <= allowed and difference <= MAX_BATCH_DIFFERENCE[dtype]
+    return {
+        "result": RIGHT if is_right else WRONG,
+        "distance": distance,
+        "allowed": allowed,
+        "batch_difference": difference,
+    }
+
+
+def _missing(options: dict[str, Any]) -> str:
+    """Why this machine cannot run the configuration; empty if it can."""
+    if options["attention"] == "flash_attn" and not peers.is_installed("flash_attn"):
+        return library.NOT_INSTALLED
+    if options.get("torch_compile") and not shutil.which("cc"):
+        return "no C compiler"
+    return ""
 
 
 def _distance(vectors: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
@@ -163,8 +240,113 @@ def _oracle_item(item: dict[str, Any]) -> dict[str, Any]:
     return {"image": peers.decode(item["image"])} if "image" in item else item
 
 
+# The part "speed"
+
+
+def _measure(part: PartFile, chosen: argparse.Namespace) -> None:
+    """The workloads of `--steps` with one shape."""
+    deadline = time.monotonic() + chosen.seconds
+    shape = chosen.part.partition("-")[2]
+    device = torch.device(chosen.device)
+    dtype = _dtype(device)
+    rates = {"matrix_flop_per_s": matrix_rate(dtype, device)}
+    rates["copy_bytes_per_s"] = copy_rate(device, 2**31 if device.type == "cuda" else 2**27)
+    about = report.environment("")
+    part.update(rates=rates, date=about["date"], device=about["gpu"] or about["cpu"])
+    with random_folder("tiny") as folder:  # only its tokenizer and image processor are read
+        contestants, weights, weight_bytes = _load(part, folder, shape, device, dtype)
+        part.update(weight_gb=weight_bytes / 1e9)
+        words, preprocess = read_words(folder), library.load_preprocessor(folder)
+        for index, name in enumerate(tqdm(chosen.steps, desc=shape, unit="workload")):
+            seconds = (deadline - time.monotonic()) / (len(chosen.steps) - index)
+
+            measure = partial(_compare, part, name, contestants, words, max(seconds * 0.6, 1.0), device)
+            part.step(name, lambda measure=measure: _row(measure(), weights, weight_bytes, preprocess, rates))
+            if name in part.data["results"] and name in PROFILED and device.type == "cuda":
+                _profile(part, name, contestants, words)
+        for peer in contestants:
+            peer.close()
+
+
+def _compare(
+    part: PartFile,
+    name: str,
+    contestants: list[peers.Peer],
+    words: list[str],
+    seconds: float,
+    device: torch.device,
+) -> Comparison:
+    """Time one workload. A contestant that fails with two items is left out; wrong vectors are recorded as faults."""
+    few = make_items(name, 2, words)
+    usable = [peer for peer in contestants if part.guard(f"{name}: {peer.name}", partial(peer.embed, few)) is not None]
+    return compare(
+        name,
+        usable,
+        words,
+        rounds=ROUNDS,
+        seconds=seconds,
+        limit=partial(matrix_rate, _dtype(device), device),
+        min_cosine=MIN_COSINE,
+        on_wrong=part.fault,
+    )
+
+
+def _row(
+    comparison: Comparison, weights: Weights, weight_bytes: int, preprocess: Preprocessor, rates: dict[str, float]
+) -> dict[str, Any]:
+    row = library.figures(comparison, weights, preprocess)
+    row["copy_limit_ms"] = weight_bytes / rates["copy_bytes_per_s"] * 1e3
+    return {"row": row, "gaps": {}}
+
+
+def _profile(part: PartFile, name: str, contestants: list[peers.Peer], words: list[str]) -> None:
+    """Add the gaps between kernels of each configuration of ours to the step's result."""
+    result = part.data["results"][name]
+    items = make_items(name, 1 if name == "query" else result["row"]["num_items"], words)
+    for peer in contestants:
+        if peer.name.startswith(peers.OURS):
+            found = part.guard(f"{name}: gaps of {peer.name}", partial(launch_gaps, partial(peer.embed, items)))
+            result["gaps"] |= {peer.name: found} if found else {}
+            part.update()
+
+
+def _load(
+    part: PartFile, folder: Path, shape: str, device: torch.device, dtype: torch.dtype
+) -> tuple[list[peers.Peer], Weights, int]:
+    """The engine in each configuration, and its peers, which have a copy of the weights of their own."""
+    model, theirs = _make_model(shape, device, dtype), _make_model(shape, device, dtype)
+    makers: dict[str, Callable[[], peers.Peer]] = {
+        name: partial(_make_ours, name, folder, dtype, device, model, options)
+        for name, options in CONFIGURATIONS[device.type].items()
+        if not _missing(options)
+    }
+    makers[peers.TRANSFORMERS] = partial(peers.padded_transformers, folder, theirs)
+    if peers.is_installed("sentence_transformers"):
+        makers[peers.SENTENCE_TRANSFORMERS] = partial(peers.sentence_transformers, folder, dtype, device, theirs)
+    contestants = []
+    loading_s: dict[str, float] = {}
+    for name, make in makers.items():
+        start = time.monotonic()
+        peer = part.guard(f"loading {name}", make)
+        if peer is not None:
+            contestants.append(peer)
+            loading_s[peer.name] = round(time.monotonic() - start, 1)
+            part.update(loading_s=loading_s)
+    weights = Weights.of(theirs)
+    return contestants, weights, weights.per_token * theirs.dtype.itemsize
+
+
+def _make_ours(
+    name: str, folder: Path, dtype: torch.dtype, device: torch.device, model: Any, options: dict[str, Any]
+) -> peers.Peer:
+    """The engine in the configuration `name`. The first one is the reference of the others' vectors: `peers.OURS`."""
+    is_first = name == next(iter(CONFIGURATIONS[device.type]))
+    peer = peers.ours(folder, dtype, device, model, **options)
+    return replace(peer, name=peers.OURS if is_first else f"{peers.OURS}, {name}")
+
+
 def _make_model(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Qwen3VLModel with random weights of the checkpoint writer's kind, made where they are used."""
+    """Qwen3VLModel with random weights like those of `random_checkpoint`, made on the device."""
     config = shape_config(shape, tokenizer())
     with torch.device(device):
         model = Qwen3VLModel._from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -177,91 +359,38 @@ def _make_model(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _run_shape(
-    shape: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    workloads: Sequence[str],
-    seconds: float,
-    rates: dict[str, float],
-    faults: list[str],
-) -> dict[str, Any]:
-    deadline = time.monotonic() + seconds
-    rows: list[dict[str, Any]] = []
-    gaps: dict[str, Any] = {}
-    with random_folder("tiny") as folder:  # its tokenizer and processor; its weights are not read
-        loaded = _guard(faults, f"{shape}: loading", lambda: _load(folder, shape, device, dtype))
-        if loaded is None:
-            return {"rows": rows, "gaps": gaps}
-        contestants, weights, weight_bytes = loaded
-        words, preprocess = read_words(folder), library.load_preprocessor(folder)
-        for index, name in enumerate(tqdm(workloads, desc=shape, unit="workload")):
-            left = (deadline - time.monotonic()) / (len(workloads) - index)
-            measure = partial(
-                compare,
-                name,
-                contestants,
-                words,
-                rounds=ROUNDS,
-                seconds=max(left * 0.6, 1.0),  # the rest: probing, checking, profiling
-                limit=partial(matrix_rate, dtype, device),
-                min_cosine=MIN_COSINE,
-            )
-            comparison = _guard(faults, f"{shape}: {name}", measure)
-            row = library.figures(comparison, weights, preprocess) if comparison else None
-            if row:
-                row["copy_limit_ms"] = weight_bytes / rates["copy_bytes_per_s"] * 1e3
-                rows.append(row)
-            if row and name in PROFILED and device.type == "cuda":
-                items = make_items(name, 1 if name == "query" else row["num_items"], words)
-                found = _guard(
-                    faults,
-                    f"{shape}: gaps of {name}",
-                    partial(launch_gaps, partial(contestants[0].embed, items)),
-                )
-                gaps |= {name: found} if found else {}
-        for peer in contestants:
-            peer.close()
-    return {"rows": rows, "gaps": gaps, "weight_gb": weight_bytes / 1e9}
+# The report
 
 
-def _load(folder: Path, shape: str, device: torch.device, dtype: torch.dtype) -> tuple[list[peers.Peer], Weights, int]:
-    """Two copies of the same weights: ours may rearrange its own."""
-    model, theirs = _make_model(shape, device, dtype), _make_model(shape, device, dtype)
-    contestants = [peers.ours(folder, dtype, device, model)]
-    if device.type == "cuda":
-        contestants.append(peers.ours(folder, dtype, device, model, cuda_graphs=True))
-        if shutil.which("cc"):  # which Triton wants
-            contestants.append(peers.ours(folder, dtype, device, model, torch_compile=True))
-    contestants.append(peers.padded_transformers(folder, theirs))
-    if peers.is_installed("flash_attn"):
-        flash = _make_model(shape, device, dtype)
-        flash.set_attn_implementation("flash_attention_2")
-        contestants.append(peers.padded_transformers(folder, flash, "transformers, flash-attn"))
-    if peers.is_installed("sentence_transformers"):
-        contestants.append(peers.sentence_transformers(folder, dtype, device, theirs))
-    weights = Weights.of(theirs)
-    return contestants, weights, weights.per_token * theirs.dtype.itemsize
+def _bars(shape: dict[str, Any]) -> report.Bars:
+    return library.bars(shape["rows"])
 
 
 def _text(data: dict[str, Any]) -> str:
-    rates = data["rates"]
     parts = [
-        f"{data['dtype']}: matrix product {rates['matrix_flop_per_s'] / 1e12:.3g} TFLOP/s, "
-        f"copy {rates['copy_bytes_per_s'] / 1e12:.3g} TB/s.",
         report.table(
-            ("shape", "attention", "result", "1 - cosine to the oracle", "allowed", "alone against in a batch"),
-            [[one["shape"], one["attention"], one["result"], *_shown(one)] for one in data["checks"]],
-        ),
+            ("shape", "configuration", "result", "1 - cosine to the oracle", "allowed", "difference in a batch"),
+            [[one["shape"], one["configuration"], one["result"], *_shown(one)] for one in data["checks"]],
+        )
     ]
     for shape, one in data["shapes"].items():
-        parts += [f"{shape}:", library.table(one["rows"])]
-        if one["gaps"]:
-            parts.append(report.table(_GAP_HEADERS, [[name, *gap.values()] for name, gap in one["gaps"].items()]))
+        if "rates" in one:
+            matrix, copy = (one["rates"][name] / 1e12 for name in ("matrix_flop_per_s", "copy_bytes_per_s"))
+            parts.append(
+                f"{shape}, {one['device']}, {data['dtype']}: matrix product {matrix:.3g} TFLOP/s, copy {copy:.3g} TB/s."
+            )
+        parts.append(library.table(one["rows"]))
+        gaps = [[name, who, *gap.values()] for name, found in one["gaps"].items() for who, gap in found.items()]
+        if gaps:
+            parts.append(report.table(_GAP_HEADERS, gaps))
         for row in one["rows"]:
             if row["workload"] == "query":
-                p50 = statistics.median(row["who"][peers.OURS]["seconds"]) * 1e3
-                parts.append(f"One query: {p50:.2f} ms; reading its weights once takes {row['copy_limit_ms']:.2f} ms.")
+                p50 = {who: statistics.median(found["seconds"]) * 1e3 for who, found in row["who"].items()}
+                fastest = min((who for who in p50 if who.startswith(peers.OURS)), key=p50.__getitem__)
+                parts.append(
+                    f"One query: {p50[fastest]:.2f} ms ({fastest}); reading its weights once takes "
+                    f"{row['copy_limit_ms']:.2f} ms."
+                )
     parts += ["Faults:", *(f"- {fault}" for fault in data["faults"])] if data["faults"] else ["No faults."]
     return "\n\n".join(parts)
 
@@ -270,7 +399,8 @@ def _shown(check: dict[str, Any]) -> list[str]:
     return [f"{check[key]:.1e}" if key in check else "" for key in ("distance", "allowed", "batch_difference")]
 
 
-_GAP_HEADERS = ("ours, one call", "kernels", "span ms", "GPU busy", "gaps over 10 us", "longest gap us")
+_GAP_HEADERS = ("workload", "one call of", "kernels", "span ms", "GPU busy", "gaps over 10 us", "longest gap us")
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the running part is ended too
     sys.exit(1 if main()["faults"] else 0)

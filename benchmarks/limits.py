@@ -1,4 +1,4 @@
-"""What to divide by: the rate of a large matrix product, that of a copy, the work that items ask for; and no work."""
+"""Reference values of the benchmarks: the rates of a matrix product and of a copy, and the FLOPs of items."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from embedder.embedder import Embedder
-from embedder.engine.engine import WaitForRows
+from embedder.engine.device import WaitForRows
 from embedder.inputs.preprocess import ModelInput
 
 _ROW = np.random.default_rng(0).standard_normal(8192, np.float32)
 
 
 def no_model(embedder: Embedder, inputs: list[ModelInput]) -> WaitForRows:
-    """In the place of `Embedder._launch`: the same row for each input, without computing anything."""
+    """Replaces `Embedder._launch`: returns the same row for each input and computes nothing."""
     rows = np.broadcast_to(_ROW[: embedder.forward.hidden_size], (len(inputs), embedder.forward.hidden_size))
     return lambda: rows
 
@@ -29,14 +29,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a size x size product of random values, the median of 5 after a warm-up."""
+    """FLOP/s of a large square matrix product of random values; the median of 5 after a warm-up."""
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / _median_s(lambda: left @ right, device)
 
 
 def copy_rate(device: torch.device, num_bytes: int) -> float:
-    """Bytes/s, read and written, of a large copy on the device."""
+    """Bytes/s of a large copy on the device, read and written bytes together."""
     source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * num_bytes / _median_s(lambda: target.copy_(source), device)
@@ -55,7 +55,7 @@ def _median_s(run: Any, device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters that a token, a patch and a visual token meet. Tables that are only looked up don't count."""
+    """Parameters multiplied for each token, patch and visual token. Embedding tables do not count."""
 
     per_token: int
     per_patch: int
@@ -63,7 +63,7 @@ class Weights:
 
     @classmethod
     def of(cls, model: Any) -> Weights:
-        """Of transformers' Qwen3VLModel; one on the meta device will do."""
+        """From transformers' Qwen3VLModel, which may be on the meta device."""
         vision = model.visual
         return cls(
             per_token=_count(model.language_model) - _count(model.language_model.embed_tokens),
@@ -72,8 +72,9 @@ class Weights:
         )
 
     def flops(self, inputs: Sequence[ModelInput]) -> float:
-        """2 * parameters * tokens, all tokens of every prompt counted. Scores and sums of attention are left out, so a
-        share of the limit is understated where sequences are long.
+        """2 * parameters * tokens, with all tokens of every prompt.
+
+        Attention scores are left out, so the share of the limit is understated for long sequences.
         """
         num_patches = sum(len(patches.pixels) for one in inputs for patches in one.patches)
         num_tokens = sum(one.num_tokens for one in inputs)

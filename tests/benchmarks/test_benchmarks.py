@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 pytest.importorskip("litserve", reason="the peers come with the `bench` extra")
@@ -18,6 +23,7 @@ from benchmarks import (
     gaps,
     goals,
     gpu,
+    gpu_parts,
     growth,
     library,
     overload,
@@ -53,6 +59,7 @@ def saved(folder: Path, name: str) -> dict[str, Any]:
     return data
 
 
+@pytest.mark.slow
 def test_library_gives_right_vectors_and_is_not_three_times_slower(tmp_path: Path) -> None:
     library.main(
         ["--shape", "tiny", "--workloads", "query", "text-mixed", "--seconds", "2", "--results", str(tmp_path)]
@@ -64,12 +71,87 @@ def test_library_gives_right_vectors_and_is_not_three_times_slower(tmp_path: Pat
         assert row["limit_gflop_per_s"] > 0
 
 
+GPU_ON_CPU = ["--device", "cpu", "--shapes", "tiny"]
+
+
 def test_gpu_script_runs_on_the_cpu_without_faults(tmp_path: Path) -> None:
-    arguments = ["--device", "cpu", "--shapes", "tiny", "--workloads", "half-half", "--seconds", "2"]
-    assert gpu.main([*arguments, "--results", str(tmp_path)])["faults"] == []
+    arguments = [*GPU_ON_CPU, "--workloads", "half-half", "--seconds", "60", "--results", str(tmp_path)]
+    assert gpu.main(arguments)["faults"] == []
     data = saved(tmp_path, "gpu-script-on-cpu")
     assert [check["result"] for check in data["checks"]] == ["right"]
     assert data["shapes"]["tiny"]["rows"][0]["who"][peers.OURS]["ratio"] >= SLOWEST
+
+
+@pytest.mark.slow
+def test_gpu_script_that_is_killed_leaves_the_results_it_has(tmp_path: Path) -> None:
+    """And its processes end with it. A later run merges them."""
+    arguments = [*GPU_ON_CPU, "--parts", "speed", "--workloads", "query", "text-2048", "--seconds", "600"]
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--results", str(tmp_path)]
+    part = tmp_path / "gpu-script-on-cpu-parts" / "speed-tiny.json"
+    with subprocess.Popen(command, cwd=report.RESULTS.parents[1]) as process:
+        try:
+            (child,) = wait_for(lambda: psutil.Process(process.pid).children())
+            wait_for(lambda: part.is_file() and json.loads(part.read_text())["results"])
+        finally:
+            process.kill()
+    psutil.wait_procs([child], timeout=30)
+    assert not child.is_running()
+    assert set(json.loads(part.read_text())["results"]) == {"query"}
+    merged = gpu.main([*GPU_ON_CPU, "--parts", "--results", str(tmp_path)])
+    assert [row["workload"] for row in merged["shapes"]["tiny"]["rows"]] == ["query"]
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    """The first true value of the condition."""
+    deadline = time.monotonic() + 240
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return value
+
+
+STAND_IN = """
+import os, sys
+from pathlib import Path
+from benchmarks.gpu_parts import PartFile
+part = PartFile(Path(sys.argv[1]), "part")
+for step in sys.argv[2:]:
+    part.step(step, lambda: os._exit(9) if step == "b" else {})
+"""
+
+
+def test_part_of_a_benchmark_goes_on_after_a_step_that_ends_its_process(tmp_path: Path) -> None:
+    """As after a CUDA error that stays."""
+    gpu_parts.run_part(
+        tmp_path, "part", ["a", "b", "c"], 60, lambda steps, _: [sys.executable, "-c", STAND_IN, str(tmp_path), *steps]
+    )
+    part = gpu_parts.read_parts(tmp_path)["part"]
+    assert part["started"] == ["a", "b", "c"]
+    assert part["results"] == {"a": {}, "c": {}}
+    assert part["faults"] == ["b: the process ended with status 9"]
+
+
+def test_part_of_a_benchmark_is_stopped_at_its_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_parts, "GRACE_SECONDS", 0)
+    gpu_parts.run_part(tmp_path, "part", ["a"], 0.2, lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    (fault,) = gpu_parts.read_parts(tmp_path)["part"]["faults"]
+    assert fault == "before the first step: stopped after 0 s, the time limit of this part"
+
+
+@pytest.mark.parametrize("shapes", [{}, {"2b": {"rows": []}}])
+def test_gpu_goal_without_its_workload_is_not_measured(shapes: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "gpu.json").write_text(json.dumps({"shapes": shapes}))
+    goal = next(goal for goal in goals.GOALS if goal.what == "GPU, 2b: one short query")
+    assert goal.row(tmp_path)[2] == goals.NOT_MEASURED
+
+
+def test_gpu_goal_is_that_of_the_fastest_configuration(tmp_path: Path) -> None:
+    times = {peers.OURS: 7.0, f"{peers.OURS}, CUDA graphs, compiled": 1.9, peers.TRANSFORMERS: 1.0}
+    who = {name: {"call_ms": ms, "items_per_s": 1e3 / ms} for name, ms in times.items()}
+    shapes = {"2b": {"rows": [{"workload": "query", "who": who}]}}
+    (tmp_path / "gpu.json").write_text(json.dumps({"shapes": shapes}))
+    goal = next(goal for goal in goals.GOALS if goal.what == "GPU, 2b: one short query")
+    assert goal.row(tmp_path) == (goal.what, "<= 2 ms", "1.9 ms", "yes")
 
 
 def test_preprocessing_says_how_many_cores_feed_a_gpu(tmp_path: Path) -> None:
@@ -82,6 +164,7 @@ def test_preprocessing_says_how_many_cores_feed_a_gpu(tmp_path: Path) -> None:
     assert data["gpu_images_per_s"]["8b"] < data["gpu_images_per_s"]["2b"] / 3
 
 
+@pytest.mark.slow
 def test_growth_says_whether_it_is_flat(tmp_path: Path) -> None:
     growth.main(["--sizes", "64", "640", "--where", "library", "--warm-up", "640", "--results", str(tmp_path)])
     data = saved(tmp_path, "growth")
@@ -89,6 +172,7 @@ def test_growth_says_whether_it_is_flat(tmp_path: Path) -> None:
     assert data["verdicts"]["library"]["text"].startswith(("flat", "NOT flat"))
 
 
+@pytest.mark.slow
 def test_server_answers_right_under_load(tmp_path: Path) -> None:
     servers = [contenders.OURS, contenders.BARE]
     few = ["--callers", "4", "--sizes", "1", "--rounds", "1", "--seconds", "1"]
@@ -111,6 +195,7 @@ def test_vllm_is_asked_for_the_same_tokens() -> None:
     assert VLLMProtocol().bodies([{"image": b"a"}, {"image": b"b"}], 2) == []
 
 
+@pytest.mark.slow
 def test_overload_is_refused_and_nothing_else_happens(tmp_path: Path) -> None:
     few = ["--shape", "tiny", "--seconds", "4", "--capacity-seconds", "2"]
     overload.main([*few, "--results", str(tmp_path)])
@@ -121,6 +206,7 @@ def test_overload_is_refused_and_nothing_else_happens(tmp_path: Path) -> None:
     assert data["answered"] >= data["capacity"] * SLOWEST  # the driver takes its share of so few cores
 
 
+@pytest.mark.slow
 def test_soak_gives_no_wrong_vector_and_stays_flat(tmp_path: Path) -> None:
     soak.main(["--requests", "500", "--results", str(tmp_path)])
     data = saved(tmp_path, "soak")
