@@ -5,10 +5,11 @@ The scheduler has already chosen the items of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from itertools import groupby
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 from embedder.inputs.preprocess import ModelInput, Patches
 
 MAX_SHARED_TOKENS = 1024  # of the distinct prefixes of a batch, together
+# On a GPU, batches of up to so many tokens do not share prefixes. Reading the weights takes their time, and each layer
+# needs four kernels less without a prefix (benchmarks/results/gpu_counts.json).
+MAX_UNSHARED_GPU_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -98,42 +102,49 @@ class PackedPrefixes:
     sequences: Sequences
 
 
+Packed = TypeVar("Packed", PackedBatch, PackedPrefixes)
+
+
 def pack(inputs: Sequence[ModelInput], merge_size: int, device: torch.device) -> PackedBatch:
     """Concatenate the items in the given order, and copy them to the device.
 
     Items sorted by length give fewer and longer runs, which are faster on the CPU. `merge_size` is the vision config's
     `spatial_merge_size`.
     """
+    if device.type == "cuda" and sum(one.num_tokens for one in inputs) <= MAX_UNSHARED_GPU_TOKENS:
+        inputs = [replace(one, num_prefix_tokens=0) for one in inputs]
     inputs = _limit_shared_prefixes(inputs)
     shared = np.array([one.num_prefix_tokens for one in inputs])
     lengths = np.array([one.num_tokens for one in inputs]) - shared
     starts = np.cumsum(lengths) - lengths
     prefixes, key_index = _share_prefixes(inputs, starts, lengths)
     counts = _run_lengths(zip(lengths.tolist(), shared.tolist(), strict=True))
-    return PackedBatch(
-        input_ids=_to_device(np.concatenate([one.input_ids[one.num_prefix_tokens :] for one in inputs]), device),
-        position_ids=_to_device(
-            np.concatenate([one.position_ids[:, one.num_prefix_tokens :] for one in inputs], axis=1), device
+    batch = PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate([one.input_ids[one.num_prefix_tokens :] for one in inputs])),
+        position_ids=torch.from_numpy(
+            np.concatenate([one.position_ids[:, one.num_prefix_tokens :] for one in inputs], axis=1)
         ),
-        sequences=_sequences(lengths, counts, device),
-        keys=_sequences(lengths + shared, counts, device),
+        sequences=_sequences(lengths, counts),
+        keys=_sequences(lengths + shared, counts),
         prefixes=prefixes,
-        key_index=_to_device(key_index, device) if prefixes else None,
-        pooled_index=_to_device(starts + lengths - 1, device),
-        pooled=_sequences(np.ones_like(lengths), counts, device),
-        vision=_pack_vision(inputs, starts - shared, merge_size, device),
+        key_index=torch.from_numpy(key_index) if prefixes else None,
+        pooled_index=torch.from_numpy(starts + lengths - 1),
+        pooled=_sequences(np.ones_like(lengths), counts),
+        vision=_pack_vision(inputs, starts - shared, merge_size),
     )
+    return _to_device(batch, device)
 
 
 def pack_prefixes(prefixes: Sequence[tuple[int, ...]], device: torch.device) -> PackedPrefixes:
     """Concatenate prefixes, each of text only and from position 0."""
     lengths = np.array([len(prefix) for prefix in prefixes])
     positions = np.concatenate([np.arange(length) for length in lengths])
-    return PackedPrefixes(
-        input_ids=_to_device(np.concatenate([np.array(prefix) for prefix in prefixes]), device),
-        position_ids=_to_device(np.tile(positions, (3, 1)), device),
-        sequences=_sequences(lengths, _run_lengths(lengths.tolist()), device),
+    packed = PackedPrefixes(
+        input_ids=torch.from_numpy(np.concatenate([np.array(prefix) for prefix in prefixes])),
+        position_ids=torch.from_numpy(np.tile(positions, (3, 1))),
+        sequences=_sequences(lengths, _run_lengths(lengths.tolist())),
     )
+    return _to_device(packed, device)
 
 
 def _limit_shared_prefixes(inputs: Sequence[ModelInput]) -> list[ModelInput]:
@@ -174,9 +185,7 @@ def _share_prefixes(
     return tuple(prefix for prefix in places if prefix), key_index
 
 
-def _pack_vision(
-    inputs: Sequence[ModelInput], starts: NDArray[np.int64], merge_size: int, device: torch.device
-) -> PackedVision | None:
+def _pack_vision(inputs: Sequence[ModelInput], starts: NDArray[np.int64], merge_size: int) -> PackedVision | None:
     pairs: list[tuple[Patches, NDArray[np.int64]]] = []  # patches, and the places of their visual tokens
     for model_input, start in zip(inputs, starts, strict=True):
         sizes = [len(one.pixels) // merge_size**2 for one in model_input.patches]
@@ -190,12 +199,12 @@ def _pack_vision(
     lengths = np.concatenate([np.full(t, h * w) for t, h, w in (one.grid_thw for one in patches)])
     sizes_hw = np.concatenate([np.full((len(one.pixels), 2), one.grid_thw[1:]) for one in patches])
     return PackedVision(
-        image_pixels=_to_device(_rows([one.pixels for one in patches if one.num_frames == 1]), device),
-        video_pixels=_to_device(_rows([one.pixels for one in patches if one.num_frames > 1]), device),
-        coordinates=_to_device(np.concatenate([_coordinates(one.grid_thw, merge_size) for one in patches]), device),
-        grid_sizes=_to_device(sizes_hw, device),
-        sequences=_sequences(lengths, _run_lengths(lengths.tolist()), device),
-        token_index=_to_device(np.concatenate([places for _, places in pairs]), device),
+        image_pixels=torch.from_numpy(_rows([one.pixels for one in patches if one.num_frames == 1])),
+        video_pixels=torch.from_numpy(_rows([one.pixels for one in patches if one.num_frames > 1])),
+        coordinates=torch.from_numpy(np.concatenate([_coordinates(one.grid_thw, merge_size) for one in patches])),
+        grid_sizes=torch.from_numpy(sizes_hw),
+        sequences=_sequences(lengths, _run_lengths(lengths.tolist())),
+        token_index=torch.from_numpy(np.concatenate([places for _, places in pairs])),
     )
 
 
@@ -211,14 +220,14 @@ def _coordinates(grid_thw: tuple[int, int, int], merge_size: int) -> NDArray[np.
     return np.tile(grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2), (grid_t, 1))
 
 
-def _sequences(lengths: NDArray[np.int64], counts: Sequence[int], device: torch.device) -> Sequences:
+def _sequences(lengths: NDArray[np.int64], counts: Sequence[int]) -> Sequences:
     """`counts`: the number of sequences of each run; sequences of one run must have equal lengths."""
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     firsts = np.cumsum(counts) - counts
     runs = (
         Run(int(cu_seqlens[first]), count, int(lengths[first])) for first, count in zip(firsts, counts, strict=True)
     )
-    return Sequences(_to_device(cu_seqlens, device), int(lengths.max()), tuple(runs))
+    return Sequences(torch.from_numpy(cu_seqlens), int(lengths.max()), tuple(runs))
 
 
 def _run_lengths(values: Iterable[object]) -> list[int]:
@@ -226,8 +235,46 @@ def _run_lengths(values: Iterable[object]) -> list[int]:
     return [len(list(equal)) for _, equal in groupby(values)]
 
 
-def _to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
+def _to_device(packed: Packed, device: torch.device) -> Packed:
+    """The same with all tensors on the device: pixels in copies of their own, everything else in one copy."""
+    if device.type != "cuda":
+        return packed
+    tensors = list(_tensors(packed))
+    pixels = [tensor for tensor in tensors if tensor.dtype == torch.uint8 and tensor.numel()]
+    # Larger items first, so that each part is aligned to its own item size.
+    others = sorted((one for one in tensors if one.dtype != torch.uint8 or not one.numel()), key=_negative_item_size)
+    buffer = _copy(torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in others]), device)
+    parts = torch.split(buffer, [tensor.numel() * tensor.element_size() for tensor in others])
+    moved = {id(one): part.view(one.dtype).view(one.shape) for one, part in zip(others, parts, strict=True)}
+    moved |= {id(tensor): _copy(tensor, device) for tensor in pixels}
+    result: Packed = _map_tensors(packed, lambda tensor: moved[id(tensor)])
+    return result
+
+
+def _tensors(packed: Any) -> Iterator[Tensor]:
+    for field in fields(packed):
+        value = getattr(packed, field.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from _tensors(value)
+
+
+def _map_tensors(packed: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of the dataclass with `function` applied to each tensor, also in nested dataclasses."""
+    changes: dict[str, Any] = {}
+    for field in fields(packed):
+        value = getattr(packed, field.name)
+        if isinstance(value, Tensor):
+            changes[field.name] = function(value)
+        elif is_dataclass(value):
+            changes[field.name] = _map_tensors(value, function)
+    return replace(packed, **changes)
+
+
+def _negative_item_size(tensor: Tensor) -> int:
+    return -tensor.element_size()
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True)

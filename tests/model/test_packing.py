@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count, pairwise
 
 import numpy as np
+import pytest
 import torch
 from transformers.vision_utils import get_vision_position_ids
 
 from embedder.inputs.preprocess import ModelInput, Patches
+from embedder.model import packing
 from embedder.model.packing import PackedVision, Sequences, pack
 
 CPU = torch.device("cpu")
@@ -133,3 +136,28 @@ def test_pictures_come_before_clips_with_transformers_coordinates() -> None:
 def test_each_picture_and_each_two_frames_of_a_clip_attend_alone() -> None:
     # pictures: two of 4 patches and two of 12; clips: 3 temporal patches of 4x2 each, twice
     check_cover(vision().sequences, [4, 4, 12, 12] + [8] * 6)
+
+
+def test_tensors_that_share_one_copy_to_the_device_keep_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[torch.Tensor] = []
+
+    def copy(tensor: torch.Tensor, _: torch.device) -> torch.Tensor:
+        copies.append(tensor.clone())
+        return copies[-1]
+
+    monkeypatch.setattr(packing, "_copy", copy)
+    expected, moved = pack(INPUTS, MERGE, CPU), pack(INPUTS, MERGE, torch.device("cuda"))
+    pairs = list(zip(packing._tensors(expected), packing._tensors(moved), strict=True))
+    assert len(pairs) == 12
+    for one, other in pairs:
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert len(copies) == 3  # indices, pixels of images, pixels of clips
+
+
+def test_small_batch_shares_no_prefix_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_copy", lambda tensor, _: tensor)
+    inputs = [replace(model_input(length), num_prefix_tokens=4) for length in (20, 30)]
+    assert pack(inputs, MERGE, CPU).prefixes == ((0, 0, 0, 0),)
+    assert pack(inputs, MERGE, torch.device("cuda")).prefixes == ()
+    assert pack(inputs * 10, MERGE, torch.device("cuda")).prefixes == ((0, 0, 0, 0),)
