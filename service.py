@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import embedder  # before torch, whose OpenMP reads the wait policy that it sets  # isort: skip
+import embedder  # before torch: it sets the wait policy of torch's OpenMP  # isort: skip
 import bentoml
 import torch
 from pydantic import AfterValidator
@@ -70,7 +70,7 @@ BentoRows = Annotated[list[Any], AfterValidator(lambda rows: check_rows(rows, SE
 @bentoml.service(
     name="qwen3-vl-embedding",
     workers=SETTINGS.num_workers(NUM_GPUS),
-    resources={"gpu": max(1, NUM_GPUS)},  # what a scheduler should give; here, all that this machine has
+    resources={"gpu": max(1, NUM_GPUS)},  # requested from a scheduler: all GPUs of this machine
     traffic={"timeout": 2 * SETTINGS.request_timeout_s + 30},  # the engine's own deadlines come first
     logging={"access": {"enabled": False}},  # RequestBoundary writes one
     # BentoML's default image keeps compilers and installs the newest packages of the day.
@@ -81,7 +81,7 @@ BentoRows = Annotated[list[Any], AfterValidator(lambda rows: check_rows(rows, SE
     # BentoML's entrypoint reads this; the image's own BENTOML_HOME cannot be overridden, and may be read-only
     .run("echo export BENTOML_HOME=/tmp/bentoml >> /app/.venv/bin/activate"),
     tracing={"excluded_urls": ".*"},  # BentoML's tracing costs 0.2 ms per request even without an exporter
-    metrics={"enabled": False},  # BentoML's keep 20 series for every path that anyone has ever requested
+    metrics={"enabled": False},  # BentoML's have 20 series for every path that was ever requested
 )
 class Qwen3VLEmbedding:
     """Text, images and videos in, one vector per item out."""
@@ -137,12 +137,12 @@ class Qwen3VLEmbedding:
 
     @bentoml.on_shutdown
     def close(self) -> None:
-        """Finish what was admitted."""
+        """Finish the admitted items."""
         self.is_ready = False
         self.embedder.close()
 
     def _exit(self, _: str) -> None:
-        """The device failed: all waiting items have failed, and only a new process can use the device again."""
+        """Exit after the device has failed: only a new process can use it again."""
         self.is_ready = False
         threading.Timer(1.0, os._exit, (1,)).start()  # after the responses are sent
 

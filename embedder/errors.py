@@ -34,7 +34,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 ErrorType = Literal["invalid_request", "unavailable", "server_error"]
 
-CLIENT_CLOSED_REQUEST = 499  # status in logs and metrics of a request whose caller has disconnected, as nginx has it
+CLIENT_CLOSED_REQUEST = 499  # status in logs and metrics of a request whose caller has disconnected, as in nginx
 
 
 class EmbedderError(Exception):
@@ -232,14 +232,14 @@ Raised = TypeVar("Raised", bound=EmbedderError)
 
 
 def without_traceback(error: Raised) -> Raised:
-    """The error without traceback and cause, for code that keeps it: their frames hold callers' bytes, in cycles."""
+    """Remove traceback and cause from an error that is kept: their frames hold the caller's bytes, in cycles."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
 
 @contextmanager
 def attributed_to_item(index: int) -> Iterator[None]:
-    """Record in an item's error that is raised inside which item of the request it was."""
+    """Set `item` of an error that an item causes inside the block. `index`: of the item in its request."""
     try:
         yield
     except ITEM_ERRORS as error:

@@ -146,9 +146,9 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Settings of this process.
+        """Read the settings of this process.
 
-        Raises `ValueError` with one line per fault: an unknown `EMBEDDER_` variable, or a value out of range.
+        Raises `ValueError` that lists, in one line, the unknown `EMBEDDER_` variables or the values out of range.
         """
         names = {f"{PREFIX}{name.upper()}" for name in cls.model_fields}
         unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in names)
@@ -164,7 +164,7 @@ class Settings(BaseModel):
 
 
 def make_metrics_folder() -> None:
-    """In the arbiter, before its workers start: create a metrics folder for this service, removed at its end.
+    """Create the folder of this service's metrics, and remove it at exit. For the arbiter, before workers start.
 
     BentoML's folder is shared by all services of a user, and emptied whenever one of them starts (BentoML 1.4.40).
     """

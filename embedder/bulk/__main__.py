@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _job(options: argparse.Namespace) -> Job:
-    """Raises `ValueError`."""
+    """Check the options. Raises `ValueError` for those that are not allowed."""
     settings = Settings.from_environment()
     if settings.device.startswith("cuda:"):
         raise ValueError(

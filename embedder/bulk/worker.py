@@ -90,7 +90,7 @@ class Worker:
         results = [_result(one) for _, one in submitted]
         failed = [one for one in results if isinstance(one, EmbedderError)]
         if any(isinstance(one, EngineFailed) for one in failed):
-            self.embedder.embed(["Was it the row, or the device?"])  # raises if the engine fails for any input
+            self.embedder.embed(["ready?"])  # raises if the engine fails for every input
         counts["rows"] += len(results)
         counts["errors"] += len(failed)
         embedded = [one if isinstance(one, Embedding) else None for one in results]

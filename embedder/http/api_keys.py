@@ -1,7 +1,8 @@
 """The API keys of the settings and of a file, and whether a request's headers hold one of them.
 
 Keys are stored and compared as digests, and every known key is compared every time, so timing reveals neither the
-length of a key nor a nearly right one. The file is read again when it changes: keys can be replaced without a restart.
+length of a key nor how much of a guess is right. The file is read again when it changes: keys can be replaced without
+a restart.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def _read(path: Path) -> tuple[bytes, ...]:
     except OSError as error:
         raise ValueError(f"EMBEDDER_API_KEY_FILE={str(path)!r} cannot be read: {error.strerror}") from error
     if not digests:
-        raise ValueError(f"EMBEDDER_API_KEY_FILE={str(path)!r} holds no key; allowed: one a line, at least one")
+        raise ValueError(
+            f"EMBEDDER_API_KEY_FILE={str(path)!r} holds no key; allowed: one or more, each on its own line"
+        )
     return digests
 
 

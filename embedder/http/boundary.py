@@ -1,7 +1,7 @@
 """The outermost middleware: what every request and every response of the service has in common.
 
-A request gets an id and, if wanted, a line in the access log. A response gets the id as a header and, if it is a page,
-the security headers of one. An error that is raised inside becomes a response here and nowhere else.
+A request gets an id and, if enabled, a line in the access log. A response gets the id as a header and, if it is an HTML
+page, security headers. An error that is raised inside becomes a response here and nowhere else.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 PROBES = frozenset({"/livez", "/healthz", "/readyz", "/health"})
 METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
-# Of a refused request, so much of the rest of the body is read and dropped before the connection is closed: many
-# clients read no response before they have sent everything.
+# How much of a refused request's body is still read, and dropped, before the connection is closed: many clients read no
+# response before they have sent everything.
 MAX_DROPPED_S, MAX_DROPPED_BYTES = 1.0, 2**24
 
 _CLOSE = (b"connection", b"close")
-_PAGE_HEADERS = [  # for pages that bring no such headers of their own
+_PAGE_HEADERS = [  # for pages without such headers of their own
     (
         b"content-security-policy",
         b"default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; "
@@ -68,7 +68,7 @@ class RequestBoundary:
                 request.write(scope["method"], scope["path"], response.status or CLIENT_CLOSED_REQUEST)
 
     async def _error_of(self, scope: Scope, body: _Body, response: _Response) -> EmbedderError | None:
-        """Run the request; the error that ended it, or None. The error's frames, which hold the body, are gone."""
+        """Run the request. Returns the error that ended it, without the frames that hold the body, or None."""
         try:
             await self.app(scope, body.receive, response.send)
         except ClientDisconnect:
@@ -76,7 +76,7 @@ class RequestBoundary:
         except EmbedderError as error:
             return without_traceback(error)
         except Exception:
-            if response.status is not None:  # too late for another; the server closes the connection
+            if response.status is not None:  # too late for an error response; the server closes the connection
                 raise
             logger.exception("bug: %s %s failed", scope["method"], scope["path"])
             return EmbedderError(f"internal error; the service's log has the reason at request {response.request_id}")
@@ -101,7 +101,7 @@ class _Body:
         return message
 
     async def drop(self) -> None:
-        """Read on for `MAX_DROPPED_S`, or up to the body's end or `MAX_DROPPED_BYTES`."""
+        """Read and drop the rest of the body, up to `MAX_DROPPED_S` or `MAX_DROPPED_BYTES`."""
         num_bytes = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(MAX_DROPPED_S):

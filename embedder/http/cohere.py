@@ -138,7 +138,7 @@ def _typed(vector: NDArray[np.float32], kind: EmbeddingType) -> Any:
 _DATA_URI = f"data:image/png;base64,{EXAMPLE_IMAGE}"
 EMBED = Dialect(
     "/v2/embed",
-    "Embed, as Cohere's clients ask",
+    "Embed, in the format of Cohere's clients",
     CohereEmbedRequest,
     CohereEmbedResponse,
     parse_cohere,

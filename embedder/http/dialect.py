@@ -34,7 +34,7 @@ Parsed = TypeVar("Parsed", bound=ParsedRequest)
 
 @dataclass(frozen=True)
 class Dialect(Generic[Parsed]):
-    """A route that embeds, in the words of one family of clients.
+    """A route that embeds, in the format of one family of clients.
 
     `parse` turns a body into items, and raises `InvalidRequest`. `respond` turns their outcomes, in order, into a
     response body. Unless `fails_per_item`, the first item that fails fails the request, and `respond` gets embeddings

@@ -1,7 +1,4 @@
-"""`POST /embed`: items of any kind, each of which fails by itself.
-
-An item that cannot be embedded has an error in its place of `results`; the other items have their vectors.
-"""
+"""`POST /embed`: items of any kind. `results` has a vector or an error for each."""
 
 from __future__ import annotations
 
@@ -56,7 +53,7 @@ class EmbedResponse(BaseModel):
 
 @dataclass(frozen=True)
 class EmbedItemsRequest:
-    """`items`: each entry as an item, or why it is not one. `ids`: the caller's names for them."""
+    """`items`: each entry as an item, or the error that it caused. `ids`: the caller's names for them."""
 
     items: tuple[EmbeddingItem | InvalidRequest, ...]
     ids: tuple[Id, ...]
@@ -118,7 +115,7 @@ def _id(name: Any) -> Id:
 
 EMBED = Dialect(
     "/embed",
-    "Embed items of any kind; each fails by itself",
+    "Embed items of any kind: a vector or an error for each",
     EmbedRequest,
     EmbedResponse,
     parse_embed,

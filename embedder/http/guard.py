@@ -1,6 +1,6 @@
 """What a request must satisfy before a route sees it: a key, plain JSON, and limits on bytes, time and values.
 
-BentoML checks no keys and bounds no body, and it reads forms as well; a malformed one is an error 500 (BentoML 1.4.40).
+BentoML checks no keys and does not limit bodies. It also parses forms; a malformed one gives status 500 (1.4.40).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from embedder.settings import Settings
 
 SMALL_BODY_BYTES = 2**16  # a body up to this size is accepted even when `max_held_bytes` is used up
 COUNTED_AT_ONCE_BYTES = 2**20  # counting the values of a smaller body takes 5 ms at most
-RETRY_AFTER_S = 1  # when bodies fill the memory: they are freed as soon as their requests end
+RETRY_AFTER_S = 1  # when `max_held_bytes` is used up: bodies are freed as soon as their requests end
 
 
 class RequestGuard:
     """ASGI middleware: reads the whole body within limits, then passes the request on, or raises.
 
-    Bodies are bounded one by one, and all together from their first byte to their response: decoding an image takes
+    Each body is limited, and so is the sum of all from their first byte to their response: decoding an image takes
     about three times the memory of its body. Probes and `open_paths` can be read without a key; probes also respond
     while the worker drains. Raises `ShuttingDown`, `InvalidKey`, `UnsupportedContentType`, `RequestTooLarge`,
     `Overloaded`, `DeadlineExceeded` and `ClientDisconnect`.
@@ -82,10 +82,10 @@ class RequestGuard:
 
     @contextlib.contextmanager
     def _holding(self) -> Iterator[Callable[[int], None]]:
-        """A function to call with the size of each piece of a body; the block's end gives the bytes back.
+        """Yield a function that reserves the bytes of each piece of a body. They are released at the end of the block.
 
-        It raises `Overloaded` when all bodies together become too large, but never for a small body: a few large ones
-        that arrive slowly must not keep out every query.
+        It raises `Overloaded` when the sum of all bodies becomes too large, but never for a small body: a few large
+        bodies that arrive slowly must not block the queries.
         """
         held = 0
 
@@ -112,7 +112,7 @@ class RequestGuard:
     async def _read(self, receive: Receive, hold: Callable[[int], None]) -> bytes:
         """The whole body; `hold` is called with the size of each piece first."""
         max_bytes, max_s = self.settings.max_body_bytes, self.settings.request_timeout_s
-        body = bytearray()  # bytes would be copied for every piece, however small
+        body = bytearray()  # appending to `bytes` would copy it for every piece
         try:
             async with asyncio.timeout(max_s):
                 while True:
@@ -129,7 +129,7 @@ class RequestGuard:
                         return bytes(body)
         except TimeoutError as error:
             raise DeadlineExceeded(
-                f"timeout: only {len(body)} bytes of the request body arrived within {max_s:g} s"
+                f"the request body took over {max_s:g} s (EMBEDDER_REQUEST_TIMEOUT_S); received {len(body)} bytes"
             ) from error
 
     async def _check_values(self, body: bytes) -> None:
@@ -144,7 +144,7 @@ class RequestGuard:
 
 
 def _check_content_type(scope: Scope) -> None:
-    for name, value in scope["headers"]:  # all of them: BentoML would read the first of several
+    for name, value in scope["headers"]:  # all of them: BentoML reads the first of several
         given = value.decode("latin-1").strip().lower()
         if name.lower() == b"content-type":
             content_type = given.split(";")[0].strip()

@@ -1,8 +1,8 @@
 """Counts the values of a JSON body before a parser builds them.
 
-A parser holds the interpreter lock until it is done: 64 MiB of `"a","a",..` stop all other requests for 1.5 s and take
+A parser holds the GIL until it is done: 64 MiB of `"a","a",..` stop all other requests for 1.5 s and take
 2 GB, and validating 16 million values takes half a minute (2-core Xeon, orjson 3.13, 2026-11). numpy counts them
-without the lock, block by block, in constant memory.
+without the GIL, block by block, in constant memory.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ BLOCK_BYTES = 2**20
 _QUOTE, _BACKSLASH = b'"\\'
 
 
-def exceeds_value_count(body: bytes, most: int) -> bool:
-    """Whether a body holds more than `most` values. Each but the first follows a comma or an opening bracket."""
-    if len(body) <= most:
+def exceeds_value_count(body: bytes, max_values: int) -> bool:
+    """Whether a body holds more than `max_values` values. Each but the first follows a comma or an opening bracket."""
+    if len(body) <= max_values:
         return False
     blocks = [np.frombuffer(body, np.uint8)[start : start + BLOCK_BYTES] for start in range(0, len(body), BLOCK_BYTES)]
-    if sum(int(np.count_nonzero(_separators(block))) for block in blocks) < most:  # an upper bound
+    if sum(int(np.count_nonzero(_separators(block))) for block in blocks) < max_values:  # an upper bound
         return False
     total = 1
     state = _State()
     for block in blocks:
         total += int(np.count_nonzero(_separators(block) & state.outside_strings(block)))
-        if total > most:
+        if total > max_values:
             return True
     return False
 

@@ -52,7 +52,7 @@ def instruction_for(input_type: InputType | None) -> str | None:
 
 
 def check_length(name: str, tokens: int | None, settings: Settings) -> None:
-    """Raises `InvalidRequest` for a limit on tokens below the service's own, which it could not keep."""
+    """Raises `InvalidRequest` for a token limit below the service's own: it cuts all texts to one length."""
     if tokens not in (None, -1) and tokens < settings.max_input_tokens:
         raise InvalidRequest(
             f"{name}: got {tokens}; allowed: -1, or from {settings.max_input_tokens} (the service's max_input_tokens)"
@@ -68,7 +68,7 @@ def item_from_string(text: str) -> dict[str, Any]:
 
 
 def item_from_conversation(messages: Any) -> dict[str, Any]:
-    """The user message is the content, the system message the instruction.
+    """A conversation -> an item: the user message is the content, the system message the instruction.
 
     An empty assistant message is accepted: vLLM's clients send one for its header, which the prompt has anyway. Raises
     `InvalidRequest` for any other dialogue: the model was not trained on one.
@@ -118,7 +118,7 @@ def _part(part: Any) -> dict[str, Any]:
     refuse_unknown(part, {"type", "detail", "uuid", *names, *own})
     if len(names) != 1:
         raise InvalidRequest(
-            f"a part of type {kind} needs a field {kind}, and no other that holds it; got {describe_value(part)}"
+            f"a part of type {kind}: got {describe_value(part)}; allowed: exactly one field with its content, `{kind}`"
         )
     return {"type": media, media: _address(part[names[0]]), **{name: part[name] for name in own}}
 

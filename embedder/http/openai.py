@@ -111,7 +111,7 @@ def parse_embeddings(body: bytes, settings: Settings) -> EmbeddingRequest:
     request = validate_body(EmbeddingsRequest, body)
     check_length("truncate_prompt_tokens", request.truncate_prompt_tokens, settings)
     if (request.input is None) == (request.messages is None):
-        raise InvalidRequest("give either `input` or `messages`")
+        raise InvalidRequest(f"give either `input` or `messages`; got {'neither' if request.input is None else 'both'}")
     entries = _inputs(request.input) if request.messages is None else _conversations(request.messages)
     check_item_count(len(entries), settings)
     translate = _item_of_input if request.messages is None else item_from_conversation
@@ -176,7 +176,7 @@ def _conversations(messages: Any) -> Sequence[Any]:
 
 
 def _item_of_input(entry: Any) -> dict[str, Any]:
-    """One entry of `input` -> an item in the native form."""
+    """One entry of `input` -> the mapping that `item_from_fields` takes."""
     if isinstance(entry, str):
         return item_from_string(entry)
     if not isinstance(entry, Mapping):
@@ -194,7 +194,7 @@ def _item_of_input(entry: Any) -> dict[str, Any]:
 _DATA_URI = f"data:image/png;base64,{EXAMPLE_IMAGE}"
 EMBEDDINGS = Dialect(
     "/v1/embeddings",
-    "Embed, as OpenAI's and vLLM's clients ask",
+    "Embed, in the format of OpenAI's and vLLM's clients",
     EmbeddingsRequest,
     EmbeddingsResponse,
     parse_embeddings,

@@ -1,7 +1,8 @@
 """The models of request and response bodies -> the OpenAPI document of the service.
 
-Written here because BentoML's generator shows only the first member of a union, and clients read from `input` whether
-it may be a list, and how long (`anyOf` with `maxItems`). Items, parts and messages, which the parsers read one by one,
+BentoML's generator is not used: it shows only the first member of a union, but clients read from the schema of `input`
+whether it may be a list, and how long (`anyOf` with `maxItems`).
+Items, parts and messages, which the parsers read one by one,
 are described by hand; tests compare the description with the parsers.
 """
 
@@ -20,9 +21,9 @@ from embedder.http.response import ErrorResponse
 from embedder.inputs.items import EXAMPLE_IMAGE
 from embedder.settings import Settings
 
-NOT_OF_AN_EMBEDDING = (404, 405)  # statuses that a request to an existing route does not get
+ROUTING_STATUSES = (404, 405)  # statuses that a request to an existing route does not get
 
-KEYS = {  # the ways to send an API key, where the service has such
+KEYS = {  # the ways to send an API key, if the service needs one
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
@@ -37,7 +38,7 @@ def error_meanings() -> dict[int, str]:
     """What each error status of an embedding route means, from the errors themselves."""
     meanings: dict[int, list[str]] = {}
     for kind in error_classes(EmbedderError):
-        if kind is not ModelUnavailable and kind.status not in NOT_OF_AN_EMBEDDING:
+        if kind is not ModelUnavailable and kind.status not in ROUTING_STATUSES:
             meanings.setdefault(kind.status, []).append(f"`{kind.code}`: {kind.__doc__}")
     return {status: " ".join(meanings[status]) for status in sorted(meanings)}
 
@@ -55,7 +56,9 @@ def openapi_document(
         },
         "paths": {
             **{dialect.path: _post(dialect) for dialect in dialects},
-            "/v1/models": _get("/v1/models", "The model, as OpenAI's clients ask", _ref("ModelsResponse")),
+            "/v1/models": _get(
+                "/v1/models", "The served model, in the format of OpenAI's clients", _ref("ModelsResponse")
+            ),
             "/embed_texts": _post_rows(
                 "/embed_texts", "text", "Embed texts, for BentoML's clients (adaptive batching)", settings
             ),
@@ -107,7 +110,7 @@ def _schemas(dialects: Sequence[Dialect[Any]], settings: Settings) -> dict[str, 
 
 
 def _allow_nulls(schema: dict[str, Any]) -> None:
-    """Every field of an object that may be left out may also be null, which means the same."""
+    """Let every optional field of an object be null, which means the same as leaving it out."""
     for name, field in schema["properties"].items():
         if name in schema.get("required", ()) or not {"type", "anyOf", "enum", "$ref"} & set(field):
             continue  # a field of any type takes null already
@@ -119,14 +122,12 @@ def _allow_nulls(schema: dict[str, Any]) -> None:
 
 def _items() -> dict[str, Any]:
     """Items, parts and messages, which the parsers read one by one."""
-    text, image = (
-        {"type": "string"},
-        {"type": "string", "description": "Base64, bare or as a data URI; or a URL, if on."},
-    )
+    text = {"type": "string"}
+    image = {"type": "string", "description": "Base64, bare or as a data URI; or a URL, if the service allows URLs."}
     frames = {"type": "array", "items": image, "description": "The frames, in order."}
-    clip = {"anyOf": [{"type": "string", "description": "An encoded clip, likewise."}, frames]}
-    fps = {"type": "number", "description": "Frames a second that the list has, or that are looked at of a clip."}
-    kinds: dict[str, dict[str, Any]] = {"text": text, "image": image, "video": clip}
+    video = {"anyOf": [{"type": "string", "description": "An encoded video, given as for an image."}, frames]}
+    fps = {"type": "number", "description": "Frames per second of a list, or the sampling rate of an encoded video."}
+    kinds: dict[str, dict[str, Any]] = {"text": text, "image": image, "video": video}
     options = {
         "instruction": {"type": ["string", "null"], "description": "The task, as the system message."},
         "dimensions": {"type": ["integer", "null"], "minimum": 1, "description": "Matryoshka size."},
@@ -146,20 +147,20 @@ def _items() -> dict[str, Any]:
             _object({"data": text, "format": text}, ["data"]),
         ]
     }
-    chat_kinds = {name: text if kind == "text" else {"anyOf": [address, clip]} for name, kind in PART_TYPES.items()}
+    chat_kinds = {name: text if kind == "text" else {"anyOf": [address, video]} for name, kind in PART_TYPES.items()}
     chat_parts = {"type": {"enum": list(PART_TYPES)}, **chat_kinds, "fps": fps, "detail": text, "uuid": text}
     chat_content = {"anyOf": [text, _list_of(_ref("ChatPart"))]}
-    something = [{"required": [name]} for name in (*kinds, "content")]
-    name = {"type": ["string", "integer", "null"], "description": "Your own name for the item; the answer repeats it."}
+    any_content = [{"required": [name]} for name in (*kinds, "content")]
+    name = {"type": ["string", "integer", "null"], "description": "Your name for the item; the response repeats it."}
     role = {"enum": ["system", "developer", "user", "assistant"]}
     content = {"anyOf": [_ref("Part"), _list_of(_ref("Part"))], "description": "Parts, in your order."}
     native = {**of_kinds, "content": content}
     schemas: dict[str, dict[str, Any]] = {
         "Part": {"title": "Part", "oneOf": parts},
-        "Item": {"title": "Item", **_object(native, []), "anyOf": something},
-        "NamedItem": {"title": "NamedItem", **_object({**native, "id": name}, []), "anyOf": something},
+        "Item": {"title": "Item", **_object(native, []), "anyOf": any_content},
+        "NamedItem": {"title": "NamedItem", **_object({**native, "id": name}, []), "anyOf": any_content},
         "ChatPart": {"title": "ChatPart", **_object(chat_parts, ["type"])},
-        "Input": {"title": "Input", **_object({**of_kinds, "content": chat_content}, []), "anyOf": something},
+        "Input": {"title": "Input", **_object({**of_kinds, "content": chat_content}, []), "anyOf": any_content},
         "Content": {"title": "Content", **_object({"content": chat_content}, ["content"])},
         "Message": {
             "title": "Message",

@@ -31,7 +31,7 @@ from embedder.inputs.items import (
 from embedder.settings import Settings
 
 EncodingFormat = Literal["float", "base64"]
-# Any type is taken here: the engine's check names the range of this model, whatever was sent.
+# Accepts any type: the engine's check names the range of this model, whatever was sent.
 AnyDimensions = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})]
 _Entry = TypeVar("_Entry")
 # Reading stops at the first bad entry: explaining a million of them would take seconds.

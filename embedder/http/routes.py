@@ -165,7 +165,7 @@ def json_response(body: bytes, headers: Mapping[str, str] | None = None) -> Resp
 
 
 async def unless_disconnected(work: Awaitable[Result], receive: Receive) -> Result:
-    """The result of `work`, which is cancelled when the caller disconnects. Then raises `ClientDisconnect`."""
+    """Await `work`; if the caller disconnects, cancel it and raise `ClientDisconnect`."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
     disconnect: asyncio.Future[Message] = loop.create_future()

@@ -34,7 +34,7 @@ from qwen_vl_utils.vision_process import MAX_RATIO, smart_resize  # noqa: E402 -
 
 MAX_DECODE_MEMORY = 2**31  # bytes, for all threads
 TRIM_MIN_BYTES = 2**27
-MIN_SIDE_PIXELS = 2  # of a 1-pixel side the model would see one color, enlarged 64 times
+MIN_SIDE_PIXELS = 2  # a 1-pixel side would reach the model as one color, enlarged 64 times
 # A camera's progressive JPEG has 10. Each scan takes 60 bytes in the file and can cost a pass over all pixels.
 MAX_JPEG_SCANS = 100
 

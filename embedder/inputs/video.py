@@ -1,8 +1,8 @@
 """An encoded video or a list of frames -> sampled RGB frames, resized, and the time of each.
 
 FFmpeg's libraries decode from memory. The container format is recognized here by its first bytes, because some of
-FFmpeg's formats open files and URLs that they name; the codecs are those of a short list. Only frames that a sampled
-frame depends on are decoded, one at a time.
+FFmpeg's demuxers open files and URLs that are named inside a file. Only the codecs of a short list are decoded, and
+only frames that a sampled frame depends on, one at a time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Everything that depends on the internals of BentoML, uvicorn and circus, each with a row in this ledger.
 
-A row says what is done, against which upstream version, why the public way does not do, when the code can go, and which
-test fails when upstream changes.
+A row says what the code does, against which upstream version, why the public interface is not enough, when the code can
+be deleted, and which test fails when upstream changes.
 
 bento_app.serve_inside
     Subclasses the class of a BentoML service, so that our middlewares are outside of BentoML's (BentoML 1.4.40).
@@ -23,7 +23,7 @@ adaptive_batching.GatheredRows
     Test: tests/server/test_service.py, `batching`.
 adaptive_batching.refuse_extra_fields
     Rebuilds the pydantic model that BentoML derives from an API's signature (BentoML 1.4.40).
-    The model ignores unknown fields, so a misspelled option would change nothing without a word.
+    The model ignores unknown fields, so a misspelled option would be dropped silently.
     Goes when: `bentoml.api` takes a model's configuration.
     Test: tests/server/test_service.py, "field next to the rows".
 bento_log.configure_logging
@@ -35,20 +35,20 @@ lifecycle.check_port
     Reads the click context of `bentoml serve` and BentoMLContainer (BentoML 1.4.40, click 8).
     BentoML itself fails with a traceback, after the workers have started.
     Goes when: `bentoml serve` checks its port first.
-    Test: tests/server/test_lifecycle.py, "port that is taken".
+    Test: tests/server/test_lifecycle.py, `start_that_fails`.
 lifecycle.stop_at_sigterm_during_a_start
     Replaces `SysHandler.quit` of circus and reads `arbiter._stopping` (kantoku 0.18, the fork that BentoML uses).
     circus drops a command that arrives while another is executed, so a SIGTERM could be lost.
     Goes when: circus queues the command.
-    Test: tests/server/test_lifecycle.py, "arbiter that is busy".
+    Test: tests/server/test_lifecycle.py, `busy_arbiter`.
 lifecycle.worker_server, lifecycle.drain_at_sigterm
     Finds uvicorn's server through its signal handler, and delays `handle_exit` (uvicorn 0.54, BentoML 1.4.40).
     BentoML creates the server itself, and uvicorn closes idle and arriving connections at once.
     Goes when: BentoML has a hook before shutdown that may wait.
-    Test: tests/server/test_lifecycle.py, "finishes".
+    Test: tests/server/test_lifecycle.py, `sigterm`.
 connection.BoundedProtocol
     Subclasses uvicorn's HttpToolsProtocol and wraps its parser (uvicorn 0.54, httptools 0.9).
-    uvicorn bounds neither the size nor the time of a request's head, nor how long a response may lie unread, and it
+    uvicorn bounds neither the size nor the time of a request's head, nor how long a response may stay unread, and it
     loses the body of a request that offers another protocol.
     Goes when: uvicorn has these limits, or another server does as well at the same speed.
     Test: tests/server/test_connection.py.

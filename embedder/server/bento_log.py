@@ -1,4 +1,4 @@
-"""BentoML's log handlers for this package's lines too, without BentoML's tracebacks of callers' mistakes."""
+"""Log lines of this package through BentoML's handlers, and no BentoML tracebacks of invalid requests."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def configure_logging(log_format: Literal["text", "json"]) -> None:
             handler.setFormatter(JsonLines())
     ours.handlers, ours.propagate = theirs.handlers, False
     ours.setLevel(logging.INFO)
-    logging.getLogger("bentoml._internal.server.http_app").addFilter(lambda record: not _is_callers_mistake(record))
+    logging.getLogger("bentoml._internal.server.http_app").addFilter(lambda record: not _is_client_error(record))
 
 
 def _add_request_id(record: logging.LogRecord) -> bool:
-    """Put the request's id where BentoML's format has the trace."""
+    """Put the request's id where BentoML's log format has the trace id."""
     if name := request_id():
         record.trace_msg = f" (request={name})"
     return True
 
 
-def _is_callers_mistake(record: logging.LogRecord) -> bool:
+def _is_client_error(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, BentoMLException):
         return error.error_code < 500

@@ -1,7 +1,7 @@
 """uvicorn's HTTP protocol with limits on the head of a request and on the time that a response stays unread.
 
-uvicorn 0.54 bounds neither the size of a request's head nor the time until it is complete, and it copies a URL for
-every piece that arrives: a URL of 142 MB stopped the event loop for 14 s, without a key.
+uvicorn 0.54 bounds neither the size of a request's head nor the time until it is complete, and it copies the URL
+again for every piece that arrives: a URL of 142 MB, sent without a key, stopped the event loop for 14 s.
 """
 
 from __future__ import annotations

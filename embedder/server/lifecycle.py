@@ -29,7 +29,7 @@ from embedder.http.drain import Drain
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.05  # between looks whether a draining worker has requests left
+POLL_S = 0.05  # between checks whether a draining worker has requests left
 PARENT_POLL_S = 1.0
 SENDING_S = 5  # after the drain, for responses that are being sent
 
@@ -91,7 +91,7 @@ def check_port() -> None:
 
 @contextmanager
 def failing_start() -> Iterator[None]:
-    """An exception inside ends the service, with one line, or with a traceback if it is a bug."""
+    """End the service if the block raises: with one line, or with a traceback if it is a bug."""
     try:
         yield
     except Exception as error:
@@ -141,7 +141,7 @@ def drain_at_sigterm(drain: Drain, server: uvicorn.Server, max_s: float) -> None
 
 
 def exit_when_orphaned(arbiter: int) -> None:
-    """Send this worker SIGTERM when its parent is gone; it would hold the port and the GPU forever."""
+    """Send this worker SIGTERM when its parent is gone; otherwise it would keep the port and the GPU forever."""
     loop = asyncio.get_running_loop()
 
     def check_parent() -> None:

@@ -1,7 +1,7 @@
-"""What the log says about requests: every line names its request, as text or JSON, and holds nothing of its body.
+"""Log lines of requests, as text or JSON: each names its request, and none contains a request's content.
 
-A request's id is the caller's `x-request-id` if that is a short plain word, else a random one. It is in every line that
-is logged for the request, in any thread, and in a header of its response.
+A request's id is the caller's `x-request-id` if that is short and plain, otherwise random. It is in every line that is
+logged for the request, in any thread, and in a header of its response.
 """
 
 from __future__ import annotations

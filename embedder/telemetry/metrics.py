@@ -81,7 +81,7 @@ class Metrics(Observer):
         _create_series(self.failed_items, _codes())
         self.cancelled_items = self._counter(
             "cancelled_items_total",
-            "Admitted items that were dropped: the caller disconnected, the time was over, or their request failed.",
+            "Admitted items that were dropped: the caller disconnected, the deadline passed, or their request failed.",
         )
         self.cached_items = self._counter(
             "cached_items_total",
@@ -95,7 +95,7 @@ class Metrics(Observer):
             "Text tokens in shared instruction prefixes, whose keys and values are reused.",
         )
         self.queue_items = self._gauge("queue_items", "Items admitted and not finished.")
-        self.queue_tokens = self._gauge("queue_tokens", "Their tokens, as estimated at admission.")
+        self.queue_tokens = self._gauge("queue_tokens", "Estimated tokens of the items in the queue.")
         self.queue_limit = self._gauge("queue_limit_tokens", "Limit on `embedder_queue_tokens`; more is refused (429).")
 
     def _define_work(self) -> None:
@@ -184,7 +184,7 @@ class Metrics(Observer):
             self.cached_items.inc()
 
     def exposition(self) -> bytes:
-        """All metrics in Prometheus' text format. Reads files, so not for an event loop."""
+        """All metrics in Prometheus' text format. Reads files, so call it in a thread."""
         if self._folder is None:
             return generate_latest(self._registry)
         _forget_dead_processes(Path(self._folder))
@@ -261,7 +261,6 @@ def _create_series(family: Series, values: Iterable[str]) -> dict[str, Series]:
 
 
 def _codes() -> list[str]:
-    """The codes of all errors."""
     return sorted({kind.code for kind in error_classes()})
 
 
@@ -275,7 +274,7 @@ def _make_files(folder: Path) -> None:
 
 
 def _forget_dead_processes(folder: Path) -> None:
-    """Remove the gauges of workers that were killed; nothing else does."""
+    """Remove the gauges of workers that were killed; prometheus_client would keep them."""
     for pid in {int(path.stem.rpartition("_")[2]) for path in folder.glob("gauge_live*_*.db")}:
         try:
             os.kill(pid, 0)

@@ -8,8 +8,8 @@
         serialize               from the last vector to the head of the response
 
 Spans exist only if the standard variables name an exporter; the SDK reads sampling, endpoint and service name itself.
-They are created when the response is out, from the times that the engine recorded, so the engine's threads know
-nothing of tracing. BentoML's adaptive-batching APIs mix callers and have no spans.
+They are created after the response, from the times that the engine recorded, so the engine does not depend on
+OpenTelemetry. BentoML's adaptive-batching APIs mix callers and have no spans.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class TracingMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._live(scope, receive, send)
+            await self._handle_lifespan(scope, receive, send)
             return
         if scope["type"] != "http" or scope["path"] not in self.routes:
             await self.app(scope, receive, send)
@@ -107,7 +107,7 @@ class TracingMiddleware:
             _StageSpans(self.tracer, span).create(traces, responded_s)
             _end(span, status, traces)
 
-    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the last spans before shutdown completes: no exit handler runs after that."""
 
         async def watch(message: Message) -> None:
