@@ -64,7 +64,8 @@ def estimate_request_tokens(items: Sequence[EmbeddingItem], settings: Settings) 
     num_tokens = sum(estimate_tokens(item, settings) for item in items)
     if len(items) > 1 and num_tokens > settings.max_queued_tokens:
         raise RequestTooLarge(
-            f"the items are about {num_tokens} tokens; allowed: up to {settings.max_queued_tokens} in one request"
+            f"the items are about {num_tokens} tokens; allowed: up to {settings.max_queued_tokens} in one request "
+            "(EMBEDDER_MAX_QUEUED_TOKENS)"
         )
     return num_tokens
 
@@ -121,7 +122,7 @@ class Admission:
         if not self.has_capacity(num_tokens):
             raise Overloaded(
                 f"the queue is full: {self.pending_tokens} tokens wait; "
-                f"allowed: up to {self._settings.max_queued_tokens}",
+                f"allowed: up to {self._settings.max_queued_tokens} (EMBEDDER_MAX_QUEUED_TOKENS)",
                 retry_after_s=self._retry_after_s(),
             )
         self.pending_tokens += num_tokens

@@ -86,7 +86,9 @@ class Options(RequestBody):
 def check_item_count(num_items: int, settings: Settings) -> None:
     """Raises `RequestTooLarge` for more items than `EMBEDDER_MAX_ITEMS_PER_REQUEST`."""
     if num_items > settings.max_items_per_request:
-        raise RequestTooLarge(f"got {num_items} items; allowed: 1 to {settings.max_items_per_request}")
+        raise RequestTooLarge(
+            f"got {num_items} items; allowed: 1 to {settings.max_items_per_request} (EMBEDDER_MAX_ITEMS_PER_REQUEST)"
+        )
 
 
 def validate_body(model: type[Body], body: bytes) -> Body:
