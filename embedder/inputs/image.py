@@ -13,9 +13,10 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import PIL.Image
@@ -26,14 +27,10 @@ from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.formats import IMAGE_FORMATS, MediaKind, unsupported_format
 from embedder.inputs.items import Media
 from embedder.settings import Settings
-from embedder.torchvision_shim import declare_torchvision_operators
-
-declare_torchvision_operators()
-
-from qwen_vl_utils.vision_process import MAX_RATIO, smart_resize  # noqa: E402 - after the declaration
 
 MAX_DECODE_MEMORY = 2**31  # bytes, for all threads
 TRIM_MIN_BYTES = 2**27
+MAX_ASPECT_RATIO = 200  # above it `smart_resize` raises
 MIN_SIDE_PIXELS = 2  # a 1-pixel side would reach the model as one color, enlarged 64 times
 # A camera's progressive JPEG has 10. Each scan takes 60 bytes in the file and can cost a pass over all pixels.
 MAX_JPEG_SCANS = 100
@@ -57,12 +54,25 @@ def resized_size(height: int, width: int, geometry: ImageGeometry) -> tuple[int,
     `factor` on its short side, where `smart_resize` returns 0. Raises `InvalidMedia` for an aspect ratio above 200.
     """
     ratio = max(height, width) / min(height, width)
-    if ratio > MAX_RATIO:
+    if ratio > MAX_ASPECT_RATIO:
         raise InvalidMedia(
-            f"image of {width}x{height} pixels has an aspect ratio of {ratio:.0f}:1; allowed: up to {MAX_RATIO}:1"
+            f"image of {width}x{height} pixels has an aspect ratio of {ratio:.0f}:1; "
+            f"allowed: up to {MAX_ASPECT_RATIO}:1"
         )
-    sides = smart_resize(height, width, geometry.factor, geometry.min_pixels, geometry.max_pixels)
+    sides = _smart_resize()(height, width, geometry.factor, geometry.min_pixels, geometry.max_pixels)
     return max(sides[0], geometry.factor), max(sides[1], geometry.factor)
+
+
+@cache
+def _smart_resize() -> Callable[..., tuple[int, int]]:
+    """The function of qwen-vl-utils. It loads torchvision, 2 s that only a process that decodes images has to spend."""
+    from embedder.torchvision_shim import declare_torchvision_operators
+
+    declare_torchvision_operators()
+    from qwen_vl_utils.vision_process import smart_resize
+
+    resize: Callable[..., tuple[int, int]] = smart_resize
+    return resize
 
 
 class MemoryBudget:
