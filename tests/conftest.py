@@ -1,4 +1,4 @@
-"""Checkpoints and pictures that several tests need."""
+"""Checkpoints, pictures and services that several tests need."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def processes_of_this_run() -> dict[int, str]:
-    """Process ids and commands; without those that have ended and whose parent has not noticed yet."""
+    """Ids and commands of running processes that the tests started; zombies are left out."""
     mark = f"EMBEDDING_TESTS_RUN={RUN}\0".encode()
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def write_random(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Writes a random checkpoint of the `tiny` shape, fields overridden, and gives its folder."""
+    """A function that writes a random checkpoint of the `tiny` shape with fields overridden -> its folder."""
     tokenizer = build_tokenizer(TEXTS[:40], vocab_size=1500)
 
     def write(
@@ -114,14 +114,14 @@ def picture(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
 
 
 def encoded(image: PIL.Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
-    """Encoded bytes."""
+    """The image as the bytes of a file."""
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
 def finish(row: NDArray[np.float32], dimensions: int | None, *, normalize: bool) -> NDArray[np.float32]:
-    """One row, which is finite."""
+    """One finite row, as the engine finishes it."""
     (vector,) = finish_vectors(row[None], [(dimensions, normalize)])
     assert not isinstance(vector, EngineFailed)
     return vector
@@ -160,7 +160,7 @@ class Server:
 def start_server(folder: Path, *, target: str = ".", cwd: Path = ROOT, **settings: str) -> Server:
     """`bentoml serve` on a free port, ready, with `EMBEDDER_<NAME>` settings.
 
-    A port that was free may have become somebody's until the service listens there: then it is another.
+    Tries another port if a different process takes the free one before the service listens on it.
     """
     for _ in range(3):
         server = _start_server(folder, target, cwd, settings)
@@ -179,7 +179,7 @@ def end_with_the_tests() -> None:
 
 
 def _start_server(folder: Path, target: str, cwd: Path, settings: Mapping[str, str]) -> Server:
-    """Ready, or ended."""
+    """The service, once it is ready or has exited."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -207,7 +207,7 @@ def _start_server(folder: Path, target: str, cwd: Path, settings: Mapping[str, s
             if httpx.get(f"{server.url}/readyz", timeout=2).status_code == 200:
                 return server
         time.sleep(0.2)
-    process.terminate()  # killed, it would leave its worker behind
+    process.terminate()  # a kill would leave its worker running
     process.wait(60)
     return server
 

@@ -1,4 +1,4 @@
-"""The tree of errors, what each carries, and who is told which item it was."""
+"""The tree of errors, their attributes, and which errors get the index of an item."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLASSES = {
 }
 
 
-def test_docstring_draws_the_tree_as_it_is() -> None:
+def test_tree_in_the_docstring_matches_the_classes() -> None:
     drawn: dict[str, str] = {}
     ancestors: list[str] = []
     for line in (errors.__doc__ or "").split("\n\n")[1].splitlines():
@@ -43,7 +43,7 @@ def test_every_class_has_a_code_of_its_own() -> None:
     assert len(set(codes)) == len(codes)
 
 
-def test_every_error_of_a_caller_has_a_status_of_the_4xx_and_the_others_none_but_those_that_wait_on_somebody() -> None:
+def test_only_errors_of_callers_and_of_waiting_have_a_4xx_status() -> None:
     of_callers = {kind for kind in CLASSES.values() if issubclass(kind, InvalidRequest)}
     assert all(400 <= kind.status < 500 and kind.type == "invalid_request" for kind in of_callers)
     others = {kind.status for kind in CLASSES.values() if kind not in of_callers}
@@ -64,17 +64,17 @@ def test_message_names_the_item_once_it_is_known() -> None:
     assert error.message == "image is empty"
 
 
-def test_item_may_be_given_at_once() -> None:
+def test_item_may_be_given_to_the_constructor() -> None:
     assert str(InvalidRequest("no", item=3)) == "item 3: no"
 
 
-def test_overloaded_carries_the_time_to_come_back() -> None:
+def test_overloaded_has_the_time_to_retry_after() -> None:
     error = Overloaded("full", retry_after_s=2.5, item=1)
     assert (error.retry_after_s, error.item) == (2.5, 1)
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("x"), InvalidMedia("x"), MediaUnavailable("x"), EngineFailed("x")])
-def test_fault_of_an_item_gets_its_index(error: EmbedderError) -> None:
+def test_error_that_an_item_causes_gets_its_index(error: EmbedderError) -> None:
     with pytest.raises(type(error)) as caught, attributed_to_item(7):
         raise error
     assert caught.value is error
@@ -91,13 +91,13 @@ def test_fault_of_an_item_gets_its_index(error: EmbedderError) -> None:
         ModelUnavailable("x"),
     ],
 )
-def test_no_item_is_blamed_for_the_services_state(error: EmbedderError) -> None:
+def test_error_of_the_services_state_gets_no_item_index(error: EmbedderError) -> None:
     with pytest.raises(type(error)), attributed_to_item(7):
         raise error
     assert error.item is None
 
 
-def test_foreign_errors_and_results_pass_of_item_unchanged() -> None:
+def test_other_exceptions_and_results_pass_unchanged() -> None:
     with attributed_to_item(0):
         value = 1
     assert value == 1

@@ -69,7 +69,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_every_folder_imports_only_what_stands_below_it() -> None:
+def test_every_folder_imports_only_the_folders_below_it() -> None:
     assert {folder(path) for path in FILES} == set(MAY_IMPORT)
     wrong = set()
     for path in FILES:
@@ -124,7 +124,7 @@ def test_modules_and_functions_stay_small() -> None:
     assert not long - {("embedder/http/openapi.py", "_items")}  # a table
 
 
-def test_names_that_readers_had_to_learn_are_gone() -> None:
+def test_coined_names_are_not_used_again() -> None:
     coined = (
         "Journey JOURNEYS Flight Twins Room Edge CountRequests Front awaiting to_keep accounts wire_vector of_item "
         "is_embedded_model as_it_is"

@@ -1,4 +1,4 @@
-"""Settings: every default holds, every fault is told at the start, nothing changes afterwards."""
+"""Settings: defaults are valid, one error lists all faults, and settings cannot be changed."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_empty_environment_gives_the_defaults() -> None:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_default_is_a_value_that_may_be_given(name: str) -> None:
+def test_default_is_a_valid_value(name: str) -> None:
     default = FIELDS[name].get_default(call_default_factory=True)
     assert getattr(Settings(**{name: default}), name) == default
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_field_says_what_it_is(name: str) -> None:
+def test_field_has_a_description(name: str) -> None:
     assert str(FIELDS[name].description).endswith(".")
 
 
@@ -69,7 +69,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings == {name: typed.get(value, value) for name, value in given.items()} | {"api_key": SecretStr("k")}
 
 
-def test_unknown_variable_is_named_beside_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_variable_is_named_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDER_MAX_PIXEL", "1")
     monkeypatch.setenv("EMBEDDER_ZZZ", "1")
     with pytest.raises(ValueError, match=r"^unknown settings: EMBEDDER_MAX_PIXEL, EMBEDDER_ZZZ; known are: ") as caught:
@@ -98,7 +98,7 @@ def test_item_as_large_as_a_batch_is_allowed() -> None:
 
 
 @pytest.mark.parametrize(("name", "minimum"), MINIMA.items())
-def test_value_below_the_least_is_refused_by_name(name: str, minimum: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_value_below_the_minimum_is_refused_by_name(name: str, minimum: int, monkeypatch: pytest.MonkeyPatch) -> None:
     variable = f"{PREFIX}{name.upper()}"
     monkeypatch.setenv(variable, str(minimum - 1))
     with pytest.raises(ValueError, match=f"^{variable}='{minimum - 1}': .* greater than or equal to {minimum}$"):
@@ -133,7 +133,7 @@ def test_hosts_of_urls_that_would_match_nothing_stop_the_start(hosts: str, monke
         ({"workers": 2, "device": "cpu"}, 3, ["cpu", "cpu"]),
     ],
 )
-def test_workers_take_the_gpus_in_turn(
+def test_workers_are_assigned_to_the_gpus_round_robin(
     given: Any, num_gpus: int, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
@@ -162,7 +162,7 @@ def test_timeout_is_a_positive_number(seconds: str, monkeypatch: pytest.MonkeyPa
         Settings.from_environment()
 
 
-def test_all_faults_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_error_lists_all_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDER_DTYPE", "int8")
     monkeypatch.setenv("EMBEDDER_WORKERS", "many")
     with pytest.raises(ValueError, match=r"EMBEDDER_DTYPE='int8': .*; EMBEDDER_WORKERS='many': ") as caught:
@@ -176,14 +176,14 @@ def test_empty_variable_means_the_default(monkeypatch: pytest.MonkeyPatch) -> No
     assert Settings.from_environment() == Settings()
 
 
-def test_nothing_changes_after_the_start() -> None:
+def test_settings_cannot_be_changed() -> None:
     settings = Settings()
     with pytest.raises(ValidationError, match="frozen"):
         settings.workers = 2  # type: ignore[misc]  # the assignment under test
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)])
-def test_cores_are_those_of_the_containers_limit(monkeypatch: pytest.MonkeyPatch, quota: str, cores: int) -> None:
+def test_number_of_cores_respects_the_containers_limit(monkeypatch: pytest.MonkeyPatch, quota: str, cores: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(Path, "read_text", lambda _: quota)
     assert available_cores() == cores

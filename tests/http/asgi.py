@@ -51,7 +51,7 @@ def call(
     kind: str = "http",
     **options: Any,
 ) -> list[Message]:
-    """The messages that a client gets; it disconnects after those that it sends."""
+    """Send the messages, then disconnect. Returns the messages that the client gets."""
     sent: list[Message] = []
     messages = iter(received)
 
@@ -72,7 +72,7 @@ def chunks(*parts: bytes) -> list[Message]:
 
 
 class Echo:
-    """Answers 200 with what it received; `calls` counts."""
+    """Returns 200 and the body that it received; `calls` counts the requests."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -100,7 +100,7 @@ def answering(status: int, *parts: bytes, headers: Iterable[tuple[bytes, bytes]]
 
 
 def status_and_error(sent: list[Message]) -> tuple[int, dict[str, Any]]:
-    """Of an answer that must be whole, with the headers of JSON."""
+    """Status and error of a response, which must be complete and have the headers of JSON."""
     start, body, *end = sent
     assert end == [{"type": "http.response.body"}] * body.get("more_body", False)  # once the body's rest was dropped
     headers = dict(start["headers"])

@@ -1,4 +1,4 @@
-"""API keys: who is let in, how keys are replaced, and that none of them is ever shown."""
+"""API keys: which requests are accepted, how keys are replaced, and that no key is ever shown."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def key_file(tmp_path: Path) -> Path:
 
 
 def replace(path: Path, text: str) -> None:
-    """As a secret's mount is replaced: by renaming."""
+    """Replace by renaming, as a mounted secret is replaced."""
     path.with_suffix(".new").write_text(text)
     path.with_suffix(".new").rename(path)
 
 
-def test_without_keys_everyone_is_let_in() -> None:
+def test_without_keys_every_request_is_accepted() -> None:
     keys = keys_of()
     assert keys.open_for([])
     assert keys.open_for(bearer("anything"))
@@ -51,7 +51,7 @@ def test_without_keys_everyone_is_let_in() -> None:
 
 @pytest.mark.parametrize("key", ["one", "two", "drei"])
 @pytest.mark.parametrize("name", ["Bearer", "bearer", "BEARER"])
-def test_each_key_opens_in_both_headers(key: str, name: str) -> None:
+def test_each_key_is_accepted_in_both_headers(key: str, name: str) -> None:
     keys = keys_of(" one,two ,,drei,")
     assert keys.are_needed
     assert keys.open_for([(b"authorization", f"{name}  {key} ".encode())])
@@ -79,7 +79,7 @@ def test_each_key_opens_in_both_headers(key: str, name: str) -> None:
     ],
     ids=str,
 )
-def test_anything_else_does_not(headers: list[tuple[bytes, bytes]]) -> None:
+def test_headers_without_a_known_key_are_refused(headers: list[tuple[bytes, bytes]]) -> None:
     assert not keys_of("one,two").open_for(headers)
 
 
@@ -100,7 +100,7 @@ def test_every_key_is_compared_each_time_by_digests_of_one_length(monkeypatch: p
         assert {len(digest) for pair in seen for digest in pair} == {32}
 
 
-def test_file_holds_keys_beside_the_settings(key_file: Path) -> None:
+def test_keys_of_the_file_and_of_the_setting_are_both_accepted(key_file: Path) -> None:
     keys = keys_of("mine", key_file)
     assert all(keys.open_for(bearer(key)) for key in ("mine", "old-1", "old-2"))
     assert not any(keys.open_for(bearer(key)) for key in ("old-1\n\n  old-2", "old", ""))
@@ -151,12 +151,12 @@ def test_unusable_file_leaves_the_last_good_keys_and_one_line(
         ({"api_key_file": os.devnull}, f"EMBEDDER_API_KEY_FILE='{os.devnull}' holds no key"),
     ],
 )
-def test_promise_of_keys_without_keys_stops_the_start(settings: dict[str, str], message: str) -> None:
+def test_source_without_keys_stops_the_start(settings: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ApiKeys(Settings(**settings))
 
 
-def test_key_is_not_in_any_text_made_of_the_settings() -> None:
+def test_key_is_in_no_text_made_from_the_settings() -> None:
     settings = Settings(api_key="s3cret")
     shown = f"{settings} {settings!r} {settings.model_dump()} {settings.model_dump_json()} {ApiKeys(settings).__dict__}"
     with pytest.raises(ValueError, match="validation errors") as caught:
@@ -215,7 +215,7 @@ def test_route_is_closed_without_a_key_and_open_with_it(method: str, path: str, 
 
 
 @pytest.mark.parametrize("path", ["/livez", "/health", "/playground"])
-def test_body_for_an_open_path_needs_a_key_and_is_not_held_without(path: str, guarded: Server) -> None:
+def test_body_for_an_open_path_needs_a_key(path: str, guarded: Server) -> None:
     answer = httpx.post(f"{guarded.url}{path}", content=b"x" * 2**20, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
 
@@ -225,8 +225,7 @@ def test_probes_and_the_page_are_open(path: str, guarded: Server) -> None:
     assert httpx.get(guarded.url + path).status_code == 200
 
 
-def test_no_body_is_waited_for_without_a_key(guarded: Server) -> None:
-    """The answer comes while nothing of the promised body has been sent."""
+def test_request_without_a_key_is_refused_before_its_body_arrives(guarded: Server) -> None:
     head = b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000000\r\n\r\n"
     host, port = guarded.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
@@ -234,7 +233,7 @@ def test_no_body_is_waited_for_without_a_key(guarded: Server) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
 
 
-def test_clients_send_their_key_as_they_always_do(guarded: Server) -> None:
+def test_openai_and_bentoml_clients_send_their_key(guarded: Server) -> None:
     with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="s3cret-two") as client:
         assert len(client.embeddings.create(model="any", input="red").data) == 1
     with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="wrong") as client:
@@ -245,14 +244,14 @@ def test_clients_send_their_key_as_they_always_do(guarded: Server) -> None:
         assert len(bento.embed_texts(texts=["red"])) == 1
 
 
-def test_service_with_keys_is_verified_with_one(guarded: Server, tmp_path: Path) -> None:
+def test_verify_needs_a_key_of_the_service(guarded: Server, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("s3cret-one\nanother\n")
     command = ["any", "--url", guarded.url]
     assert verify([*command, "--key-file", str(tmp_path / "keys")]) == 0
     assert verify(command) == 1
 
 
-def test_document_says_that_one_is_needed(guarded: Server) -> None:
+def test_document_says_that_a_key_is_needed(guarded: Server) -> None:
     document = httpx.get(f"{guarded.url}/openapi.json", headers={"x-api-key": "s3cret-one"}).json()
     assert document["security"] == [{"bearer": []}, {"header": []}]
 

@@ -17,14 +17,14 @@ NO_PATH = "no such path: /v1/embeddings; /openapi.json lists the paths"
 MADE_ID = re.compile(rb"[0-9a-f]{32}")
 
 
-def test_streaming_200_passes_piece_by_piece_untouched() -> None:
+def test_streamed_200_passes_unchanged_piece_by_piece() -> None:
     headers = [(b"content-type", b"text/event-stream"), (b"x", b"1"), (b"x", b"2")]
     sent = call(answering(200, b"a", b"", b"b", headers=headers), chunks(b"{}"))
     assert (sent[0]["status"], sent[0]["headers"][:-1]) == (200, headers)
     assert [(one["body"], one["more_body"]) for one in sent[1:]] == [(b"a", True), (b"", True), (b"b", False)]
 
 
-def test_redirect_passes_untouched() -> None:
+def test_redirect_passes_unchanged() -> None:
     sent = call(answering(307, b"", headers=[(b"location", b"/docs")]), method="GET")
     assert (sent[0]["status"], sent[0]["headers"][:-1]) == (307, [(b"location", b"/docs")])
 
@@ -82,18 +82,18 @@ def test_details_of_an_error_follow_it_in_the_body() -> None:
     ],
     ids=["ours", "not found", "BentoML's", "not ready"],
 )
-def test_under_v1_every_error_has_openais_shape(app: ASGIApp, status: int, error: dict[str, Any]) -> None:
+def test_every_error_under_v1_has_openais_form(app: ASGIApp, status: int, error: dict[str, Any]) -> None:
     assert status_and_error(call(app, path="/v1/embeddings", method="GET")) == (status, error)
 
 
-def test_under_v1_the_guards_errors_have_openais_shape_too() -> None:
+def test_errors_of_the_guard_under_v1_have_openais_form() -> None:
     status, error = status_and_error(call(Echo(), chunks(b"x" * 11), path="/v1/embeddings"))
     assert (status, error["code"], error["type"]) == (413, "request_too_large", "invalid_request_error")
     assert error["param"] is None
 
 
 @pytest.mark.parametrize("status", [None, 500])
-def test_bug_is_logged_and_answered_with_500_and_the_request_id(
+def test_bug_is_logged_and_returns_500_with_the_request_id(
     status: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     sent = call(buggy(status), chunks(b"{}"), headers=[(b"x-request-id", b"abc")])
@@ -104,7 +104,7 @@ def test_bug_is_logged_and_answered_with_500_and_the_request_id(
     assert "it broke" in caplog.text
 
 
-def test_bug_after_the_response_has_begun_is_the_servers() -> None:
+def test_bug_after_the_response_has_begun_is_raised_to_the_server() -> None:
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
@@ -120,7 +120,7 @@ def test_bug_after_the_response_has_begun_is_the_servers() -> None:
 
 
 def buggy(status: int | None) -> ASGIApp:
-    """Raises, once it has begun a response with this status."""
+    """Raises, after it has begun a response with this status, if any."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if status:
@@ -137,43 +137,43 @@ def id_of(sent: list[Message]) -> bytes:
 
 @pytest.mark.parametrize("given", [b"a", b"7b1e-4f.x_Y:0", b"x" * 64])
 @pytest.mark.parametrize("path", ["/embed", "/v1/models"])
-def test_sane_request_id_comes_back_on_every_answer(given: bytes, path: str) -> None:
+def test_valid_request_id_is_in_every_response(given: bytes, path: str) -> None:
     for app in (Echo(), answering(404, b"Not Found"), raising(overloaded())):
         assert id_of(call(app, path=path, method="GET", headers=[(b"X-Request-Id", given)])) == given
     assert id_of(call(Echo(), chunks(b"x" * 11), headers=[(b"x-request-id", given)])) == given
 
 
 @pytest.mark.parametrize("given", [b"", b"x" * 65, b"a b", b"a\nb", b"a\r\nset-cookie: x", b"\xc3\xa9", b'"', b"<b>"])
-def test_any_other_request_id_is_replaced(given: bytes) -> None:
+def test_invalid_request_id_is_replaced(given: bytes) -> None:
     sent = call(Echo(), method="GET", headers=[(b"x-request-id", given)])
     assert MADE_ID.fullmatch(id_of(sent))
 
 
-def test_requests_without_an_id_get_one_each() -> None:
+def test_requests_without_an_id_get_different_ids() -> None:
     ids = {id_of(call(Echo(), method="GET")) for _ in range(3)}
     assert len(ids) == 3
     assert all(MADE_ID.fullmatch(one) for one in ids)
 
 
-def test_headers_tell_nothing_of_what_serves() -> None:
+def test_headers_do_not_name_the_server() -> None:
     given = [(b"Server", b"BentoML"), (b"X-BentoML-Request-ID", b"5"), (b"server-timing", b"db"), (b"vary", b"x")]
     sent = call(answering(200, b"{}", headers=given), method="GET")
     names = {name.lower() for name, _ in sent[0]["headers"]} - {b"content-type", b"content-length"}
     assert names == {b"server-timing", b"vary", b"x-request-id"}
 
 
-def test_page_without_a_policy_gets_one_and_another_keeps_its_own() -> None:
+def test_page_without_a_security_policy_gets_one() -> None:
     html = (b"content-type", b"text/html; charset=utf-8")
     foreign = dict(call(answering(200, b"<p>", headers=[html]), method="GET")[0]["headers"])
     assert foreign[b"content-security-policy"].startswith(b"default-src 'self'; ")
-    assert b"script-src" not in foreign[b"content-security-policy"]  # so scripts, too, come from here alone
+    assert b"script-src" not in foreign[b"content-security-policy"]  # so default-src applies to scripts
     assert (foreign[b"x-content-type-options"], foreign[b"x-frame-options"]) == (b"nosniff", b"DENY")
     own = [html, (b"Content-Security-Policy", b"default-src 'none'")]
     assert call(answering(200, b"<p>", headers=own), method="GET")[0]["headers"][:-1] == own
 
 
-def test_trailers_change_no_header_that_was_checked() -> None:
-    """uvicorn appends them to the list that it gave."""
+def test_trailers_do_not_change_headers_that_were_checked() -> None:
+    """uvicorn appends trailers to the list of headers in the scope."""
     app = Echo()
     seen: list[object] = []
     headers = [(b"content-type", b"application/json")]
@@ -194,7 +194,7 @@ def test_trailers_change_no_header_that_was_checked() -> None:
     assert seen == [[(b"content-type", b"application/json")]]
 
 
-def test_rest_of_a_refused_body_is_dropped_before_the_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rest_of_a_refused_body_is_dropped_before_the_response_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedder.http.boundary.MAX_DROPPED_S", 0.05)
     messages = iter(chunks(b"x" * 11, b"x", b"x"))
     sent = call(Echo(), messages)
@@ -202,7 +202,7 @@ def test_rest_of_a_refused_body_is_dropped_before_the_answer_ends(monkeypatch: p
     assert not list(messages)
 
 
-def test_refused_body_is_waited_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rest_of_a_refused_body_is_read_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedder.http.boundary.MAX_DROPPED_S", 0.05)
     statuses = []
 

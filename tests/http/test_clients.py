@@ -1,4 +1,4 @@
-"""The ecosystem's own clients, unchanged, get the library's vectors; every answer is as the document says."""
+"""The ecosystem's own clients, unchanged, get the library's vectors; every response matches the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_openai_client_gets_the_librarys_vectors(openai_client: openai.OpenAI, e
         assert [one.index for one in answer.data] == [0, 1, 2, 3]
         assert answer.model == embedder.checkpoint.name
         assert answer.usage.prompt_tokens == answer.usage.total_tokens > 60
-    (alone,) = openai_client.embeddings.create(model="any", input="red", dimensions=64).data
-    assert_same([alone.embedding], embedder.embed(["red"], dimensions=64))
+    (single,) = openai_client.embeddings.create(model="any", input="red", dimensions=64).data
+    assert_same([single.embedding], embedder.embed(["red"], dimensions=64))
 
 
 def test_openai_client_sends_pictures_and_options_in_extra_body(
@@ -99,7 +99,7 @@ def test_openai_client_lists_the_model(openai_client: openai.OpenAI, embedder: E
     assert model.model_extra == {"max_model_len": 8192}
 
 
-def test_openai_client_is_told_what_was_wrong(openai_client: openai.OpenAI) -> None:
+def test_openai_client_raises_the_services_error(openai_client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as failure:
         openai_client.embeddings.create(model="any", input=["red", ""])
     assert (failure.value.code, failure.value.param, failure.value.type) == (
@@ -131,7 +131,7 @@ def test_langchain_gets_the_librarys_vectors(server: Server, embedder: Embedder)
     assert_same(asyncio.run(embed_all()), expected)
 
 
-def test_langchain_makes_queries_of_queries_where_it_is_told_to(server: Server, embedder: Embedder) -> None:
+def test_langchain_embeds_queries_with_the_query_instruction_if_configured(server: Server, embedder: Embedder) -> None:
     queries = OpenAIEmbeddings(
         base_url=f"{server.url}/v1",
         api_key="none",
@@ -223,7 +223,7 @@ def test_cohere_client_gets_every_type(cohere_client: cohere.ClientV2, embedder:
     assert embeddings.base64 is None
 
 
-def test_cohere_client_is_told_what_was_wrong(cohere_client: cohere.ClientV2) -> None:
+def test_cohere_client_raises_the_services_error(cohere_client: cohere.ClientV2) -> None:
     with pytest.raises(cohere.BadRequestError, match="dimensions: got 5000"):
         cohere_client.embed(model="any", texts=["red"], input_type="search_document", output_dimension=5000)
 
@@ -288,14 +288,14 @@ def document(server: Server) -> dict[str, Any]:
 
 
 def assert_is_as_described(document: dict[str, Any], response: httpx.Response, path: str, method: str) -> None:
-    """The answer has a status and a shape that the document knows."""
+    """The document has the response's status, and its schema for that status accepts the body."""
     answers = document["paths"][path][method]["responses"]
     schema = answers[str(response.status_code)]["content"]["application/json"]["schema"]
     jsonschema.Draft202012Validator({**schema, "components": document["components"]}).validate(response.json())
 
 
 @pytest.mark.parametrize(("path", "name"), EVERY_EXAMPLE)
-def test_example_of_the_document_is_answered_as_it_says(
+def test_response_to_each_example_matches_the_document(
     path: str, name: str, client: httpx.Client, document: dict[str, Any]
 ) -> None:
     response = client.post(path, json=EXAMPLES[path][name])
@@ -304,7 +304,7 @@ def test_example_of_the_document_is_answered_as_it_says(
 
 
 @pytest.mark.parametrize("path", EXAMPLES)
-def test_errors_are_as_the_document_says(path: str, client: httpx.Client, document: dict[str, Any]) -> None:
+def test_errors_match_the_document(path: str, client: httpx.Client, document: dict[str, Any]) -> None:
     too_many = {field: ["a"] * 2049 for field in ("items", "input", "texts", "images")}
     fields = {"/embed": "items", "/v2/embed": "texts"}
     field = fields.get(path, "input")
@@ -325,11 +325,11 @@ def test_errors_are_as_the_document_says(path: str, client: httpx.Client, docume
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/health", "/info"])
-def test_get_is_answered_as_the_document_says(path: str, client: httpx.Client, document: dict[str, Any]) -> None:
+def test_response_to_get_matches_the_document(path: str, client: httpx.Client, document: dict[str, Any]) -> None:
     assert_is_as_described(document, client.get(path), path, "get")
 
 
-def test_every_error_under_v1_has_openais_shape(client: httpx.Client) -> None:
+def test_every_error_under_v1_has_openais_form(client: httpx.Client) -> None:
     for response, status, code in [
         (client.get("/v1/embeddings"), 405, "method_not_allowed"),
         (client.post("/v1/completions", json={}), 404, "not_found"),

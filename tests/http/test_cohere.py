@@ -32,7 +32,7 @@ def test_texts_images_and_inputs_are_items() -> None:
     assert parse(inputs=[{"content": content}]).items == (EmbeddingItem((Text("a"), Image(URI))),)
 
 
-def test_options_are_coheres() -> None:
+def test_options_have_coheres_names() -> None:
     request = parse(texts=["a"], model="x", input_type="search_query", output_dimension=64, truncate="NONE", priority=5)
     assert request.items == (EmbeddingItem((Text("a"),), QUERY_INSTRUCTION, 64, truncate="none"),)
     assert request.types == ("float",)
@@ -58,7 +58,7 @@ def test_options_are_coheres() -> None:
         ({"texts": ["a"], "instruction": "b"}, "extra fields not permitted: instruction"),
     ],
 )
-def test_wrong_request_says_what_was_got_and_what_is_allowed(fields: dict[str, Any], message: str) -> None:
+def test_error_names_the_value_received_and_what_is_allowed(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(**fields)
     assert str(caught.value).startswith(message)
@@ -69,7 +69,7 @@ def test_too_many_items_are_refused() -> None:
         parse(texts=list("abcde"))
 
 
-def test_answer_has_a_list_for_each_type_and_what_was_embedded() -> None:
+def test_response_has_a_list_for_each_type_and_the_billed_units() -> None:
     kinds = ["base64", "float", "int8", "uint8", "binary", "ubinary", "float"]
     request = parse(
         inputs=[{"content": [{"type": "image", "image": URI}] * 2}, {"content": "b"}], embedding_types=kinds

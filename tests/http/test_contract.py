@@ -54,12 +54,12 @@ def check(case: schemathesis.Case, server: Server) -> None:
 
 @from_dict(DOCUMENT, config=SHORT).parametrize()
 @hypothesis.settings(max_examples=25)
-def test_answers_are_as_the_document_says(case: schemathesis.Case, server: Server) -> None:
+def test_responses_match_the_document(case: schemathesis.Case, server: Server) -> None:
     check(case, server)
 
 
 @pytest.mark.slow
 @from_dict(DOCUMENT, config=LONG).parametrize()
 @hypothesis.settings(max_examples=100)
-def test_answers_to_many_more_are_as_the_document_says(case: schemathesis.Case, server: Server) -> None:
+def test_responses_to_many_more_requests_match_the_document(case: schemathesis.Case, server: Server) -> None:
     check(case, server)

@@ -1,4 +1,4 @@
-"""Entries of `/embed` become items or their own errors; the answer has a place for each."""
+"""Each entry of `/embed` becomes an item or an error, and the response has a result for each."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def answer(request: EmbedItemsRequest, *outcomes: Any) -> dict[str, Any]:
     return body
 
 
-def test_entrys_error_holds_nothing_of_the_body() -> None:
-    """Frames do, and a request that is refused for another reason would leave them to the garbage collector."""
+def test_error_of_an_entry_keeps_no_frames() -> None:
+    """Frames hold the body, and in a reference cycle only the garbage collector would free it."""
     (failed,) = parse({"text": 5}).items
     assert isinstance(failed, InvalidRequest)
     assert (failed.__traceback__, failed.__cause__, failed.__context__) == (None, None, None)
@@ -48,7 +48,7 @@ def test_string_object_and_mixture_are_items() -> None:
     ]
 
 
-def test_options_serve_the_items_that_bring_none_of_their_own() -> None:
+def test_options_of_the_request_apply_to_items_without_their_own() -> None:
     own = {"text": "b", "instruction": "Mine.", "dimensions": 128, "normalize": True, "truncate": "none"}
     request = parse("a", own, instruction="Find.", dimensions=64, normalize=False, truncate="start")
     assert request.items == (
@@ -57,7 +57,7 @@ def test_options_serve_the_items_that_bring_none_of_their_own() -> None:
     )
 
 
-def test_bad_entry_is_an_error_in_its_own_place() -> None:
+def test_invalid_entry_becomes_an_error_at_its_index() -> None:
     request = parse("a", 5, {"txt": "b"}, "c")
     assert [isinstance(item, InvalidRequest) for item in request.items] == [False, True, True, False]
     assert str(request.items[1]) == "got 5 (a number); allowed: a text, or an object with text, image or content"
@@ -82,24 +82,24 @@ def test_names_of_items_are_strings_or_whole_numbers() -> None:
         ({"items": ["a"], "output_dtype": "int4"}, "output_dtype: got 'int4' (a string); input should be 'float32', "),
     ],
 )
-def test_bad_body_is_refused_whole(body: dict[str, Any], message: str) -> None:
+def test_invalid_body_is_refused(body: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse_embed(json.dumps(body).encode(), SETTINGS)
     assert str(caught.value).startswith(message)
 
 
-def test_too_many_items_are_refused_whole() -> None:
+def test_too_many_items_are_refused() -> None:
     with pytest.raises(RequestTooLarge, match="got 5 items; allowed: 1 to 4"):
         parse(*"abcde")
 
 
-def test_raw_lengths_have_no_int8() -> None:
+def test_int8_needs_normalized_vectors() -> None:
     request = parse("a", {"text": "b", "normalize": False}, output_dtype="int8")
     assert isinstance(request.items[0], EmbeddingItem)
     assert "allowed: with normalize true" in str(request.items[1])
 
 
-def test_answer_has_a_place_for_each_item() -> None:
+def test_response_has_a_result_for_each_item() -> None:
     request = parse({"text": "a", "id": "x"}, "b", {"text": "c", "id": "z"})
     body = answer(request, Embedding(VECTOR, 5, 0), InvalidMedia("no picture", item=1), Embedding(VECTOR, 100, 3))
     assert body == {
@@ -114,13 +114,13 @@ def test_answer_has_a_place_for_each_item() -> None:
     }
 
 
-def test_vectors_are_written_as_the_request_wants_them() -> None:
+def test_vectors_have_the_requested_encoding_and_type() -> None:
     body = answer(parse("a", encoding_format="base64"), Embedding(VECTOR, 5, 0))
     assert np.array_equal(np.frombuffer(base64.b64decode(body["results"][0]["embedding"]), "<f4"), VECTOR)
     assert answer(parse("a", output_dtype="ubinary"), Embedding(VECTOR, 5, 0))["results"][0]["embedding"] == [128]
 
 
-def test_first_error_stands_for_a_request_without_any_vector() -> None:
+def test_request_without_any_vector_raises_its_first_error() -> None:
     bad, failed, good = InvalidMedia("no picture"), EngineFailed("failed"), Embedding(VECTOR, 5, 0)
     assert "error" not in answer(parse("a", "b"), bad, good)
     assert "error" not in answer(parse("a", "b"), good, bad)

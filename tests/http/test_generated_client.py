@@ -1,4 +1,4 @@
-"""A client generated from the document, by a generator that knows nothing of this service, embeds as the library."""
+"""A client generated from the document, by a general generator, gets the library's vectors."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_texts_and_images_are_embedded(generated_client: Any, embedder: Embedder
     assert_same([image.embedding], embedder.embed([{"image": PNG}], instruction="Find it."))
 
 
-def test_mixtures_are_embedded_each_failing_alone(generated_client: Any, embedder: Embedder) -> None:
+def test_item_that_fails_leaves_the_others_embedded(generated_client: Any, embedder: Embedder) -> None:
     image = base64.b64encode(PNG).decode()
     content = [{"type": "text", "text": "a swatch: "}, {"type": "image", "image": image}]
     body = module("models").EmbedRequest(items=["red", {"content": content, "id": "both"}, {"image": "no picture"}])
@@ -88,7 +88,7 @@ def test_mixtures_are_embedded_each_failing_alone(generated_client: Any, embedde
     assert answer.usage.total_tokens > 0
 
 
-def test_openais_and_coheres_routes_are_embedded(generated_client: Any, embedder: Embedder) -> None:
+def test_openais_and_coheres_routes_return_the_librarys_vectors(generated_client: Any, embedder: Embedder) -> None:
     models = module("models")
     openai = module("api.default.v1_embeddings").sync(
         client=generated_client, body=models.EmbeddingsRequest(input_=["red", "green"])
@@ -102,7 +102,7 @@ def test_openais_and_coheres_routes_are_embedded(generated_client: Any, embedder
     assert [model.id for model in served.data] == [embedder.checkpoint.name]
 
 
-def test_error_is_an_object_of_its_own(generated_client: Any) -> None:
+def test_error_is_a_typed_object(generated_client: Any) -> None:
     models = module("models")
     body = models.TextRequest(input_=["red", ""])
     answer = module("api.default.txt_embed").sync(client=generated_client, body=body)

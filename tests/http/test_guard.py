@@ -16,7 +16,7 @@ from tests.http.asgi import Echo, call, chunks, guard, status_and_error
 
 
 @pytest.mark.parametrize("parts", [(b"",), (b"x" * 10,), (b"x" * 4, b"x" * 6), (b"", b"x" * 10, b"")], ids=len)
-def test_body_within_the_limit_arrives_whole_and_the_disconnect_behind_it(parts: tuple[bytes, ...]) -> None:
+def test_body_within_the_limit_arrives_whole_and_then_the_disconnect(parts: tuple[bytes, ...]) -> None:
     app = Echo()
     sent = call(app, chunks(*parts))
     assert sent[1]["body"] == b"".join(parts)
@@ -46,10 +46,10 @@ def test_body_of_one_byte_more_is_refused_before_the_app_sees_it(parts: tuple[by
     ("small_body", "expected"),
     [(3, [(429, b"1"), (200, None), (200, None)]), (8, [(200, None), (200, None), (200, None)])],
 )
-def test_bodies_that_wait_are_bounded_together_until_their_answers(
+def test_sum_of_all_bodies_is_limited_until_their_responses(
     small_body: int, expected: list[tuple[int, bytes | None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """15 bytes may be held: while one of 8 waits, another of 8 is refused unless it is small, and let in afterwards."""
+    """The limit is 15 bytes: next to a body of 8, another of 8 is refused unless it counts as small."""
     monkeypatch.setattr("embedder.http.guard.SMALL_BODY_BYTES", small_body)
     statuses = []
 
@@ -110,7 +110,7 @@ def test_compressed_body_is_refused_before_the_app_sees_it() -> None:
 
 
 @pytest.mark.parametrize("sent_so_far", [[], chunks(b"x", b"x")[:1]], ids=["nothing", "half"])
-def test_client_that_goes_away_while_sending_gets_nothing_and_the_app_sees_nothing(sent_so_far: list[Message]) -> None:
+def test_request_whose_client_disconnects_while_sending_does_not_reach_the_app(sent_so_far: list[Message]) -> None:
     app = Echo()
     assert call(app, sent_so_far) == []
     assert app.calls == 0
@@ -120,7 +120,7 @@ def test_client_that_goes_away_while_sending_gets_nothing_and_the_app_sees_nothi
     "content_type",
     [b"application/json", b"application/json; charset=utf-8", b"Application/JSON", b"application/ld+json"],
 )
-def test_json_by_any_of_its_names_is_let_through(content_type: bytes) -> None:
+def test_every_json_content_type_is_accepted(content_type: bytes) -> None:
     sent = call(Echo(), chunks(b"{}"), headers=[(b"content-type", content_type)])
     assert sent[0]["status"] == 200
 
@@ -137,7 +137,7 @@ def test_json_by_any_of_its_names_is_let_through(content_type: bytes) -> None:
         b"\xff\xfe",
     ],
 )
-def test_any_other_content_type_is_refused_before_the_app_sees_it(content_type: bytes) -> None:
+def test_other_content_types_are_refused_before_the_app_sees_them(content_type: bytes) -> None:
     app = Echo()
     status, error = status_and_error(call(app, chunks(b"{}"), headers=[(b"Content-Type", content_type)]))
     assert (status, error["code"], error["type"]) == (415, "unsupported_content_type", "invalid_request")
@@ -146,19 +146,19 @@ def test_any_other_content_type_is_refused_before_the_app_sees_it(content_type: 
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_one_content_type_of_several_that_is_another_is_refused(order: int) -> None:
+def test_second_content_type_that_is_not_json_is_refused(order: int) -> None:
     types = [(b"content-type", b"application/vnd.bentoml+pickle"), (b"content-type", b"application/json")]
     assert status_and_error(call(Echo(), chunks(b"{}"), headers=types[::order]))[0] == 415
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS"])
-def test_methods_without_a_body_are_not_waited_for(method: str) -> None:
+def test_methods_without_a_body_are_not_read(method: str) -> None:
     sent = call(Echo(), method=method, headers=[(b"content-type", b"text/plain")])
     assert sent[0]["status"] == 200
 
 
 @pytest.mark.parametrize("kind", ["lifespan", "websocket"])
-def test_other_protocols_pass_untouched(kind: str) -> None:
+def test_other_protocols_pass_unchanged(kind: str) -> None:
     seen: list[tuple[str, Message]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -173,7 +173,7 @@ def test_other_protocols_pass_untouched(kind: str) -> None:
 @pytest.mark.parametrize(
     "path", ["/embed", "/v1/embeddings", "/embed_texts", "/metrics", "/", "/page/x", "/livez/", ""]
 )
-def test_without_a_key_the_body_is_dropped_and_nothing_answered(method: str, path: str) -> None:
+def test_body_without_a_key_is_dropped_and_does_not_reach_the_app(method: str, path: str) -> None:
     app, body = Echo(), iter(chunks(b"{}"))
     sent = call(app, body, path=path, method=method, api_key="one", headers=[(b"authorization", b"Bearer on")])
     status, error = status_and_error(sent)
@@ -189,7 +189,7 @@ def test_probes_and_open_pages_need_no_key(path: str) -> None:
     assert call(Echo(), path=path, method="GET", api_key="one")[0]["status"] == 200
 
 
-def test_with_a_key_the_app_is_reached() -> None:
+def test_request_with_a_key_reaches_the_app() -> None:
     headers = [(b"authorization", b"Bearer two")]
     assert call(Echo(), chunks(b"{}"), api_key="one,two", headers=headers)[1]["body"] == b"{}"
 

@@ -18,7 +18,7 @@ JSON = st.recursive(
 
 
 def num_values(value: object) -> int:
-    """A container that holds something counts for its first value too, which stands behind its bracket."""
+    """Number of values. A bracket counts for the first value of its container, also if that is empty."""
     inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
     return 1 + max(len(inner) - 1, 0) + sum(num_values(one) - 1 for one in inner) + isinstance(value, list | dict)
 
@@ -34,5 +34,5 @@ def test_count_is_exact(value: object, block_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"5", b'"' + b"," * 100 + b'"', b'"' + b'\\",' * 100 + b'"'])
-def test_commas_in_a_string_are_no_values(body: bytes) -> None:
+def test_commas_in_a_string_are_not_counted(body: bytes) -> None:
     assert not exceeds_value_count(body, 1)

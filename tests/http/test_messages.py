@@ -39,7 +39,7 @@ IMAGE = {"type": "image", "image": URI}
         ({"type": "video", "video": [URI, URI], "fps": 1}, {"type": "video", "video": [URI, URI], "fps": 1}),
     ],
 )
-def test_part_in_any_clients_form_is_a_native_part(part: dict[str, Any], native: dict[str, Any]) -> None:
+def test_part_in_each_clients_form_becomes_a_native_part(part: dict[str, Any], native: dict[str, Any]) -> None:
     assert parts_from_content([part]) == [native]
 
 
@@ -59,7 +59,7 @@ def test_part_in_any_clients_form_is_a_native_part(part: dict[str, Any], native:
         ([{"type": "image_url", "image_url": URI, "fps": 1}], "extra fields not permitted: fps"),
     ],
 )
-def test_content_that_cannot_be_understood_says_why(content: Any, message: str) -> None:
+def test_invalid_content_is_refused_with_the_reason(content: Any, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         parts_from_content(content)
 
@@ -111,7 +111,7 @@ def test_queries_get_the_query_instruction_and_all_others_the_default() -> None:
     assert instruction_for(None) is None
 
 
-def test_clients_own_limit_may_not_be_below_the_services() -> None:
+def test_token_limit_of_a_client_may_not_be_below_the_services() -> None:
     settings = Settings(max_input_tokens=1000)
     for tokens in (None, -1, 1000, 32768):
         check_length("max_tokens", tokens, settings)

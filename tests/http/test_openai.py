@@ -51,7 +51,7 @@ def parse(**fields: Any) -> EmbeddingRequest:
         ({"text": URI}, [(Text(URI),)]),  # said to be a text
     ],
 )
-def test_input_in_any_clients_form(value: Any, parts: list[Any]) -> None:
+def test_every_form_of_input_becomes_items(value: Any, parts: list[Any]) -> None:
     assert [item.parts for item in parse(input=value).items] == parts
 
 
@@ -62,11 +62,12 @@ def test_conversation_is_one_item_and_a_list_of_them_several() -> None:
     last = {"role": "assistant", "content": ""}
     extras = {"add_generation_prompt": False, "continue_final_message": True, "add_special_tokens": True}
     assert parse(messages=[system, user, last], **extras).items == (item,)
-    alone = EmbeddingItem((Image(URI), Text("a")))
-    assert parse(messages=[[system, user], [user]], truncate_prompt_tokens=8192).items == (item, alone)  # as mteb
+    without_instruction = EmbeddingItem((Image(URI), Text("a")))
+    as_mteb = parse(messages=[[system, user], [user]], truncate_prompt_tokens=8192)
+    assert as_mteb.items == (item, without_instruction)
 
 
-def test_options_are_openais_and_our_own() -> None:
+def test_options_of_openai_and_of_the_service_are_accepted() -> None:
     request = parse(input="a", model="x", dimensions=64, encoding_format="base64", user="me", provider={}, priority=1)
     assert request == EmbeddingRequest((EmbeddingItem((Text("a"),), None, 64),), True, "base64")
     ours = parse(input="a", instruction="Find.", normalize=False, truncate="none", output_dtype="float16")
@@ -74,7 +75,7 @@ def test_options_are_openais_and_our_own() -> None:
     assert ours == EmbeddingRequest((item,), True, "float", "float16")
 
 
-def test_instruction_is_the_items_own_then_the_requests_then_that_of_queries() -> None:
+def test_instruction_of_the_item_precedes_that_of_the_request_and_of_queries() -> None:
     entries = [{"text": "a", "instruction": "Mine."}, "b"]
     assert [item.instruction for item in parse(input=entries, instruction="All.", task="retrieval.query").items] == [
         "Mine.",
@@ -88,7 +89,7 @@ def test_instruction_is_the_items_own_then_the_requests_then_that_of_queries() -
 
 
 @pytest.mark.parametrize("value", [[1, 2], [[1, 2], [3]], [[1], "a"]])
-def test_token_ids_are_refused_with_the_clients_switch(value: Any) -> None:
+def test_error_for_token_ids_names_the_clients_option(value: Any) -> None:
     with pytest.raises(InvalidRequest, match=r"got token ids; .* OpenAIEmbeddings\(check_embedding_ctx_length=False\)"):
         parse(input=value)
 
@@ -118,7 +119,7 @@ def test_token_ids_are_refused_with_the_clients_switch(value: Any) -> None:
         ({"input": "a", "output_dtype": "int8", "normalize": False}, "item 0: output_dtype: got int8 with normalize"),
     ],
 )
-def test_wrong_request_says_what_was_got_and_what_is_allowed(fields: dict[str, Any], message: str) -> None:
+def test_error_names_the_value_received_and_what_is_allowed(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(**fields)
     assert str(caught.value).startswith(message)
@@ -129,7 +130,7 @@ def test_too_many_items_are_refused() -> None:
         parse(input=list("abcde"))
 
 
-def test_answer_has_openais_shape() -> None:
+def test_response_has_openais_form() -> None:
     request = parse(input=["a", "b"], output_dtype="int8")
     vectors = [np.array([1.0, 0.0], np.float32), np.array([0.0, -1.0], np.float32)]
     embeddings = [Embedding(vector, 50 + 51 * index, 4 * index) for index, vector in enumerate(vectors)]
@@ -147,7 +148,7 @@ def test_answer_has_openais_shape() -> None:
     EmbeddingsResponse.model_validate(body)
 
 
-def test_models_has_the_one_with_its_limit() -> None:
+def test_models_lists_the_model_with_its_token_limit() -> None:
     body = json.loads(models_response(ServedModel("the model", 8192), 1234.5))
     (card,) = ModelsResponse.model_validate(body, strict=True).data
     assert (card.id, card.created, card.max_model_len) == ("the model", 1234, 8192)
@@ -161,7 +162,7 @@ def test_models_has_the_one_with_its_limit() -> None:
         (EngineFailed("m", item=0), "server_error", "input[0]"),
     ],
 )
-def test_error_has_openais_shape_and_our_code(error: Any, kind: str, param: str | None) -> None:
+def test_error_has_openais_form_and_the_services_code(error: Any, kind: str, param: str | None) -> None:
     body = json.loads(openai_error_body(error))
     assert body == {"error": {"message": str(error), "type": kind, "param": param, "code": error.code}}
     OpenAIErrorResponse.model_validate(body, strict=True)

@@ -60,14 +60,14 @@ def test_keys_are_described_where_they_are_needed() -> None:
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_input_takes_a_list_of_at_most_the_settings_number(path: str) -> None:
+def test_input_list_is_limited_by_the_setting(path: str) -> None:
     options = resolve(body_schema(path)["properties"]["input"])["anyOf"]
     assert {"type": "string"} in options
     (array,) = (option for option in options if option.get("type") == "array")
     assert (array["minItems"], array["maxItems"], array["items"]) == (1, 7, {"type": "string"})
 
 
-def test_another_limit_makes_another_document() -> None:
+def test_limit_in_the_document_follows_the_setting() -> None:
     schemas = openapi_document(DIALECTS, Settings(max_items_per_request=9), "1")["components"]["schemas"]
     assert [option.get("maxItems") for option in schemas["TextRequest"]["properties"]["input"]["anyOf"]] == [None, 9]
     assert openapi_document(DIALECTS, Settings(max_items_per_request=7), "1.2.3") == DOCUMENT
@@ -88,13 +88,13 @@ def test_examples_are_bodies_that_are_accepted(path: str) -> None:
         assert model.model_validate({"input": example}).input == example
 
 
-def test_every_reference_leads_somewhere() -> None:
+def test_every_reference_exists() -> None:
     found = references(DOCUMENT)
     assert {resolve({"$ref": reference})["title"] for reference in found} >= {"TextRequest", "EmbeddingResponse"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES)
-def test_every_error_has_the_one_body_or_openais(path: str) -> None:
+def test_every_error_refers_to_the_services_or_openais_form(path: str) -> None:
     body = "OpenAIErrorResponse" if path.startswith("/v1") else "ErrorResponse"
     responses = DOCUMENT["paths"][path]["post"]["responses"]
     assert set(responses) == {"200", *map(str, error_meanings())}
@@ -115,15 +115,17 @@ def is_valid(path: str, body: Any) -> bool:
     return bool(validator.is_valid(body))
 
 
+PARSERS: dict[str, Callable[[bytes, Settings], Any]] = {
+    "/txt/embed": parse_text_request,
+    "/img/embed": parse_image_request,
+    "/embed": parse_embed,
+    "/v1/embeddings": parse_embeddings,
+    "/v2/embed": parse_cohere,
+}
+
+
 def parse(path: str, body: Any) -> Any:
-    parsers: dict[str, Callable[[bytes, Settings], Any]] = {
-        "/txt/embed": parse_text_request,
-        "/img/embed": parse_image_request,
-        "/embed": parse_embed,
-        "/v1/embeddings": parse_embeddings,
-        "/v2/embed": parse_cohere,
-    }
-    return parsers[path](json.dumps(body).encode(), Settings(max_items_per_request=7))
+    return PARSERS[path](json.dumps(body).encode(), Settings(max_items_per_request=7))
 
 
 def test_every_post_route_is_described_with_examples_that_its_own_schema_allows() -> None:
@@ -133,7 +135,7 @@ def test_every_post_route_is_described_with_examples_that_its_own_schema_allows(
             assert is_valid(path, body), (path, name)
 
 
-def test_operations_have_names_of_their_own() -> None:
+def test_operation_ids_are_unique_identifiers() -> None:
     names = [method["operationId"] for methods in DOCUMENT["paths"].values() for method in methods.values()]
     assert len(set(names)) == len(names) == len(DOCUMENT["paths"])
     assert all(name.isidentifier() for name in names)
@@ -155,7 +157,7 @@ CHAT_INPUTS: list[Any] = [
     {"type": "input_video", "input_video": {"data": "AAAA", "format": "mp4"}},
     {"content": [{"type": "video", "video": ["AAAA", "BBBB"], "fps": 1}]},
     {"video": ["AAAA", "BBBB"], "fps": 1},
-    # and wrong ones
+    # invalid
     5,
     [],
     [1, 2],
@@ -202,7 +204,7 @@ BODIES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("path", "body"), BODIES)
-def test_document_allows_what_the_parser_takes_and_nothing_else(path: str, body: Any) -> None:
+def test_document_accepts_the_bodies_that_the_parser_accepts(path: str, body: Any) -> None:
     try:
         parse(path, body)
     except InvalidRequest:
@@ -231,24 +233,15 @@ def test_document_allows_what_the_parser_takes_and_nothing_else(path: str, body:
         ({"text": "a", "truncate": "middle"}, False),
     ],
 )
-def test_document_tells_good_items_from_bad(entry: Any, is_good: bool) -> None:
+def test_document_accepts_the_items_that_the_parser_accepts(entry: Any, is_good: bool) -> None:
     (item,) = parse("/embed", {"items": [entry]}).items
     assert isinstance(item, InvalidRequest) is not is_good
     assert is_valid("/embed", {"items": [entry]}) is is_good
 
 
-PARSERS: dict[str, Callable[[bytes, Settings], Any]] = {
-    "/txt/embed": parse_text_request,
-    "/img/embed": parse_image_request,
-    "/embed": parse_embed,
-    "/v1/embeddings": parse_embeddings,
-    "/v2/embed": parse_cohere,
-}
-
-
 @pytest.mark.parametrize("path", PARSERS)
 def test_null_means_the_same_as_leaving_a_field_out_on_every_route(path: str) -> None:
-    """As LiteLLM, Dify and many generated clients send it; and the document says so."""
+    """LiteLLM, Dify and many generated clients send nulls; the document allows them."""
     schema = body_schema(path)
     validator = jsonschema.Draft202012Validator({**schema, "components": DOCUMENT["components"]})
     example = next(iter(EXAMPLES[path].values()))
@@ -302,7 +295,7 @@ def test_null_inside_items_parts_and_messages_means_not_given(
 
 
 def merged(under: Any, over: Any) -> Any:
-    """Two JSON values of one shape as one; where both say something, `over` counts."""
+    """Merge two JSON values of the same shape; `over` takes precedence."""
     if isinstance(under, dict) and isinstance(over, dict):
         return {name: merged(under.get(name), over.get(name)) for name in {**under, **over}}
     if isinstance(under, list) and isinstance(over, list):

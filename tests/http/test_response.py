@@ -1,4 +1,4 @@
-"""Answers have the shape of what was asked; errors one body."""
+"""Responses have the shape of the input; all errors have one form."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_single_input_gives_one_vector() -> None:
     }
 
 
-def test_list_gives_a_list_in_order_even_of_one() -> None:
+def test_list_of_one_or_more_gives_a_list_in_order() -> None:
     assert answer(embedding(1))["embedding"] == [floats(VECTORS[1])]
     assert answer(embedding(2), embedding(0))["embedding"] == [floats(VECTORS[2]), floats(VECTORS[0])]
 
 
-def test_floats_of_the_answer_are_the_vectors_bit_for_bit() -> None:
+def test_floats_in_the_response_are_bit_identical() -> None:
     tricky = np.array([0.1, 1 / 3, 1e-38, -0.0, 3.4e38, np.float32(2) ** -149], np.float32)
     sent = answer(Embedding(tricky, 1, 0), is_list=False)["embedding"]
     assert np.array_equal(np.array(sent, np.float32).view(np.int32), tricky.view(np.int32))
@@ -79,7 +79,7 @@ def test_base64_holds_little_endian_float32() -> None:
     assert isinstance(answer(embedding(), is_list=False, encoding_format="base64")["embedding"], str)
 
 
-def test_base64_of_a_cut_or_foreign_array_is_the_same() -> None:
+def test_base64_does_not_depend_on_strides_or_byte_order() -> None:
     whole = VECTORS.T.copy().T  # not contiguous along a row
     assert to_base64(whole[0]) == to_base64(VECTORS[0])
     assert to_base64(VECTORS[0].astype(">f4")) == to_base64(VECTORS[0])
@@ -92,7 +92,7 @@ def test_tokens_of_all_items_are_counted() -> None:
     }
 
 
-def test_what_was_cut_is_said_item_by_item() -> None:
+def test_warnings_name_each_item_whose_text_was_cut() -> None:
     body = answer(embedding(), embedding(num_tokens=100, num_cut_tokens=23), embedding(), limit=100)
     assert body["warnings"] == ["item 1: got 123 tokens; allowed: 100; 23 tokens of its text were cut"]
     assert "warnings" not in answer(embedding())
@@ -113,7 +113,7 @@ def test_what_was_cut_is_said_item_by_item() -> None:
         (EmbedderError("m"), "internal_error", "server_error"),
     ],
 )
-def test_every_error_has_the_one_body(error: EmbedderError, code: str, kind: str) -> None:
+def test_every_error_has_the_same_form(error: EmbedderError, code: str, kind: str) -> None:
     body = json.loads(error_body(error))
     assert body == {"error": {"code": code, "message": "m", "item": None, "type": kind}}
     ErrorResponse.model_validate(body, strict=True)
@@ -121,7 +121,7 @@ def test_every_error_has_the_one_body(error: EmbedderError, code: str, kind: str
     assert json.loads(error_body(error))["error"] == {"code": code, "message": "item 2: m", "item": 2, "type": kind}
 
 
-def test_message_may_hold_anything_a_caller_sent() -> None:
+def test_message_may_contain_any_character() -> None:
     error = InvalidRequest('got "\u732b"\n\x00\\')
     assert json.loads(error_body(error))["error"]["message"] == error.message
 

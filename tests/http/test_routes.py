@@ -1,7 +1,7 @@
 """The route matrix: one content, on every route and client call that can carry it, is one vector or one error.
 
-Each content is written once, in the native form; `ways` says how each route carries it, and the library is the measure.
-The service cuts texts at 256 tokens, so that cutting is part of the matrix.
+Each content is written once, in the native form; `ways` says how each route carries it, and the library gives the
+expected result. The service cuts texts at 256 tokens, so that cutting is part of the matrix.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def chat_parts(item: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def single_parts(item: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Videos, images, texts: the model's order."""
+    """Kinds and values in the order that the model sees: videos, images, texts."""
     if "video" in item:
         yield "video", item["video"]
     images = item.get("image", [])
@@ -170,7 +170,7 @@ def ways(item: dict[str, Any], http: httpx.Client, bento: Any) -> dict[str, Send
     """Every request that can carry the item."""
     options = {name: item[name] for name in ("instruction", "dimensions", "truncate") if name in item}
     bare = {name: value for name, value in item.items() if name not in options}
-    beside = {name: value for name, value in options.items() if name != "instruction"}
+    without_instruction = {name: value for name, value in options.items() if name != "instruction"}
     parts = chat_parts(item)
     system = [{"role": "system", "content": item["instruction"]}] if "instruction" in item else []
     conversation = [*system, {"role": "user", "content": parts}]
@@ -180,11 +180,11 @@ def ways(item: dict[str, Any], http: httpx.Client, bento: Any) -> dict[str, Send
 
     found = {
         "native": post("/embed", {"items": [item]}),
-        "native, options beside": post("/embed", {"items": [bare], **options}),
+        "native, options of the request": post("/embed", {"items": [bare], **options}),
         "v1 object": post("/v1/embeddings", {"input": [item]}),
         "v1 content": post("/v1/embeddings", {"input": {"content": parts}, **options}),
-        "v1 messages": post("/v1/embeddings", {"messages": conversation, **beside}),
-        "v1 conversations": post("/v1/embeddings", {"messages": [conversation], **beside}),
+        "v1 messages": post("/v1/embeddings", {"messages": conversation, **without_instruction}),
+        "v1 conversations": post("/v1/embeddings", {"messages": [conversation], **without_instruction}),
     }
     if list(bare) in (["text"], ["image"]) and isinstance(value := next(iter(bare.values())), str):
         found |= local_ways(next(iter(bare)), value, options, post)
@@ -222,7 +222,7 @@ def bentoml_ways(kind: str, item: dict[str, Any], bento: Any) -> dict[str, Send]
 
 
 def cohere_ways(item: dict[str, Any], parts: list[Any], post: Callable[[str, dict[str, Any]], Send]) -> dict[str, Send]:
-    """Cohere's route has no instruction of the caller's own."""
+    """Cohere's route has no field for an instruction."""
     if "instruction" in item:
         return {}
     renamed = {"dimensions": "output_dimension", "truncate": "truncate"}

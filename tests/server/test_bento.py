@@ -1,4 +1,4 @@
-"""`bentoml build` gives a versioned Bento that serves from anywhere, and the published model unless told otherwise."""
+"""`bentoml build` gives a versioned Bento that serves from anywhere, with the published model by default."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def test_build_refuses_another_bentoml_than_the_lock_has(monkeypatch: pytest.Mon
         check_bentoml()
 
 
-def test_fresh_install_brings_the_bentoml_of_the_lock() -> None:
+def test_pyproject_and_lock_have_the_same_bentoml() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert f"bentoml=={locked_bentoml()}" in project["dependencies"]
 
 
-def test_bento_has_the_page_and_leaves_the_small_model_out(bento_tag: str) -> None:
+def test_bento_contains_the_page_and_no_bundled_model(bento_tag: str) -> None:
     home, tag = bento_tag.split("|")
     sources = Path(home) / "bentos" / tag.replace(":", "/") / "src"
     assert (sources / "embedder" / "engine" / "engine.py").is_file()

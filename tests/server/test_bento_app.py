@@ -31,7 +31,7 @@ SHAPES = {  # status and body of BentoML's own errors (1.4.40), or of anything e
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_error_of_any_shape_gets_ours(name: str) -> None:
+def test_error_response_of_any_form_becomes_the_services_error(name: str) -> None:
     status, body, code, message = SHAPES[name]
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     half = len(raw) // 2

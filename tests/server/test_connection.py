@@ -1,4 +1,4 @@
-"""Connections that never become a request, or whose answers nobody takes: they end, and hold up no other."""
+"""Connections without a complete request, or with an unread response, are closed and do not block others."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from embedder.server.connection import MAX_HEAD_BYTES, bound_connections
 
 MAX_WAIT_S = 1.0
 PIECE = b"y" * 2**16
-ANSWER = b"z" * 2**24  # more than the kernel takes for a reader who does not read
+ANSWER = b"z" * 2**24  # more than the kernel buffers
 
 
 class App:
-    """Reads a body, says its length and `ANSWER` behind it on /large; `num_running` requests have no end yet."""
+    """Returns the length of a body, after `ANSWER` twice on /large. `num_running`: requests in progress."""
 
     def __init__(self) -> None:
         self.num_running = 0
@@ -38,7 +38,7 @@ class App:
             num_bytes += len(message.get("body", b""))
             more_body = message.get("more_body", False)
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        for _ in range(2):  # the second waits until the first is taken
+        for _ in range(2):  # the second waits until the first is read
             body = ANSWER if scope["path"] == "/large" else b""
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": str(num_bytes).encode()})
@@ -72,7 +72,7 @@ def connection(port: int) -> Iterator[socket.socket]:
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Within its time-out; what comes before is read."""
+    """Read until the server closes the connection; raises `TimeoutError` if it does not."""
     with contextlib.suppress(ConnectionError):
         while connection.recv(2**16):
             pass
@@ -98,19 +98,19 @@ def ask(port: int, body: bytes | Iterator[bytes] = b"") -> bytes:
     ],
     ids=["address", "header", "trailer", "chunk extension", "second address"],
 )
-def test_head_without_end_is_cut_off(start: bytes, connection: socket.socket, port: int) -> None:
+def test_endless_head_closes_its_connection(start: bytes, connection: socket.socket, port: int) -> None:
     num_bytes = 0
     connection.sendall(start)
     with contextlib.suppress(ConnectionError):
         while num_bytes < 2**27:
             connection.sendall(PIECE)
             num_bytes += len(PIECE)
-    assert num_bytes < 2**24  # what the kernel holds
+    assert num_bytes < 2**24  # what the kernel buffers
     assert ask(port) == b"0"
 
 
 class Transport(asyncio.Transport):
-    """Keeps what is written."""
+    """Stores what is written."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,8 +127,8 @@ class Transport(asyncio.Transport):
         return self.is_closed
 
 
-def test_too_large_a_head_is_told_so(app: App) -> None:
-    """Told by the protocol alone: of a socket that is closed while more comes the client may see nothing."""
+def test_too_large_a_head_gets_a_400(app: App) -> None:
+    """Without a socket: one that is closed while data arrives may lose the response."""
 
     async def run() -> Transport:
         config = uvicorn.Config(app, http="httptools", lifespan="off")
@@ -149,14 +149,14 @@ def test_too_large_a_head_is_told_so(app: App) -> None:
 
 
 @pytest.mark.parametrize("start", [b"", b"GET / HTTP/1.1\r\nhost:"])
-def test_connection_that_asks_nothing_is_closed_in_time(start: bytes, connection: socket.socket) -> None:
+def test_connection_without_a_request_is_closed_after_the_limit(start: bytes, connection: socket.socket) -> None:
     begin_s = time.monotonic()
     connection.sendall(start)
     assert is_closed(connection)
     assert MAX_WAIT_S - 0.1 < time.monotonic() - begin_s < MAX_WAIT_S + 2
 
 
-def test_answer_that_nobody_takes_ends_its_request(connection: socket.socket, app: App) -> None:
+def test_request_ends_if_its_response_is_not_read(connection: socket.socket, app: App) -> None:
     connection.sendall(b"GET /large HTTP/1.1\r\n\r\n")
     assert connection.recv(1) == b"H"
     assert app.num_running == 1
@@ -167,7 +167,7 @@ def test_answer_that_nobody_takes_ends_its_request(connection: socket.socket, ap
     assert is_closed(connection)
 
 
-def test_answer_that_is_taken_comes_whole(port: int) -> None:
+def test_response_that_is_read_arrives_whole(port: int) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     connection.request("GET", "/large")
     assert len(connection.getresponse().read()) == 2 * len(ANSWER) + 1
@@ -189,7 +189,7 @@ def test_connection_is_kept_for_the_next_request(port: int) -> None:
     for _ in range(3):
         connection.request("POST", "/", PIECE)
         assert connection.getresponse().read() == str(len(PIECE)).encode()
-        time.sleep(MAX_WAIT_S + 0.2)  # idle is uvicorn's matter
+        time.sleep(MAX_WAIT_S + 0.2)  # uvicorn limits idle time
     connection.close()
 
 
@@ -205,7 +205,7 @@ CHUNKS = b"transfer-encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
 @pytest.mark.parametrize("offer", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
 @pytest.mark.parametrize("piece_bytes", [1, 150, 10_000])
 @pytest.mark.parametrize("body", [LENGTH, CHUNKS], ids=["length", "chunks"])
-def test_offer_of_another_protocol_is_ignored_and_the_request_answered(
+def test_offer_of_another_protocol_is_ignored(
     offer: bytes, piece_bytes: int, body: bytes, connection: socket.socket
 ) -> None:
     """Every stock JDK client offers h2c with its first request, and reuses the connection."""
@@ -220,7 +220,7 @@ def test_offer_of_another_protocol_is_ignored_and_the_request_answered(
     assert re.findall(rb"\r\n1\r\n(\d)\r\n0\r\n\r\n", received) == [b"5", b"5", b"0"]
 
 
-def test_idle_connection_outlives_a_load_balancers_minute() -> None:
+def test_idle_connections_are_kept_longer_than_a_load_balancer_keeps_them() -> None:
     config = uvicorn.Config(App(), http="httptools", lifespan="off")
     config.load()
     bound_connections(config, MAX_WAIT_S)

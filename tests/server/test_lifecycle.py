@@ -65,7 +65,7 @@ def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path
                 reason = "EMBEDDER_MODEL='./no-such-folder' is neither a folder nor a hub id"
             case "port" | "usual port":
                 port = 0 if fault == "port" else 3000
-                with contextlib.suppress(OSError):  # of the usual one, where somebody else listens on it
+                with contextlib.suppress(OSError):  # another process listens on the usual port
                     taken = listeners.enter_context(socket.create_server(("127.0.0.1", port)))
                     port = taken.getsockname()[1]
                 options = ["--port", str(port)] if fault == "port" else []
@@ -87,12 +87,12 @@ def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path
 def lone(
     request: pytest.FixtureRequest, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Server]:
-    """A service of the test's own, with variables the test gives. Whatever becomes of it, it is gone at the end."""
+    """A service for one test, with environment variables from the parameter. It is killed at the end."""
     for name, value in getattr(request, "param", {}).items():
         monkeypatch.setenv(name, value)
     server = start_server(tmp_path, model=str(random_checkpoint), device="cpu")
     yield server
-    server.process.kill()  # its worker sees to itself
+    server.process.kill()  # its worker notices and exits
     server.process.wait(10)
 
 
@@ -100,7 +100,6 @@ def lone(
 def test_server_is_stopped_when_no_request_is_left_or_the_time_is_over(
     request_s: float, least_s: float, most_s: float
 ) -> None:
-    """Who does not read its answer must not hold the worker."""
     drain = Drain()
 
     async def stopped_after_s() -> float:
@@ -137,15 +136,15 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.02)
 
 
-def under_way(server: Server) -> int:
-    """Requests that the worker has taken and not answered, this question left out."""
+def requests_in_progress(server: Server) -> int:
+    """Number of requests in progress, without the one that asks."""
     text = httpx.get(f"{server.url}/metrics", timeout=60).text
     (line,) = [line for line in text.splitlines() if line.startswith("embedder_requests_in_progress ")]
     return int(float(line.rpartition(" ")[2])) - 1
 
 
 def half_sent(server: Server) -> list[http.client.HTTPConnection]:
-    """Requests that the worker has taken and whose bodies have begun: under way for as long as a test likes."""
+    """Accepted requests with incomplete bodies: in progress until the test sends the rest."""
     connections = []
     for _ in range(NUM_CLIENTS):
         connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
@@ -154,18 +153,18 @@ def half_sent(server: Server) -> list[http.client.HTTPConnection]:
         connection.putheader("content-length", str(len(BODY)))
         connection.endheaders(BODY[:5])
         connections.append(connection)
-    wait_for(lambda: under_way(server) == NUM_CLIENTS, 60)
+    wait_for(lambda: requests_in_progress(server) == NUM_CLIENTS, 60)
     return connections
 
 
 def finish(connection: http.client.HTTPConnection) -> tuple[int, int, str | None]:
-    """Send the rest: status, number of vectors and `connection` of the answer."""
+    """Send the rest. Returns status, number of vectors, and the header `connection` of the response."""
     connection.send(BODY[5:])
     answer = connection.getresponse()
     return answer.status, len(json.loads(answer.read())["embedding"]), answer.getheader("connection")
 
 
-def test_sigterm_lets_what_was_taken_finish_and_refuses_the_rest(lone: Server) -> None:
+def test_after_sigterm_accepted_requests_finish_and_new_ones_are_refused(lone: Server) -> None:
     url = f"{lone.url}/v1/embeddings"
     with httpx.Client(timeout=60) as kept_alive:
         assert "connection" not in kept_alive.get(f"{lone.url}/readyz").headers
@@ -184,8 +183,8 @@ def test_sigterm_lets_what_was_taken_finish_and_refuses_the_rest(lone: Server) -
     assert "Traceback" not in lone.log.read_text()
 
 
-def test_sigterm_in_a_crowd_leaves_nobody_waiting(lone: Server) -> None:
-    """Clients that ask again and again: every request is answered, refused with 503, or its connection is closed."""
+def test_sigterm_under_load_leaves_no_request_without_an_outcome(lone: Server) -> None:
+    """Each request gets a response or a 503, or its connection is closed."""
 
     def ask_until_refused() -> list[object]:
         outcomes: list[object] = []
@@ -208,7 +207,7 @@ def test_sigterm_in_a_crowd_leaves_nobody_waiting(lone: Server) -> None:
     assert lone.process.wait(60) == 0
 
 
-def test_who_does_not_read_answers_does_not_hold_a_service_that_stops(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_unread_responses_do_not_delay_the_stop(random_checkpoint: Path, tmp_path: Path) -> None:
     server = start_server(tmp_path, model=str(random_checkpoint), device="cpu", request_timeout_s="1")
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
@@ -223,10 +222,8 @@ def test_who_does_not_read_answers_does_not_hold_a_service_that_stops(random_che
 
 @pytest.mark.slow
 @pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime: Debian's package faketime")
-def test_clock_that_jumps_costs_no_answer(
-    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A day forth and back, with requests on their way: nothing hangs, and no deadline passes that did not."""
+def test_clock_jump_loses_no_response(random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A day forward and back during requests: none hangs, and none times out."""
     shift = tmp_path / "shift"
     shift.write_text("+0")
     monkeypatch.setenv("LD_PRELOAD", str(FAKETIME))
@@ -275,8 +272,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_full_disk_costs_no_answer(random_checkpoint: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log too is on it: lines are lost, requests are not."""
+def test_full_disk_loses_no_response(
+    random_checkpoint: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log is on the same disk: log lines are lost, requests are not."""
     for name in ("TMPDIR", "BENTOML_HOME", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(small_disk))
     server = start_server(small_disk, model=str(random_checkpoint), device="cpu")
@@ -299,7 +298,7 @@ def test_full_disk_costs_no_answer(random_checkpoint: Path, small_disk: Path, mo
 
 
 def fill(folder: Path) -> None:
-    """Until its file system has no room."""
+    """Write until the file system is full."""
     with (folder / "rest").open("wb", buffering=0) as rest, contextlib.suppress(OSError):
         while True:
             rest.write(bytes(4096))
@@ -316,8 +315,8 @@ arbiter.start()
 """
 
 
-@pytest.mark.parametrize("prepare", ["stop_at_sigterm_during_a_start()", "pass  # circus alone loses the signal"])
-def test_arbiter_that_is_busy_with_a_worker_stops_when_it_is_done(prepare: str) -> None:
+@pytest.mark.parametrize("prepare", ["stop_at_sigterm_during_a_start()", "pass  # circus itself loses the signal"])
+def test_busy_arbiter_stops_after_it_has_started_the_workers(prepare: str) -> None:
     command = [sys.executable, "-c", ARBITER.format(prepare=prepare)]
     arbiter = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
     try:
@@ -342,7 +341,7 @@ def test_arbiter_that_is_busy_with_a_worker_stops_when_it_is_done(prepare: str) 
     "lone", [{}, {"BENTOML_CONTAINERIZED": "true"}], ids=["elsewhere", "in a container"], indirect=True
 )
 def test_killed_worker_fails_its_requests_at_once(lone: Server) -> None:
-    """Then BentoML starts another; in a container it ends, for whoever started the container."""
+    """Then BentoML starts another worker; in a container it exits, and the container's supervisor acts."""
     taken = half_sent(lone)
     os.kill(lone.workers[0], signal.SIGKILL)
     for connection in taken:
@@ -357,7 +356,7 @@ def test_killed_worker_fails_its_requests_at_once(lone: Server) -> None:
 
 
 @pytest.mark.slow
-def test_worker_whose_arbiter_was_killed_finishes_and_ends(lone: Server) -> None:
+def test_worker_whose_arbiter_was_killed_finishes_its_requests_and_exits(lone: Server) -> None:
     (worker,) = lone.workers
     taken = half_sent(lone)
     lone.process.kill()

@@ -1,4 +1,4 @@
-"""Several engines on one device, as a caller meets them; which device each takes is in `test_settings`."""
+"""Several workers on one device return the same vectors. `test_settings` checks which device each uses."""
 
 from __future__ import annotations
 

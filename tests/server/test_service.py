@@ -1,4 +1,4 @@
-"""The running service, over HTTP, with random weights: the contract, the errors, and crowds with broken items in them."""
+"""The running service, over HTTP, with random weights: responses, errors, and many requests at once, some of them invalid."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def error(response: httpx.Response) -> dict[str, Any]:
     return fields
 
 
-def test_text_answers_a_unit_vector_and_what_it_is(client: httpx.Client, embedder: Embedder) -> None:
+def test_response_to_a_text_has_a_unit_vector_and_its_usage(client: httpx.Client, embedder: Embedder) -> None:
     body = client.post("/txt/embed", json={"input": "red"}).json()
     assert np.linalg.norm(body["embedding"]) == pytest.approx(1, abs=1e-6)
     assert body["dimensions"] == len(body["embedding"]) == 192
@@ -108,7 +108,7 @@ def test_base64_holds_the_same_floats(client: httpx.Client) -> None:
     assert np.abs(np.frombuffer(base64.b64decode(body["embedding"][0]), "<f4") - whole).max() <= SAME
 
 
-def test_long_text_is_cut_and_the_answer_says_so(client: httpx.Client) -> None:
+def test_long_text_is_cut_with_a_warning(client: httpx.Client) -> None:
     body = client.post("/txt/embed", json={"input": "a sentence. " * 8500}).json()  # 102 kB
     assert body["usage"]["prompt_tokens"] == 8192
     assert body["warnings"][0].startswith("item 0: got ")
@@ -125,7 +125,7 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str, str]] = {
     "empty text": ("/txt/embed", {"input": ""}, 400, "invalid_request", "text is empty; allowed: at least one character"),
     "number for text": ("/txt/embed", {"input": 5}, 400, "invalid_request", "got 5 (a number); allowed: a string or a list of strings"),
     "number in the list": ("/txt/embed", {"input": ["a", 5]}, 400, "invalid_request", "input[1]: got 5 (a number)"),
-    "misspelt field": ("/txt/embed", {"input": "a", "instrction": "x"}, 400, "invalid_request", "extra fields not permitted: instrction"),
+    "misspelled field": ("/txt/embed", {"input": "a", "instrction": "x"}, 400, "invalid_request", "extra fields not permitted: instrction"),
     "no input": ("/txt/embed", {}, 400, "invalid_request", "input: missing"),
     "not JSON": ("/txt/embed", b"red", 400, "invalid_request", "not valid JSON"),
     "JSON list": ("/txt/embed", b'["red"]', 400, "invalid_request", "must be a JSON object, got a list"),
@@ -143,7 +143,7 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str, str]] = {
     "too deep for a message": ("/txt/embed", b'{"input":' + b"[" * 1000 + b"]" * 1000 + b"}", 400, "invalid_request", "got [[["),
     "batch row of a wrong type": ("/embed_texts", {"texts": ["a", 5]}, 400, "invalid_request", "item 1: got 5 (a number)"),
     "batch row empty": ("/embed_texts", {"texts": ["a", ""]}, 400, "invalid_request", "item 1: text is empty"),
-    "batch with a field beside it": ("/embed_texts", {"texts": ["a"], "foo": 1}, 400, "invalid_request", "foo: Extra inputs are not permitted"),
+    "batch with a field next to the rows": ("/embed_texts", {"texts": ["a"], "foo": 1}, 400, "invalid_request", "foo: Extra inputs are not permitted"),
     "batch not a list": ("/embed_texts", {"texts": "a"}, 400, "invalid_request", "texts: Input should be a valid array"),
     "batch image broken": ("/embed_images", {"images": [PNG, "!"]}, 400, "invalid_media", "item 1: image is not valid base64"),
     "unknown route": ("/text/embed", {"input": "a"}, 404, "not_found", "no such path: /text/embed"),
@@ -151,7 +151,7 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_REQUESTS)
-def test_wrong_request_is_told_what_was_got_and_what_is_allowed(name: str, client: httpx.Client) -> None:
+def test_error_names_the_value_received_and_what_is_allowed(name: str, client: httpx.Client) -> None:
     path, body, status, code, message = BAD_REQUESTS[name]
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     response = client.post(path, content=content, headers={"content-type": "application/json"})
@@ -161,14 +161,14 @@ def test_wrong_request_is_told_what_was_got_and_what_is_allowed(name: str, clien
     assert message in error(response)["message"]
 
 
-def test_get_on_a_post_route_is_405_in_our_shape(client: httpx.Client) -> None:
+def test_get_on_a_post_route_is_405_in_the_services_form(client: httpx.Client) -> None:
     response = client.get("/txt/embed")
     assert response.status_code == 405
     assert error(response)["code"] == "method_not_allowed"
 
 
 class WritesAFile:
-    """Unpickled, it does what an attacker would."""
+    """Unpickling it writes a file, as an attack would."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -206,7 +206,7 @@ def test_pickle_is_never_read(path: str, content_type: str, client: httpx.Client
 @pytest.mark.parametrize(
     "path", ["/embed", "/v1/embeddings", "/embed_texts", "/info", "/openapi.json", "/playground", "/"]
 )
-def test_no_other_origin_is_let_in_and_nothing_tells_what_serves(method: str, path: str, client: httpx.Client) -> None:
+def test_headers_allow_no_other_origin_and_do_not_name_the_server(method: str, path: str, client: httpx.Client) -> None:
     headers = {"origin": "https://example.com", "access-control-request-method": "POST"}
     answer = client.request(method, path, headers=headers, json={"texts": ["red"]} if method == "POST" else None)
     assert not [name for name in answer.headers if name.startswith(("access-control-", "server", "x-bentoml"))]
@@ -226,7 +226,7 @@ def test_body_over_the_limit_is_413_even_without_a_content_length(random_checkpo
         assert server.stop() == 0
 
 
-def test_full_queue_is_429_with_a_time_to_come_back(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_full_queue_is_429_with_retry_after(random_checkpoint: Path, tmp_path: Path) -> None:
     server = start_server(tmp_path, model=str(random_checkpoint), max_queued_tokens="2000")
     try:
         body = {"input": [words(300, seed) for seed in range(2)]}  # fits the queue, but not twice
@@ -281,7 +281,7 @@ def test_200_concurrent_requests_of_which_5_are_broken(server: Server, embedder:
     assert httpx.post(f"{server.url}/txt/embed", json={"input": "next"}).status_code == 200
 
 
-def test_bad_row_fails_its_own_batching_call_alone(server: Server, embedder: Embedder) -> None:
+def test_bad_row_fails_only_its_own_call_of_a_batching_api(server: Server, embedder: Embedder) -> None:
     async def call_all() -> list[Any]:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             bodies = [{"texts": [f"text {index}", "" if index in (2, 5) else "other"]} for index in range(8)]
@@ -297,7 +297,7 @@ def test_bad_row_fails_its_own_batching_call_alone(server: Server, embedder: Emb
             assert np.abs(np.array(response.json(), np.float32) - np.stack(expected)).max() <= SAME
 
 
-def test_bentoml_client_is_told_what_was_wrong(server: Server) -> None:
+def test_bentoml_client_raises_the_services_error(server: Server) -> None:
     with bentoml.SyncHTTPClient(server.url) as bento, pytest.raises(bentoml.exceptions.BentoMLException) as failure:
         bento.embed_images(images=["!"])
     assert "not valid base64" in str(failure.value)
@@ -315,7 +315,7 @@ def test_probes_and_info(client: httpx.Client, random_checkpoint: Path) -> None:
     assert info["device"] == "cpu"
 
 
-def test_openapi_tells_the_benchmarks_client_that_lists_are_accepted(client: httpx.Client) -> None:
+def test_openapi_document_says_that_lists_are_accepted(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
     for path in ("/txt/embed", "/img/embed"):
         schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
@@ -368,7 +368,7 @@ Embedder._launch = lose
 """
 
 
-def test_worker_that_loses_its_device_answers_and_ends(
+def test_worker_that_loses_its_device_responds_and_exits(
     random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "loses_its_device.py").write_text(LOSES_ITS_DEVICE)

@@ -1,4 +1,4 @@
-"""Log lines: whose request each belongs to, what they tell of it, and what they never do."""
+"""Log lines name their request and contain none of its content."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_request_is_one_line_without_its_contents(status: int | None, shown: str
 
 
 @pytest.mark.parametrize("lines", ["json"], indirect=True)
-def test_its_json_has_the_same_as_fields(lines: io.StringIO) -> None:
+def test_json_line_of_a_request_has_the_same_fields(lines: io.StringIO) -> None:
     ask("/embed")
     fields = json.loads(lines.getvalue())
     assert 0 <= fields["ms"] < 10_000
@@ -160,13 +160,13 @@ def test_path_cannot_forge_a_line(lines: io.StringIO) -> None:
 
 
 @pytest.mark.parametrize("lines", ["text"], indirect=True)
-def test_no_line_where_none_is_asked_for_nor_for_probes(lines: io.StringIO) -> None:
+def test_no_line_is_written_for_probes_or_if_the_log_is_off(lines: io.StringIO) -> None:
     ask("/embed", is_logged=False)
     ask("/readyz")
     assert lines.getvalue() == ""
 
 
-def test_outside_requests_there_is_no_id_and_nothing_to_count_for() -> None:
+def test_outside_requests_there_is_no_id() -> None:
     nowhere = contextvars.Context()
     nowhere.run(count_items, 1, 2)
     assert nowhere.run(request_id) == ""

@@ -1,4 +1,4 @@
-"""What `/metrics` says: of a running service, of two workers, of the engine's accidents; and what is read of it."""
+"""`/metrics` of one service, of two workers and after failures, and the dashboard and alerts that read it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def scraped(client: httpx.Client) -> Numbers:
 
 
 def moved(client: httpx.Client, act: Callable[[], object]) -> Numbers:
-    """What is different after `act`, and by how much. The engine counts when it has answered, not before."""
+    """By how much each value changes during `act`. The engine counts after the response, so this waits a moment."""
     before = scraped(client)
     act()
     time.sleep(0.2)
@@ -66,8 +66,8 @@ def moved(client: httpx.Client, act: Callable[[], object]) -> Numbers:
     return defaultdict(float, {name: value - before.get(name, 0) for name, value in after.items()})
 
 
-def test_files_of_the_numbers_have_no_holes(tmp_path: Path) -> None:
-    """A write into one, on a disk that is full by then, would kill the worker."""
+def test_metric_files_are_not_sparse(tmp_path: Path) -> None:
+    """Writing to a sparse file on a full disk would kill the worker."""
     folder = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     code = (
         f"from embedder.telemetry.metrics import Metrics; metrics = Metrics(('/embed',), {str(tmp_path)!r})\n"
@@ -131,7 +131,7 @@ def test_errors_are_counted_by_code(
     assert numbers[f'embedder_errors_total{{code="{code}"}}'] == 1
 
 
-def test_callers_cannot_make_series(client: httpx.Client) -> None:
+def test_unknown_paths_create_no_series(client: httpx.Client) -> None:
     def act(index: int) -> None:
         assert client.get(f"/made-up/{index}?secret={index}").status_code == 404
 
@@ -142,7 +142,7 @@ def test_callers_cannot_make_series(client: httpx.Client) -> None:
     assert set(scraped(client)) == before
 
 
-def test_worker_says_what_it_serves(client: httpx.Client) -> None:
+def test_metrics_describe_the_served_model(client: httpx.Client) -> None:
     info = client.get("/info").json()
     numbers = scraped(client)
     (model,) = [name for name in numbers if name.startswith("embedder_model_info")]
@@ -183,7 +183,7 @@ def test_two_workers_count_together_and_one_that_was_killed_is_not_counted(
 
 
 @pytest.mark.parametrize("path", ["/txt/embed", "/embed", "/embed_texts"])
-def test_items_of_a_caller_who_has_gone_away_are_given_up(path: str, client: httpx.Client, server: Server) -> None:
+def test_items_are_dropped_when_their_caller_disconnects(path: str, client: httpx.Client, server: Server) -> None:
     names = {"/txt/embed": "input", "/embed": "items", "/embed_texts": "texts"}
     body = json.dumps({names[path]: [words(400, seed) for seed in range(200)]}).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -203,10 +203,10 @@ def test_items_of_a_caller_who_has_gone_away_are_given_up(path: str, client: htt
     assert "Traceback" not in server.log.read_text().removeprefix(lines_before)
 
 
-def test_services_of_one_user_count_apart(
+def test_services_of_one_user_count_separately(
     random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And leave nothing behind; BentoML has one folder for all, which the start of each empties."""
+    """Also removes its folder. BentoML's own is shared by all services, and each start empties it."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     name = 'embedder_requests_total{route="/txt/embed",status="200"}'
@@ -247,7 +247,7 @@ def gate() -> Iterator[threading.Event]:
     gate.set()
 
 
-def test_items_that_are_given_up_or_fail_leave_the_queue(metrics: Metrics, gate: threading.Event) -> None:
+def test_cancelled_and_failed_items_leave_the_queue(metrics: Metrics, gate: threading.Event) -> None:
     settings = Settings(max_batch_tokens=64, max_input_tokens=64, max_queued_tokens=4096)
     model = FakeModel(gate)
     engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, settings, observer=metrics)
@@ -267,7 +267,7 @@ def test_items_that_are_given_up_or_fail_leave_the_queue(metrics: Metrics, gate:
     assert numbers['embedder_preprocess_seconds_count{kind="text"}'] == 6  # also of those that failed there
 
 
-def test_request_without_an_answer_is_counted_as_one_that_went_away(metrics: Metrics) -> None:
+def test_request_without_a_response_is_counted_as_disconnected(metrics: Metrics) -> None:
     async def gone(scope: Any, receive: Any, send: Any) -> None: ...
 
     asyncio.run(MetricsMiddleware(gone, metrics)({"type": "http", "path": "/embed"}, None, None))  # type: ignore[arg-type]
@@ -275,7 +275,7 @@ def test_request_without_an_answer_is_counted_as_one_that_went_away(metrics: Met
     assert numbers['embedder_requests_total{route="/embed",status="499"}'] == 1
 
 
-def test_table_is_the_codes_and_names_every_metric_and_label(client: httpx.Client, metrics: Metrics) -> None:
+def test_table_in_the_docs_names_every_metric_and_label(client: httpx.Client, metrics: Metrics) -> None:
     assert metrics.table() in REFERENCE
     for family in text_string_to_metric_families(client.get("/metrics").text):
         name = f"{family.name}_total" if family.type == "counter" else family.name
@@ -301,7 +301,7 @@ def expressions() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("title", expressions())
-def test_dashboard_and_alerts_ask_for_what_the_service_has(title: str, client: httpx.Client) -> None:
+def test_dashboard_and_alerts_use_metrics_that_exist(title: str, client: httpx.Client) -> None:
     """Names, labels and the values that labels are compared with; `instance`, `job` and `up` are Prometheus' own."""
     exposed: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for family in text_string_to_metric_families(client.get("/metrics").text):

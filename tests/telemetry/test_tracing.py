@@ -1,4 +1,4 @@
-"""The spans of a request: their tree, their attributes, and that nothing of what was sent is in them."""
+"""The spans of a request: their tree, their attributes, and that they contain no content of the request."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_stage_that_outlives_its_request_ends_with_it(engine: Engine, model: Fak
     assert attributes(root)["error.type"] == "504"
 
 
-def test_large_request_shows_its_slowest_items(engine: Engine) -> None:
+def test_large_request_has_spans_of_its_slowest_items(engine: Engine) -> None:
     root, stages = root_and_stages(spans_of(engine, *(f"text {index}" for index in range(100))))
     assert attributes(root)["items"] == 100
     assert len(stages["preprocess"]) == MAX_ITEMS_WITH_SPANS
@@ -134,7 +134,7 @@ def test_large_request_shows_its_slowest_items(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("options", [{"sampler": ALWAYS_OFF}, {"path": "/metrics"}])
-def test_request_that_nobody_traces_is_not_listened_to(engine: Engine, options: dict[str, Any]) -> None:
+def test_request_that_is_not_sampled_or_not_an_embedding_has_no_spans(engine: Engine, options: dict[str, Any]) -> None:
     assert spans_of(engine, "red", **options) == []
 
 
@@ -172,7 +172,7 @@ def collector() -> Iterator[tuple[str, list[bytes]]]:
         server.shutdown()
 
 
-def test_service_sends_a_tree_without_contents_in_the_callers_trace(
+def test_service_sends_spans_without_content_in_the_callers_trace(
     collector: tuple[str, list[bytes]], random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, bodies = collector
