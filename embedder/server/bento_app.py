@@ -1,4 +1,4 @@
-"""BentoML's ASGI app as part of ours: its error responses are raised as errors, and our middlewares go around it."""
+"""Wraps BentoML's ASGI app: the middlewares go around it, and its error responses become raised errors."""
 
 from __future__ import annotations
 
