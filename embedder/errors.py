@@ -248,8 +248,9 @@ def attributed_to_item(index: int) -> Iterator[None]:
 
 
 def error_classes(base: type[EmbedderError] = EmbedderError) -> list[type[EmbedderError]]:
-    """The base class and everything derived from it."""
-    return [base, *(kind for child in base.__subclasses__() for kind in error_classes(child))]
+    """The base class and everything that is derived from it in this module."""
+    children = [child for child in base.__subclasses__() if child.__module__ == base.__module__]
+    return [base, *(kind for child in children for kind in error_classes(child))]
 
 
 def errors_table() -> str:

@@ -1,9 +1,9 @@
-"""Nothing in -> `import torchvision` works beside a CPU build of torch.
+"""Let `import torchvision` succeed next to a CPU build of torch.
 
-torchvision's PyPI wheel is linked for CUDA; beside a CPU build of torch its compiled part does not load and the import
-stops at `operator torchvision::nms does not exist`, although nothing used here (processors, transforms, qwen-vl-utils)
-calls it. Declaring the two operator schemas first lets the import pass. Call this before the first import of
-torchvision, of transformers' models and processors, or of qwen-vl-utils.
+torchvision's wheel on PyPI is linked for CUDA. Next to a CPU build of torch its compiled part does not load, and the
+import stops at `operator torchvision::nms does not exist`, although nothing used here (processors, transforms,
+qwen-vl-utils) calls that operator. Declaring the schemas of two operators first lets the import succeed. Call this
+before the first import of torchvision, of transformers' models and processors, or of qwen-vl-utils.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ _declared: list[torch.library.Library] = []  # a library's operators vanish with
 
 
 def declare_torchvision_operators() -> None:
-    """Declare what torchvision's compiled part would have registered, if that part does not load here."""
+    """Declare the operators of torchvision's compiled part if that part does not load here."""
     spec = importlib.util.find_spec("torchvision")
     if _declared or spec is None or spec.origin is None:
         return

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -171,13 +171,6 @@ def start_server(folder: Path, *, target: str = ".", cwd: Path = ROOT, **setting
     raise AssertionError(f"the service did not become ready:\n{server.log.read_text()}")
 
 
-def end_with_the_tests() -> None:
-    """In a new process: SIGTERM when the process of the tests ends, however it ends (Linux)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
 def _start_server(folder: Path, target: str, cwd: Path, settings: Mapping[str, str]) -> Server:
     """The service, once it is ready or has exited."""
     with socket.socket() as free:
@@ -190,6 +183,8 @@ def _start_server(folder: Path, target: str, cwd: Path, settings: Mapping[str, s
     log = folder / f"server-{port}.log"
     bentoml = Path(sys.executable).parent / "bentoml"
     command = [str(bentoml), "serve", target, "--host", "127.0.0.1", "--port", str(port)]
+    if setpriv := shutil.which("setpriv"):  # SIGTERM when the process of the tests ends, however it ends
+        command = [setpriv, "--pdeathsig", "TERM", *command]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -198,7 +193,6 @@ def _start_server(folder: Path, target: str, cwd: Path, settings: Mapping[str, s
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=end_with_the_tests,
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     deadline = time.monotonic() + 120

@@ -23,7 +23,7 @@ from embedder.errors import (
 from embedder.http.api_keys import ApiKeys
 from embedder.http.boundary import METHODS_WITH_BODY, PROBES
 from embedder.http.drain import Drain
-from embedder.http.json_limits import MAX_VALUES_PER_ITEM, exceeds_value_count
+from embedder.http.json_limits import exceeds_value_count, max_values
 from embedder.settings import Settings
 
 SMALL_BODY_BYTES = 2**16  # a body up to this size is accepted even when `max_held_bytes` is used up
@@ -134,13 +134,13 @@ class RequestGuard:
 
     async def _check_values(self, body: bytes) -> None:
         """Refuse a body with so many JSON values that parsing it would stop the event loop."""
-        max_values = MAX_VALUES_PER_ITEM * self.settings.max_items_per_request
+        allowed = max_values(self.settings.max_items_per_request)
         if len(body) <= COUNTED_AT_ONCE_BYTES:
-            is_over = exceeds_value_count(body, max_values)
+            is_over = exceeds_value_count(body, allowed)
         else:
-            is_over = await asyncio.to_thread(exceeds_value_count, body, max_values)
+            is_over = await asyncio.to_thread(exceeds_value_count, body, allowed)
         if is_over:
-            raise RequestTooLarge(f"the request body holds more than {max_values} JSON values, the limit")
+            raise RequestTooLarge(f"the request body holds more than {allowed} JSON values, the limit")
 
 
 def _check_content_type(scope: Scope) -> None:

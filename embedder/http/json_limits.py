@@ -13,8 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_VALUES_PER_ITEM = 100  # on average over a request; a list of 64 frames has 67
+MAX_VALUES = 51_200  # of a request: parsing and validating four times as many stops the event loop for 0.6 s
 BLOCK_BYTES = 2**20
 _QUOTE, _BACKSLASH = b'"\\'
+
+
+def max_values(max_items: int) -> int:
+    """Values that a body may have where a request may have `max_items` items."""
+    return min(MAX_VALUES_PER_ITEM * max_items, MAX_VALUES)
 
 
 def exceeds_value_count(body: bytes, max_values: int) -> bool:

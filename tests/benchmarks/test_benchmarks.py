@@ -74,6 +74,7 @@ def test_library_gives_right_vectors_and_is_not_three_times_slower(tmp_path: Pat
 GPU_ON_CPU = ["--device", "cpu", "--shapes", "tiny"]
 
 
+@pytest.mark.slow
 def test_gpu_script_runs_on_the_cpu_without_faults(tmp_path: Path) -> None:
     arguments = [*GPU_ON_CPU, "--workloads", "half-half", "--seconds", "60", "--results", str(tmp_path)]
     assert gpu.main(arguments)["faults"] == []
@@ -253,6 +254,7 @@ def test_gaps_are_those_between_kernels_of_any_stream() -> None:
     assert found == {"num_kernels": 3, "span_ms": 0.04, "busy": "62.5%", "num_gaps": 1, "longest_us": 15.0}
 
 
+@pytest.mark.slow
 def test_variants_of_the_forward_pass_give_the_same_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices.shutil, "which", lambda _: None)  # compiling takes as long as all the rest
     with random_folder("tiny") as folder:

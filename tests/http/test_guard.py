@@ -93,7 +93,7 @@ def test_sum_of_all_bodies_is_limited_until_their_responses(
 def test_body_of_too_many_values_is_refused_before_the_app_sees_it(
     body: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedder.http.guard.MAX_VALUES_PER_ITEM", 3)
+    monkeypatch.setattr("embedder.http.json_limits.MAX_VALUES_PER_ITEM", 3)
     app = Echo()
     status, error = status_and_error(call(app, chunks(body)))
     assert (status, error["code"]) == (413, "request_too_large")

@@ -32,7 +32,7 @@ GOOD_BODIES: dict[str, dict[str, Any]] = {
 }
 DEEP = json.loads("[" * 500 + "]" * 500)
 WRONG: dict[str, list[Any]] = {  # values that no route accepts in the field of that name
-    "input": [5, True, {}, [], [5], [None], [[]], [[[]]], 1e300, DEEP, ["a"] * 2049, ["a"] * 204_900],
+    "input": [5, True, {}, [], [5], [None], [[]], [[[]]], 1e300, DEEP, ["a"] * 2049, ["a"] * 51_300],
     "items": ["red", 5, {}, [], ["a"] * 2049, DEEP, [DEEP]],
     "texts": ["red", 5, {}, [], [5], [None], ["a"] * 2049],
     "images": ["red", 5, {}, [], [5], [None], [EXAMPLE_IMAGE[:20]], [EXAMPLE_IMAGE] * 2049],
@@ -49,7 +49,7 @@ WRONG: dict[str, list[Any]] = {  # values that no route accepts in the field of 
     "embedding_types": ["float", [], ["int4"], [5], 5, {}, DEEP],
     "max_tokens": [1, "x", [], {}, 1e300],
     "truncate_prompt_tokens": [1, "x", [], {}, 1e300],
-    "instrction": [None, DEEP],
+    "instrction": ["Find it.", DEEP],
 }
 FIELDS = {
     "/txt/embed": ["input", "dimensions", "instruction", "normalize", "encoding_format", "output_dtype", "truncate"],

@@ -649,6 +649,7 @@ def test_urls_are_off_by_default_on_every_route(server: Server) -> None:
         assert "URLs are off; send base64 or a data URI, or let the operator set EMBEDDER_URL_HOSTS" in message
 
 
+@pytest.mark.slow
 def test_with_urls_on_each_item_has_its_own_error(random_checkpoint: Path, tmp_path: Path) -> None:
     hosts = "localhost, *.invalid, http://127.0.0.1"
     server = start_server(tmp_path, model=str(random_checkpoint), device="cpu", url_hosts=hosts, url_timeout_s="5")

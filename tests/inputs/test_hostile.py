@@ -22,7 +22,7 @@ from embedder import Embedder
 from embedder.errors import EmbedderError
 from embedder.http.cohere import parse_cohere
 from embedder.http.embed import parse_embed
-from embedder.http.json_limits import MAX_VALUES_PER_ITEM, exceeds_value_count
+from embedder.http.json_limits import exceeds_value_count, max_values
 from embedder.http.local import parse_text_request
 from embedder.http.openai import parse_embeddings
 from embedder.settings import Settings
@@ -33,7 +33,7 @@ TOLERANCE = 1e-6  # of a value in float32; batches differ
 MAX_GROWN_BYTES = 600 * 2**20  # bodies of 64 MiB not collected yet, and allocators; measured: 350 MB
 MAX_PARSE_S = 0.3  # of CPU for the largest body; it blocks the event loop
 SETTINGS = Settings()
-MAX_VALUES = MAX_VALUES_PER_ITEM * SETTINGS.max_items_per_request
+MAX_VALUES = max_values(SETTINGS.max_items_per_request)
 GOOD: list[Any] = [f"good item {number}" for number in range(12)] + [
     {"image": base64.b64encode(encoded(picture(64, 32, seed))).decode()} for seed in range(3)
 ]

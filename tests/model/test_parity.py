@@ -165,6 +165,7 @@ def test_matryoshka_cut_is_the_first_values_at_unit_length(embedder: Embedder) -
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
+@pytest.mark.slow
 def test_compiled_layers_equal_transformers_whatever_the_number_of_tokens(
     random_checkpoint: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +177,7 @@ def test_compiled_layers_equal_transformers_whatever_the_number_of_tokens(
     assert_equal(alone, oracle.embed(items))
 
 
+@pytest.mark.slow
 def test_layers_that_cannot_be_compiled_stop_the_start(random_checkpoint: Path, tmp_path: Path) -> None:
     program = f"from embedder import Embedder; Embedder({str(random_checkpoint)!r}, device='cpu', torch_compile=True)"
     environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

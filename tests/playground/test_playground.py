@@ -180,6 +180,7 @@ def test_missing_folder_stops_the_start_with_one_line(random_checkpoint: Path, t
     assert "Traceback" not in str(failure.value)
 
 
+@pytest.mark.slow
 def test_service_ends_cleanly_while_pictures_are_embedded(tmp_path: Path) -> None:
     server = start_server(tmp_path)
     status = httpx.get(f"{server.url}/playground/collection").json()["status"]

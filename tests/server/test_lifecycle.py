@@ -207,6 +207,7 @@ def test_sigterm_under_load_leaves_no_request_without_an_outcome(lone: Server) -
     assert lone.process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_unread_responses_do_not_delay_the_stop(random_checkpoint: Path, tmp_path: Path) -> None:
     server = start_server(tmp_path, model=str(random_checkpoint), device="cpu", request_timeout_s="1")
     host, port = server.url.removeprefix("http://").split(":")
@@ -316,6 +317,7 @@ arbiter.start()
 
 
 @pytest.mark.parametrize("prepare", ["stop_at_sigterm_during_a_start()", "pass  # circus itself loses the signal"])
+@pytest.mark.slow
 def test_busy_arbiter_stops_after_it_has_started_the_workers(prepare: str) -> None:
     command = [sys.executable, "-c", ARBITER.format(prepare=prepare)]
     arbiter = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)

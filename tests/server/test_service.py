@@ -70,6 +70,7 @@ def test_async_bentoml_client_batches_across_calls(server: Server, embedder: Emb
         assert np.abs(answer - expected).max() <= SAME
 
 
+@pytest.mark.slow
 def test_callers_of_a_batching_api_do_not_wait_for_each_other(random_checkpoint: Path, tmp_path: Path) -> None:
     """BentoML runs one gathered batch after the other; the rows of all of them wait in the engine's queue together."""
     limits = {"max_batch_tokens": "1024", "max_input_tokens": "1024"}
@@ -139,7 +140,7 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str, str]] = {
     "empty image": ("/img/embed", {"input": ""}, 400, "invalid_media", "image is empty"),
     "a PDF": ("/img/embed", {"input": b64(b"%PDF-1.7 and so on")}, 400, "invalid_media", "PDF document"),
     "too many batch rows": ("/embed_texts", {"texts": ["a"] * 2049}, 413, "request_too_large", "got 2049 items; allowed: 1 to 2048"),
-    "too many values": ("/embed_images", {"images": [["a"] * 204_900]}, 413, "request_too_large", "more than 204800 JSON values"),
+    "too many values": ("/embed_images", {"images": [["a"] * 51_300]}, 413, "request_too_large", "more than 51200 JSON values"),
     "too deep for a message": ("/txt/embed", b'{"input":' + b"[" * 1000 + b"]" * 1000 + b"}", 400, "invalid_request", "got [[["),
     "batch row of a wrong type": ("/embed_texts", {"texts": ["a", 5]}, 400, "invalid_request", "item 1: got 5 (a number)"),
     "batch row empty": ("/embed_texts", {"texts": ["a", ""]}, 400, "invalid_request", "item 1: text is empty"),
@@ -213,6 +214,7 @@ def test_headers_allow_no_other_origin_and_do_not_name_the_server(method: str, p
     assert len(answer.headers["x-request-id"]) == 32
 
 
+@pytest.mark.slow
 def test_body_over_the_limit_is_413_even_without_a_content_length(random_checkpoint: Path, tmp_path: Path) -> None:
     server = start_server(tmp_path, model=str(random_checkpoint), max_body_bytes="20000")
     try:
@@ -226,6 +228,7 @@ def test_body_over_the_limit_is_413_even_without_a_content_length(random_checkpo
         assert server.stop() == 0
 
 
+@pytest.mark.slow
 def test_full_queue_is_429_with_retry_after(random_checkpoint: Path, tmp_path: Path) -> None:
     server = start_server(tmp_path, model=str(random_checkpoint), max_queued_tokens="2000")
     try:
@@ -334,6 +337,7 @@ def test_log_has_no_contents_of_requests_and_no_tracebacks(server: Server, clien
     assert "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_cached_items_are_counted_in_a_header_and_equal_on_every_route(
     random_checkpoint: Path, tmp_path: Path, client: httpx.Client
 ) -> None:
@@ -368,6 +372,7 @@ Embedder._launch = lose
 """
 
 
+@pytest.mark.slow
 def test_worker_that_loses_its_device_responds_and_exits(
     random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,7 @@ def test_metrics_describe_the_served_model(client: httpx.Client) -> None:
     assert numbers["embedder_preprocess_threads"] >= 1
 
 
+@pytest.mark.slow
 def test_two_workers_count_together_and_one_that_was_killed_is_not_counted(
     random_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -203,6 +204,7 @@ def test_items_are_dropped_when_their_caller_disconnects(path: str, client: http
     assert "Traceback" not in server.log.read_text().removeprefix(lines_before)
 
 
+@pytest.mark.slow
 def test_services_of_one_user_count_separately(
     random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

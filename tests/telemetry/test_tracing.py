@@ -172,6 +172,7 @@ def collector() -> Iterator[tuple[str, list[bytes]]]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_service_sends_spans_without_content_in_the_callers_trace(
     collector: tuple[str, list[bytes]], random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
