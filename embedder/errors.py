@@ -97,6 +97,15 @@ class MethodNotAllowed(InvalidRequest):
     code = "method_not_allowed"
     remedy = "Embedding routes take POST, the others GET."
 
+    def __init__(self, message: str, *, allow: str) -> None:
+        """`allow`: the methods that the path takes, for the `Allow` header (RFC 9110)."""
+        super().__init__(message)
+        self.allow = allow
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"allow": self.allow}
+
 
 class InvalidMedia(InvalidRequest):
     """The bytes are not a usable image or video."""

@@ -64,7 +64,7 @@ class RaisingErrors:
 
         await self.app(scope, receive, watch)
         if start is not None:
-            raise start.get(RAISED) or error_from_response(scope, start["status"], body)
+            raise start.get(RAISED) or error_from_response(scope, start, body)
 
 
 def raised_response(error: Exception) -> list[Message]:
@@ -78,13 +78,15 @@ def raised_response(error: Exception) -> list[Message]:
     return [start, {"type": "http.response.body", "body": b""}]
 
 
-def error_from_response(scope: Scope, status: int, body: bytes) -> EmbedderError:
-    """The error that an error response of BentoML or Starlette stands for."""
+def error_from_response(scope: Scope, start: Message, body: bytes) -> EmbedderError:
+    """The error that an error response of BentoML or Starlette stands for. `start`: its first ASGI message."""
+    status: int = start["status"]
     match status:
         case 404:
             return NotFound(f"no such path: {scope['path'][:100]}; /openapi.json lists the paths")
         case 405:
-            return MethodNotAllowed(f"{scope['path'][:100]} does not take {scope['method'][:20]}")
+            allow = dict(start.get("headers", ())).get(b"allow", b"").decode("latin-1")
+            return MethodNotAllowed(f"{scope['path'][:100]} does not take {scope['method'][:20]}", allow=allow)
         case 413:
             return RequestTooLarge(_message(status, body))
         case 415:

@@ -39,3 +39,9 @@ def test_error_response_of_any_form_becomes_the_services_error(name: str) -> Non
     kind = "invalid_request" if status < 500 else "unavailable" if status == 503 else "server_error"
     expected = status if status in (400, 404, 405, 500, 503) else 400
     assert status_and_error(sent) == (expected, {"code": code, "message": message, "item": None, "type": kind})
+
+
+def test_response_to_a_wrong_method_keeps_the_header_that_names_the_right_ones() -> None:
+    sent = call(answering(405, b"Method Not Allowed", headers=[(b"allow", b"POST")]), method="GET")
+    assert (b"allow", b"POST") in sent[0]["headers"]
+    assert status_and_error(sent)[0] == 405
