@@ -300,7 +300,7 @@ def _row(
 
 
 def _profile(part: PartFile, name: str, contestants: list[peers.Peer], words: list[str]) -> None:
-    """Add the gaps between kernels of each configuration of ours to the step's result."""
+    """Add the gaps between kernels of each of our configurations to the step's result."""
     result = part.data["results"][name]
     items = make_items(name, 1 if name == "query" else result["row"]["num_items"], words)
     for peer in contestants:

@@ -31,7 +31,7 @@ from transformers.utils import logging  # noqa: E402 - after the declaration
 
 BATCH_SIZE = 32  # of both peers; the default of sentence-transformers
 OURS, TRANSFORMERS, SENTENCE_TRANSFORMERS = "ours", "transformers", "sentence-transformers"
-OPTIONS = {"cuda_graphs": "CUDA graphs", "torch_compile": "compiled"}  # options of ours, and their labels
+OPTIONS = {"cuda_graphs": "CUDA graphs", "torch_compile": "compiled"}  # our options and their labels
 
 logging.disable_progress_bar()
 
