@@ -1,8 +1,8 @@
 """Published scores in percent, for comparison.
 
 Source: the technical report and the model cards of Qwen3-VL-Embedding. The score of a benchmark is the mean of the main
-scores of its tasks. mteb contains MMTEB as "MTEB(Multilingual, v2)". It does not contain MMEB-V2, so these rows have no
-result of ours.
+scores of its tasks. mteb contains MMTEB as "MTEB(Multilingual, v2)". It does not contain MMEB-V2, so these rows show no
+result of this project.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from embedder.http.messages import InputType, check_length, instruction_for, par
 from embedder.http.request_body import AnyDimensions, NonEmptyList, RequestBody, check_item_count, validate_body
 from embedder.http.response import CUT_TEXTS, to_json, usage_fields
 from embedder.inputs.items import (
-    EXAMPLE_IMAGE,
+    EXAMPLE_DATA_URI,
     EmbeddingItem,
     Image,
     describe_value,
@@ -135,7 +135,6 @@ def _typed(vector: NDArray[np.float32], kind: EmbeddingType) -> Any:
             return quantize(vector, kind)
 
 
-_DATA_URI = f"data:image/png;base64,{EXAMPLE_IMAGE}"
 EMBED = Dialect(
     "/v2/embed",
     "Embed, in the format of Cohere's clients",
@@ -145,13 +144,17 @@ EMBED = Dialect(
     cohere_response,
     examples={
         "texts": {"model": "any", "texts": ["red"], "input_type": "search_query"},
-        "types": {"images": [_DATA_URI], "input_type": "image", "embedding_types": ["int8", "ubinary", "base64"]},
+        "types": {
+            "images": [EXAMPLE_DATA_URI],
+            "input_type": "image",
+            "embedding_types": ["int8", "ubinary", "base64"],
+        },
         "mixture": {
             "inputs": [
                 {
                     "content": [
                         {"type": "text", "text": "a swatch"},
-                        {"type": "image_url", "image_url": {"url": _DATA_URI}},
+                        {"type": "image_url", "image_url": {"url": EXAMPLE_DATA_URI}},
                     ]
                 }
             ]

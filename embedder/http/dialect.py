@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel
 
-from embedder.engine.postprocess import Embedding
+from embedder.engine.aio import Outcome
 from embedder.errors import EmbedderError
 from embedder.inputs.items import EmbeddingItem
 from embedder.settings import Settings
@@ -30,6 +30,7 @@ class ParsedRequest(Protocol):
 
 
 Parsed = TypeVar("Parsed", bound=ParsedRequest)
+Outcomes = Sequence[Outcome]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,3 @@ class Dialect(Generic[Parsed]):
     respond: Callable[[Parsed, Sequence[Any], ServedModel], bytes]
     examples: Mapping[str, Any]
     fails_per_item: bool = False
-
-
-Outcomes = Sequence[Embedding | EmbedderError]

@@ -11,7 +11,7 @@ from embedder.errors import attributed_to_item
 from embedder.http.dialect import Dialect, ServedModel
 from embedder.http.request_body import EmbeddingRequest, NonEmptyList, Options, check_item_count, validate_body
 from embedder.http.response import CUT_TEXTS, Usage, Vector, encode_vector, to_json, usage_fields
-from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text
+from embedder.inputs.items import EXAMPLE_DATA_URI, EXAMPLE_IMAGE, EmbeddingItem, Image, Text
 from embedder.settings import Settings
 
 _INPUT_NAMES = AliasChoices("input", "inputs", "content", "contents")
@@ -102,6 +102,6 @@ IMAGES = Dialect(
     embedding_response,
     examples={
         "one image": {"input": EXAMPLE_IMAGE},
-        "several": {"input": [EXAMPLE_IMAGE, f"data:image/png;base64,{EXAMPLE_IMAGE}"]},
+        "several": {"input": [EXAMPLE_IMAGE, EXAMPLE_DATA_URI]},
     },
 )

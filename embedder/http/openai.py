@@ -27,7 +27,14 @@ from embedder.http.messages import (
 )
 from embedder.http.request_body import EmbeddingRequest, Options, check_item_count, validate_body
 from embedder.http.response import CUT_TEXTS, Usage, Vector, encode_vector, to_json, usage_fields
-from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, describe_value, item_from_fields, without_nulls
+from embedder.inputs.items import (
+    EXAMPLE_DATA_URI,
+    EXAMPLE_IMAGE,
+    EmbeddingItem,
+    describe_value,
+    item_from_fields,
+    without_nulls,
+)
 from embedder.settings import Settings
 
 IGNORED = "Accepted because clients send it; has no effect."
@@ -191,7 +198,6 @@ def _item_of_input(entry: Any) -> dict[str, Any]:
     return fields
 
 
-_DATA_URI = f"data:image/png;base64,{EXAMPLE_IMAGE}"
 EMBEDDINGS = Dialect(
     "/v1/embeddings",
     "Embed, in the format of OpenAI's and vLLM's clients",
@@ -201,18 +207,23 @@ EMBEDDINGS = Dialect(
     embeddings_response,
     examples={
         "texts": {"input": ["red", "green"], "model": "any", "encoding_format": "float"},
-        "image as data URI": {"input": _DATA_URI},
+        "image as data URI": {"input": EXAMPLE_DATA_URI},
         "objects": {
             "input": [
                 {"text": "red"},
                 {"image": EXAMPLE_IMAGE},
-                {"content": [{"type": "text", "text": "red"}, {"type": "image_url", "image_url": {"url": _DATA_URI}}]},
+                {
+                    "content": [
+                        {"type": "text", "text": "red"},
+                        {"type": "image_url", "image_url": {"url": EXAMPLE_DATA_URI}},
+                    ]
+                },
             ]
         },
         "messages": {
             "messages": [
                 {"role": "system", "content": QUERY_INSTRUCTION},
-                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": _DATA_URI}}]},
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": EXAMPLE_DATA_URI}}]},
             ]
         },
     },

@@ -24,6 +24,7 @@ EXAMPLE_IMAGE = (  # a red square of 32x32 pixels, PNG in base64
     "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgCAIAAAD8GO2jAAAAKklEQVR42mN4JqdBU8"
     "QwasGoBaMWjFowasGoBaMWjFowasGoBaMWDBULAK6hsD0HQA3uAAAAAElFTkSuQmCC"
 )
+EXAMPLE_DATA_URI = f"data:image/png;base64,{EXAMPLE_IMAGE}"
 _TRUNCATE = get_args(Truncate)
 
 

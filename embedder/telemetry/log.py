@@ -33,7 +33,7 @@ class RequestLog:
     num_items: int | None = None
     num_tokens: int | None = None
 
-    def write(self, method: str, path: str, status: int | None) -> None:
+    def write(self, method: str, path: str, status: int) -> None:
         """Write the request's line in the access log."""
         fields = {
             "method": method,
