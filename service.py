@@ -24,7 +24,7 @@ from embedder.engine.aio import embed_all
 from embedder.errors import ModelUnavailable
 from embedder.http.api_keys import ApiKeys
 from embedder.http.boundary import RequestBoundary
-from embedder.http.dialect import ServedModel
+from embedder.http.dialects.dialect import ServedModel
 from embedder.http.drain import Drain
 from embedder.http.guard import RequestGuard
 from embedder.http.routes import EMBEDDING_PATHS, OPEN_PATHS, Routes, Serving

@@ -4,9 +4,7 @@ boundary            outermost: request id, error responses, common headers, acce
 guard               API key, content type, limits on a body; with `api_keys` and `json_limits`
 drain               requests in progress, and whether new ones are accepted
 routes              the table of routes
-local, embed, openai, cohere    one file per dialect: body -> items, embeddings -> body
-messages            content parts and input types that dialects share
-dialect             what a dialect defines
+dialects            one file per dialect: body -> items, embeddings -> body
 request_body        options and error messages of all request bodies
 response            vectors, usage and errors in response bodies
 openapi             the OpenAPI document

@@ -15,8 +15,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedder.errors import CLIENT_CLOSED_REQUEST, EmbedderError, without_traceback
+from embedder.http.dialects.openai import openai_error_body
 from embedder.http.drain import Drain
-from embedder.http.openai import openai_error_body
 from embedder.http.response import error_body
 from embedder.telemetry.log import begin_request
 

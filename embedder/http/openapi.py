@@ -14,9 +14,9 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from embedder.errors import EmbedderError, ModelUnavailable, error_classes
-from embedder.http.dialect import Dialect
-from embedder.http.messages import PART_TYPES
-from embedder.http.openai import ModelsResponse, OpenAIErrorResponse
+from embedder.http.dialects.dialect import Dialect
+from embedder.http.dialects.messages import PART_TYPES
+from embedder.http.dialects.openai import ModelsResponse, OpenAIErrorResponse
 from embedder.http.response import ErrorResponse
 from embedder.inputs.items import EXAMPLE_IMAGE
 from embedder.settings import Settings

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from embedder.engine.aio import embed_all, embed_each
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EmbedderError, NotFound, NotReady
-from embedder.http import cohere, embed, local, openai
-from embedder.http.dialect import Dialect, Outcomes, ServedModel
+from embedder.http.dialects import cohere, embed, local, openai
+from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
 from embedder.http.openapi import ROW_EXAMPLES, openapi_document
 from embedder.http.response import to_json
 from embedder.playground.collection import HEADERS, PAGE, Collection, page_file

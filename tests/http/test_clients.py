@@ -21,7 +21,7 @@ from mteb.models import OpenAIAPIEncodeWrapper
 
 from benchmarks.quality.tasks import LocalRetrieval
 from embedder import Embedder
-from embedder.http.messages import QUERY_INSTRUCTION
+from embedder.http.dialects.messages import QUERY_INSTRUCTION
 from embedder.http.routes import EXAMPLES
 from embedder.inputs.items import item_from_fields
 from tests.conftest import Server, encoded, picture, words

@@ -11,9 +11,9 @@ import pytest
 
 from embedder.engine.postprocess import Embedding, quantize
 from embedder.errors import InvalidRequest, RequestTooLarge
-from embedder.http.cohere import CohereEmbedResponse, CohereRequest, cohere_response, parse_cohere
-from embedder.http.dialect import ServedModel
-from embedder.http.messages import QUERY_INSTRUCTION
+from embedder.http.dialects.cohere import CohereEmbedResponse, CohereRequest, cohere_response, parse_cohere
+from embedder.http.dialects.dialect import ServedModel
+from embedder.http.dialects.messages import QUERY_INSTRUCTION
 from embedder.inputs.items import EmbeddingItem, Image, Text
 from embedder.settings import Settings
 

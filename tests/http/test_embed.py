@@ -11,8 +11,8 @@ import pytest
 
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EngineFailed, InvalidMedia, InvalidRequest, RequestTooLarge
-from embedder.http.dialect import ServedModel
-from embedder.http.embed import EmbedItemsRequest, EmbedResponse, embed_response, parse_embed
+from embedder.http.dialects.dialect import ServedModel
+from embedder.http.dialects.embed import EmbedItemsRequest, EmbedResponse, embed_response, parse_embed
 from embedder.http.response import error_body
 from embedder.inputs.items import EmbeddingItem, Image, Text
 from embedder.settings import Settings

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 
 from embedder.errors import InvalidRequest
-from embedder.http.messages import (
+from embedder.http.dialects.messages import (
     QUERY_INSTRUCTION,
     InputType,
     check_length,

@@ -10,9 +10,9 @@ import pytest
 
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EngineFailed, InvalidRequest, Overloaded, RequestTooLarge
-from embedder.http.dialect import ServedModel
-from embedder.http.messages import QUERY_INSTRUCTION
-from embedder.http.openai import (
+from embedder.http.dialects.dialect import ServedModel
+from embedder.http.dialects.messages import QUERY_INSTRUCTION
+from embedder.http.dialects.openai import (
     EmbeddingsResponse,
     ModelsResponse,
     OpenAIErrorResponse,

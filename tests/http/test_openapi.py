@@ -11,10 +11,10 @@ import openapi_spec_validator
 import pytest
 
 from embedder.errors import InvalidRequest
-from embedder.http.cohere import parse_cohere
-from embedder.http.embed import parse_embed
-from embedder.http.local import ImageRequest, TextRequest, parse_image_request, parse_text_request
-from embedder.http.openai import parse_embeddings
+from embedder.http.dialects.cohere import parse_cohere
+from embedder.http.dialects.embed import parse_embed
+from embedder.http.dialects.local import ImageRequest, TextRequest, parse_image_request, parse_text_request
+from embedder.http.dialects.openai import parse_embeddings
 from embedder.http.openapi import error_meanings, openapi_document
 from embedder.http.routes import DIALECTS, EXAMPLES
 from embedder.settings import Settings

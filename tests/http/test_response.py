@@ -23,8 +23,8 @@ from embedder.errors import (
     Overloaded,
     ShuttingDown,
 )
-from embedder.http.dialect import ServedModel
-from embedder.http.local import EmbeddingResponse, embedding_response
+from embedder.http.dialects.dialect import ServedModel
+from embedder.http.dialects.local import EmbeddingResponse, embedding_response
 from embedder.http.request_body import EmbeddingRequest, EncodingFormat
 from embedder.http.response import ErrorResponse, error_body, to_json
 from embedder.inputs.items import EmbeddingItem, Text

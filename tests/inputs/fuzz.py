@@ -19,10 +19,10 @@ from types import FunctionType
 import numpy as np
 
 from embedder.errors import InvalidMedia, InvalidRequest, MediaTooLarge
-from embedder.http.cohere import parse_cohere
-from embedder.http.embed import parse_embed
-from embedder.http.local import parse_image_request, parse_text_request
-from embedder.http.openai import parse_embeddings
+from embedder.http.dialects.cohere import parse_cohere
+from embedder.http.dialects.embed import parse_embed
+from embedder.http.dialects.local import parse_image_request, parse_text_request
+from embedder.http.dialects.openai import parse_embeddings
 from embedder.inputs.image import ImageGeometry, load_image
 from embedder.inputs.items import EmbeddingItem, Video
 from embedder.inputs.video import load_video

@@ -9,10 +9,10 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from embedder.http.cohere import parse_cohere
-from embedder.http.embed import parse_embed
-from embedder.http.local import parse_text_request
-from embedder.http.openai import parse_embeddings
+from embedder.http.dialects.cohere import parse_cohere
+from embedder.http.dialects.embed import parse_embed
+from embedder.http.dialects.local import parse_text_request
+from embedder.http.dialects.openai import parse_embeddings
 from embedder.inputs.items import Text
 from tests.inputs import fuzz, hostile
 

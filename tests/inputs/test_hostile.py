@@ -20,11 +20,11 @@ import pytest
 
 from embedder import Embedder
 from embedder.errors import EmbedderError
-from embedder.http.cohere import parse_cohere
-from embedder.http.embed import parse_embed
+from embedder.http.dialects.cohere import parse_cohere
+from embedder.http.dialects.embed import parse_embed
+from embedder.http.dialects.local import parse_text_request
+from embedder.http.dialects.openai import parse_embeddings
 from embedder.http.json_limits import exceeds_value_count, max_values
-from embedder.http.local import parse_text_request
-from embedder.http.openai import parse_embeddings
 from embedder.settings import Settings
 from tests.conftest import Server, encoded, picture
 from tests.inputs import hostile

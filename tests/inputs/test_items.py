@@ -12,11 +12,11 @@ import PIL.Image
 import pytest
 
 from embedder.errors import InvalidMedia, InvalidRequest, RequestTooLarge, UnsupportedDimensions
-from embedder.http import embed
-from embedder.http.cohere import parse_cohere
-from embedder.http.embed import parse_embed
-from embedder.http.local import parse_image_request, parse_text_request
-from embedder.http.openai import parse_embeddings
+from embedder.http.dialects import embed
+from embedder.http.dialects.cohere import parse_cohere
+from embedder.http.dialects.embed import parse_embed
+from embedder.http.dialects.local import parse_image_request, parse_text_request
+from embedder.http.dialects.openai import parse_embeddings
 from embedder.http.request_body import EmbeddingRequest
 from embedder.inputs.image import ImageGeometry, load_image
 from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text, Video, item_from_fields

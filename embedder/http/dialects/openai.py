@@ -14,8 +14,8 @@ from pydantic import AliasChoices, BaseModel, Field
 
 from embedder.engine.postprocess import Embedding, check_output_dtype, quantize
 from embedder.errors import EmbedderError, InvalidRequest, Overloaded, attributed_to_item
-from embedder.http.dialect import Dialect, ServedModel
-from embedder.http.messages import (
+from embedder.http.dialects.dialect import Dialect, ServedModel
+from embedder.http.dialects.messages import (
     QUERY_INSTRUCTION,
     InputType,
     check_length,

@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field
 
 from embedder.engine.postprocess import Embedding, OutputDtype, check_output_dtype, quantize
 from embedder.errors import EmbedderError, InvalidRequest, without_traceback
-from embedder.http.dialect import Dialect, Outcomes, ServedModel
-from embedder.http.messages import QUERY_INSTRUCTION
+from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
+from embedder.http.dialects.messages import QUERY_INSTRUCTION
 from embedder.http.request_body import EncodingFormat, Options, check_item_count, validate_body
 from embedder.http.response import CUT_TEXTS, Usage, Vector, encode_vector, to_json, usage_fields
 from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, describe_value, item_from_fields, without_nulls

@@ -8,7 +8,7 @@ from pydantic import AliasChoices, BaseModel, Field
 
 from embedder.engine.postprocess import Embedding, check_output_dtype, quantize
 from embedder.errors import attributed_to_item
-from embedder.http.dialect import Dialect, ServedModel
+from embedder.http.dialects.dialect import Dialect, ServedModel
 from embedder.http.request_body import EmbeddingRequest, NonEmptyList, Options, check_item_count, validate_body
 from embedder.http.response import CUT_TEXTS, Usage, Vector, encode_vector, to_json, usage_fields
 from embedder.inputs.items import EXAMPLE_DATA_URI, EXAMPLE_IMAGE, EmbeddingItem, Image, Text

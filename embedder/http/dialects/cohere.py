@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field
 
 from embedder.engine.postprocess import Embedding, quantize, to_base64
 from embedder.errors import InvalidRequest, attributed_to_item
-from embedder.http.dialect import Dialect, ServedModel
-from embedder.http.messages import InputType, check_length, instruction_for, parts_from_content
+from embedder.http.dialects.dialect import Dialect, ServedModel
+from embedder.http.dialects.messages import InputType, check_length, instruction_for, parts_from_content
 from embedder.http.request_body import AnyDimensions, NonEmptyList, RequestBody, check_item_count, validate_body
 from embedder.http.response import CUT_TEXTS, to_json, usage_fields
 from embedder.inputs.items import (
