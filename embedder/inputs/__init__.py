@@ -5,8 +5,10 @@ The modules, in the order in which an item passes them:
     items       what a caller asks to embed: texts, images and videos, validated when constructed
     address     a URL -> where it leads, if the operator allows it
     fetch       the URLs of an item -> bytes, from public addresses only
+    limits      what decoding reads of the settings
     formats     the file formats of images and videos, and how to recognize them
     image       an encoded image -> RGB values, resized
+    clip        an encoded video -> its frames as RGB values, by FFmpeg's libraries
     video       an encoded video or a list of frames -> sampled RGB frames, resized, with their times
     prompt      instruction and parts -> the chat prompt, as pieces to tokenize
     preprocess  all of these -> `ModelInput`: token ids, positions and patches

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.formats import IMAGE_FORMATS, MediaKind, unsupported_format
 from embedder.inputs.items import Media
-from embedder.settings import Settings
+from embedder.inputs.limits import MediaLimits
 
 MAX_DECODE_MEMORY = 2**31  # bytes, for all threads
 TRIM_MIN_BYTES = 2**27
@@ -130,21 +130,21 @@ def decode_peak_bytes(image: PIL.Image.Image) -> int:
     return bytes_per_pixel * image.width * image.height
 
 
-def decode_deadline(settings: Settings) -> float:
+def decode_deadline(settings: MediaLimits) -> float:
     """The time at which decoding that starts now must be finished, on the clock of `time.monotonic`."""
     return time.monotonic() + settings.decode_timeout_s
 
 
-def check_deadline(deadline: float, settings: Settings) -> None:
+def check_deadline(deadline: float, limits: MediaLimits) -> None:
     """Raises `MediaTooLarge` after the deadline."""
     if time.monotonic() > deadline:
         raise MediaTooLarge(
-            f"decoding took more than {settings.decode_timeout_s:g} s (decode_timeout_s); send smaller or fewer images"
+            f"decoding took more than {limits.decode_timeout_s:g} s (decode_timeout_s); send smaller or fewer images"
         )
 
 
 def load_image(
-    source: Media, geometry: ImageGeometry, settings: Settings, deadline: float | None = None
+    source: Media, geometry: ImageGeometry, settings: MediaLimits, deadline: float | None = None
 ) -> NDArray[np.uint8]:
     """Decode an image to RGB values, (height, width, 3) uint8, resized for the model.
 
@@ -163,7 +163,7 @@ def resize(image: PIL.Image.Image, height: int, width: int) -> NDArray[np.uint8]
     return np.asarray(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
 
 
-def open_image(source: Media, settings: Settings, deadline: float | None = None) -> PIL.Image.Image:
+def open_image(source: Media, settings: MediaLimits, deadline: float | None = None) -> PIL.Image.Image:
     """Read an image's header and check its limits. The pixels are not decoded yet."""
     if not isinstance(source, PIL.Image.Image):
         data = encoded_bytes(source, "image", settings.max_image_bytes)
@@ -209,7 +209,7 @@ def _decode_base64(text: str, kind: MediaKind, max_bytes: int) -> bytes:
 class _DeadlineBytes(io.BytesIO):
     """A file whose reads fail after the deadline: 20 MB can hold millions of empty chunks, comments or segments."""
 
-    def __init__(self, data: bytes, settings: Settings, deadline: float) -> None:
+    def __init__(self, data: bytes, settings: MediaLimits, deadline: float) -> None:
         super().__init__(data)
         self._settings = settings
         self._deadline = deadline
@@ -219,7 +219,7 @@ class _DeadlineBytes(io.BytesIO):
         return super().read(size)
 
 
-def _read_header(data: bytes, settings: Settings, deadline: float) -> PIL.Image.Image:
+def _read_header(data: bytes, settings: MediaLimits, deadline: float) -> PIL.Image.Image:
     num_scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
     if num_scans > MAX_JPEG_SCANS:
         raise MediaTooLarge(f"JPEG image of {num_scans} scans; allowed: up to {MAX_JPEG_SCANS}")

@@ -23,10 +23,12 @@ from qwen_vl_utils.vision_process import smart_nframes
 
 from embedder import Embedder
 from embedder.errors import InvalidMedia, InvalidRequest, MediaTooLarge
+from embedder.inputs import clip as clip_module
 from embedder.inputs import video
+from embedder.inputs.clip import MAX_INDEX_ENTRIES
 from embedder.inputs.image import ImageGeometry, load_image
 from embedder.inputs.items import Video
-from embedder.inputs.video import FRAME_MAX_PIXELS, MAX_INDEX_ENTRIES, VIDEO_MAX_PIXELS, load_video, sample_indices
+from embedder.inputs.video import FRAME_MAX_PIXELS, VIDEO_MAX_PIXELS, load_video, sample_indices
 from embedder.settings import Settings
 from tests.conftest import encoded, picture
 from tests.model.test_parity import assert_equal
@@ -229,7 +231,7 @@ def test_groups_without_a_sampled_frame_are_skipped(kind: str, group: int, max_p
         times = sorted(packet.pts or 0 for packet in packets)
         wanted = [times[index] for index in (0, 166, 333, 499)]
         context = Counting(stream.codec_context)
-        frames = list(video._decode_frames(context, packets, wanted, float("inf"), Settings()))  # type: ignore[arg-type]
+        frames = list(clip_module._decode_frames(context, packets, wanted, float("inf"), Settings()))  # type: ignore[arg-type]
     assert [frame.pts for frame in frames] == wanted
     assert context.num_packets <= max_packets
     if kind.startswith("H.264"):
@@ -271,7 +273,7 @@ def test_time_to_decode_is_limited() -> None:
 
 
 def test_number_of_coded_frames_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "MAX_CODED_FRAMES", 49)
+    monkeypatch.setattr(clip_module, "MAX_CODED_FRAMES", 49)
     with pytest.raises(MediaTooLarge, match=r"^video of more than 49 frames; allowed: up to 49$"):
         load(clip(num_frames=50))
     assert load(clip(num_frames=49)).frames.shape[1:] == (96, 128, 3)

@@ -1,0 +1,40 @@
+"""The limits on images and videos that decoding checks. `Settings` has them; a decoding process gets only these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from embedder.errors import MediaTooLarge
+
+
+class TooLittleMemory(MediaTooLarge):
+    """Decoding takes more memory than it may use."""
+
+
+class MediaLimits(Protocol):
+    """What decoding reads of the settings."""
+
+    @property
+    def max_image_bytes(self) -> int: ...
+    @property
+    def max_image_pixels(self) -> int: ...
+    @property
+    def max_video_bytes(self) -> int: ...
+    @property
+    def decode_timeout_s(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class FixedLimits:
+    """The limits without the settings, which take time to import and hold keys."""
+
+    max_image_bytes: int
+    max_image_pixels: int
+    max_video_bytes: int
+    decode_timeout_s: float
+
+    @classmethod
+    def of(cls, limits: MediaLimits) -> Self:
+        """A copy of the limits."""
+        return cls(limits.max_image_bytes, limits.max_image_pixels, limits.max_video_bytes, limits.decode_timeout_s)
