@@ -3,6 +3,7 @@
 EmbedderError
     InvalidRequest              the caller changes the request
         InvalidKey
+        MissingKey
         NotFound
         MethodNotAllowed
         InvalidMedia
@@ -71,10 +72,22 @@ class InvalidRequest(EmbedderError):
 
 
 class InvalidKey(InvalidRequest):
-    """The request carries no API key, or one that the service does not know."""
+    """The request carries an API key that the service does not know."""
 
     status = 401
     code = "invalid_api_key"
+    remedy = "Check the key, or get a new one from the operator."
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"www-authenticate": 'Bearer error="invalid_token"'}
+
+
+class MissingKey(InvalidRequest):
+    """The request carries no API key."""
+
+    status = 401
+    code = "missing_api_key"
     remedy = "Send a key as `Authorization: Bearer <key>` or `x-api-key: <key>`."
 
     @property

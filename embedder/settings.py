@@ -110,9 +110,11 @@ class Settings(BaseModel):
     url_timeout_s: float = Field(10.0, gt=0, description="Seconds to fetch one URL, redirects included.")
     # Access
     api_key: SecretStr | None = Field(
-        None, description="API key that callers need, or several separated by commas; empty: none is needed."
+        None, description="API key that callers need, or several separated by commas; unset: none is needed."
     )
-    api_key_file: str = Field("", description="File with one API key per line, read again when it changes.")
+    api_key_file: str = Field(
+        "", description="File with one API key per line and `#` comments, read again when it changes."
+    )
     # Log and playground
     access_log: bool = Field(False, description="Log one line per request, without its content.")
     log_format: Literal["text", "json"] = Field("text", description="`text`, or `json`: one JSON object per line.")
@@ -155,6 +157,10 @@ class Settings(BaseModel):
         if unknown:
             raise ValueError(f"unknown settings: {', '.join(unknown)}; known are: {', '.join(sorted(names))}")
         variables = {name: os.environ.get(f"{PREFIX}{name.upper()}") for name in cls.model_fields}
+        if empty := [f"{PREFIX}{name.upper()}" for name in ("api_key", "api_key_file") if variables[name] == ""]:
+            raise ValueError(  # a secret that is missing must not open the service to everyone
+                f"{' and '.join(empty)} is set and empty; allowed: a value, or no such variable if no key is needed"
+            )
         values = {name: value for name, value in variables.items() if value}  # an empty variable counts as not set
         try:
             return cls.model_validate(values)

@@ -11,7 +11,10 @@ import hashlib
 import hmac
 import logging
 import os
+import re
+import stat
 from collections.abc import Iterable, Iterator
+from enum import Enum
 from pathlib import Path
 
 from embedder.settings import Settings
@@ -20,11 +23,23 @@ logger = logging.getLogger(__name__)
 
 Headers = Iterable[tuple[bytes, bytes]]
 
+MAX_FILE_BYTES = 2**20
+_KEY = re.compile(rb"[!-~]+")  # ASCII without spaces: what every client and proxy can send in a header
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Access(Enum):
+    """What the keys of a request allow."""
+
+    GRANTED = "granted"
+    NO_KEY = "no key"
+    WRONG_KEY = "wrong key"
+
 
 class ApiKeys:
     """All keys; without any, the service is open to everyone.
 
-    Raises `ValueError` if a setting names a source of keys that holds none.
+    Raises `ValueError` if a source of keys holds none, cannot be read, or holds something that cannot be a key.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -32,9 +47,12 @@ class ApiKeys:
         self._from_file: tuple[bytes, ...] = ()
         self._path = Path(settings.api_key_file) if settings.api_key_file else None
         if settings.api_key is not None:
-            self._from_setting = _digests(settings.api_key.get_secret_value().encode().split(b","))
+            self._from_setting = _digests("EMBEDDER_API_KEY", settings.api_key.get_secret_value().encode().split(b","))
             if not self._from_setting:
-                raise ValueError("EMBEDDER_API_KEY holds no key; allowed: one, or several with commas between them")
+                raise ValueError(
+                    "EMBEDDER_API_KEY holds no key; allowed: one, or several with commas between them. "
+                    "Unset the variable if no key is to be needed"
+                )
         if self._path:
             self._stamp = _stamp(self._path)
             self._from_file = _read(self._path)
@@ -44,13 +62,16 @@ class ApiKeys:
         """Whether callers need a key."""
         return bool(self._from_setting or self._from_file)
 
-    def open_for(self, headers: Headers) -> bool:
+    def access(self, headers: Headers) -> Access:
         """Whether no key is needed, or the headers hold one as `Authorization: Bearer` or `x-api-key`."""
         if self._path:
             self._read_again(self._path)
         known = (*self._from_setting, *self._from_file)
-        matches = [hmac.compare_digest(one, other) for one in _digests(_presented(headers)) for other in known]
-        return any(matches) or not known
+        presented = [key.strip() for key in _presented(headers) if key.strip()]
+        matches = [hmac.compare_digest(_digest(key), other) for key in presented for other in known]
+        if any(matches) or not known:
+            return Access.GRANTED
+        return Access.WRONG_KEY if presented else Access.NO_KEY
 
     def _read_again(self, path: Path) -> None:
         """Read the file if it has changed. If it cannot be read, or is empty, the keys read before stay valid."""
@@ -76,20 +97,58 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 
 def _read(path: Path) -> tuple[bytes, ...]:
-    """Digests of the file's keys, one per line. Raises `ValueError` if there are none."""
+    """Digests of the file's keys, one per line. Raises `ValueError` if there are none, or what is there is unusable.
+
+    Blank lines, lines that start with `#`, and a byte-order mark at the start of the file are not keys.
+    """
+    name = f"EMBEDDER_API_KEY_FILE={str(path)!r}"
     try:
-        digests = _digests(path.read_bytes().splitlines())
+        lines = _read_regular_file(path, name).removeprefix(_BYTE_ORDER_MARK).splitlines()
     except OSError as error:
-        raise ValueError(f"EMBEDDER_API_KEY_FILE={str(path)!r} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+    digests = _digests(name, (b"" if line.lstrip().startswith(b"#") else line for line in lines), "line ")
     if not digests:
-        raise ValueError(
-            f"EMBEDDER_API_KEY_FILE={str(path)!r} holds no key; allowed: one or more, each on its own line"
-        )
+        raise ValueError(f"{name} holds no key; allowed: one or more, each on its own line")
     return digests
 
 
-def _digests(keys: Iterable[bytes]) -> tuple[bytes, ...]:
-    return tuple(hashlib.sha256(key.strip()).digest() for key in keys if key.strip())
+def _read_regular_file(path: Path, name: str) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # to open a named pipe would otherwise wait for a writer
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{name} is a {_file_kind(found.st_mode)}; allowed: a regular file")
+        if found.st_size > MAX_FILE_BYTES:
+            raise ValueError(f"{name} has {found.st_size} bytes; allowed: at most {MAX_FILE_BYTES}")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(MAX_FILE_BYTES)
+    finally:
+        os.close(descriptor)
+
+
+def _file_kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "directory"
+    return "named pipe" if stat.S_ISFIFO(mode) else "device or socket"
+
+
+def _digests(source: str, keys: Iterable[bytes], place: str = "key ") -> tuple[bytes, ...]:
+    """Digests of the keys that are not blank. Raises `ValueError` for one that no header can carry, without its text.
+
+    Such a key would shut its owner out, and is mostly something else: a comment after a key, a file in UTF-16.
+    """
+    stripped = [key.strip() for key in keys]
+    for number, key in enumerate(stripped, start=1):
+        if key and not _KEY.fullmatch(key):
+            raise ValueError(
+                f"{source}: {place}{number} cannot be a key: it holds a space, a control character or a character "
+                "that is not ASCII; allowed: printable ASCII without spaces, in a file also lines that start with #"
+            )
+    return tuple(_digest(key) for key in stripped if key)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def _presented(headers: Headers) -> Iterator[bytes]:

@@ -15,12 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from embedder.errors import (
     DeadlineExceeded,
     InvalidKey,
+    MissingKey,
     Overloaded,
     RequestTooLarge,
     ShuttingDown,
     UnsupportedContentType,
 )
-from embedder.http.api_keys import ApiKeys
+from embedder.http.api_keys import Access, ApiKeys
 from embedder.http.boundary import METHODS_WITH_BODY, PROBES
 from embedder.http.drain import Drain
 from embedder.http.json_limits import exceeds_value_count, max_values
@@ -36,8 +37,8 @@ class RequestGuard:
 
     Each body is limited, and so is the sum of all from their first byte to their response: decoding an image takes
     about three times the memory of its body. Probes and `open_paths` can be read without a key; probes also respond
-    while the worker drains. Raises `ShuttingDown`, `InvalidKey`, `UnsupportedContentType`, `RequestTooLarge`,
-    `Overloaded`, `DeadlineExceeded` and `ClientDisconnect`.
+    while the worker drains. Raises `ShuttingDown`, `MissingKey`, `InvalidKey`, `UnsupportedContentType`,
+    `RequestTooLarge`, `Overloaded`, `DeadlineExceeded` and `ClientDisconnect`.
     """
 
     def __init__(
@@ -77,8 +78,13 @@ class RequestGuard:
         if self.drain.is_draining and path not in PROBES:
             raise ShuttingDown("the service is shutting down")
         is_open = path in self.open_paths and scope["method"] not in METHODS_WITH_BODY
-        if not is_open and not self.keys.open_for(scope["headers"]):
-            raise InvalidKey("an API key is needed: send yours as `Authorization: Bearer <key>` or as `x-api-key`")
+        if is_open:
+            return
+        match self.keys.access(scope["headers"]):
+            case Access.NO_KEY:
+                raise MissingKey("an API key is needed: send yours as `Authorization: Bearer <key>` or as `x-api-key`")
+            case Access.WRONG_KEY:
+                raise InvalidKey("the API key is not known to this service; allowed: a key from its operator")
 
     @contextlib.contextmanager
     def _holding(self) -> Iterator[Callable[[int], None]]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,14 @@ from embedder.torchvision_shim import declare_torchvision_operators
 
 declare_torchvision_operators()
 
-from transformers import PreTrainedModel, Qwen3VLModel  # noqa: E402 - after the declaration
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen3VLConfig, Qwen3VLModel  # noqa: E402 - after it
+from transformers.models.qwen3_vl.configuration_qwen3_vl import (  # noqa: E402
+    Qwen3VLTextConfig,
+    Qwen3VLVisionConfig,
+)
+
+_INDEX = "model.safetensors.index.json"
+_OLDER_FIELDS = frozenset({"rope_scaling", "rope_theta"})  # of `rope_parameters`, before transformers 5
 
 
 def choose_device(settings: Settings, worker: int = 0) -> torch.device:
@@ -59,15 +70,68 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     a weight is missing (transformers would continue with random numbers), or if the weights do not fit the device.
     """
     check_memory(folder, dtype, device)
-    try:
-        loaded: Any = Qwen3VLModel.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, output_loading_info=True, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # SafetensorError: a truncated file
-        raise ModelUnavailable(f"cannot load {folder}: {error}") from error
+    config = read_config(folder)
+    with only_safetensors(folder) as weights:
+        try:
+            loaded: Any = Qwen3VLModel.from_pretrained(
+                weights,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
+                attn_implementation="sdpa",  # otherwise a name in config.json can be that of a kernel on the hub
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:  # the last: a truncated file
+            raise ModelUnavailable(f"cannot load {folder}: {error}") from error
     model: PreTrainedModel = loaded[0]
     report: dict[str, Any] = loaded[1]
     if missing := sorted(report["missing_keys"]):
         raise ModelUnavailable(f"{folder} lacks {len(missing)} weights, e.g. {missing[0]}")
     model.requires_grad_(False)
     return model
+
+
+def read_config(folder: Path) -> Qwen3VLConfig:
+    """The fields of config.json that describe the architecture; all others are dropped.
+
+    Some of the others name things for transformers to fetch or import: `attn_implementation`, `quantization_config`,
+    `auto_map`, `transformers_weights`. Raises `ModelUnavailable`.
+    """
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if fields.get("quantization_config") is not None:
+            raise ValueError("quantization_config: quantized weights are not supported; allowed: float weights")
+        towers = {
+            name: _architecture(fields.get(name) or {}, tower)
+            for name, tower in (("text_config", Qwen3VLTextConfig), ("vision_config", Qwen3VLVisionConfig))
+        }
+        return Qwen3VLConfig(**{**_architecture(fields, Qwen3VLConfig), **towers})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelUnavailable(f"cannot use {folder / 'config.json'}: {error}") from error
+
+
+def _architecture(fields: Mapping[str, Any], kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Those of the fields that `kind` itself declares, or declared in older versions."""
+    known = (set(kind.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)) | _OLDER_FIELDS
+    return {name: value for name, value in fields.items() if name in known}
+
+
+@contextmanager
+def only_safetensors(folder: Path) -> Iterator[Path]:
+    """A temporary folder with links to the safetensors files of `folder` and to their index, and nothing else.
+
+    transformers also reads pickled weights, and an adapter's base model from the hub, if it finds their files.
+    Raises `ModelUnavailable` if there is no such file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelUnavailable(
+            f"cannot load {folder}: it has no .safetensors file; other formats are not read, because they can hold code"
+        )
+    with tempfile.TemporaryDirectory(prefix="qwen3-vl-embedding-weights-") as links:
+        for file in (*files, folder / _INDEX):
+            if file.is_file():
+                (Path(links) / file.name).symlink_to(file.resolve())
+        yield Path(links)

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from embedder.model.weights import only_safetensors, read_config
 from embedder.torchvision_shim import declare_torchvision_operators
 from embedder.verify.probes import PROBES, Item, Vector
 
@@ -28,10 +29,19 @@ def embed_with_transformers(folder: Path, info: Mapping[str, Any]) -> tuple[list
     Raises `OSError` or `ValueError` if transformers cannot load the checkpoint.
     """
     dtype, device = getattr(torch, info["dtype"]), info["device"]
-    processor = Qwen3VLProcessor.from_pretrained(folder, padding_side="right", local_files_only=True)
-    model = Qwen3VLModel.from_pretrained(  # already in eval mode
-        folder, dtype=dtype, device_map={"": device}, attn_implementation="sdpa", local_files_only=True
+    processor = Qwen3VLProcessor.from_pretrained(
+        folder, padding_side="right", local_files_only=True, trust_remote_code=False
     )
+    with only_safetensors(folder) as weights:
+        model = Qwen3VLModel.from_pretrained(  # already in eval mode
+            weights,
+            config=read_config(folder),
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+        )
     conversations = [_conversation(item, info) for item in PROBES]
     prompts = processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
     images, _ = process_vision_info(conversations, image_patch_size=16)

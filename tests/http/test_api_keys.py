@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from embedder.http import api_keys as keys_module
-from embedder.http.api_keys import ApiKeys
+from embedder.http.api_keys import Access, ApiKeys
 from embedder.settings import Settings
 from embedder.verify.__main__ import main as verify
 from tests.conftest import Server, start_server
@@ -23,6 +23,10 @@ from tests.conftest import Server, start_server
 
 def bearer(key: str) -> list[tuple[bytes, bytes]]:
     return [(b"authorization", f"Bearer {key}".encode())]
+
+
+def is_open(keys: ApiKeys, headers: list[tuple[bytes, bytes]]) -> bool:
+    return keys.access(headers) is Access.GRANTED
 
 
 def keys_of(text: str = "", file: Path | None = None) -> ApiKeys:
@@ -44,8 +48,8 @@ def replace(path: Path, text: str) -> None:
 
 def test_without_keys_every_request_is_accepted() -> None:
     keys = keys_of()
-    assert keys.open_for([])
-    assert keys.open_for(bearer("anything"))
+    assert is_open(keys, [])
+    assert is_open(keys, bearer("anything"))
     assert not keys.are_needed
 
 
@@ -54,9 +58,9 @@ def test_without_keys_every_request_is_accepted() -> None:
 def test_each_key_is_accepted_in_both_headers(key: str, name: str) -> None:
     keys = keys_of(" one,two ,,drei,")
     assert keys.are_needed
-    assert keys.open_for([(b"authorization", f"{name}  {key} ".encode())])
-    assert keys.open_for([(b"X-API-Key", key.encode())])
-    assert keys.open_for([(b"authorization", b"Bearer none"), (b"x-api-key", key.encode())])
+    assert is_open(keys, [(b"authorization", f"{name}  {key} ".encode())])
+    assert is_open(keys, [(b"X-API-Key", key.encode())])
+    assert is_open(keys, [(b"authorization", b"Bearer none"), (b"x-api-key", key.encode())])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_each_key_is_accepted_in_both_headers(key: str, name: str) -> None:
     ids=str,
 )
 def test_headers_without_a_known_key_are_refused(headers: list[tuple[bytes, bytes]]) -> None:
-    assert not keys_of("one,two").open_for(headers)
+    assert not is_open(keys_of("one,two"), headers)
 
 
 def test_every_key_is_compared_each_time_by_digests_of_one_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,26 +99,26 @@ def test_every_key_is_compared_each_time_by_digests_of_one_length(monkeypatch: p
     keys = keys_of("one,two,three")
     for presented in ("one", "three", "x" * 1000, "o"):
         seen.clear()
-        keys.open_for(bearer(presented))
+        is_open(keys, bearer(presented))
         assert len(seen) == 3
         assert {len(digest) for pair in seen for digest in pair} == {32}
 
 
 def test_keys_of_the_file_and_of_the_setting_are_both_accepted(key_file: Path) -> None:
     keys = keys_of("mine", key_file)
-    assert all(keys.open_for(bearer(key)) for key in ("mine", "old-1", "old-2"))
-    assert not any(keys.open_for(bearer(key)) for key in ("old-1\n\n  old-2", "old", ""))
+    assert all(is_open(keys, bearer(key)) for key in ("mine", "old-1", "old-2"))
+    assert not any(is_open(keys, bearer(key)) for key in ("old-1\n\n  old-2", "old", ""))
 
 
 def test_replaced_file_is_read_at_the_next_request(key_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys = keys_of("", key_file)
     with caplog.at_level(logging.INFO, "embedder.http.api_keys"):
         replace(key_file, "s3cret-1\n")
-        assert keys.open_for(bearer("s3cret-1"))
-        assert not keys.open_for(bearer("old-1"))
+        assert is_open(keys, bearer("s3cret-1"))
+        assert not is_open(keys, bearer("old-1"))
         key_file.write_text("s3cret-02\n")  # in place
-        assert keys.open_for(bearer("s3cret-02"))
-        assert not keys.open_for(bearer("s3cret-1"))
+        assert is_open(keys, bearer("s3cret-02"))
+        assert not is_open(keys, bearer("s3cret-1"))
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
     assert "s3cret" not in caplog.text
 
@@ -131,16 +135,16 @@ def test_unusable_file_leaves_the_last_good_keys_and_one_line(
     if fault in ("empty", "blank"):
         replace(key_file, " \n\n" * (fault == "blank"))
     for _ in range(3):
-        assert keys.open_for(bearer("old-1"))
-        assert not keys.open_for([])
+        assert is_open(keys, bearer("old-1"))
+        assert not is_open(keys, [])
     (record,) = caplog.records
     assert record.levelname == "ERROR"
     assert str(key_file) in record.getMessage()
     if fault == "folder":
         key_file.rmdir()
     replace(key_file, "new\n")
-    assert keys.open_for(bearer("new"))
-    assert not keys.open_for(bearer("old-1"))
+    assert is_open(keys, bearer("new"))
+    assert not is_open(keys, bearer("old-1"))
 
 
 @pytest.mark.parametrize(
@@ -148,12 +152,64 @@ def test_unusable_file_leaves_the_last_good_keys_and_one_line(
     [
         ({"api_key": " , "}, "EMBEDDER_API_KEY holds no key"),
         ({"api_key_file": "/no/such/file"}, "EMBEDDER_API_KEY_FILE='/no/such/file' cannot be read: No such file"),
-        ({"api_key_file": os.devnull}, f"EMBEDDER_API_KEY_FILE='{os.devnull}' holds no key"),
+        ({"api_key_file": os.devnull}, "EMBEDDER_API_KEY_FILE='/dev/null' is a device or socket; allowed: a regular"),
+        ({"api_key_file": os.sep}, "EMBEDDER_API_KEY_FILE='/' is a directory; allowed: a regular file"),
+        ({"api_key": "one,two three"}, "EMBEDDER_API_KEY: key 2 cannot be a key: it holds a space"),
+        ({"api_key": ""}, "EMBEDDER_API_KEY holds no key"),
     ],
 )
 def test_source_without_keys_stops_the_start(settings: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ApiKeys(Settings(**settings))
+
+
+def test_named_pipe_as_key_file_stops_the_start_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "keys")
+    with pytest.raises(ValueError, match="is a named pipe; allowed: a regular file"):
+        keys_of("", tmp_path / "keys")
+
+
+@pytest.mark.parametrize("name", ["api_key", "api_key_file"])
+def test_key_variable_that_is_set_and_empty_stops_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"EMBEDDER_{name.upper()}", "")
+    with pytest.raises(ValueError, match=f"EMBEDDER_{name.upper()} is set and empty"):
+        Settings.from_environment()
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_comments_and_a_byte_order_mark_are_no_keys(line_end: str, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes(line_end.join(["\ufeff# ours", "one", "  # theirs", "two", ""]).encode())
+    keys = keys_of("", tmp_path / "keys")
+    assert is_open(keys, bearer("one"))
+    assert is_open(keys, bearer("two"))
+    assert not any(is_open(keys, bearer(key)) for key in ("# ours", "ours", "#", "# theirs", "\ufeff# ours"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"s3cret-1\ns3cret-2 # of the other team\n",
+        "s3cret-1\ns3cret-2\n".encode("utf-16"),
+        b"s3cret-1\ns3cret-\0\n",
+        "s3cret-1\ns3cret-ü\n".encode(),
+        b"# only a comment\n",
+        b"\xef\xbb\xbf",
+        b"s" * 2**20 + b"\n",
+    ],
+    ids=["text after a key", "UTF-16", "NUL", "not ASCII", "no key", "only a mark", "too large"],
+)
+def test_file_with_something_else_than_keys_stops_the_start(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes(content)
+    with pytest.raises(ValueError, match=r"EMBEDDER_API_KEY_FILE='.*allowed: ") as caught:
+        keys_of("", tmp_path / "keys")
+    assert "s3cret" not in str(caught.value).replace(str(tmp_path), "")
+
+
+def test_wrong_key_and_no_key_are_told_apart() -> None:
+    keys = keys_of("one")
+    assert keys.access(bearer("other")) is Access.WRONG_KEY
+    assert keys.access([(b"x-api-key", b" "), (b"authorization", b"Bearer")]) is Access.NO_KEY
+    assert keys.access([]) is Access.NO_KEY
 
 
 def test_key_is_in_no_text_made_from_the_settings() -> None:
@@ -206,7 +262,7 @@ def test_route_is_closed_without_a_key_and_open_with_it(method: str, path: str, 
     body = {"json": {"texts": ["red"]}} if method == "POST" else {}
     url = guarded.url + path
     refused = httpx.request(method, url, headers={"x-api-key": "s3cret-on"}, **body)
-    assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+    assert (refused.status_code, refused.headers["www-authenticate"]) == (401, 'Bearer error="invalid_token"')
     assert refused.json()["error"]["code"] == "invalid_api_key"
     assert "s3cret" not in refused.text
     let_in = httpx.request(method, url, headers={"x-api-key": "s3cret-one"}, **body)
@@ -217,7 +273,7 @@ def test_route_is_closed_without_a_key_and_open_with_it(method: str, path: str, 
 @pytest.mark.parametrize("path", ["/livez", "/health", "/playground"])
 def test_body_for_an_open_path_needs_a_key(path: str, guarded: Server) -> None:
     answer = httpx.post(f"{guarded.url}{path}", content=b"x" * 2**20, headers={"content-type": "application/json"})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "missing_api_key")
 
 
 @pytest.mark.parametrize("path", ["/livez", "/healthz", "/readyz", "/health", "/playground", "/playground/script.js"])

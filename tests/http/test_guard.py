@@ -179,7 +179,7 @@ def test_body_without_a_key_is_dropped_and_does_not_reach_the_app(method: str, p
     status, error = status_and_error(sent)
     assert (status, error["code"]) == (401, "invalid_api_key")
     assert error["type"] == ("invalid_request_error" if path.startswith("/v1") else "invalid_request")
-    assert (b"www-authenticate", b"Bearer") in sent[0]["headers"]
+    assert (b"www-authenticate", b'Bearer error="invalid_token"') in sent[0]["headers"]
     assert app.calls == 0
     assert len(list(body)) == (0 if method == "POST" else 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import weakref
 from collections.abc import Callable
@@ -380,6 +381,62 @@ def test_weights_that_are_missing_or_cut_short_stop_the_start(length: int | None
     if length is not None:
         (folder / "model.safetensors").write_bytes(data[:length])
     with pytest.raises(ModelUnavailable, match=r"^cannot (load|read the weights of) "):
+        load_model(folder, torch.float32, CPU)
+
+
+def test_names_in_a_config_make_transformers_fetch_and_import_nothing(damaged: Any, random_checkpoint: Path) -> None:
+    """Each of these makes `from_pretrained` look for hub code, another model, or a package."""
+    folder = damaged(lambda weights: None)
+    named = {
+        "attn_implementation": "kernels-community/no-such-kernel",
+        "_attn_implementation": "owner/kernel",
+        "_attn_implementation_internal": "owner/kernel",
+        "experts_implementation": "owner/kernel",
+        "auto_map": {"AutoModel": "modeling.Model", "AutoConfig": "modeling.Config"},
+        "trust_remote_code": True,
+        "transformers_weights": "pytorch_model.bin",
+        "fusion_config": {"a": True},
+        "per_layer_config": {"0": {"attn_implementation": "owner/kernel"}},
+        "dtype": "no_such_dtype",
+        "name_or_path": "owner/model",
+    }
+    fields = json.loads((folder / "config.json").read_text())
+    fields = {**fields, **named, **{part: {**fields[part], **named} for part in ("text_config", "vision_config")}}
+    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base", "peft_type": "LORA"}')
+    (folder / "modeling.py").write_text("raise SystemExit('imported')")
+    (folder / "pytorch_model.bin").write_bytes(b"not weights")
+    loaded, expected = (load_model(one, torch.float32, CPU) for one in (folder, random_checkpoint))
+    assert loaded.config.text_config.to_dict() == expected.config.text_config.to_dict()
+    assert loaded.config.vision_config.to_dict() == expected.config.vision_config.to_dict()
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name])
+
+
+def test_pickled_weights_are_never_read(damaged: Any) -> None:
+    folder = damaged(lambda weights: None)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelUnavailable, match=r"has no \.safetensors file; other formats are not read"):
+        load_model(folder, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        {"text_config": "owner/config"},
+        {"text_config": {"hidden_act": "owner/kernel"}},
+        {"text_config": {"rope_parameters": {"rope_type": "owner/kernel", "rope_theta": 1.0}}},
+        {"vision_config": []},
+    ],
+    ids=str,
+)
+def test_config_that_cannot_be_used_stops_the_start(fields: dict[str, Any], damaged: Any) -> None:
+    folder = damaged(lambda weights: None)
+    given = json.loads((folder / "config.json").read_text())
+    merged = {**given, **{k: {**given[k], **v} if isinstance(v, dict) and k in given else v for k, v in fields.items()}}
+    (folder / "config.json").write_text(json.dumps(merged))
+    with pytest.raises(ModelUnavailable, match=r"^cannot (use|load) "):
         load_model(folder, torch.float32, CPU)
 
 
