@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 import embedder  # before torch: it sets the wait policy of torch's OpenMP  # isort: skip
 import bentoml
-import torch
 from pydantic import AfterValidator
 from starlette.types import ASGIApp
 
@@ -30,6 +29,7 @@ from embedder.http.guard import RequestGuard
 from embedder.http.routes import EMBEDDING_PATHS, OPEN_PATHS, Routes, Serving
 from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text
 from embedder.model.checkpoint import find_checkpoint
+from embedder.model.gpus import count_gpus
 from embedder.playground.collection import Collection
 from embedder.server.adaptive_batching import GatheredRows, check_rows, refuse_extra_fields
 from embedder.server.bento_app import RaisingErrors, serve_inside
@@ -62,7 +62,7 @@ except (ValueError, OSError) as error:
 DRAIN = Drain()
 ROUTES = Routes(SETTINGS, METRICS, version=embedder.__version__, needs_key=KEYS.are_needed)
 REQUIREMENTS = Path(__file__).with_name("deploy").joinpath("requirements.txt").read_text(encoding="utf-8")
-NUM_GPUS = torch.cuda.device_count()
+NUM_GPUS = count_gpus()
 
 BentoRows = Annotated[list[Any], AfterValidator(lambda rows: check_rows(rows, SETTINGS))]
 
