@@ -40,13 +40,16 @@ ROOT = Path(__file__).parents[1]
 TEXTS = list(topics.values())  # the text of Python's own help: English that every installation has
 
 
-RUN = f"{os.getpid()}-{time.time_ns()}"
+IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # a process of `pytest -n`
+RUN = os.environ["EMBEDDING_TESTS_RUN"] if IS_XDIST_WORKER else f"{os.getpid()}-{time.time_ns()}"
 os.environ["EMBEDDING_TESTS_RUN"] = RUN  # every process that a test starts inherits it
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     """Fail the run, and end the processes, if any that a test has started is still there."""
-    if left := processes_of_this_run():
+    yield  # fixtures and the processes of `pytest -n` end
+    if not IS_XDIST_WORKER and (left := processes_of_this_run()):
         for pid, command in left.items():
             print(f"\nstill running after the tests: {pid} {command}", file=sys.stderr)
             with contextlib.suppress(ProcessLookupError):
