@@ -28,17 +28,14 @@ def check_item(item: EmbeddingItem, settings: Settings, hidden_size: int) -> Non
     for name, count in (("text", num_chars), ("instruction", len(item.instruction or ""))):
         if count > settings.max_text_chars:
             raise InputTooLong(
-                f"{name} of {count} characters; allowed: up to {settings.max_text_chars} (max_text_chars)"
+                f"{name} of {count} characters; allowed: up to {settings.max_text_chars} (EMBEDDER_MAX_TEXT_CHARS)"
             )
 
 
 def check_dimensions(dimensions: int | None, hidden_size: int) -> None:
     """Raise `UnsupportedDimensions` unless `dimensions` is None or a size to which a row can be cut."""
-    if dimensions is None:
-        return
     smallest = min(MIN_DIMENSIONS, hidden_size)
-    is_whole = isinstance(dimensions, int) and not isinstance(dimensions, bool)
-    if not (is_whole and smallest <= dimensions <= hidden_size):
+    if dimensions is not None and not smallest <= dimensions <= hidden_size:
         raise UnsupportedDimensions(
             f"dimensions: got {reprlib.repr(dimensions)}; allowed: a whole number from {smallest} to {hidden_size}"
         )

@@ -140,7 +140,7 @@ class Metrics(Observer):
         """A context that counts one request to `path`."""
         return _CountedRequest(self, path)
 
-    def answered_request(self, path: str, status: int, seconds: float, code: str | None) -> None:
+    def count_response(self, path: str, status: int, seconds: float, code: str | None) -> None:
         """Count a completed request; `code` if it ended in an error."""
         route = path if path in self.routes else "other"
         self.requests.labels(route, status).inc()
@@ -252,7 +252,7 @@ class _CountedRequest:
         elif isinstance(error, Exception) and not isinstance(error, ClientDisconnect):  # a bug
             self.status, code = EmbedderError.status, EmbedderError.code
         self._metrics.requests_in_progress.dec()
-        self._metrics.answered_request(self._path, self.status, time.monotonic() - self._start_s, code)
+        self._metrics.count_response(self._path, self.status, time.monotonic() - self._start_s, code)
 
 
 def _create_series(family: Series, values: Iterable[str]) -> dict[str, Series]:
