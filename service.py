@@ -41,6 +41,7 @@ from embedder.server.lifecycle import (
     exit_when_a_worker_fails_to_start,
     exit_when_orphaned,
     failing_start,
+    replace_dead_workers_at_once,
     stop_at_sigterm_during_a_start,
     worker_server,
 )
@@ -93,6 +94,7 @@ class Qwen3VLEmbedding:
         configure_logging(SETTINGS.log_format)
         exit_when_a_worker_fails_to_start()
         stop_at_sigterm_during_a_start()
+        replace_dead_workers_at_once()
         try:
             make_metrics_folder()
             check_port()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,13 @@ def _download(name: str, revision: str) -> Checkpoint:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from embedder.model.progress import LoggedProgress
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns 22 times before it gives up
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES))
+        folder = Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=_FILES, tqdm_class=LoggedProgress)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         wanted = f"{name} at revision {revision}" if revision else name
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 
 from embedder.errors import ModelUnavailable
-from embedder.model.memory import check_memory
+from embedder.model.memory import check_memory, weights_bytes
+from embedder.model.progress import LoggedProgress
 from embedder.settings import Settings
 from embedder.torchvision_shim import declare_torchvision_operators
 
@@ -24,6 +26,14 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (  # noqa: E402
     Qwen3VLTextConfig,
     Qwen3VLVisionConfig,
 )
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+# Its records go to the handlers of the program, or of the service, instead of to standard error
+transformers_logging.disable_default_handler()
+transformers_logging.enable_propagation()
+transformers_logging.set_tqdm_hook(lambda _, args, kwargs: LoggedProgress(*args, **kwargs))
+
+logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _OLDER_FIELDS = frozenset({"rope_scaling", "rope_theta"})  # of `rope_parameters`, before transformers 5
@@ -70,6 +80,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     a weight is missing (transformers would continue with random numbers), or if the weights do not fit the device.
     """
     check_memory(folder, dtype, device)
+    size, dtype_name = weights_bytes(folder, dtype), str(dtype).removeprefix("torch.")
+    logger.info("loading %s: %.1f GB of weights as %s, to %s", folder, size / 1e9, dtype_name, device)
     config = read_config(folder)
     with only_safetensors(folder) as weights:
         try:

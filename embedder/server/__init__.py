@@ -41,6 +41,12 @@ lifecycle.stop_at_sigterm_during_a_start
     circus drops a command that arrives while another is executed, so a SIGTERM could be lost.
     Goes when: circus queues the command.
     Test: tests/server/test_lifecycle.py, `busy_arbiter`.
+lifecycle.replace_dead_workers_at_once
+    Wraps `Watcher.call_hook` of circus (kantoku 0.18).
+    circus looks for dead workers every 10 s and logs nothing. It has hooks, but BentoML creates the watchers without
+    them, after the service's own hook has run.
+    Goes when: BentoML logs and replaces workers that end.
+    Test: tests/server/test_lifecycle.py, `killed_worker`.
 lifecycle.worker_server, lifecycle.drain_at_sigterm
     Finds uvicorn's server through its signal handler, and delays `handle_exit` (uvicorn 0.54, BentoML 1.4.40).
     BentoML creates the server itself, and uvicorn closes idle and arriving connections at once.

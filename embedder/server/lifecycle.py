@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import signal
@@ -15,14 +16,17 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, MethodType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import bentoml
 import click
 import uvicorn
 from bentoml._internal.configuration.containers import BentoMLContainer  # where `bentoml serve` itself looks
+from circus.arbiter import Arbiter
 from circus.client import make_json
+from circus.exc import ConflictError
 from circus.sighandler import SysHandler
+from circus.watcher import Watcher
 
 from embedder.errors import EmbedderError
 from embedder.http.drain import Drain
@@ -71,6 +75,35 @@ def exit_when_a_worker_fails_to_start() -> None:
 
     atexit.register(exit_with_failure)  # runs after everything that is registered later
     signal.signal(signal.SIGUSR1, stop)
+
+
+def replace_dead_workers_at_once() -> None:
+    """When a worker ends although nobody has asked it to, log a line and start another one.
+
+    circus by itself looks every 10 s, and logs nothing.
+    """
+    call_hook = Watcher.call_hook
+
+    async def look(arbiter: Arbiter) -> None:
+        with contextlib.suppress(ConflictError):  # circus is looking or starting a worker; it looks again soon
+            await arbiter.manage_watchers()
+
+    def log_and_call_hook(watcher: Watcher, hook_name: str, **arguments: Any) -> Any:
+        if hook_name == "after_spawn":
+            signal.signal(signal.SIGCHLD, lambda *_: watcher.loop.add_callback_from_signal(look, watcher.arbiter))
+        if hook_name == "after_reap" and watcher.is_active():
+            consequence = "a new one starts" if watcher.respawn else "in a container it is not replaced"
+            logger.error("%s; %s", _how_it_ended(arguments["process_pid"], arguments["exit_code"]), consequence)
+        return call_hook(watcher, hook_name, **arguments)
+
+    Watcher.call_hook = log_and_call_hook
+
+
+def _how_it_ended(pid: int, exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"a worker (process {pid}) ended with status {exit_code}"
+    hint = " (out of memory? see the kernel's log)" if exit_code == -signal.SIGKILL else ""
+    return f"a worker (process {pid}) was ended by signal {-exit_code}{hint}"
 
 
 def check_port() -> None:

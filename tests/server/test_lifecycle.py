@@ -80,6 +80,7 @@ def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path
     assert run.returncode == 1, output
     assert [line for line in output.splitlines() if f"the service does not start: {reason}" in line], output
     assert "Traceback" not in output
+    assert "a new one starts" not in output
     assert not list((tmp_path / "temporary").glob("*metrics*"))
 
 
@@ -344,8 +345,8 @@ def test_busy_arbiter_stops_after_it_has_started_the_workers(prepare: str) -> No
 )
 def test_killed_worker_fails_its_requests_at_once(lone: Server) -> None:
     """Then BentoML starts another worker; in a container it exits, and the container's supervisor acts."""
-    taken = half_sent(lone)
-    os.kill(lone.workers[0], signal.SIGKILL)
+    taken, (worker,) = half_sent(lone), lone.workers
+    os.kill(worker, signal.SIGKILL)
     for connection in taken:
         connection.sock.settimeout(5)
         with pytest.raises(ConnectionError):
@@ -355,6 +356,25 @@ def test_killed_worker_fails_its_requests_at_once(lone: Server) -> None:
         return
     assert httpx.post(f"{lone.url}/txt/embed", json={"input": "red"}, timeout=200).status_code == 200
     assert lone.stop() == 0
+    (line,) = [line for line in lone.log.read_text().splitlines() if "[ERROR]" in line]
+    assert line.endswith(
+        f"a worker (process {worker}) was ended by signal 9 (out of memory? see the kernel's log); a new one starts"
+    )
+
+
+@pytest.mark.slow
+def test_every_line_of_a_start_a_kill_and_a_stop_is_json(random_checkpoint: Path, tmp_path: Path) -> None:
+    server = start_server(tmp_path, model=str(random_checkpoint), device="cpu", log_format="json", access_log="true")
+    (worker,) = server.workers
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: bool(server.workers) and server.workers != [worker], 60)
+    assert httpx.post(f"{server.url}/txt/embed", json={"input": "red"}, timeout=200).status_code == 200
+    assert server.stop() == 0
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    messages = [line["message"] for line in lines]
+    assert sum("was ended by signal 9" in message for message in messages) == 1
+    assert sum(message.startswith(f"loading {random_checkpoint}: 0.0 GB of weights") for message in messages) == 2
+    assert any(line.get("route") == "/txt/embed" for line in lines)
 
 
 @pytest.mark.slow
