@@ -85,9 +85,7 @@ def test_large_request_delays_a_query_by_one_of_its_items_at_each_stage(model: F
         model.gate.set()
         wait([slow, query, *bulk], timeout=10)
         assert model.preprocessed.index("query") <= 3 + num_earlier
-        assert (
-            done.index("query") <= 6 + num_earlier
-        )  # after what was preprocessed before it
+        assert done.index("query") <= 6 + num_earlier  # after what was preprocessed before it
 
 
 def test_cancelled_item_does_not_shift_the_results_of_others(engine: Engine, model: FakeModel) -> None:
