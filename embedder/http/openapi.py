@@ -14,6 +14,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from embedder.errors import EmbedderError, ModelUnavailable, error_classes
+from embedder.http.accepted_fields import ACCEPTED
 from embedder.http.dialects.dialect import Dialect
 from embedder.http.dialects.messages import PART_TYPES
 from embedder.http.dialects.openai import ModelsResponse, OpenAIErrorResponse
@@ -105,6 +106,8 @@ def _schemas(dialects: Sequence[Dialect[Any]], settings: Settings) -> dict[str, 
             if option.get("type") == "array":
                 option["maxItems"] = settings.max_items_per_request
     for request in requests:
+        for name, clients in ACCEPTED.items():
+            schemas[request.__name__]["properties"].setdefault(name, {"description": f"No effect. {clients}."})
         _allow_nulls(schemas[request.__name__])
     return schemas
 

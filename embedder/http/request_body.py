@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from functools import cache
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import orjson
 from pydantic import (
@@ -17,16 +19,17 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from embedder.engine.postprocess import OutputDtype
 from embedder.errors import InvalidRequest, RequestTooLarge
+from embedder.http.accepted_fields import ACCEPTED
 from embedder.inputs.items import (
     EmbeddingItem,
     Truncate,
     describe_value,
     json_type,
     unknown_fields_message,
-    without_nulls,
 )
 from embedder.settings import Settings
 
@@ -50,14 +53,26 @@ class EmbeddingRequest:
 
 
 class RequestBody(BaseModel):
-    """Base class of request bodies. A field that is null counts as not given: many generated clients send nulls."""
+    """Base class of request bodies.
+
+    A field that is null counts as not given: many generated clients send nulls. Option words may be in any letter case.
+    The fields of `ACCEPTED` are dropped unless the body has a meaning for them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, fields: Any) -> Any:
-        return without_nulls(fields) if isinstance(fields, Mapping) else fields
+    def _clean(cls, fields: Any) -> Any:
+        if not isinstance(fields, Mapping):
+            return fields
+        known = known_names(cls)
+        options = _option_words(cls)
+        return {
+            name: _in_known_case(value, options[name]) if name in options else value
+            for name, value in fields.items()
+            if value is not None and (name in known or name not in ACCEPTED)
+        }
 
 
 class Options(RequestBody):
@@ -91,26 +106,94 @@ def check_item_count(num_items: int, settings: Settings) -> None:
         )
 
 
-def validate_body(model: type[Body], body: bytes) -> Body:
-    """JSON -> a body of the given model. Raises `InvalidRequest`."""
+@cache
+def known_names(model: type[BaseModel]) -> frozenset[str]:
+    """The names, synonyms included, under which a body takes its fields."""
+    return frozenset(alias for name, field in model.model_fields.items() for alias in _aliases(name, field))
+
+
+def _aliases(name: str, field: FieldInfo) -> Iterator[str]:
+    match field.validation_alias:
+        case AliasChoices(choices=choices):
+            yield from (str(choice) for choice in choices)
+        case None:
+            yield name
+        case alias:
+            yield str(alias)
+
+
+@cache
+def _option_words(model: type[BaseModel]) -> dict[str, dict[str, str]]:
+    """By field name: the words that the field allows, by their lower case."""
+    words: dict[str, dict[str, str]] = {}
+    for name, field in model.model_fields.items():
+        allowed = {word.lower(): word for word in _literals(field.annotation)}
+        if allowed:
+            words |= dict.fromkeys(_aliases(name, field), allowed)
+    return words
+
+
+def _literals(annotation: Any) -> Iterator[str]:
+    """The words of all `Literal`s in a type."""
+    for argument in get_args(annotation):
+        if get_origin(annotation) is Literal:
+            yield from (argument,) if isinstance(argument, str) else ()
+        else:
+            yield from _literals(argument)
+
+
+def _in_known_case(value: Any, words: Mapping[str, str]) -> Any:
+    if isinstance(value, list):
+        return [words.get(one.lower(), one) if isinstance(one, str) else one for one in value]
+    return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """A body's fields. Raises `InvalidRequest`.
+
+    orjson refuses a body with a lone surrogate. Then the standard library reads it, and the check of each text, which
+    knows its item, refuses that item only.
+    """
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+        fields = _read_json_with_surrogates(body, error)
     if not isinstance(fields, dict):
         raise InvalidRequest(f"the body must be a JSON object, got {json_type(fields)}")
+    return fields
+
+
+def _read_json_with_surrogates(body: bytes, error: orjson.JSONDecodeError) -> Any:
+    invalid = InvalidRequest(f"the body is not valid JSON: {error}")
+    if "surrogate" not in str(error):
+        raise invalid from error
+
+    def refuse_constant(_: str) -> NoReturn:
+        raise invalid
+
+    try:
+        return json.loads(body.decode("utf-8", "surrogatepass"), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as other:  # ValueError also for a number of thousands of digits
+        raise invalid from other
+
+
+def validate_body(model: type[Body], body: bytes | Mapping[str, Any]) -> Body:
+    """JSON, or the fields that it holds -> a body of the given model. Raises `InvalidRequest`."""
+    fields = read_json(body) if isinstance(body, bytes) else body
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise InvalidRequest(_explain(error)) from error
+        raise InvalidRequest(_explain(error, known_names(model))) from error
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, known: frozenset[str]) -> str:
     """The first fault in words: the value received, and what is allowed."""
     faults = error.errors(include_url=False)
     unknown = [str(fault["loc"][0]) for fault in faults if fault["type"] == "extra_forbidden"]
     if unknown:
-        return unknown_fields_message(unknown)
+        return unknown_fields_message(unknown, known)
+    if not faults[0]["loc"]:  # pydantic cannot name it
+        return "a field's name holds a lone surrogate, which is not Unicode text"
     # the deepest fault of a union names the item, and an empty list is called one
     fault = max(faults, key=lambda fault: (len(fault["loc"]), fault["type"] == "too_short"))
     place = "".join(f"[{key}]" for key in fault["loc"] if isinstance(key, int))

@@ -7,6 +7,8 @@ The modules, in the order in which an item passes them:
     fetch       the URLs of an item -> bytes, from public addresses only
     limits      what decoding reads of the settings
     formats     the file formats of images and videos, and how to recognize them
+    data_uri    data URIs and base64, as clients write them
+    jpeg        the number of scans of a JPEG file
     image       an encoded image -> RGB values, resized
     clip        an encoded video -> its frames as RGB values, by FFmpeg's libraries
     video       an encoded video or a list of frames -> sampled RGB frames, resized, with their times

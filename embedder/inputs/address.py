@@ -19,7 +19,7 @@ from embedder.inputs.items import EmbeddingItem, Image, Video, describe_value
 DEFAULT_PORTS = {"https": 443, "http": 80}
 
 _URL = TypeAdapter(Annotated[AnyUrl, UrlConstraints(max_length=8192, allowed_schemes=list(DEFAULT_PORTS))])
-_SCHEME = re.compile(r"(?!data:)[A-Za-z][A-Za-z0-9+.-]{0,30}:")  # no base64 holds a colon
+_SCHEME = re.compile(r"\s*(?!data:)[A-Z][A-Z0-9+.-]{0,30}:", re.IGNORECASE)  # no base64 holds a colon
 
 # IPv6 addresses outside 2000::/3 are not public: IPv4-mapped, NAT64, unique local, link-local, multicast, ...
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")

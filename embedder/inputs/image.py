@@ -6,7 +6,6 @@ decoded. No string is ever opened as a path.
 
 from __future__ import annotations
 
-import binascii
 import ctypes
 import io
 import threading
@@ -20,12 +19,13 @@ from functools import cache
 
 import numpy as np
 import PIL.Image
-import pybase64
 from numpy.typing import NDArray
 
 from embedder.errors import InvalidMedia, MediaTooLarge
+from embedder.inputs.data_uri import MAX_HEADER_CHARS, decode_base64, is_base64, split_data_uri
 from embedder.inputs.formats import IMAGE_FORMATS, MediaKind, unsupported_format
 from embedder.inputs.items import Media
+from embedder.inputs.jpeg import count_scans
 from embedder.inputs.limits import MediaLimits
 
 MAX_DECODE_MEMORY = 2**31  # bytes, for all threads
@@ -192,17 +192,16 @@ def encoded_bytes(source: bytes | str, kind: MediaKind, max_bytes: int) -> bytes
 
 
 def _decode_base64(text: str, kind: MediaKind, max_bytes: int) -> bytes:
-    """Line breaks are allowed, other characters outside the alphabet are not."""
-    if text.startswith("data:"):
-        header, comma, text = text.partition(",")
-        if not comma or not header.endswith(";base64"):
-            raise InvalidMedia(f"{kind} is a data URI without base64: {header[:60]!r}; allowed: data:..;base64,")
-    if len(text) // 4 * 3 > max_bytes + 2:
+    """Decode base64, bare or as a data URI; whitespace and missing padding are no errors."""
+    if len(text) // 4 * 3 > max_bytes + max_bytes // 16 + MAX_HEADER_CHARS:  # with its line breaks and header
         raise MediaTooLarge(f"{kind} of about {len(text) // 4 * 3} bytes; allowed: up to {max_bytes}")
+    if (parts := split_data_uri(text)) is not None:
+        header, comma, text = parts
+        if not comma or not is_base64(header):
+            raise InvalidMedia(f"{kind} is a data URI without base64: {header[:60]!r}; allowed: data:..;base64,")
     try:
-        data = text.encode("ascii").translate(None, b" \t\r\n\v\f") if "\n" in text else text
-        return pybase64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
+        return decode_base64(text)
+    except ValueError as error:
         raise InvalidMedia(f"{kind} is not valid base64 ({error}); starts with {text[:20]!r}") from error
 
 
@@ -220,9 +219,9 @@ class _DeadlineBytes(io.BytesIO):
 
 
 def _read_header(data: bytes, settings: MediaLimits, deadline: float) -> PIL.Image.Image:
-    num_scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
+    num_scans = count_scans(data, MAX_JPEG_SCANS + 1)
     if num_scans > MAX_JPEG_SCANS:
-        raise MediaTooLarge(f"JPEG image of {num_scans} scans; allowed: up to {MAX_JPEG_SCANS}")
+        raise MediaTooLarge(f"JPEG image of more than {MAX_JPEG_SCANS} scans; allowed: up to {MAX_JPEG_SCANS}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # max_image_pixels limits

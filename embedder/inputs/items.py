@@ -7,14 +7,16 @@ model, and the engine checks it when the item is submitted.
 
 from __future__ import annotations
 
+import difflib
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import PIL.Image
 
 from embedder.errors import InvalidMedia, InvalidRequest, UnsupportedDimensions
+from embedder.inputs.data_uri import media_kind, video_frames
 from embedder.inputs.formats import MediaKind
 
 Media = bytes | str | PIL.Image.Image
@@ -35,7 +37,7 @@ class Text:
     text: str
 
     def __post_init__(self) -> None:
-        _check_text("text", self.text)
+        check_text("text", self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class EmbeddingItem:
         if not any(part.text if isinstance(part, Text) else True for part in self.parts):
             raise InvalidRequest("text is empty; allowed: at least one character")
         if self.instruction is not None:
-            _check_text("instruction", self.instruction)
+            check_text("instruction", self.instruction)
         if self.dimensions is not None:
             _check_dimensions(self.dimensions)
         if not isinstance(self.normalize, bool):
@@ -105,7 +107,8 @@ class EmbeddingItem:
 # The parameters of the checks are `object`: callers send values of any type.
 
 
-def _check_text(name: str, text: object) -> None:
+def check_text(name: str, text: object) -> None:
+    """Raises `InvalidRequest` unless the value is a string of valid Unicode. `name`: of the value, for the message."""
     if not isinstance(text, str):
         raise InvalidRequest(f"{name}: got {describe_value(text)}; allowed: a string")
     if not text.isascii():  # 20 times faster than encoding
@@ -154,7 +157,10 @@ def item_from_fields(fields: Mapping[str, Any]) -> EmbeddingItem:
         images = [Image(value) for value in _as_list(fields.get("image"))]
         texts = [Text(value) for value in _as_list(fields.get("text"))]
         parts = (*videos, *images, *texts)
-    return EmbeddingItem(parts, **{name: value for name, value in fields.items() if name in _OPTIONS})
+    options = {name: value for name, value in fields.items() if name in _OPTIONS}
+    if isinstance(options.get("truncate"), str):
+        options["truncate"] = options["truncate"].lower()
+    return EmbeddingItem(parts, **options)
 
 
 _OPTIONS = {"instruction", "dimensions", "normalize", "truncate"}
@@ -169,12 +175,20 @@ def without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
     """Raises `InvalidRequest` that names the unknown fields, if there are any."""
     if unknown := sorted(str(name) for name in set(fields) - known):
-        raise InvalidRequest(unknown_fields_message(unknown))
+        raise InvalidRequest(unknown_fields_message(unknown, known))
 
 
-def unknown_fields_message(unknown: Sequence[str]) -> str:
-    names = ", ".join(name[:60] for name in unknown[:5])
-    return f"extra fields not permitted: {names}" + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+def unknown_fields_message(unknown: Sequence[str], known: Iterable[str]) -> str:
+    """Message that names up to five unknown fields, each with the known name that is most like it, if one is."""
+    names = ", ".join(_with_nearest(name, known) for name in unknown[:5])
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    return f"unknown field{'s' if len(unknown) > 1 else ''}: {names}{more}"
+
+
+def _with_nearest(name: str, known: Iterable[str]) -> str:
+    shown = name[:60].encode("ascii", "backslashreplace").decode() if not name.isprintable() else name[:60]
+    nearest = difflib.get_close_matches(shown.lower(), known, n=1, cutoff=0.7)
+    return f"{shown} (did you mean {nearest[0]}?)" if nearest else shown
 
 
 def describe_value(value: object) -> str:
@@ -227,10 +241,12 @@ def _as_list_of_videos(value: Any) -> Sequence[Any]:
 
 def _is_video(value: object) -> bool:
     """Whether an entry of a list is a video and not a frame. Bare base64 is a frame; an encoded video is a data URI."""
-    return isinstance(value, list | tuple | Video) or (isinstance(value, str) and value.startswith("data:video/"))
+    return isinstance(value, list | tuple | Video) or (isinstance(value, str) and media_kind(value) == "video")
 
 
 def _video(value: Any, fps: Any) -> Video:
     if isinstance(value, Video):
         return value
+    if isinstance(value, str) and (frames := video_frames(value)):
+        return Video(frames, fps)
     return Video(tuple(value) if isinstance(value, list) else value, fps)

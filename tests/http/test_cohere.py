@@ -50,12 +50,12 @@ def test_options_have_coheres_names() -> None:
         ({"texts": ["a", 5]}, "texts[1]: got 5 (a number); input should be a valid string"),
         ({"inputs": ["a"]}, "item 0: got 'a' (a string); allowed: an object with content"),
         ({"inputs": [{"content": []}]}, "item 0: an item needs at least one of text, image or video; got none"),
-        ({"inputs": [{"text": "a"}]}, "item 0: extra fields not permitted: text"),
+        ({"inputs": [{"text": "a"}]}, "item 0: unknown field: text"),
         ({"texts": ["a"], "embedding_types": ["float", "int4"]}, "embedding_types[1]: got 'int4' (a string); "),
         ({"texts": ["a"], "embedding_types": []}, "embedding_types: got an empty list"),
         ({"texts": ["a"], "truncate": "MIDDLE"}, "truncate: got 'MIDDLE' (a string); input should be 'NONE', "),
         ({"texts": ["a"], "max_tokens": 512}, "max_tokens: got 512; allowed: -1, or from 8192"),
-        ({"texts": ["a"], "instruction": "b"}, "extra fields not permitted: instruction"),
+        ({"texts": ["a"], "instruction": "b"}, "unknown field: instruction"),
     ],
 )
 def test_error_names_the_value_received_and_what_is_allowed(fields: dict[str, Any], message: str) -> None:

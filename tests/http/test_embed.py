@@ -61,7 +61,7 @@ def test_invalid_entry_becomes_an_error_at_its_index() -> None:
     request = parse("a", 5, {"txt": "b"}, "c")
     assert [isinstance(item, InvalidRequest) for item in request.items] == [False, True, True, False]
     assert str(request.items[1]) == "got 5 (a number); allowed: a text, or an object with text, image or content"
-    assert str(request.items[2]) == "extra fields not permitted: txt"
+    assert str(request.items[2]) == "unknown field: txt (did you mean text?)"
 
 
 def test_names_of_items_are_strings_or_whole_numbers() -> None:
@@ -78,7 +78,7 @@ def test_names_of_items_are_strings_or_whole_numbers() -> None:
         ({}, "items: missing"),
         ({"items": []}, "items: got an empty list; allowed: at least one item"),
         ({"items": "red"}, "items: got 'red' (a string); input should be a valid list"),
-        ({"items": ["a"], "instrction": "b"}, "extra fields not permitted: instrction"),
+        ({"items": ["a"], "instrction": "b"}, "unknown field: instrction"),
         ({"items": ["a"], "output_dtype": "int4"}, "output_dtype: got 'int4' (a string); input should be 'float32', "),
     ],
 )

@@ -16,6 +16,7 @@ from embedder.http.dialects.messages import (
     item_from_string,
     parts_from_content,
 )
+from embedder.inputs.items import EXAMPLE_IMAGE
 from embedder.settings import Settings
 
 URI = "data:image/png;base64,AAAA"
@@ -54,9 +55,9 @@ def test_part_in_each_clients_form_becomes_a_native_part(part: dict[str, Any], n
         ([{"type": "input_audio", "input_audio": {}}], "has one of the types"),
         ([{"type": "text"}], "a part of type text: got .*; allowed: exactly one field with its content, `text`"),
         ([{"type": "text", "text": "a", "input_text": "b"}], "allowed: exactly one field with its content, `text`"),
-        ([{"type": "image_url", "image_url": URI, "max_pixels": 5}], "extra fields not permitted: max_pixels"),
-        ([{"type": "image_url", "image_url": {"url": URI, "path": "a"}}], "extra fields not permitted: path"),
-        ([{"type": "image_url", "image_url": URI, "fps": 1}], "extra fields not permitted: fps"),
+        ([{"type": "image_url", "image_url": URI, "max_pixels": 5}], "unknown field: max_pixels"),
+        ([{"type": "image_url", "image_url": {"url": URI, "path": "a"}}], "unknown field: path"),
+        ([{"type": "image_url", "image_url": URI, "fps": 1}], "unknown field: fps"),
     ],
 )
 def test_invalid_content_is_refused_with_the_reason(content: Any, message: str) -> None:
@@ -67,8 +68,34 @@ def test_invalid_content_is_refused_with_the_reason(content: Any, message: str) 
 def test_string_is_a_text_unless_it_is_the_data_uri_of_a_picture_or_clip() -> None:
     assert item_from_string("data:image/png;base64,AAAA") == {"image": "data:image/png;base64,AAAA"}
     assert item_from_string("data:video/mp4;base64,AAAA") == {"video": "data:video/mp4;base64,AAAA"}
-    for text in ("red", "", "data: we counted", " data:image/png;base64,AAAA", "https://example.com/a.png"):
+    for text in ("red", "", "data: we counted", "data:text/plain,red", "https://example.com/a.png", "a data:image/png"):
         assert item_from_string(text) == {"text": text}
+
+
+MP4 = "AAAAIGZ0eXBpc29tAAACAGlzb21pc28yYXZjMW1wNDE="  # the first bytes of a file
+PNG = EXAMPLE_IMAGE
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("DATA:image/png;base64,AAAA", "image"),
+        (" \n data:image/png;base64,AAAA", "image"),
+        ("data:Image/PNG;BASE64,AAAA", "image"),
+        ("data:image/png ; base64 ,AAAA", "image"),
+        ("data:image/png;charset=utf-8;base64,AAAA", "image"),
+        ("data:image/svg+xml,<svg/>", "image"),
+        (f"data:;base64,{PNG}", "image"),
+        (f"data:application/octet-stream;base64,{PNG}", "image"),
+        (f"data:application/octet-stream;base64, {MP4}", "video"),
+        (f"Data:;Base64,{MP4}", "video"),
+        ("data:VIDEO/mp4;base64,AAAA", "video"),
+        ("data:text/plain;base64,aGVsbG8=", "image"),  # refused where it is decoded: it is none
+        ("data:audio/wav;base64,not base64", "image"),
+    ],
+)
+def test_base64_data_uri_of_any_form_is_never_embedded_as_text(text: str, kind: str) -> None:
+    assert item_from_string(text) == {kind: text}
 
 
 def test_conversation_is_its_user_message_and_the_system_message_its_instruction() -> None:
@@ -96,7 +123,7 @@ def test_conversation_is_its_user_message_and_the_system_message_its_instruction
         ([{"content": "a"}], "role None"),
         ([{"role": "system", "content": [{"type": "image_url", "image_url": URI}]}], "allowed: text"),
         ([{"role": "system", "content": [{"type": "text", "text": 5}]}], "allowed: text"),
-        ([{"role": "user", "content": "a", "tool_calls": []}], "extra fields not permitted: tool_calls"),
+        ([{"role": "user", "content": "a", "tool_calls": []}], "unknown field: tool_calls"),
     ],
 )
 def test_dialogue_that_the_model_was_not_trained_on_is_refused(messages: Any, message: str) -> None:

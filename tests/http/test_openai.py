@@ -103,7 +103,7 @@ def test_error_for_token_ids_names_the_clients_option(value: Any) -> None:
         ({"input": 5}, "input: got 5 (a number); allowed: a string, an object, or a list of them"),
         ({"input": ["a", 5]}, "item 1: got 5 (a number); allowed: a string, or an object with text, image, video or"),
         ({"input": ["a", ["b"]]}, "item 1: got ['b'] (a list); allowed: "),
-        ({"input": ["a", {"txt": "b"}]}, "item 1: extra fields not permitted: txt"),
+        ({"input": ["a", {"txt": "b"}]}, "item 1: unknown field: txt"),
         (
             {"input": {"text": "a", "content": "b"}},
             "item 0: got `content` and `text`/`image`/`video`; allowed: one of the two forms",
@@ -114,7 +114,7 @@ def test_error_for_token_ids_names_the_clients_option(value: Any) -> None:
         ({"messages": [{"role": "system", "content": "a"}]}, "item 0: an item needs at least one of text, image or"),
         ({"input": "a", "encoding_format": "bytes"}, "encoding_format: got 'bytes' (a string); input should be"),
         ({"input": "a", "input_type": "other"}, "input_type: got 'other' (a string); input should be 'search_query', "),
-        ({"input": "a", "chat_template": "{{ x }}"}, "extra fields not permitted: chat_template"),
+        ({"input": "a", "chat_template": "{{ x }}"}, "unknown field: chat_template"),
         ({"input": "a", "truncate_prompt_tokens": 512}, "truncate_prompt_tokens: got 512; allowed: -1, or from 8192"),
         ({"input": "a", "output_dtype": "int8", "normalize": False}, "item 0: output_dtype: got int8 with normalize"),
     ],

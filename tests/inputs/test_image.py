@@ -410,7 +410,7 @@ def test_progressive_jpeg_has_at_most_100_scans() -> None:
     image = picture(64, 64)
     num_own = jpeg_of_scans(image, 0).count(b"\xff\xda")
     load(jpeg_of_scans(image, 100 - num_own))
-    with pytest.raises(MediaTooLarge, match=r"^JPEG image of 101 scans; allowed: up to 100$"):
+    with pytest.raises(MediaTooLarge, match=r"^JPEG image of more than 100 scans; allowed: up to 100$"):
         load(jpeg_of_scans(image, 101 - num_own))
 
 

@@ -126,7 +126,7 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str, str]] = {
     "empty text": ("/txt/embed", {"input": ""}, 400, "invalid_request", "text is empty; allowed: at least one character"),
     "number for text": ("/txt/embed", {"input": 5}, 400, "invalid_request", "got 5 (a number); allowed: a string or a list of strings"),
     "number in the list": ("/txt/embed", {"input": ["a", 5]}, 400, "invalid_request", "input[1]: got 5 (a number)"),
-    "misspelled field": ("/txt/embed", {"input": "a", "instrction": "x"}, 400, "invalid_request", "extra fields not permitted: instrction"),
+    "misspelled field": ("/txt/embed", {"input": "a", "instrction": "x"}, 400, "invalid_request", "unknown field: instrction"),
     "no input": ("/txt/embed", {}, 400, "invalid_request", "input: missing"),
     "not JSON": ("/txt/embed", b"red", 400, "invalid_request", "not valid JSON"),
     "JSON list": ("/txt/embed", b'["red"]', 400, "invalid_request", "must be a JSON object, got a list"),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictInt
 
 from embedder.engine.postprocess import Embedding, quantize, to_base64
 from embedder.errors import InvalidRequest, attributed_to_item
@@ -36,13 +36,11 @@ class CohereEmbedRequest(RequestBody):
     texts: NonEmptyList[str] | None = None
     images: NonEmptyList[str] | None = Field(None, description="Base64, data URIs or URLs.")
     inputs: NonEmptyList[Any] | None = Field(None, description="Mixtures of texts and images, in your order.")
-    model: Any = Field(None, description="Any name; a service has one model.")
     input_type: InputType | None = Field(None, description="Chooses the instruction: a query's, or the default.")
     embedding_types: NonEmptyList[EmbeddingType] = Field(["float"])
     output_dimension: AnyDimensions = Field(None, description="Matryoshka size.")
     truncate: Literal["NONE", "START", "END"] = Field("END", description="Text over the limit is refused or cut.")
-    max_tokens: int | None = Field(None, description="At least the service's own limit.")
-    priority: Any = Field(None, description="Accepted because clients send it; has no effect.")
+    max_tokens: StrictInt | None = Field(None, description="At least the service's own limit.")
 
 
 class BilledUnits(BaseModel):

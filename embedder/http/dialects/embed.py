@@ -14,7 +14,14 @@ from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
 from embedder.http.dialects.messages import QUERY_INSTRUCTION
 from embedder.http.request_body import EncodingFormat, Options, check_item_count, validate_body
 from embedder.http.response import CUT_TEXTS, Usage, Vector, encode_vector, to_json, usage_fields
-from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, describe_value, item_from_fields, without_nulls
+from embedder.inputs.items import (
+    EXAMPLE_IMAGE,
+    EmbeddingItem,
+    check_text,
+    describe_value,
+    item_from_fields,
+    without_nulls,
+)
 from embedder.settings import Settings
 
 Id = str | int | None
@@ -108,7 +115,10 @@ def _parse_entry(entry: Any, request: EmbedRequest) -> tuple[Id, EmbeddingItem |
 
 
 def _id(name: Any) -> Id:
-    if name is None or (isinstance(name, str | int) and not isinstance(name, bool)):
+    if isinstance(name, str):
+        check_text("id", name)
+        return name
+    if name is None or (isinstance(name, int) and not isinstance(name, bool)):
         return name
     raise InvalidRequest(f"id: got {describe_value(name)}; allowed: a string or a whole number")
 

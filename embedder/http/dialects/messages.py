@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from embedder.errors import InvalidRequest
+from embedder.inputs.data_uri import media_kind
 from embedder.inputs.items import describe_value, refuse_unknown, without_nulls
 from embedder.settings import Settings
 
@@ -61,10 +62,7 @@ def check_length(name: str, tokens: int | None, settings: Settings) -> None:
 
 def item_from_string(text: str) -> dict[str, Any]:
     """A string is a text, unless it is the data URI of an image or video."""
-    for media in ("image", "video"):
-        if text.startswith(f"data:{media}/"):
-            return {media: text}
-    return {"text": text}
+    return {media_kind(text) or "text": text}
 
 
 def item_from_conversation(messages: Any) -> dict[str, Any]:
@@ -107,7 +105,7 @@ def is_part(fields: Mapping[str, Any]) -> bool:
 def _part(part: Any) -> dict[str, Any]:
     """`{"type": "image_url", "image_url": {"url": ..}}` and the like -> `{"type": "image", "image": ..}`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    media = PART_TYPES.get(kind) if isinstance(kind, str) else None
+    media = PART_TYPES.get(kind.lower()) if isinstance(kind, str) else None
     if media is None:
         raise InvalidRequest(
             f"a part of `content` has one of the types {', '.join(PART_TYPES)}; got {describe_value(part)}"

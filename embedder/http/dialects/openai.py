@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field, StrictInt
 
 from embedder.engine.postprocess import Embedding, check_output_dtype, quantize
 from embedder.errors import EmbedderError, InvalidRequest, Overloaded, attributed_to_item
@@ -37,8 +37,6 @@ from embedder.inputs.items import (
 )
 from embedder.settings import Settings
 
-IGNORED = "Accepted because clients send it; has no effect."
-
 
 class EmbeddingsRequest(Options):
     """Body of `POST /v1/embeddings`: `input`, or `messages`."""
@@ -47,20 +45,14 @@ class EmbeddingsRequest(Options):
     messages: Any = Field(
         None, description="vLLM's form: a conversation, which is one item, or a list of conversations."
     )
-    model: Any = Field(None, description="Any name; the response says which model is served.")
     input_type: InputType | None = Field(
         None,
         validation_alias=AliasChoices("input_type", "task"),
         description="Chooses the instruction: a query's, or the default. `instruction` takes precedence.",
     )
-    truncate_prompt_tokens: int | None = Field(None, description="vLLM's; -1, or at least the service's own limit.")
-    user: Any = Field(None, description=IGNORED)
-    provider: Any = Field(None, description=IGNORED)
-    priority: Any = Field(None, description=IGNORED)
-    request_id: Any = Field(None, description=IGNORED)
-    add_generation_prompt: Any = Field(None, description=IGNORED)
-    continue_final_message: Any = Field(None, description=IGNORED)
-    add_special_tokens: Any = Field(None, description=IGNORED)
+    truncate_prompt_tokens: StrictInt | None = Field(
+        None, description="vLLM's; -1, or at least the service's own limit."
+    )
 
 
 class EmbeddingData(BaseModel):

@@ -1,0 +1,74 @@
+"""Data URIs and base64 as clients write them: scheme and parameters in any letter case, whitespace, missing padding."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote
+
+import pybase64
+
+from embedder.inputs.formats import MediaKind, find_format
+
+MAX_HEADER_CHARS = 1024
+_TYPE = r"[\w.+*-]+/[\w.+*-]+"
+# A header is `data:`, a media type or none, and parameters.
+_HEADER = re.compile(rf"\s*data\s*:\s*(?P<type>{_TYPE})?\s*(?P<parameters>(;[^,;]*)*),", re.IGNORECASE)
+_MEDIA_TYPE = re.compile(r"\s*data\s*:\s*(image|video)/", re.IGNORECASE)
+_WHITESPACE = str.maketrans(dict.fromkeys(" \t\r\n\v\f"))
+_URL_SAFE = str.maketrans("-_", "+/")
+_SNIFFED_CHARS = 512
+
+
+def split_data_uri(text: str) -> tuple[str, str, str] | None:
+    """Header, comma and content of a data URI, or of a string that begins like one of media; None for another."""
+    if (match := _HEADER.match(text, 0, MAX_HEADER_CHARS)) is None:
+        media = _MEDIA_TYPE.match(text)
+        return (text, "", "") if media else None
+    header, content = text[: match.end() - 1].strip(), text[match.end() :]
+    return header, ",", unquote(content) if "%" in content else content
+
+
+def is_base64(header: str) -> bool:
+    """Whether the header of a data URI says that its content is base64."""
+    return "base64" in [parameter.strip().lower() for parameter in header.split(";")[1:]]
+
+
+def media_kind(text: str) -> MediaKind | None:
+    """What a string that may be a data URI holds; None for a text.
+
+    A data URI of any other type, such as application/octet-stream or none, counts as media if it is base64: its first
+    bytes tell a video; anything else is an image, or an error where it is decoded.
+    """
+    if match := _MEDIA_TYPE.match(text):
+        return "video" if match[1].lower() == "video" else "image"
+    if (
+        ":" not in text[:MAX_HEADER_CHARS]
+        or (parts := split_data_uri(text[: MAX_HEADER_CHARS + _SNIFFED_CHARS])) is None
+    ):
+        return None
+    header, _, content = parts
+    if not is_base64(header):
+        return None
+    try:
+        found = find_format(decode_base64(content[: _SNIFFED_CHARS // 4 * 4]))
+    except ValueError:
+        return "image"
+    return "video" if found and found.ffmpeg and not found.pillow else "image"
+
+
+def video_frames(text: str) -> tuple[str, ...]:
+    """The frames of `data:video/jpeg;base64,F1,F2`, vLLM's form of a list of pictures; empty for another string."""
+    if (parts := split_data_uri(text)) is None or not re.match(r"data\s*:\s*video/jpe?g\b", parts[0], re.IGNORECASE):
+        return ()
+    return tuple(parts[2].split(",")) if is_base64(parts[0]) else ()
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode standard or URL-safe base64. Raises `ValueError`."""
+    try:
+        return pybase64.b64decode(text, validate=True)
+    except ValueError:  # binascii.Error is one
+        cleaned = text.translate(_WHITESPACE).translate(_URL_SAFE).rstrip("=")
+        if len(cleaned) % 4 == 1:
+            raise
+        return pybase64.b64decode(cleaned + "=" * (-len(cleaned) % 4), validate=True)

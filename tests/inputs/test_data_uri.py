@@ -1,0 +1,100 @@
+"""Media strings as clients write them are decoded, or refused with the reason; none is taken for a URL or a text."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedder.errors import InvalidMedia
+from embedder.inputs.address import is_url
+from embedder.inputs.data_uri import media_kind, video_frames
+from embedder.inputs.image import ImageGeometry, load_image
+from embedder.inputs.items import Image, Video, item_from_fields
+from embedder.inputs.jpeg import count_scans
+from embedder.settings import Settings
+from tests.conftest import encoded, picture
+
+GEOMETRY = ImageGeometry(32, 4096, 1280 * 32 * 32)
+DATA = encoded(picture(70, 50))
+BASE64 = base64.b64encode(DATA).decode()
+JPEG = encoded(picture(64, 48), "JPEG")
+
+
+def load(source: Any) -> Any:
+    return load_image(source, GEOMETRY, Settings())
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        f"DATA:image/png;base64,{BASE64}",
+        f" \r\n\tdata:image/png;base64,{BASE64}\n",
+        f"data:Image/PNG;BASE64,{BASE64}",
+        f"data:image/png; base64, {BASE64}",
+        f"data:image/png;name=a.png;base64,{BASE64}",
+        f"data:;base64,{BASE64}",
+        f"data:application/octet-stream;base64,{BASE64}",
+        f"data:image/jpeg;base64,{BASE64}",  # the bytes decide, not the type
+        BASE64.rstrip("="),
+        f"data:image/png;base64,{BASE64.rstrip('=')}",
+        f"data:image/png;base64,{BASE64.replace('+', '-').replace('/', '_')}",
+        f"data:image/png;base64,{BASE64.replace('+', '%2B').replace('=', '%3D')}",
+        f"\n{BASE64[:76]}\n{BASE64[76:]}\n",
+        f"  {BASE64[:40]} {BASE64[40:]}",
+    ],
+    ids=range(14),
+)
+def test_data_uri_and_base64_in_any_usual_form_are_the_same_picture(source: str) -> None:
+    assert np.array_equal(load(source), load(DATA))
+    assert not is_url(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("data:image/png,abc", "image is a data URI without base64: 'data:image/png'; allowed: data:..;base64,"),
+        ("DATA:image/png;base64", "image is a data URI without base64"),
+        ("data:;base64,a", "image is not valid base64"),
+        ("data:image/png;base64,it's red", "image is not valid base64"),
+        ("data:text/plain;base64,aGVsbG8=", "image: not a JPEG"),
+        ("data:;base64,", "image is empty"),
+    ],
+)
+def test_data_uri_that_is_no_picture_is_refused_with_the_reason(source: str, message: str) -> None:
+    with pytest.raises(InvalidMedia) as caught:
+        load(source)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("url", ["https://a.com/b.png", " HTTPS://a.com", "file:///etc/passwd", "s3://bucket/key"])
+def test_url_of_any_scheme_and_case_is_a_url(url: str) -> None:
+    assert is_url(url)
+    assert media_kind(url) is None
+
+
+def test_frames_in_one_data_uri_are_a_list_of_frames() -> None:
+    uri = f"data:video/jpeg;base64,{BASE64},{BASE64}"
+    assert video_frames(uri) == (BASE64, BASE64)
+    assert item_from_fields({"video": uri}).parts == (Video((BASE64, BASE64)),)
+    assert item_from_fields({"video": uri.upper()[:23] + BASE64, "fps": 1}).parts == (Video((BASE64,), 1),)
+    assert item_from_fields({"video": [uri, uri]}).parts == (Video((BASE64, BASE64)),) * 2
+    assert video_frames("data:video/mp4;base64,AAAA") == ()
+    assert video_frames("data:video/jpeg,AAAA") == ()
+    part = {"type": "video", "video": uri}
+    assert item_from_fields({"content": [part]}).parts == (Video((BASE64, BASE64)),)
+    assert item_from_fields({"image": uri}).parts == (Image(uri),)
+
+
+def test_scans_are_counted_in_the_first_picture_only() -> None:
+    own = count_scans(JPEG, 1000)
+    assert own >= 1
+    assert count_scans(JPEG + b"\xff\xda" * 500, 1000) == own  # a motion photo's video
+    comment = b"\xff\xfe" + (1002).to_bytes(2) + b"\xff\xda" * 500
+    assert count_scans(JPEG[:2] + comment + JPEG[2:], 1000) == own  # a thumbnail, say
+    assert np.array_equal(load(JPEG + b"\xff\xda" * 500), load(JPEG))
+    assert count_scans(DATA, 1000) == 0
+    assert count_scans(b"\xff\xd8" + b"\xff\xda\0\2" * 500, 101) == 101  # not counted further
+    assert count_scans(b"\xff\xd8\xff", 5) == count_scans(b"\xff\xd8\xff\xda", 5) - 1 == 0
