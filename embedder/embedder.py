@@ -6,22 +6,31 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast, overload
 
 import numpy as np
-import PIL.Image
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from embedder.engine.device import WaitForRows
 from embedder.engine.engine import Engine
 from embedder.engine.observer import Observer
 from embedder.engine.postprocess import Embedding
-from embedder.errors import DeviceOutOfMemory, InvalidRequest, ModelUnavailable, attributed_to_item
-from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text, item_from_fields
+from embedder.errors import (
+    ITEM_ERRORS,
+    DeviceOutOfMemory,
+    EmbedderError,
+    InvalidRequest,
+    ModelUnavailable,
+    attributed_to_item,
+)
+from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text
 from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer, read_vision_config
+from embedder.inputs.prompt import QUERY_INSTRUCTION
+from embedder.inputs.python_items import PythonItem, is_single_item, item_from_python
 from embedder.model.checkpoint import find_checkpoint
 from embedder.model.cuda_graphs import TextGraphs, graph_size
 from embedder.model.device_errors import device_errors
@@ -52,8 +61,6 @@ LIMITS = (  # settings that `info` reports
 )
 
 STUCK_AFTER_S = 300.0  # default on a GPU; no batch takes a tenth of that
-
-Item = str | PIL.Image.Image | Mapping[str, Any] | EmbeddingItem
 
 
 class Embedder:
@@ -106,42 +113,98 @@ class Embedder:
         )
         self._log_start(time.monotonic() - start)
 
+    @overload
     def embed(
-        self, items: Iterable[Item], *, instruction: str | None = None, dimensions: int | None = None
-    ) -> list[NDArray[np.float32]]:
+        self,
+        items: Iterable[PythonItem],
+        *,
+        instruction: str | None = None,
+        dimensions: int | None = None,
+        errors: Literal["raise"] = "raise",
+        show_progress_bar: bool = False,
+    ) -> list[NDArray[np.float32]]: ...
+
+    @overload
+    def embed(
+        self,
+        items: Iterable[PythonItem],
+        *,
+        instruction: str | None = None,
+        dimensions: int | None = None,
+        errors: Literal["return"],
+        show_progress_bar: bool = False,
+    ) -> list[NDArray[np.float32] | EmbedderError]: ...
+
+    def embed(
+        self,
+        items: Iterable[PythonItem],
+        *,
+        instruction: str | None = None,
+        dimensions: int | None = None,
+        errors: Literal["raise", "return"] = "raise",
+        show_progress_bar: bool = False,
+    ) -> list[Any]:
         """Embed items: one vector per item, in order, each (dimensions,) float32.
 
-        An item is a string, a PIL image, an `EmbeddingItem`, or a mapping with `text`, `image` (encoded bytes, base64,
-        a PIL image, or a URL if `url_hosts` allows it), `video` (likewise, or a list of frames) or `content` (a list of
-        parts in your order), and optionally `instruction`, `dimensions`, `normalize` and `truncate`. `instruction` and
-        `dimensions` of this call apply to strings, PIL images, and mappings that do not set their own. `dimensions` is
-        from 64 to the model's hidden size, the default. Vectors have unit length, except with `normalize` false.
+        An item is a string, a `Path` to an image or video, a PIL image, an array (height, width, 3) uint8, an
+        `EmbeddingItem`, or a mapping with `text`, `image` (one of the above, encoded bytes, base64, or a URL if
+        `url_hosts` allows it), `video` (likewise, or a list of frames) or `content` (a list of parts in your order),
+        and optionally `instruction`, `dimensions`, `normalize` and `truncate`. `instruction` and `dimensions` of this
+        call apply to items that do not set their own. `dimensions` is from 64 to the model's hidden size, the default.
+        Vectors have unit length, except with `normalize` false.
 
         Blocks while the queue is full, so a generator is read only as fast as its items are embedded. Raises the
-        `EmbedderError` of the first item that fails, with its index; the items after it are cancelled.
+        `EmbedderError` of the first item that fails, with its index; the items after it are cancelled. With `errors`
+        "return", the result has the error in the place of the vector, and all other items are embedded.
         """
-        vectors: list[NDArray[np.float32]] = []
-        futures: deque[Future[Embedding]] = deque()  # of the items that follow those in `vectors`
+        if is_single_item(items):
+            raise InvalidRequest(f"got a single {type(items).__name__}; allowed: a list of items, as in embed([item])")
+        total = len(items) if isinstance(items, Sized) else None
+        results: list[NDArray[np.float32] | EmbedderError] = []
+        futures: deque[Future[Embedding]] = deque()  # of the items that follow those in `results`
         request = object()
 
-        def take_first() -> None:
-            with attributed_to_item(len(vectors)):
-                vectors.append(futures[0].result().vector)
+        def take_first(progress: tqdm) -> None:
+            try:
+                with attributed_to_item(len(results)):
+                    results.append(futures[0].result().vector)
+            except ITEM_ERRORS as error:
+                if errors == "raise":
+                    raise
+                results.append(error)
             futures.popleft()
+            progress.update()
 
         try:
-            for index, item in enumerate(items):
-                with attributed_to_item(index):
-                    one = _to_item(item, instruction, dimensions)
-                    futures.append(self.engine.submit(one, request=request, wait=True))
-                while futures and futures[0].done():
-                    take_first()
-            while futures:
-                take_first()
+            with tqdm(total=total, unit="item", disable=not show_progress_bar) as progress:
+                for index, item in enumerate(items):
+                    futures.append(self._submit(item, index, instruction, dimensions, request, errors))
+                    while futures and futures[0].done():
+                        take_first(progress)
+                while futures:
+                    take_first(progress)
         finally:
             for future in futures:
                 future.cancel()  # after an error
-        return vectors
+        return results
+
+    def embed_query(
+        self, queries: PythonItem | Sequence[PythonItem], *, dimensions: int | None = None
+    ) -> NDArray[np.float32]:
+        """Embed what a user searches with, under the published instruction for queries.
+
+        One query -> (dimensions,); a list -> (num_queries, dimensions). Otherwise as `embed`.
+        """
+        return self._embed_array(queries, QUERY_INSTRUCTION, dimensions)
+
+    def embed_document(
+        self, documents: PythonItem | Sequence[PythonItem], *, dimensions: int | None = None
+    ) -> NDArray[np.float32]:
+        """Embed what is searched, under the default instruction.
+
+        One document -> (dimensions,); a list -> (num_documents, dimensions). Otherwise as `embed`.
+        """
+        return self._embed_array(documents, None, dimensions)
 
     def info(self) -> dict[str, Any]:
         """The model, its sizes, the device and the limits, as `/info` reports them. Pixels are per image."""
@@ -168,6 +231,39 @@ class Embedder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _submit(
+        self,
+        item: PythonItem,
+        index: int,
+        instruction: str | None,
+        dimensions: int | None,
+        request: object,
+        errors: Literal["raise", "return"],
+    ) -> Future[Embedding]:
+        """The item's future. With `errors` "return", it also holds what makes an item invalid."""
+        try:
+            with attributed_to_item(index):
+                return self.engine.submit(item_from_python(item, instruction, dimensions), request=request, wait=True)
+        except ITEM_ERRORS as error:
+            if errors == "raise":
+                raise
+            failed: Future[Embedding] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def _embed_array(
+        self, items: PythonItem | Sequence[PythonItem], instruction: str | None, dimensions: int | None
+    ) -> NDArray[np.float32]:
+        """One item -> its vector; several -> a matrix."""
+        is_single = is_single_item(items)
+        rows = self.embed(
+            cast("Sequence[PythonItem]", [items] if is_single else items),
+            instruction=instruction,
+            dimensions=dimensions,
+        )
+        matrix = np.stack(rows) if rows else np.empty((0, dimensions or self.forward.hidden_size), np.float32)
+        return matrix[0] if is_single else matrix
 
     def _load(self) -> None:
         weights = load_model(self.checkpoint.folder, _choose_dtype(self.settings, self.device), self.device)
@@ -248,19 +344,6 @@ class Embedder:
             self.forward.dtype,
             self.forward.attention_name,
         )
-
-
-def _to_item(item: Item, instruction: str | None, dimensions: int | None) -> EmbeddingItem:
-    match item:
-        case EmbeddingItem():
-            return item
-        case str():
-            return EmbeddingItem((Text(item),), instruction, dimensions)
-        case PIL.Image.Image():
-            return EmbeddingItem((Image(item),), instruction, dimensions)
-        case Mapping():
-            return item_from_fields({"instruction": instruction, "dimensions": dimensions, **item})
-    raise InvalidRequest(f"got {type(item).__name__}; allowed: a text, a PIL image, a mapping or an EmbeddingItem")
 
 
 def _choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:

@@ -10,14 +10,16 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from embedder import Embedder
-from embedder.errors import InvalidMedia, InvalidRequest, ModelUnavailable, UnsupportedDimensions
+from embedder.errors import EmbedderError, InvalidMedia, InvalidRequest, ModelUnavailable, UnsupportedDimensions
 from embedder.inputs.items import EmbeddingItem, Text
+from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.settings import available_cores
 from tests.conftest import encoded, picture
 
@@ -54,6 +56,37 @@ def test_instruction_changes_the_vector_and_the_default_is_the_published_one(emb
     )
     assert np.abs(plain - default).max() <= 1e-6
     assert np.abs(plain - other).max() > 1e-3
+
+
+def test_queries_and_documents_have_the_published_instructions(embedder: Embedder) -> None:
+    query, document = embedder.embed([{"text": "red", "instruction": QUERY_INSTRUCTION}, "red"])
+    for array, expected in ((embedder.embed_query, query), (embedder.embed_document, document)):
+        assert array("red").shape == query.shape
+        assert array(["red", "green"], dimensions=64).shape == (2, 64)
+        assert array([], dimensions=64).shape == (0, 64)
+        np.testing.assert_allclose(array("red"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("item", ["red", {"text": "red"}, picture(4, 4)], ids=lambda item: type(item).__name__)
+def test_single_item_in_place_of_a_list_is_refused_with_the_right_form(item: Any, embedder: Embedder) -> None:
+    with pytest.raises(InvalidRequest, match=r"allowed: a list of items, as in embed\(\[item\]\)$"):
+        embedder.embed(item)
+
+
+def test_errors_are_returned_in_the_place_of_their_vectors(embedder: Embedder) -> None:
+    items: list[Any] = ["red", {"image": b"%PDF-1.7"}, 5, "green", {"text": "blue", "dimensions": 5000}, ""]
+    results = embedder.embed(items, errors="return")
+    kinds = [type(result) for result in results]
+    assert kinds == [np.ndarray, InvalidMedia, InvalidRequest, np.ndarray, UnsupportedDimensions, InvalidRequest]
+    assert [result.item for result in results if isinstance(result, EmbedderError)] == [1, 2, 4, 5]
+    np.testing.assert_allclose(np.stack([results[0], results[3]]), embedder.embed(["red", "green"]), atol=1e-6)
+
+
+def test_progress_is_shown_if_asked_for(embedder: Embedder, capsys: pytest.CaptureFixture[str]) -> None:
+    embedder.embed(["red", "green"])
+    assert not any(capsys.readouterr())
+    embedder.embed(["red", "green"], show_progress_bar=True)
+    assert "2/2" in capsys.readouterr().err
 
 
 def test_error_has_the_index_of_its_item(embedder: Embedder) -> None:

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from embedder import Embedder
 from embedder.inputs.preprocess import load_tokenizer
+from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.model.weights import load_model
 from embedder.verify import published
 from embedder.verify.__main__ import main
 from embedder.verify.checks import verify
 from embedder.verify.http_service import Service, ServiceFault
-from embedder.verify.probes import QUERY_INSTRUCTION
 from tests.conftest import ROOT, Server, encoded, picture
 
 Vector = NDArray[np.float32]

@@ -26,7 +26,7 @@ from benchmarks.quality.color_data import COLORS, NAMES, swatch
 from benchmarks.quality.drawing_data import drawing_sheet, drawings_of_the_demo
 from benchmarks.quality.targets import name_of
 from embedder import Embedder
-from embedder.http.dialects.messages import QUERY_INSTRUCTION
+from embedder.inputs.prompt import QUERY_INSTRUCTION
 
 RESULTS = report.RESULTS / "quality"
 DEFAULT = "none (the service's default)"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.quality.targets import Item, name_of
 from benchmarks.quality.vectors import Vectors
-from embedder.http.dialects.messages import QUERY_INSTRUCTION
+from embedder.inputs.prompt import QUERY_INSTRUCTION
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 

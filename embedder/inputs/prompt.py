@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from embedder.inputs.items import EmbeddingItem, Image, Text
 
+QUERY_INSTRUCTION = "Retrieve images or text relevant to the user's query."  # from the model card, for queries
+
 
 @dataclass(frozen=True)
 class SpecialToken:

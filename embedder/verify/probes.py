@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from embedder.http.dialects.messages import QUERY_INSTRUCTION
+from embedder.inputs.prompt import QUERY_INSTRUCTION
 
 Vector = NDArray[np.float32]
 Item = dict[str, Any]  # as in the body of POST /embed: images are base64

@@ -10,7 +10,7 @@ import base64
 import numpy as np
 
 from embedder.embedder import Embedder
-from embedder.http.dialects.messages import QUERY_INSTRUCTION
+from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.verify.http_service import Service
 from embedder.verify.probes import PUBLISHED_TEXT, Item
 from embedder.verify.results import Check, check, cosine, not_checked

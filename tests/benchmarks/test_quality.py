@@ -29,7 +29,7 @@ from benchmarks.quality.targets import Item, Library, RequestFailed, Service
 from benchmarks.quality.tasks import LOCAL_TASKS
 from benchmarks.quality.vectors import Vectors
 from embedder import Embedder
-from embedder.http.dialects.messages import QUERY_INSTRUCTION
+from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.settings import Settings
 from tests.conftest import ROOT, Server, encoded, picture
 

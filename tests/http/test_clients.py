@@ -21,9 +21,9 @@ from mteb.models import OpenAIAPIEncodeWrapper
 
 from benchmarks.quality.tasks import LocalRetrieval
 from embedder import Embedder
-from embedder.http.dialects.messages import QUERY_INSTRUCTION
 from embedder.http.routes import EXAMPLES
 from embedder.inputs.items import item_from_fields
+from embedder.inputs.prompt import QUERY_INSTRUCTION
 from tests.conftest import Server, encoded, picture, words
 
 SAME = 1e-6  # float32, one content on two routes or in two batches

@@ -13,8 +13,8 @@ from embedder.engine.postprocess import Embedding, quantize
 from embedder.errors import InvalidRequest, RequestTooLarge
 from embedder.http.dialects.cohere import CohereEmbedResponse, CohereRequest, cohere_response, parse_cohere
 from embedder.http.dialects.dialect import ServedModel
-from embedder.http.dialects.messages import QUERY_INSTRUCTION
 from embedder.inputs.items import EmbeddingItem, Image, Text
+from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.settings import Settings
 
 SETTINGS = Settings(max_items_per_request=4)

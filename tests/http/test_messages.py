@@ -8,7 +8,6 @@ import pytest
 
 from embedder.errors import InvalidRequest
 from embedder.http.dialects.messages import (
-    QUERY_INSTRUCTION,
     InputType,
     check_length,
     instruction_for,
@@ -17,6 +16,7 @@ from embedder.http.dialects.messages import (
     parts_from_content,
 )
 from embedder.inputs.items import EXAMPLE_IMAGE
+from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.settings import Settings
 
 URI = "data:image/png;base64,AAAA"

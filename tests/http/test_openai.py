@@ -11,7 +11,6 @@ import pytest
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EngineFailed, InvalidRequest, Overloaded, RequestTooLarge
 from embedder.http.dialects.dialect import ServedModel
-from embedder.http.dialects.messages import QUERY_INSTRUCTION
 from embedder.http.dialects.openai import (
     EmbeddingsResponse,
     ModelsResponse,
@@ -23,6 +22,7 @@ from embedder.http.dialects.openai import (
 )
 from embedder.http.request_body import EmbeddingRequest
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
+from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.settings import Settings
 
 SETTINGS = Settings(max_items_per_request=4)

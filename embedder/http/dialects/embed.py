@@ -11,7 +11,6 @@ from pydantic import BaseModel, Field
 from embedder.engine.postprocess import Embedding, OutputDtype, check_output_dtype, quantize
 from embedder.errors import EmbedderError, InvalidRequest, without_traceback
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
-from embedder.http.dialects.messages import QUERY_INSTRUCTION
 from embedder.http.request_body import EncodingFormat, Options, check_item_count, validate_body
 from embedder.http.response import CUT_TEXTS, Usage, Vector, encode_vector, to_json, usage_fields
 from embedder.inputs.items import (
@@ -22,6 +21,7 @@ from embedder.inputs.items import (
     item_from_fields,
     without_nulls,
 )
+from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.settings import Settings
 
 Id = str | int | None

@@ -12,9 +12,8 @@ from typing import Any, Literal
 from embedder.errors import InvalidRequest
 from embedder.inputs.data_uri import media_kind
 from embedder.inputs.items import describe_value, refuse_unknown, without_nulls
+from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.settings import Settings
-
-QUERY_INSTRUCTION = "Retrieve images or text relevant to the user's query."  # from the model card, for queries
 
 InputType = Literal[  # Cohere's and OpenRouter's names, NVIDIA's and Voyage's, Jina's tasks
     "search_query",

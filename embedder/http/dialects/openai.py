@@ -16,7 +16,6 @@ from embedder.engine.postprocess import Embedding, check_output_dtype, quantize
 from embedder.errors import EmbedderError, InvalidRequest, Overloaded, attributed_to_item
 from embedder.http.dialects.dialect import Dialect, ServedModel
 from embedder.http.dialects.messages import (
-    QUERY_INSTRUCTION,
     InputType,
     check_length,
     instruction_for,
@@ -35,6 +34,7 @@ from embedder.inputs.items import (
     item_from_fields,
     without_nulls,
 )
+from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.settings import Settings
 
 
