@@ -27,8 +27,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -44,7 +42,7 @@ from embedder.embedder import Embedder
 from embedder.inputs import preprocess
 from embedder.inputs.items import item_from_fields
 from embedder.inputs.preprocess import ModelInput
-from embedder.model import language
+from embedder.model import language, products
 
 BATCHES = {"text-16": 64, "text-512": 8, "image-448": 4}  # items of each workload
 OURS = "ours"
@@ -101,8 +99,7 @@ def _forward_times(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     """Times by workload and variant, relative to ours."""
     with contextlib.ExitStack() as stack:
         variants = {
-            name: make(stack.enter_context(Embedder(str(folder), device="cpu", **options)))
-            for name, make, options in _variants()
+            name: make(stack.enter_context(_embedder(folder, **options))) for name, make, options in _variants()
         }
         to_input, words = load_preprocessor(folder), read_words(folder)
         relative = {}
@@ -124,13 +121,21 @@ def _forward_times(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     return relative
 
 
+def _embedder(folder: Path, product: str = "", **options: Any) -> Embedder:
+    """An Embedder on the CPU with the given matrix product; empty: the one that it chooses itself."""
+    with contextlib.ExitStack() as stack:
+        if product:
+            stack.enter_context(mock.patch.object(products, "fastest_product", return_value=product))
+        return Embedder(str(folder), device="cpu", dtype="float32", **options)
+
+
 def _variants() -> Iterator[tuple[str, Callable[[Embedder], Run], dict[str, Any]]]:
-    """The name of each variant, a function that applies it to an Embedder, and the Embedder's options."""
+    """The name of each variant, a function that applies it to an Embedder, and the arguments of `_embedder`."""
     yield OURS, _as_it_is, {}
     yield "prefixes computed for each item", _without_prefixes, {}
     yield "norms as transformers' modules", _with_norm_modules, {}
-    yield "query, key and value in one product", _with_joined_projections, {}
-    yield "gate and up in one product", _with_joined_mlp, {}
+    yield "torch's matrix product", _as_it_is, {"product": "torch"}
+    yield "oneDNN's matrix product, weights packed", _as_it_is, {"product": "oneDNN"}
     if shutil.which("c++"):
         yield "layers by torch.compile", _as_it_is, {"torch_compile": True}
 
@@ -153,77 +158,6 @@ def _patched(embedder: Embedder, **functions: Callable[..., Tensor]) -> Run:
             return embedder._launch(inputs)()
 
     return run
-
-
-class _Joined:
-    """Several linear layers of one input as one product, computed when the first one is called."""
-
-    def __init__(self, layers: Sequence[torch.nn.Linear]) -> None:
-        self.weight = torch.cat([layer.weight for layer in layers])
-        self.sizes = [len(layer.weight) for layer in layers]
-        self.outputs: list[Tensor] = []
-
-    def part(self, index: int) -> Callable[[Tensor], Tensor]:
-        def call(states: Tensor) -> Tensor:
-            if index == 0:
-                self.outputs = list(F.linear(states, self.weight).split(self.sizes, -1))
-            return self.outputs[index]
-
-        return call
-
-
-class _Projections:
-    """An attention module for `language` with its three projections joined."""
-
-    def __init__(self, attention: Any) -> None:
-        joined = _Joined([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.q_proj, self.k_proj, self.v_proj = map(joined.part, range(3))
-        self.q_norm, self.k_norm, self.o_proj = attention.q_norm, attention.k_norm, attention.o_proj
-        self.head_dim = attention.head_dim
-
-
-class _Layer:
-    """A layer for `language` with another attention module or MLP."""
-
-    def __init__(self, layer: Any, **others: Any) -> None:
-        self.input_layernorm = layer.input_layernorm
-        self.post_attention_layernorm = layer.post_attention_layernorm
-        self.self_attn, self.mlp = others.get("self_attn", layer.self_attn), others.get("mlp", layer.mlp)
-
-
-class _Tower:
-    def __init__(self, tower: Any, layers: Sequence[Any]) -> None:
-        self.embed_tokens, self.rotary_emb, self.norm, self.layers = (
-            tower.embed_tokens,
-            tower.rotary_emb,
-            tower.norm,
-            layers,
-        )
-
-
-def _with_layers(embedder: Embedder, make: Callable[[Any], Any]) -> Run:
-    """Replace all layers but the last one, which computes its parts for different tokens."""
-    tower = embedder.forward.language.tower
-    *layers, last = tower.layers
-    embedder.forward.language.tower = _Tower(tower, [*map(make, layers), last])
-    return _as_it_is(embedder)
-
-
-def _with_joined_projections(embedder: Embedder) -> Run:
-    return _with_layers(embedder, lambda layer: _Layer(layer, self_attn=_Projections(layer.self_attn)))
-
-
-def _with_joined_mlp(embedder: Embedder) -> Run:
-    def mlp(layer: Any) -> Callable[[Tensor], Tensor]:
-        weight, down = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]), layer.mlp.down_proj
-
-        def call(states: Tensor) -> Tensor:
-            gate, up = F.linear(states, weight).chunk(2, -1)
-            return down(F.silu(gate) * up)  # type: ignore[no-any-return]
-
-        return call
-
-    return _with_layers(embedder, lambda layer: _Layer(layer, mlp=mlp(layer)))
 
 
 def _short_texts(folder: Path) -> dict[str, float]:

@@ -35,6 +35,7 @@ from embedder.inputs.preprocess import VisionConfig
 from embedder.model.attention import Attention, flash_attn_import_error, num_splits_argument
 from embedder.model.forward import Forward
 from embedder.model.packing import Sequences
+from embedder.model.products import arrange_products
 from embedder.torchvision_shim import declare_torchvision_operators
 
 declare_torchvision_operators()
@@ -52,6 +53,7 @@ _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "lift_fresh", "new_empty
 _SHAPES = {"expand", "flatten", "permute", "reshape", "_reshape_alias", "squeeze", "t", "transpose", "unflatten"}
 _SHAPES |= {"unsqueeze", "view", "_unsafe_view", "as_strided", "alias", "detach", "is_same_size", "sym_size"}
 _PARTS = {"chunk", "narrow", "select", "slice", "split", "split_with_sizes", "unbind"}
+PRODUCTS = ("linear", "mm", "addmm", "addmm_", "bmm", "matmul")
 _FREE = _ALLOCATIONS | _SHAPES | _PARTS
 _GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -142,8 +144,8 @@ class KernelCounter(TorchDispatchMode):
         flops, rate = 0.0, self.FLOP_PER_S
         if "flash" in name:
             flops, rate = self.attention_flops, self.FLASH_FLOP_PER_S
-        elif name in ("linear", "mm", "addmm", "bmm", "matmul"):
-            weight = args[1] if name != "addmm" else args[2]
+        elif name in PRODUCTS:
+            weight = args[2] if name.startswith("addmm") else args[1]
             flops = 2.0 * outputs[0].numel() * weight.shape[-1 if name == "linear" else -2]
             if outputs[0].dtype == torch.float32:
                 self.faults.append(f"{name} of {tuple(outputs[0].shape)} in float32")
@@ -252,12 +254,14 @@ class FakeCuda:
         self._counter: KernelCounter | None = None
 
     def make_model(self, shape: str) -> Any:
-        """Qwen3VLModel of `shape` in bfloat16."""
+        """Qwen3VLModel of `shape` in bfloat16, arranged for the forward pass."""
         config = shape_config(shape, tokenizer())
         with unset_fake_temporarily(), torch.device("meta"):  # its initialization draws random numbers
             model = Qwen3VLModel._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
         model = model.eval().requires_grad_(False)
-        return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA))
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA))
+        arrange_products(model)
+        return model
 
     def make_forward(self, model: Any, vision: VisionConfig, attention: str) -> Forward:
         """The project's forward pass; its attention also reports FLOPs to the counter."""

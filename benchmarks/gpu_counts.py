@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.checkpoints import random_folder
-from benchmarks.fake_cuda import FakeCuda, KernelCounter, fake_cuda, missing_requirement
+from benchmarks.fake_cuda import PRODUCTS, FakeCuda, KernelCounter, fake_cuda, missing_requirement
 from benchmarks.workloads import make_items, read_words
 from embedder.inputs.items import item_from_fields
 from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer, read_vision_config
@@ -134,7 +134,7 @@ def _figures(inputs: list[ModelInput], *counters: KernelCounter) -> dict[str, fl
     return {
         "items": len(inputs),
         "kernels": sum(counter.num_kernels for counter in counters),
-        "products": sum(counter.kernels["linear"] for counter in counters),
+        "products": sum(counter.kernels[name] for counter in counters for name in PRODUCTS),
         "host_to_device_copies": sum(counter.host_to_device for counter in counters),
         "tflop": round(sum(counter.flops for counter in counters) / 1e12, 4),
         "roofline_ms": round(sum(counter.roofline_ms for counter in counters), 3),

@@ -38,6 +38,7 @@ from embedder.model.forward import Forward
 from embedder.model.memory_budget import find_budget
 from embedder.model.packing import pack
 from embedder.model.pooling import pool
+from embedder.model.products import arrange_products
 from embedder.model.weights import choose_device, load_model, visual_cost
 from embedder.settings import Settings, available_cores
 
@@ -271,6 +272,7 @@ class Embedder:
         self.preprocessor = Preprocessor(
             load_tokenizer(self.checkpoint.folder), vision, self.settings, visual_cost=visual_cost(weights)
         )
+        arrange_products(weights, is_compiled=self.settings.torch_compile)
         self.forward = Forward(weights, vision, self.settings.attention, is_compiled=self.settings.torch_compile)
         if self.settings.torch_compile:
             self._compile_layers()

@@ -3,6 +3,7 @@
 checkpoint     settings to a checkpoint folder, downloaded from the hub if needed
 memory         check that the weights fit the device, before they are loaded
 weights        checkpoint folder to transformers' Qwen3VLModel on the device
+products       linear layers of one input joined, and packed for oneDNN where that is faster
 packing        preprocessed items to one packed batch (no padding) on the device
 positions      coordinates to rotary angles and interpolated position embeddings
 attention      attention over packed sequences: sdpa, varlen or flash_attn

@@ -19,6 +19,7 @@ from embedder.model.attention import Attention
 from embedder.model.compile import compile_if
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, pack_prefixes
 from embedder.model.positions import apply_rotary
+from embedder.model.products import add_product
 
 Module = Any  # transformers' modules, whose attributes torch leaves untyped
 Prefix = tuple[int, ...]  # token ids
@@ -40,9 +41,9 @@ class Language:
     @property
     def max_prefix_bytes(self) -> int:
         """Peak device memory of prefixes: the full cache, and those of one batch, both as cached and concatenated."""
-        projection = self.tower.layers[0].self_attn.k_proj.weight
-        num_tokens = MAX_CACHED_TOKENS + 2 * MAX_SHARED_TOKENS
-        return int(2 * num_tokens * len(self.tower.layers) * projection.shape[0] * projection.element_size())
+        config, norm = self.tower.config, self.tower.layers[0].self_attn.k_norm.weight
+        bytes_per_token = 2 * len(self.tower.layers) * config.num_key_value_heads * norm.numel() * norm.element_size()
+        return int((MAX_CACHED_TOKENS + 2 * MAX_SHARED_TOKENS) * bytes_per_token)
 
     def __call__(self, batch: PackedBatch, visual_tokens: Tensor | None, deepstack: list[Tensor]) -> Tensor:
         """(num_items, hidden_size), after the final norm.
@@ -120,16 +121,17 @@ class Language:
         hidden_states: Tensor = self.tower.embed_tokens(batch.input_ids)
         cos, sin = self._rotary(hidden_states, batch)
         lengths = [len(prefix) for prefix in prefixes]
-        layers = []
-        for layer in self.tower.layers:
+        *layers, last = self.tower.layers
+        keys_and_values = []
+        for layer in layers:
             query, key, value = self._query_key_value(layer, hidden_states, cos, sin)
-            parts = zip(torch.split(key, lengths), torch.split(value, lengths), strict=True)
-            # A view would keep the other prefixes of the batch in memory.
-            layers.append([(key_part.clone(), value_part.clone()) for key_part, value_part in parts])
-            if layer is not self.tower.layers[-1]:
-                attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=True)
-                hidden_states = self._output_and_mlp(layer, hidden_states, attended)
-        return [list(prefix) for prefix in zip(*layers, strict=True)]
+            keys_and_values.append((key, value))
+            attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=True)
+            hidden_states = self._output_and_mlp(layer, hidden_states, attended)
+        keys_and_values.append(_key_value(last.self_attn, _rms_norm(last.input_layernorm, hidden_states), cos, sin))
+        parts = [list(zip(key.split(lengths), value.split(lengths), strict=True)) for key, value in keys_and_values]
+        # A view would keep the other prefixes, and the queries, in memory.
+        return [[(key.clone(), value.clone()) for key, value in prefix] for prefix in zip(*parts, strict=True)]
 
     def _rotary(self, hidden_states: Tensor, batch: PackedBatch | PackedPrefixes) -> tuple[Tensor, Tensor]:
         """Cos and sin of the M-RoPE angles, each (total_tokens, head_dim)."""
@@ -138,9 +140,19 @@ class Language:
 
 
 def _query_key_value(layer: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of every token, (tokens, num_heads or num_kv_heads, head_dim); query and key are rotated."""
-    normed = _rms_norm(layer.input_layernorm, hidden_states)
-    return _query(layer.self_attn, normed, cos, sin), *_key_value(layer.self_attn, normed, cos, sin)
+    """Query, key and value of every token, (tokens, num_heads or num_kv_heads, head_dim); query and key are rotated.
+
+    The heads of all three are normalized together, without weights, although value needs no norm: the weights of query
+    and key differ, and a part of the heads would have to be copied for the norm's kernel.
+    """
+    attention = layer.self_attn
+    projected = attention.qkv_proj(_rms_norm(layer.input_layernorm, hidden_states))
+    heads = projected.view(len(projected), -1, attention.head_dim)
+    num_rotated = len(attention.qk_norm_weight)  # heads of query and key
+    num_heads = 2 * num_rotated - heads.shape[1]
+    normed = F.rms_norm(heads, heads.shape[2:], None, attention.q_norm.variance_epsilon)
+    rotated = apply_rotary(normed[:, :num_rotated] * attention.qk_norm_weight, cos, sin)
+    return rotated[:, :num_heads], rotated[:, num_heads:], heads[:, num_rotated:]
 
 
 def _query(attention: Module, normed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -149,16 +161,18 @@ def _query(attention: Module, normed: Tensor, cos: Tensor, sin: Tensor) -> Tenso
 
 
 def _key_value(attention: Module, normed: Tensor, cos: Tensor, sin: Tensor) -> KeyAndValue:
-    key = attention.k_proj(normed).view(len(normed), -1, attention.head_dim)
-    value: Tensor = attention.v_proj(normed).view(len(normed), -1, attention.head_dim)
+    key, value = attention.kv_proj(normed).view(len(normed), 2, -1, attention.head_dim).unbind(1)
     return apply_rotary(_rms_norm(attention.k_norm, key), cos, sin), value
 
 
 def _output_and_mlp(layer: Module, hidden_states: Tensor, attended: Tensor) -> Tensor:
-    """The rest of a layer after attention: output projection and MLP, each with its residual connection."""
-    hidden_states = hidden_states + layer.self_attn.o_proj(attended.flatten(1))
-    output: Tensor = hidden_states + layer.mlp(_rms_norm(layer.post_attention_layernorm, hidden_states))
-    return output
+    """The rest of a layer after attention: output projection and MLP, each with its residual connection.
+
+    Overwrites `hidden_states`.
+    """
+    hidden_states = add_product(hidden_states, layer.self_attn.o_proj, attended.flatten(1))
+    gate, up = layer.mlp.gate_up_proj(_rms_norm(layer.post_attention_layernorm, hidden_states)).chunk(2, -1)
+    return add_product(hidden_states, layer.mlp.down_proj, layer.mlp.act_fn(gate) * up)
 
 
 def _rms_norm(norm: Module, states: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from embedder.model.attention import Attention
 from embedder.model.compile import compile_if
 from embedder.model.packing import PackedVision
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
+from embedder.model.products import add_product
 
 Module = Any  # transformers' modules, whose attributes torch leaves untyped
 
@@ -74,15 +75,16 @@ class Vision:
 
 def _query_key_value(block: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of every patch, each (num_patches, num_heads, head_dim); query and key are rotated."""
-    qkv = block.attn.qkv(block.norm1(hidden_states)).view(len(hidden_states), 3, block.attn.num_heads, -1)
-    query, key, value = qkv.unbind(1)
-    query = apply_rotary(query.float(), cos, sin).to(value.dtype)  # in float32, as in transformers
-    key = apply_rotary(key.float(), cos, sin).to(value.dtype)
-    return query, key, value
+    num_patches, num_heads = len(hidden_states), block.attn.num_heads
+    heads = block.attn.qkv(block.norm1(hidden_states)).view(num_patches, 3 * num_heads, -1)
+    rotated = apply_rotary(heads[:, : 2 * num_heads].float(), cos, sin).to(heads.dtype)  # as in transformers
+    return rotated[:, :num_heads], rotated[:, num_heads:], heads[:, 2 * num_heads :]
 
 
 def _output_and_mlp(block: Module, hidden_states: Tensor, attended: Tensor) -> Tensor:
-    """The rest of a block after attention: output projection and MLP, each with its residual connection."""
-    hidden_states = hidden_states + block.attn.proj(attended.flatten(1))
-    output: Tensor = hidden_states + block.mlp(block.norm2(hidden_states))
-    return output
+    """The rest of a block after attention: output projection and MLP, each with its residual connection.
+
+    Overwrites `hidden_states`.
+    """
+    hidden_states = add_product(hidden_states, block.attn.proj, attended.flatten(1))
+    return add_product(hidden_states, block.mlp, block.norm2(hidden_states))

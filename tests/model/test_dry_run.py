@@ -38,6 +38,7 @@ from embedder.model.cuda_graphs import TextGraphs, graph_size
 from embedder.model.forward import Forward
 from embedder.model.packing import pack
 from embedder.model.pooling import pool
+from embedder.model.products import join_layers
 from embedder.model.weights import load_model
 from embedder.settings import Settings
 from tests.conftest import picture, words
@@ -245,7 +246,9 @@ def test_varlen_back_ends_are_a_softmax_per_sequence(version: str, name: str, ca
 
 @pytest.fixture(scope="module")
 def model(random_checkpoint: Path) -> Any:
-    return load_model(random_checkpoint, torch.float32, CPU)
+    loaded: Any = load_model(random_checkpoint, torch.float32, CPU)
+    join_layers(loaded.language_model.layers)
+    return loaded
 
 
 def varlen_forward(model: Any, preprocessor: Preprocessor, name: str) -> Forward:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,8 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from embedder.errors import ModelUnavailable
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
 from embedder.inputs.preprocess import Preprocessor, load_tokenizer, read_vision_config
+from embedder.model import attention
 from embedder.model.attention import (
-    causal_mask,
     choose_attention,
     flash_attn_import_error,
     sdpa_attention,
@@ -32,6 +31,7 @@ from embedder.model.forward import Forward
 from embedder.model.language import MAX_CACHED_TOKENS
 from embedder.model.packing import MAX_SHARED_TOKENS, Run, Sequences, pack
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
+from embedder.model.products import join_layers
 from embedder.model.vision import ROPE_THETA
 from embedder.model.weights import choose_device, load_model, visual_cost
 from embedder.settings import Settings
@@ -43,7 +43,16 @@ GRIDS = torch.tensor([[1, 2, 2], [1, 4, 62], [3, 6, 4], [1, 48, 48], [1, 80, 2]]
 
 @pytest.fixture(scope="module")
 def model(random_checkpoint: Path) -> Any:
+    """As transformers computes it."""
     return load_model(random_checkpoint, torch.float32, CPU)
+
+
+@pytest.fixture(scope="module")
+def arranged(random_checkpoint: Path) -> Any:
+    """The same weights, for our forward pass."""
+    loaded: Any = load_model(random_checkpoint, torch.float32, CPU)
+    join_layers(loaded.language_model.layers)
+    return loaded
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -212,11 +221,27 @@ def test_package_called_flash_attn_that_lacks_the_function_is_not_chosen(
     flash_attn_import_error.cache_clear()
 
 
-@pytest.mark.parametrize(("num_queries", "is_kept"), [(40, True), (2000, False)])
-def test_large_masks_are_not_kept(num_queries: int, is_kept: bool) -> None:
-    """Every length of a text has one of its own, of up to 64 MB."""
-    mask = weakref.ref(causal_mask(num_queries, num_queries + 20))
-    assert (mask() is not None) == is_kept
+@pytest.mark.parametrize("max_mask_bytes", [0, 2**16])
+def test_causal_attention_with_more_keys_is_the_same_with_and_without_a_mask(
+    max_mask_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MAX_MASK_BYTES", max_mask_bytes)
+    own, keys = [3, 3, 1, 40, 6], [7, 7, 1, 60, 6]
+    query = randn(sum(own), 6, 8)
+    key, value = randn(sum(keys), 2, 8, seed=1), randn(sum(keys), 2, 8, seed=2)
+    where = sequences(own, paired_with=keys), sequences(keys, paired_with=own)
+    attended = sdpa_attention(query, key, value, *where, causal=True)
+    assert (attended - naive_attention(query, key, value, own, keys, causal=True)).abs().max() < 1e-5
+
+
+def test_long_texts_need_no_mask() -> None:
+    """Every length would have one of its own, of up to 64 MB."""
+    before = attention.causal_mask.cache_info()
+    query, key = randn(300, 2, 8), randn(320, 2, 8, seed=1)
+    where = sequences([300], paired_with=[320]), sequences([320], paired_with=[300])
+    attended = sdpa_attention(query, key, key, *where, causal=True)
+    assert attention.causal_mask.cache_info() == before
+    assert (attended - naive_attention(query, key, key, [300], [320], causal=True)).abs().max() < 1e-5
 
 
 # The whole, step by step
@@ -245,7 +270,7 @@ def test_visual_cost_is_what_the_towers_multiply(model: Any, preprocessor: Prepr
     assert visual_cost(model) == pytest.approx(expected, rel=0.05)
 
 
-def test_packed_vision_tower_is_transformers(model: Any, preprocessor: Preprocessor) -> None:
+def test_packed_vision_tower_is_transformers(model: Any, arranged: Any, preprocessor: Preprocessor) -> None:
     """Normalization folded into the patch embedding, a picture's two frames into one, clips behind pictures."""
     items = [
         EmbeddingItem((Video((picture(64, 96, 1), picture(64, 96, 2), picture(64, 96, 3))), Text("clip"))),
@@ -254,7 +279,7 @@ def test_packed_vision_tower_is_transformers(model: Any, preprocessor: Preproces
     inputs = [preprocessor(item) for item in items]
     packed = pack(inputs, 2, CPU).vision
     assert packed is not None
-    forward = Forward(model, preprocessor.vision, "sdpa")
+    forward = Forward(arranged, preprocessor.vision, "sdpa")
     with torch.inference_mode():
         tokens, deepstack = forward.vision(packed)
         ordered = [*inputs[1].patches, *inputs[0].patches]  # pictures first, the small one before the large
@@ -289,9 +314,9 @@ def rows_of(forward: Forward, preprocessor: Preprocessor, items: list[EmbeddingI
 
 
 @pytest.mark.parametrize("before", ["", "\n", "\n\n ", " "])
-def test_kept_prefix_gives_the_same_states(model: Any, preprocessor: Preprocessor, before: str) -> None:
+def test_kept_prefix_gives_the_same_states(model: Any, arranged: Any, preprocessor: Preprocessor, before: str) -> None:
     items = [EmbeddingItem((Text(before + words(5, seed)),), instruction=f"Task {seed % 3}") for seed in range(7)]
-    forward = Forward(model, preprocessor.vision, "sdpa")
+    forward = Forward(arranged, preprocessor.vision, "sdpa")
     cold, warm = rows_of(forward, preprocessor, items), rows_of(forward, preprocessor, items)
     assert len(forward.language._prefix_cache) == 3
     assert torch.equal(cold, warm)
@@ -302,8 +327,8 @@ def test_kept_prefix_gives_the_same_states(model: Any, preprocessor: Preprocesso
         assert torch.allclose(row, states[0, -1], rtol=0, atol=1e-5 * float(row.abs().max()))
 
 
-def test_kept_prefixes_are_bounded_and_the_oldest_goes_first(model: Any, preprocessor: Preprocessor) -> None:
-    forward = Forward(model, preprocessor.vision, "sdpa")
+def test_kept_prefixes_are_bounded_and_the_oldest_goes_first(arranged: Any, preprocessor: Preprocessor) -> None:
+    forward = Forward(arranged, preprocessor.vision, "sdpa")
     for seed in range(60):
         rows_of(forward, preprocessor, [EmbeddingItem((Text("red"),), instruction=words(60, seed))])
     kept = list(forward.language._prefix_cache)
@@ -312,19 +337,19 @@ def test_kept_prefixes_are_bounded_and_the_oldest_goes_first(model: Any, preproc
     assert kept[-1] == tuple(newest.input_ids[: newest.num_prefix_tokens].tolist())
 
 
-def test_batch_of_many_instructions_keeps_the_first_of_them(model: Any, preprocessor: Preprocessor) -> None:
+def test_batch_of_many_instructions_keeps_the_first_of_them(arranged: Any, preprocessor: Preprocessor) -> None:
     """And gives the same rows; keys and values of each would take memory in every layer."""
-    forward = Forward(model, preprocessor.vision, "sdpa")
+    forward = Forward(arranged, preprocessor.vision, "sdpa")
     items = [EmbeddingItem((Text(words(5, seed)),), instruction=words(60, seed)) for seed in range(20)]
     together = rows_of(forward, preprocessor, items)
     assert MAX_SHARED_TOKENS / 2 < sum(map(len, forward.language._prefix_cache)) <= MAX_SHARED_TOKENS
     for item, row in zip(items, together, strict=True):
-        alone = rows_of(Forward(model, preprocessor.vision, "sdpa"), preprocessor, [item])[0]
+        alone = rows_of(Forward(arranged, preprocessor.vision, "sdpa"), preprocessor, [item])[0]
         assert torch.allclose(row, alone, rtol=0, atol=1e-5 * float(row.abs().max()))
 
 
-def test_very_long_instruction_is_not_kept(model: Any, preprocessor: Preprocessor) -> None:
-    forward = Forward(model, preprocessor.vision, "sdpa")
+def test_very_long_instruction_is_not_kept(arranged: Any, preprocessor: Preprocessor) -> None:
+    forward = Forward(arranged, preprocessor.vision, "sdpa")
     items = [EmbeddingItem((Text("red"),), instruction=words(400)), EmbeddingItem((Text("green"),))]
     together = rows_of(forward, preprocessor, items)
     assert [len(prefix) < 30 for prefix in forward.language._prefix_cache] == [True]
@@ -333,10 +358,10 @@ def test_very_long_instruction_is_not_kept(model: Any, preprocessor: Preprocesso
         assert torch.allclose(row, alone, rtol=0, atol=1e-5 * float(row.abs().max()))
 
 
-def test_state_of_the_last_token_is_transformers(model: Any, preprocessor: Preprocessor) -> None:
+def test_state_of_the_last_token_is_transformers(model: Any, arranged: Any, preprocessor: Preprocessor) -> None:
     inputs = [preprocessor(EmbeddingItem((Text(words(count, count)),))) for count in (1, 30, 7, 30)]
     with torch.inference_mode():
-        rows = Forward(model, preprocessor.vision, "sdpa")(pack(inputs, 2, CPU))
+        rows = Forward(arranged, preprocessor.vision, "sdpa")(pack(inputs, 2, CPU))
         for row, one in zip(rows, inputs, strict=True):
             states = model(input_ids=torch.from_numpy(one.input_ids)[None]).last_hidden_state
             assert torch.allclose(row, states[0, -1], rtol=0, atol=1e-5 * float(row.abs().max()))

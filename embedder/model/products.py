@@ -1,0 +1,174 @@
+"""The linear layers of a loaded model, arranged for the fastest matrix products of the device.
+
+On every device, layers of the same input become one: query, key and value; gate and up. On a CPU, the weights may then
+be stored in oneDNN's blocked layout. On AMD processors torch's default product (MKL) is up to 2.3 times as slow, mostly
+for few rows (benchmarks/results/choices.md); on others it is the faster one. A short measurement at start decides.
+
+The model is changed in place, one layer after the other, so that at most one layer is in memory twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+ROWS = (16, 128)  # what is measured: a short query, and a batch
+NUM_MEASURED = 3  # layers, so that their weights do not fit the smaller caches
+MAX_MEASURED_WEIGHTS = 2**20  # of each: 128 rows take 2 ms on two cores
+MEASURE_S = 0.2
+MIN_ROUNDS = 3  # the first one includes the generation of code
+MAX_TIME_RATIO = 0.95  # a smaller difference is noise
+
+# oneDNN generates code for each number of rows: 1 ms and 1 MB for each shape of a weight (2 cores, AMD EPYC). Products
+# are therefore computed for multiples of `step` rows, up to `end` rows each.
+_STEPS = ((4, 1), (64, 4), (256, 16), (512, 32), (2048, 64))
+_LAST_STEP = 256
+
+
+def arrange_products(model: Any, *, is_compiled: bool = False) -> str:
+    """Join and pack the linear layers of transformers' Qwen3VLModel. Returns the product's name: torch or oneDNN.
+
+    `model` then computes only through `Language` and `Vision`; its own forward pass lacks the layers that were joined.
+    Compiled layers use torch's product, because oneDNN's would be compiled again for each number of rows.
+    """
+    join_layers(model.language_model.layers)
+    chosen = "torch" if is_compiled else fastest_product(model)
+    if chosen == "oneDNN":
+        pack_linears(model)
+    return chosen
+
+
+def join_layers(layers: Sequence[Any]) -> None:
+    """Replace the linear layers of one input by one: `qkv_proj` (`kv_proj` in the last layer) and `gate_up_proj`.
+
+    The last layer needs queries only for the pooled tokens, so its `q_proj` stays. `qk_norm_weight`, (heads of query
+    and key, head_dim), holds the weights of their norms.
+    """
+    for layer in layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        if layer is layers[-1]:
+            attention.kv_proj = _join(attention, ("k_proj", "v_proj"))
+        else:
+            attention.qk_norm_weight = torch.cat(
+                [
+                    norm.weight.expand(projection.out_features // attention.head_dim, -1)
+                    for norm, projection in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj))
+                ]
+            )
+            attention.qkv_proj = _join(attention, ("q_proj", "k_proj", "v_proj"))
+        mlp.gate_up_proj = _join(mlp, ("gate_proj", "up_proj"))
+
+
+def _join(parent: nn.Module, names: Sequence[str]) -> nn.Linear:
+    """One linear layer with the outputs of the named ones, which are removed from their parent."""
+    parts: list[nn.Linear] = [parent.get_submodule(name) for name in names]  # type: ignore[misc]
+    joined = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts), bias=False, device="meta")
+    joined.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+    if parts[0].bias is not None:
+        joined.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+    for name in names:
+        delattr(parent, name)
+    return joined
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is stored in oneDNN's blocked layout."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = linear.bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(num_rows, in_features) to (num_rows, out_features)."""
+        num_rows = len(states)
+        if missing := padded_rows(num_rows) - num_rows:
+            states = F.pad(states, (0, 0, 0, missing))
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
+        return output[:num_rows]
+
+
+def padded_rows(num_rows: int) -> int:
+    """The number of rows for which oneDNN computes a product of `num_rows`."""
+    step = next((step for end, step in _STEPS if num_rows <= end), _LAST_STEP)
+    return math.ceil(num_rows / step) * step
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Replace each linear layer inside `module` by a packed one."""
+    for name in [name for name, _ in module.named_children()]:  # the names only: a list of layers would keep them all
+        child = module.get_submodule(name)
+        if isinstance(child, nn.Linear):
+            setattr(module, name, PackedLinear(child))
+        else:
+            pack_linears(child)
+
+
+def add_product(residual: Tensor, linear: nn.Module, states: Tensor) -> Tensor:
+    """`residual` + linear(states). Overwrites `residual`: without a bias, the product adds it in the same kernel."""
+    if torch.compiler.is_compiling():  # the compiler fuses the sum with the operation that follows
+        return torch.add(residual, linear(states))
+    if isinstance(linear, nn.Linear) and linear.bias is None:
+        return residual.addmm_(states, linear.weight.t())
+    residual += linear(states)
+    return residual
+
+
+def fastest_product(model: Any) -> str:
+    """The name of the product that is faster with weights of this model, torch or oneDNN. Takes `MEASURE_S`."""
+    linears = [_part(layer.mlp.gate_up_proj) for layer in model.language_model.layers[:NUM_MEASURED]]
+    if not can_pack(linears[0].weight):
+        return "torch"
+    packed = [PackedLinear(linear) for linear in linears]
+    ratios = [
+        _time_ratio(packed, linears, torch.ones(num_rows, linears[0].in_features, dtype=linears[0].weight.dtype))
+        for num_rows in ROWS
+    ]
+    chosen = "oneDNN" if math.prod(ratios) <= MAX_TIME_RATIO ** len(ratios) else "torch"
+    logger.info(
+        "matrix products: %s (oneDNN takes %s of torch's time for %s rows)",
+        chosen,
+        " and ".join(f"{ratio:.0%}" for ratio in ratios),
+        " and ".join(map(str, ROWS)),
+    )
+    return chosen
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN has a blocked layout for weights of this device and data type."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+def _part(linear: nn.Linear) -> nn.Linear:
+    """The first outputs of a layer, so that its product does not take long."""
+    num_outputs = max(1, min(linear.out_features, MAX_MEASURED_WEIGHTS // linear.in_features))
+    part = nn.Linear(linear.in_features, num_outputs, bias=False, device="meta")
+    part.weight = nn.Parameter(linear.weight[:num_outputs], requires_grad=False)
+    return part
+
+
+@torch.inference_mode()
+def _time_ratio(ours: Sequence[nn.Module], theirs: Sequence[nn.Module], states: Tensor) -> float:
+    """The shortest time of `ours` divided by that of `theirs`, measured in turns: other processes slow both down."""
+    times: tuple[list[float], list[float]] = ([], [])
+    stop = time.perf_counter() + MEASURE_S / len(ROWS)
+    while len(times[0]) < MIN_ROUNDS or time.perf_counter() < stop:
+        for layers, seconds in zip((ours, theirs), times, strict=True):
+            start = time.perf_counter()
+            for layer in layers:
+                layer(states)
+            seconds.append(time.perf_counter() - start)
+    return min(times[0]) / min(times[1])
