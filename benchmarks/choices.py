@@ -137,7 +137,7 @@ def _variants() -> Iterator[tuple[str, Callable[[Embedder], Run], dict[str, Any]
     yield "torch's matrix product", _as_it_is, {"product": "torch"}
     yield "oneDNN's matrix product, weights packed", _as_it_is, {"product": "oneDNN"}
     if shutil.which("c++"):
-        yield "layers by torch.compile", _as_it_is, {"torch_compile": True}
+        yield "layers by torch.compile", _as_it_is, {"execution": "compiled"}
 
 
 def _as_it_is(embedder: Embedder) -> Run:

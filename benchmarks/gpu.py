@@ -54,13 +54,13 @@ from transformers import Qwen3VLModel  # noqa: E402 - after the declaration
 
 CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {  # by device, then by name: settings of the engine
     "cuda": {
-        "eager": {"attention": "varlen", "cuda_graphs": False, "torch_compile": False},
-        "CUDA graphs": {"attention": "varlen", "cuda_graphs": True, "torch_compile": False},
-        "compiled": {"attention": "varlen", "cuda_graphs": False, "torch_compile": True},
-        "CUDA graphs, compiled": {"attention": "varlen", "cuda_graphs": True, "torch_compile": True},
-        "flash_attn": {"attention": "flash_attn", "cuda_graphs": False, "torch_compile": False},
+        "eager": {"attention": "varlen", "execution": "eager"},
+        "CUDA graphs": {"attention": "varlen", "execution": "graphs"},
+        "compiled": {"attention": "varlen", "execution": "compiled"},
+        "CUDA graphs, compiled": {"attention": "varlen", "execution": "graphs+compiled"},
+        "flash_attn": {"attention": "flash_attn", "execution": "eager"},
     },
-    "cpu": {"eager": {"attention": "sdpa", "cuda_graphs": False, "torch_compile": False}},
+    "cpu": {"eager": {"attention": "sdpa", "execution": "eager"}},
 }
 PARTS = ("checks", "speed")
 CHECK_SHAPES = {"cuda": ("tiny", "small"), "cpu": ("tiny",)}
@@ -227,7 +227,7 @@ def _missing(options: dict[str, Any]) -> str:
     """Why this machine cannot run the configuration; empty if it can."""
     if options["attention"] == "flash_attn" and not peers.is_installed("flash_attn"):
         return library.NOT_INSTALLED
-    if options.get("torch_compile") and not shutil.which("cc"):
+    if "compiled" in options["execution"] and not shutil.which("cc"):
         return "no C compiler"
     return ""
 

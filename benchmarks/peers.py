@@ -31,7 +31,7 @@ from transformers.utils import logging  # noqa: E402 - after the declaration
 
 BATCH_SIZE = 32  # of both peers; the default of sentence-transformers
 OURS, TRANSFORMERS, SENTENCE_TRANSFORMERS = "ours", "transformers", "sentence-transformers"
-OPTIONS = {"cuda_graphs": "CUDA graphs", "torch_compile": "compiled"}  # our options and their labels
+EXECUTIONS = {"graphs": "CUDA graphs", "compiled": "compiled", "graphs+compiled": "CUDA graphs, compiled"}  # labels
 
 logging.disable_progress_bar()
 
@@ -82,7 +82,8 @@ def ours(folder: Path, dtype: torch.dtype, device: torch.device, model: Any = No
     loaded = mock.patch("embedder.embedder.load_model", return_value=model) if model is not None else nullcontext()
     with loaded:
         embedder = Embedder(str(folder), device=str(device), dtype=name, **options)
-    full_name = ", ".join([OURS, *(OPTIONS[option] for option in options if option in OPTIONS)])
+    execution = options.get("execution")
+    full_name = f"{OURS}, {EXECUTIONS[execution]}" if execution in EXECUTIONS else OURS
     return Peer(full_name, lambda items: np.stack(embedder.embed(items)), embedder.close)
 
 

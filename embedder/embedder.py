@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Literal, Self, cast, overload
 
 import numpy as np
@@ -34,6 +35,7 @@ from embedder.inputs.python_items import PythonItem, is_single_item, item_from_p
 from embedder.model.checkpoint import find_checkpoint
 from embedder.model.cuda_graphs import TextGraphs, graph_size
 from embedder.model.device_errors import device_errors
+from embedder.model.execution import choose_execution
 from embedder.model.forward import Forward
 from embedder.model.memory_budget import find_budget
 from embedder.model.packing import pack
@@ -93,8 +95,7 @@ class Embedder:
         self.checkpoint = find_checkpoint(self.settings)
         self.device = choose_device(self.settings, worker)
         is_cuda = self.device.type == "cuda"
-        if self.settings.cuda_graphs and not is_cuda:
-            raise ModelUnavailable(f"EMBEDDER_CUDA_GRAPHS needs a GPU; the device is {self.device}")
+        self.execution = choose_execution(self.settings.execution, self.device)
         if not is_cuda:
             self._limit_torch_threads()
         # In a thread that ends afterwards: OpenMP keeps a team of threads for each thread that has computed. With this
@@ -272,11 +273,11 @@ class Embedder:
         self.preprocessor = Preprocessor(
             load_tokenizer(self.checkpoint.folder), vision, self.settings, visual_cost=visual_cost(weights)
         )
-        arrange_products(weights, is_compiled=self.settings.torch_compile)
-        self.forward = Forward(weights, vision, self.settings.attention, is_compiled=self.settings.torch_compile)
-        if self.settings.torch_compile:
-            self._compile_layers()
-        self.graphs = self._record_graphs() if self.settings.cuda_graphs else None
+        arrange_products(weights, is_compiled=self.execution.is_compiled)
+        self.forward = Forward(weights, vision, self.settings.attention, is_compiled=self.execution.is_compiled)
+        if self.execution.is_compiled and not self._compile_layers():
+            self.forward = Forward(weights, vision, self.settings.attention)
+        self.graphs = self._record_graphs() if self.execution.has_graphs else None
 
     def _limit_torch_threads(self) -> None:
         """Use this worker's share of the cores. By default torch uses all of the machine's, whatever the CPU quota."""
@@ -295,15 +296,17 @@ class Embedder:
         budget = find_budget(self.preprocessor, run)
         return self.settings.model_copy(update={"max_batch_tokens": budget})
 
-    def _record_graphs(self) -> TextGraphs:
+    def _record_graphs(self) -> TextGraphs | None:
+        """The graphs. None if there is no memory for them and they are not required."""
         try:
             with device_errors(self.device):
                 return TextGraphs(self.forward.language, self.device)
         except DeviceOutOfMemory as error:
-            raise ModelUnavailable(f"EMBEDDER_CUDA_GRAPHS: no memory is left for the graphs: {error}") from error
+            self._do_without(f"no memory is left for the graphs: {error}", has_graphs=False)
+            return None
 
-    def _compile_layers(self) -> None:
-        """Run each tower once. Raises `ModelUnavailable` if torch.compile does not work here, e.g. has no compiler."""
+    def _compile_layers(self) -> bool:
+        """Run each tower once. False if torch.compile does not work here and is not required."""
         logger.info("compiling the layers; the next start is faster if TORCHINDUCTOR_CACHE_DIR keeps the result")
         start = time.monotonic()
         item = EmbeddingItem((Text("ready?"), Image(EXAMPLE_IMAGE)))
@@ -311,8 +314,17 @@ class Embedder:
             self.forward(pack([self.preprocessor(item)], self.preprocessor.vision.merge_size, self.device))
         except RuntimeError as error:
             reason = " ".join(str(error).strip().partition("\n\n")[0].split())
-            raise ModelUnavailable(f"EMBEDDER_TORCH_COMPILE: the layers cannot be compiled: {reason}") from error
+            self._do_without(f"the layers cannot be compiled: {reason}", is_compiled=False)
+            return False
         logger.info("the layers are compiled after %.0f s", time.monotonic() - start)
+        return True
+
+    def _do_without(self, reason: str, **changes: bool) -> None:
+        """Go on without a part of the execution, with a line in the log. Raises `ModelUnavailable` if required."""
+        if self.execution.is_required:
+            raise ModelUnavailable(f"EMBEDDER_EXECUTION={self.settings.execution}: {reason}")
+        logger.warning("%s; the service works, but short texts take longer", reason)
+        self.execution = replace(self.execution, reason=reason, **changes)
 
     def _launch(self, inputs: list[ModelInput]) -> WaitForRows:
         """Start a batch, sorted by length; the function returned gives the rows in the order of `inputs`."""
@@ -339,12 +351,13 @@ class Embedder:
                 "Set EMBEDDER_MODEL=Qwen/Qwen3-VL-Embedding-2B to use the published model"
             )
         logger.info(
-            "%s loaded in %.1f s: device %s, dtype %s, attention %s",
+            "%s loaded in %.1f s: device %s, dtype %s, attention %s, layers %s",
             self.checkpoint.name,
             seconds,
             self.device,
             self.forward.dtype,
             self.forward.attention_name,
+            self.execution,
         )
 
 

@@ -52,10 +52,11 @@ class Settings(BaseModel):
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
         "auto", description="Attention back end; `auto`: flash_attn if installed, else varlen, on CUDA; sdpa on a CPU."
     )
-    cuda_graphs: bool = Field(False, description="Replay small batches of texts as CUDA graphs; needs a GPU.")
-    torch_compile: bool = Field(
-        False,
-        description="Compile the layers at start, for minutes; needs a C++ compiler, on a GPU a C compiler.",
+    execution: Literal["auto", "eager", "compiled", "graphs", "graphs+compiled"] = Field(
+        "auto",
+        description="How the layers run: `eager`, one kernel at a time; `compiled`, by torch.compile; `graphs`, small "
+        "batches of texts as CUDA graphs; `auto`: `graphs+compiled` on CUDA (`graphs` without a compiler), `eager` on "
+        "a CPU.",
     )
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto",

@@ -198,7 +198,7 @@ def _start_server(folder: Path, target: str, cwd: Path, settings: Mapping[str, s
             start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{server.url}/readyz", timeout=2).status_code == 200:

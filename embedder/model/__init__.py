@@ -1,13 +1,15 @@
 """The model: a checkpoint's weights and their packed forward pass. The files, in the order data meets them:
 
 checkpoint     settings to a checkpoint folder, downloaded from the hub if needed
+gpus           the number of GPUs, without torch where there is none
+progress       downloads and loads in log lines
 memory         check that the weights fit the device, before they are loaded
 weights        checkpoint folder to transformers' Qwen3VLModel on the device
 products       linear layers of one input joined, and packed for oneDNN where that is faster
 packing        preprocessed items to one packed batch (no padding) on the device
 positions      coordinates to rotary angles and interpolated position embeddings
 attention      attention over packed sequences: sdpa, varlen or flash_attn
-compile        torch.compile for the functions of a layer
+execution      how the layers run: eager, by torch.compile, as CUDA graphs, or both
 vision         patches to visual tokens and DeepStack features
 language       tokens to the final hidden state of each item's last token
 forward        both towers, in order

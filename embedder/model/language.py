@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedder.model.attention import Attention
-from embedder.model.compile import compile_if
+from embedder.model.execution import compile_if
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, pack_prefixes
 from embedder.model.positions import apply_rotary
 from embedder.model.products import add_product

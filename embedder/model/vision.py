@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embedder.inputs.preprocess import VisionConfig
 from embedder.model.attention import Attention
-from embedder.model.compile import compile_if
+from embedder.model.execution import compile_if
 from embedder.model.packing import PackedVision
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 from embedder.model.products import add_product

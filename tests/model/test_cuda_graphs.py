@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from embedder import Embedder
-from embedder.errors import ModelUnavailable
 from embedder.inputs.items import EmbeddingItem, Image, Text
 from embedder.inputs.preprocess import ModelInput
 from embedder.model.cuda_graphs import CPU, MAX_ITEMS, SIZES, TextGraphs, graph_size, pad_to_size
@@ -41,11 +40,6 @@ def test_graph_is_the_smallest_that_holds_the_batch(embedder: Embedder) -> None:
     assert graph_size(texts(embedder, "red " * max(SIZES))) is None
     assert graph_size(query * (MAX_ITEMS + 1)) is None
     assert graph_size([embedder.preprocessor(EmbeddingItem((Image(picture(64, 64)),)))]) is None
-
-
-def test_graphs_without_a_gpu_are_refused(random_checkpoint: Path) -> None:
-    with pytest.raises(ModelUnavailable, match="EMBEDDER_CUDA_GRAPHS needs a GPU; the device is cpu"):
-        Embedder(str(random_checkpoint), device="cpu", cuda_graphs=True)
 
 
 @pytest.mark.gpu

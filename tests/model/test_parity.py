@@ -170,7 +170,7 @@ def test_compiled_layers_equal_transformers_whatever_the_number_of_tokens(
     random_checkpoint: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = list(ITEMS.values())
-    with Embedder(str(random_checkpoint), device="cpu", torch_compile=True) as embedder:
+    with Embedder(str(random_checkpoint), device="cpu", execution="compiled") as embedder:
         monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)  # the start has compiled all
         assert_equal(embedder.embed(items), oracle.embed(items))
         alone = [embedder.embed([item])[0] for item in items]
@@ -179,10 +179,10 @@ def test_compiled_layers_equal_transformers_whatever_the_number_of_tokens(
 
 @pytest.mark.slow
 def test_layers_that_cannot_be_compiled_stop_the_start(random_checkpoint: Path, tmp_path: Path) -> None:
-    program = f"from embedder import Embedder; Embedder({str(random_checkpoint)!r}, device='cpu', torch_compile=True)"
+    program = f"from embedder import Embedder; Embedder({str(random_checkpoint)!r}, device='cpu', execution='compiled')"
     environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert "ModelUnavailable: EMBEDDER_TORCH_COMPILE: the layers cannot be compiled: " in run.stderr
+    assert "ModelUnavailable: EMBEDDER_EXECUTION=compiled: the layers cannot be compiled: " in run.stderr
     assert "no-such-compiler" in run.stderr.strip().splitlines()[-1]
 
 

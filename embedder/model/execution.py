@@ -1,0 +1,61 @@
+"""How the layers run: one kernel at a time (eager), through torch.compile, replayed as CUDA graphs, or both."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from embedder.errors import ModelUnavailable
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """A value of `EMBEDDER_EXECUTION` for a device, and why it was chosen. `is_required`: chosen by the user."""
+
+    is_compiled: bool
+    has_graphs: bool
+    is_required: bool
+    reason: str
+
+    def __str__(self) -> str:
+        names = ["graphs"] * self.has_graphs + ["compiled"] * self.is_compiled or ["eager"]
+        return f"{'+'.join(names)} ({self.reason})"
+
+
+def choose_execution(setting: str, device: torch.device) -> Execution:
+    """The setting's value resolved for the device. Raises `ModelUnavailable` for graphs without a GPU."""
+    is_cuda = device.type == "cuda"
+    if setting != "auto":
+        if "graphs" in setting and not is_cuda:
+            raise ModelUnavailable(f"EMBEDDER_EXECUTION={setting} needs a GPU; the device is {device}")
+        return Execution("compiled" in setting, "graphs" in setting, True, f"EMBEDDER_EXECUTION={setting}")
+    if not is_cuda:
+        return Execution(False, False, False, "the default on a CPU")
+    if missing := _missing_for_triton():
+        return Execution(False, True, False, f"not compiled: {missing}")
+    return Execution(True, True, False, "the default on a GPU with a C compiler and Triton")
+
+
+def _missing_for_triton() -> str:
+    """What torch.compile lacks on this machine to make kernels for a GPU; empty if nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")  # in the order of Triton
+    return "" if any(shutil.which(name) for name in compilers if name) else "there is no C compiler"
+
+
+def compile_if(is_compiled: bool, function: Function) -> Function:
+    """The function through torch.compile, or the function itself (eager mode).
+
+    The compiled function is one graph for all layers and all numbers of tokens from 2 on, made at its first call.
+    Inductor fuses norms, rotations, activations and residual sums; matrix products stay those of the library.
+    """
+    return torch.compile(function, dynamic=True, fullgraph=True) if is_compiled else function

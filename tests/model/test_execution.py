@@ -1,0 +1,99 @@
+"""How the layers run is chosen from the setting, the device and the compilers that are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from embedder import Embedder
+from embedder import embedder as embedder_module
+from embedder.errors import ModelUnavailable
+from embedder.model.execution import choose_execution
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with all programs that are found; Triton seems to be installed."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec("json" if name == "triton" else name))
+    return tmp_path
+
+
+def add_program(folder: Path, name: str) -> None:
+    (folder / name).write_text("#!/bin/sh\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang", "cc"])
+def test_gpu_with_a_compiler_runs_graphs_of_compiled_layers(compiler: str, tools: Path) -> None:
+    add_program(tools, compiler)
+    assert str(choose_execution("auto", CUDA)).startswith("graphs+compiled (the default on a GPU with")
+
+
+def test_compiler_of_the_environment_counts(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_program(tools, "my-cc")
+    monkeypatch.setenv("CC", "my-cc")
+    assert choose_execution("auto", CUDA).is_compiled
+
+
+def test_gpu_without_a_compiler_runs_graphs_and_says_what_is_missing(
+    tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert str(choose_execution("auto", CUDA)) == "graphs (not compiled: there is no C compiler)"
+    add_program(tools, "gcc")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert str(choose_execution("auto", CUDA)) == "graphs (not compiled: Triton is not installed)"
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("setting", ["eager", "compiled", "graphs", "graphs+compiled"])
+def test_setting_is_obeyed_on_a_gpu_whatever_is_installed(setting: str) -> None:
+    assert str(choose_execution(setting, CUDA)) == f"{setting} (EMBEDDER_EXECUTION={setting})"
+
+
+def test_cpu_runs_eagerly_unless_told_to_compile() -> None:
+    assert str(choose_execution("auto", CPU)) == "eager (the default on a CPU)"
+    assert choose_execution("compiled", CPU).is_compiled
+
+
+@pytest.mark.parametrize("setting", ["graphs", "graphs+compiled"])
+def test_graphs_without_a_gpu_are_refused(setting: str, random_checkpoint: Path) -> None:
+    with pytest.raises(ModelUnavailable) as caught:
+        Embedder(str(random_checkpoint), device="cpu", execution=setting)
+    assert str(caught.value) == f"EMBEDDER_EXECUTION={setting} needs a GPU; the device is cpu"
+
+
+def test_default_that_does_not_work_here_is_logged_and_left_out(
+    random_checkpoint: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no kernel for this device\n\nand a long explanation")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    chosen = replace(choose_execution("compiled", CPU), is_required=False)
+    monkeypatch.setattr(embedder_module, "choose_execution", lambda *_: chosen)
+    with caplog.at_level(logging.INFO), Embedder(str(random_checkpoint), device="cpu") as other:
+        (vector,) = other.embed(["red"])
+    assert abs(vector - embedder.embed(["red"])[0]).max() <= 1e-6
+    assert "the layers cannot be compiled: no kernel for this device; the service works, but" in caplog.text
+    assert "layers eager (the layers cannot be compiled: no kernel for this device)" in caplog.text
+
+
+def test_required_compilation_that_does_not_work_stops_the_start(
+    random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no kernel for this device")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    with pytest.raises(ModelUnavailable, match=r"^EMBEDDER_EXECUTION=compiled: the layers cannot be compiled: no k"):
+        Embedder(str(random_checkpoint), device="cpu", execution="compiled")
