@@ -181,6 +181,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def build_reranker_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
+    """As `build_tokenizer`, with the tokens "yes" and "no"; nothing is appended to a prompt."""
+    answers = ["yes", "no"] * 20_000  # so often that their letters are joined first
+    tokenizer = build_tokenizer([*answers, *texts], vocab_size)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> Qwen2Tokenizer:
     """Train a byte-level BPE tokenizer with at most `vocab_size` ids on `texts`; Qwen's 26 added tokens come last.
 
@@ -284,12 +292,14 @@ def write_checkpoint(
     architecture: str = "Qwen3VLForConditionalGeneration",
     max_pixels: int = MAX_PIXELS,
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    is_reranker: bool = False,
 ) -> None:
     """Write a complete checkpoint folder.
 
     `prefixed` names the weights as Qwen3VLForConditionalGeneration does (`model.visual...`, and `lm_head.weight` unless
     tied), otherwise as Qwen3VLModel does (`visual...`). `processor_config=False` leaves the two preprocessor files out.
-    `state_dict`, by Qwen3VLModel's names, replaces the random weights.
+    `state_dict`, by Qwen3VLModel's names, replaces the random weights. `is_reranker` adds the files by which Sentence
+    Transformers loads a reranker; `tokenizer` is then one of `build_reranker_tokenizer`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config.architectures = [architecture]
@@ -299,6 +309,8 @@ def write_checkpoint(
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     if processor_config:
         _write_processor_configs(folder, max_pixels)
+    if is_reranker:
+        _write_reranker_configs(folder, tokenizer)
     _write_weights(folder, config, seed, getattr(torch, dtype), prefixed, state_dict)
 
 
@@ -317,6 +329,26 @@ def _write_processor_configs(folder: Path, max_pixels: int) -> None:
     video["video_processor_type"] = "Qwen3VLVideoProcessor"
     (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=2) + "\n", encoding="utf-8")
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_reranker_configs(folder: Path, tokenizer: Qwen2Tokenizer) -> None:
+    score = {name: tokenizer.convert_tokens_to_ids(word) for name, word in (("true", "yes"), ("false", "no"))}
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+        {
+            "idx": 1,
+            "name": "1",
+            "path": "1_LogitScore",
+            "type": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
+        },
+    ]
+    (folder / "1_LogitScore").mkdir(exist_ok=True)
+    for path, content in (
+        ("config_sentence_transformers.json", {"model_type": "CrossEncoder"}),
+        ("modules.json", modules),
+        ("1_LogitScore/config.json", {f"{name}_token_id": token for name, token in score.items()}),
+    ):
+        (folder / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_weights(
@@ -371,12 +403,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reranker", action="store_true", help="a reranker instead of an embedding model")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     chosen = parser.parse_args(arguments)
     # The text of Python's help, English that every installation has.
-    tokenizer = build_tokenizer(topics.values(), vocab_size=6144)
+    build = build_reranker_tokenizer if chosen.reranker else build_tokenizer
+    tokenizer = build(topics.values(), vocab_size=6144)
     config = shape_config(chosen.shape, tokenizer)
-    write_checkpoint(chosen.folder, config, tokenizer, seed=chosen.seed, dtype=chosen.dtype)
+    write_checkpoint(
+        chosen.folder, config, tokenizer, seed=chosen.seed, dtype=chosen.dtype, is_reranker=chosen.reranker
+    )
     print(f"{chosen.shape} checkpoint in {chosen.dtype} written to {chosen.folder}")
 
 

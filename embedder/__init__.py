@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from embedder.embedder import Embedder as Embedder
+    from embedder.reranker import Reranker as Reranker
 
 # OpenMP's threads spin while they wait. Next to other busy processes that makes torch 10 to 30 times slower on a CPU: a
 # text query took 516 ms at the median instead of 28, bulk embedded 11 texts a second instead of 191 (two busy loops on
@@ -33,13 +34,17 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
 __version__ = "0.1.0"
-__all__ = ["Embedder", "__version__"]
+__all__ = ["Embedder", "Reranker", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Embedder` is imported on first use: torch and transformers take seconds."""
+    """`Embedder` and `Reranker` are imported on first use: torch and transformers take seconds."""
     if name == "Embedder":
         from embedder.embedder import Embedder
 
         return Embedder
+    if name == "Reranker":
+        from embedder.reranker import Reranker
+
+        return Reranker
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,9 +34,17 @@ class Settings(BaseModel):
 
     # Model
     model: str = Field(
-        "", description="Checkpoint folder or hub id; empty: the bundled model, in a Bento the published 2B."
+        "",
+        description="Checkpoint folder or hub id, or `bundled`; empty: the bundled model, in a Bento the published 2B, "
+        "and none if only `EMBEDDER_RERANKER` is set.",
     )
     revision: str = Field("", description="Hub revision (branch, tag or commit); empty: the newest.")
+    reranker: str = Field(
+        "",
+        description="Checkpoint folder or hub id of a reranker, served in addition to `EMBEDDER_MODEL`, or by itself "
+        "if that is empty; empty: none.",
+    )
+    reranker_revision: str = Field("", description="Hub revision of the reranker; empty: the newest.")
     default_instruction: str = Field(
         "Represent the user's input.", min_length=1, description="Instruction of items that have none."
     )
@@ -140,6 +148,11 @@ class Settings(BaseModel):
                 f"Raise {PREFIX}MAX_HELD_BYTES or lower {PREFIX}MAX_BODY_BYTES."
             )
         return self
+
+    @property
+    def has_embedder(self) -> bool:
+        """Whether an embedding model is served."""
+        return bool(self.model) or not self.reranker
 
     def num_workers(self, num_gpus: int) -> int:
         """Worker processes on a machine with `num_gpus` GPUs, which `choose_device` assigns to them in turn."""

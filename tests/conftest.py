@@ -26,8 +26,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
-from embedder import Embedder
+from benchmarks.random_checkpoint import build_reranker_tokenizer, build_tokenizer, shape_config, write_checkpoint
+from embedder import Embedder, Reranker
 from embedder.engine.postprocess import finish_vectors
 from embedder.errors import EngineFailed
 from tests.fake_model import FakeModel
@@ -101,6 +101,33 @@ def write_random(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 def random_checkpoint(write_random: Callable[..., Path]) -> Path:
     """One random checkpoint for tests that need any."""
     return write_random()
+
+
+@pytest.fixture(scope="session")
+def write_reranker(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that writes a random reranker of the `tiny` shape -> its folder."""
+    tokenizer = build_reranker_tokenizer(TEXTS[:40], vocab_size=1500)
+
+    def write(tied: bool = True, **options: Any) -> Path:
+        folder = tmp_path_factory.mktemp("judge")
+        config = shape_config("tiny", tokenizer, tie_word_embeddings=tied)
+        write_checkpoint(folder, config, tokenizer, seed=1, is_reranker=True, **options)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def random_reranker(write_reranker: Callable[..., Path]) -> Path:
+    """One random reranker, with a head of its own, for tests that need any."""
+    return write_reranker(tied=False)
+
+
+@pytest.fixture(scope="session")
+def reranker(random_reranker: Path) -> Iterator[Reranker]:
+    """Random weights, float32, CPU."""
+    with Reranker(str(random_reranker), device="cpu") as reranker:
+        yield reranker
 
 
 @pytest.fixture(scope="session")

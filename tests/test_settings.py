@@ -53,6 +53,8 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "attention": "sdpa",
         "model": "m",
         "revision": "r",
+        "reranker": "m",
+        "reranker_revision": "r",
         "demo_folder": "f",
         "workers": "auto",
         "url_hosts": "a.com, *.b.com",

@@ -6,12 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from typing import Any
 
 from embedder.engine.admission import Reservation
 from embedder.engine.engine import Engine
 from embedder.engine.postprocess import Embedding
 from embedder.errors import ITEM_ERRORS, DeadlineExceeded, EmbedderError, attributed_to_item, without_traceback
 from embedder.inputs.items import EmbeddingItem
+from embedder.inputs.pairs import Query, pair_with
+from embedder.inputs.preprocess import ModelInput
 
 Outcome = Embedding | EmbedderError
 
@@ -43,28 +46,50 @@ async def embed_each(engine: Engine, items: Sequence[EmbeddingItem | EmbedderErr
         return [await _outcome(future) for future in futures]
 
 
+async def score_each(
+    engine: Engine, query: Query, documents: Sequence[EmbeddingItem | EmbedderError], timeout_s: float
+) -> list[Outcome]:
+    """Score the documents against the query, in order: each gives its log-odds, as an embedding of one value, or its
+    error.
+
+    Raises the errors of the query, and those that concern the whole request, as `embed_all` does.
+    """
+    async with _submitted(engine, documents, timeout_s, query) as futures:
+        return [await _outcome(future) for future in futures]
+
+
 async def _outcome(future: Future[Embedding]) -> Outcome:
     try:
-        return await _result(future)
+        embedding: Embedding = await _result(future)
     except ITEM_ERRORS as error:
         return without_traceback(error)
+    return embedding
 
 
-async def _result(future: Future[Embedding]) -> Embedding:
+async def _result(future: Future[Any]) -> Any:
     # `wrap_future` costs a turn of the loop; most futures of a request are done with the first.
     return future.result() if future.done() else await asyncio.wrap_future(future)
 
 
 @asynccontextmanager
 async def _submitted(
-    engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float
+    engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float, query: Query | None = None
 ) -> AsyncIterator[list[Future[Embedding]]]:
-    """Submit the items, and yield a future for each. At the end, cancel those that are not done."""
+    """Submit the items, and yield a future for each. At the end, cancel those that are not done.
+
+    With a query, the items are documents; each is submitted as a pair once the query is prepared.
+    """
     request, loop = object(), asyncio.get_running_loop()
     futures: list[Future[Embedding]] = []
     try:
         async with asyncio.timeout(timeout_s):
-            with engine.reserve([item for item in items if isinstance(item, EmbeddingItem)]) as reservation:
+            valid = [item for item in (query, *items) if isinstance(item, EmbeddingItem)]
+            with engine.reserve(valid) as reservation:
+                if query:
+                    prepared = await _prepared(engine, query, request, reservation)
+                    items = [
+                        pair_with(query, prepared, item) if isinstance(item, EmbeddingItem) else item for item in items
+                    ]
                 for start in range(0, len(items), ITEMS_PER_TURN):
                     # Later in this turn of the loop, so that requests that arrived together run together.
                     loop.call_soon(engine.wake)
@@ -78,6 +103,21 @@ async def _submitted(
     finally:
         for future in futures:
             future.cancel()  # has no effect on those that are done
+
+
+async def _prepared(engine: Engine, query: Query, request: object, reservation: Reservation) -> ModelInput:
+    """The preprocessed query. Raises its error, which says that it is the query's."""
+    future: Future[Any] = Future()
+    try:
+        future = engine.submit(query, request=request, reservation=reservation)
+        prepared = await _result(future)
+    except ITEM_ERRORS as error:
+        error.message = f"query: {error.message}"
+        raise
+    finally:
+        future.cancel()
+    assert isinstance(prepared, ModelInput)
+    return prepared
 
 
 def _submit(

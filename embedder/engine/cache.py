@@ -54,8 +54,9 @@ class VectorCache:
 def content_key(model_input: ModelInput) -> bytes:
     """Hash everything that the vector depends on: ids, positions, and each image's grid and pixels."""
     digest = hashlib.blake2b(digest_size=32)
+    digest.update(repr((model_input.is_pair, model_input.num_prefix_patches)).encode() + model_input.prefix_key)
     arrays: list[NDArray[Any]] = [model_input.input_ids, model_input.position_ids, model_input.visual_index]
-    for patches in model_input.patches:
+    for patches in model_input.patches[model_input.num_prefix_patches :]:
         arrays += [np.array((*patches.grid_thw, patches.num_frames)), patches.pixels]
     for array in arrays:
         digest.update(repr((array.dtype.str, array.shape)).encode())  # keeps the boundary between two arrays

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
@@ -17,7 +17,8 @@ from embedder.engine.observer import Batch
 from embedder.engine.scheduler import Rate
 from embedder.inputs.preprocess import ModelInput
 
-WaitForRows = Callable[[], NDArray[np.float32]]
+Rows = Sequence[NDArray[np.float32]] | NDArray[np.float32]  # one row an item; those of one model have one length
+WaitForRows = Callable[[], Rows]
 Launch = Callable[[list[ModelInput]], WaitForRows]
 
 INITIAL_SECONDS_PER_TOKEN = 0.0002  # until a batch was measured
@@ -38,10 +39,9 @@ class Device:
     `busy_since_s` is when the batch that now computes started, or infinity; the watchdog reads it from its thread.
     """
 
-    def __init__(self, launch: Launch, hidden_size: int) -> None:
+    def __init__(self, launch: Launch) -> None:
         self.busy_since_s = math.inf
         self._launch = launch
-        self._hidden_size = hidden_size
         self._rate = Rate(INITIAL_SECONDS_PER_TOKEN)
         self._num_in_flight = 0
         self._last_end_s = 0.0
@@ -62,8 +62,8 @@ class Device:
             wait_for_rows = partial(_raise, error)
         return InFlightBatch(jobs, wait_for_rows, launched_s)
 
-    def wait(self, in_flight: InFlightBatch) -> tuple[NDArray[np.float32], Batch]:
-        """Wait for a batch: its rows, (num_items, hidden_size), and its measurements. Raises whatever made it fail."""
+    def wait(self, in_flight: InFlightBatch) -> tuple[Rows, Batch]:
+        """Wait for a batch: a row for each item, and its measurements. Raises whatever made it fail."""
         try:
             rows = in_flight.wait_for_rows()
         finally:
@@ -72,7 +72,7 @@ class Device:
             start_s, self._last_end_s = max(in_flight.launched_s, self._last_end_s), end_s
             self.busy_since_s = end_s if self._num_in_flight else math.inf
         jobs = in_flight.jobs
-        assert rows.shape == (len(jobs), self._hidden_size)
+        assert len(rows) == len(jobs)
         batch = Batch(len(jobs), sum(job.model_input.cost for job in jobs), start_s, end_s)
         self._rate.add(batch.num_tokens, batch.seconds)
         return rows, batch

@@ -18,13 +18,10 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
 from embedder.engine.admission import Admission, Reservation, check_item, estimate_request_tokens, estimate_tokens
 from embedder.engine.batch_limits import BatchLimit
 from embedder.engine.coalescing import CoalescingCache
-from embedder.engine.device import Device, InFlightBatch, Launch
+from embedder.engine.device import Device, InFlightBatch, Launch, Rows
 from embedder.engine.job import Job, device_failed, item_failed
 from embedder.engine.observer import ItemTrace, Observer, begin_trace
 from embedder.engine.postprocess import Embedding, finish_vectors
@@ -40,7 +37,8 @@ from embedder.errors import (
 )
 from embedder.inputs.fetch import Fetcher
 from embedder.inputs.items import EmbeddingItem
-from embedder.inputs.preprocess import is_short_text
+from embedder.inputs.pairs import Query
+from embedder.inputs.preprocess import ModelInput, is_short_text
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -50,8 +48,8 @@ class Engine:
     """Turns items into futures of their embeddings.
 
     `preprocess` turns an item into a ModelInput, in many threads at once. `launch` starts a batch of ModelInputs and
-    returns a function that waits for the pooled rows, (num_items, hidden_size) float32. Both functions run in one
-    thread and may raise `DeviceOutOfMemory` or `DeviceFailed`.
+    returns a function that waits for one float32 row for each: (hidden_size,), or (1,) for a pair. Both functions run
+    in one thread and may raise `DeviceOutOfMemory` or `DeviceFailed`.
 
     `max_in_flight` batches are launched before the first is waited for: 2 if `launch` returns while the device
     computes, so that the device is never idle; 1 if `launch` itself computes.
@@ -86,7 +84,7 @@ class Engine:
         self._stuck_after_s = stuck_after_s
         self._on_failure = on_failure
         # Only the device thread uses these:
-        self._device = Device(launch, hidden_size)
+        self._device = Device(launch)
         self._batch_limit = BatchLimit(settings.max_batch_tokens)
         self._in_flight: deque[InFlightBatch] = deque()
         # The lock guards these:
@@ -135,6 +133,7 @@ class Engine:
         wake: bool = True,
     ) -> Future[Embedding]:
         """Admit one item. The future gives its Embedding or raises an `EmbedderError`; cancelling it drops the item.
+        That of a `Query` gives its ModelInput, for the pairs of its request.
 
         Items with the same `request` (any hashable) share a queue in the scheduler; with None the item has its own.
         Raises `UnsupportedDimensions`, `InputTooLong`, `ShuttingDown`, `DeviceFailed`, and `Overloaded` if the queue is
@@ -206,9 +205,11 @@ class Engine:
 
     def _schedule(self, job: Job, wake: bool) -> None:
         """Queue a preprocessed job for the device, unless its row is cached or being computed."""
+        if isinstance(job.item, Query):  # the pairs of its request will have its tokens
+            return self._resolve((job, job.model_input))
         with self._lock:
             if job not in self._pending:  # cancelled during preprocessing
-                return
+                return None
             job.num_bytes = job.model_input.num_bytes
             self._workers.add_ready_bytes(job.num_bytes)
             row = self._cache.find_row(job.key)
@@ -217,8 +218,8 @@ class Engine:
                     self._inputs.put(job, job.model_input.cost, job.request, time.monotonic())
                     if wake:
                         self._has_inputs.notify()
-                return
-        self._resolve_rows([job], row[None], is_cached=True)
+                return None
+        return self._resolve_rows([job], [row], is_cached=True)
 
     def _run_device(self) -> None:
         try:
@@ -297,7 +298,7 @@ class Engine:
 
     # Resolving
 
-    def _resolve_batch(self, jobs: list[Job], rows: NDArray[np.float32]) -> None:
+    def _resolve_batch(self, jobs: list[Job], rows: Rows) -> None:
         """Resolve the jobs of a batch, and the jobs that were coalesced with them."""
         coalesced: list[Job] = []
         places = []
@@ -308,10 +309,10 @@ class Engine:
                 places += [place] * len(served)
         self._resolve_rows(jobs, rows, is_cached=False)
         if coalesced:
-            self._resolve_rows(coalesced, rows[places], is_cached=True)
+            self._resolve_rows(coalesced, [rows[place] for place in places], is_cached=True)
 
-    def _resolve_rows(self, jobs: list[Job], rows: NDArray[np.float32], *, is_cached: bool) -> None:
-        """Resolve each job with its row of (len(jobs), hidden_size)."""
+    def _resolve_rows(self, jobs: list[Job], rows: Rows, *, is_cached: bool) -> None:
+        """Resolve each job with its row."""
         outcomes: list[tuple[Job, Embedding | EngineFailed]] = []
         vectors = finish_vectors(rows, [(job.item.dimensions, job.item.normalize) for job in jobs])
         for job, vector in zip(jobs, vectors, strict=True):
@@ -331,7 +332,7 @@ class Engine:
             coalesced = self._cache.stop_computing(job.key)
         self._resolve(*((one, item_failed(error, num_tokens)) for one in (job, *coalesced)))
 
-    def _resolve(self, *outcomes: tuple[Job, Embedding | EmbedderError | None]) -> None:
+    def _resolve(self, *outcomes: tuple[Job, Embedding | ModelInput | EmbedderError | None]) -> None:
         """Release the jobs' capacity and complete their futures. None is the outcome of a cancelled future.
 
         Only the first outcome of a job counts.
@@ -352,10 +353,10 @@ class Engine:
         for job, outcome in outcomes:
             if not job.future.set_running_or_notify_cancel():
                 continue
-            if isinstance(outcome, Embedding):
-                job.future.set_result(outcome)
-            elif outcome:
+            if isinstance(outcome, EmbedderError):
                 job.future.set_exception(without_traceback(outcome))
+            elif outcome:
+                job.future.set_result(outcome)
 
     def _forget(self, job: Job) -> None:
         """Remove a job from every queue that it may be in."""

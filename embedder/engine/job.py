@@ -7,9 +7,9 @@ import logging
 from collections.abc import Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from embedder.engine.observer import ItemTrace
-from embedder.engine.postprocess import Embedding
 from embedder.errors import DeviceFailed, DeviceOutOfMemory, EngineFailed
 from embedder.inputs.items import EmbeddingItem
 from embedder.inputs.preprocess import ModelInput
@@ -21,14 +21,15 @@ class Job:
 
     `num_tokens` is the estimate at admission. `num_bytes` is the size of `model_input`, which preprocessing sets.
     `key` identifies the content if vectors are cached; otherwise it is different for every job. `context` is the
-    request's: log records and traces need it in the engine's threads.
+    request's: log records and traces need it in the engine's threads. The future gives an Embedding, or for a query its
+    ModelInput.
     """
 
     item: EmbeddingItem
     request: object
     num_tokens: int
     num_bytes: int = 0
-    future: Future[Embedding] = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
     trace: ItemTrace = field(init=False)
     model_input: ModelInput = field(init=False)

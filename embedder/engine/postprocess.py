@@ -42,18 +42,20 @@ def check_output_dtype(output_dtype: OutputDtype, normalize: bool) -> None:
 
 
 def finish_vectors(
-    rows: NDArray[np.float32], options: Sequence[tuple[int | None, bool]]
+    rows: Sequence[NDArray[np.float32]] | NDArray[np.float32], options: Sequence[tuple[int | None, bool]]
 ) -> list[NDArray[np.float32] | EngineFailed]:
-    """Cut each of the rows, (num_rows, hidden_size), to its `dimensions`, then normalize it if it is to be.
+    """Cut each of the rows to its `dimensions`, then normalize it if it is to be.
 
     `options` are each row's (dimensions, normalize). A row with a value that is not finite gives an `EngineFailed`. A
     vector does not depend on the other rows. Rows with equal options are computed in one numpy call: each call may
     release the GIL to another thread.
     """
     finished: dict[int, NDArray[np.float32] | EngineFailed] = {}
-    for dimensions, normalize in set(options):
-        places = [place for place, option in enumerate(options) if option == (dimensions, normalize)]
-        vectors = rows[places, :dimensions]
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for place, (dimensions, normalize) in enumerate(options):
+        groups.setdefault((len(rows[place][:dimensions]), normalize), []).append(place)
+    for (dimensions, normalize), places in groups.items():
+        vectors = np.stack([rows[place][:dimensions] for place in places])
         with np.errstate(over="ignore", invalid="ignore"):  # such rows become errors below
             squares = np.vecdot(vectors, vectors)
             if normalize:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,10 @@ class ModelInput:
 
     `input_ids`: (num_tokens,) int64. `position_ids`: (3, num_tokens) int64: time, height, width (M-RoPE).
     `visual_index`: (num_visual_tokens,) int64, the indices of the visual tokens, in the order of `patches`.
-    `num_prefix_tokens`: number of first tokens that depend on the instruction only. `num_cut_tokens`: tokens of the
-    caller's text that were cut. `cost`: compute cost in tokens, for the scheduler.
+    `num_prefix_tokens`: number of first tokens that other items may have in common: those of an instruction, or of a
+    query. `num_prefix_patches`: number of first `patches` that belong to them, and `prefix_key` identifies their
+    content. `num_cut_tokens`: tokens of the caller's text that were cut. `cost`: compute cost in tokens, for the
+    scheduler. `is_pair`: whether the item is a query and a document, which the reranker scores.
     """
 
     input_ids: NDArray[np.int64]
@@ -79,6 +81,9 @@ class ModelInput:
     num_prefix_tokens: int
     num_cut_tokens: int
     cost: int
+    num_prefix_patches: int = 0
+    prefix_key: bytes = b""
+    is_pair: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -88,7 +93,11 @@ class ModelInput:
     @property
     def num_bytes(self) -> int:
         """Memory of the patches, in bytes; the rest is negligible."""
-        return sum(one.pixels.nbytes for one in self.patches)
+        return sum(one.pixels.nbytes for one in self.patches[self.num_prefix_patches :])
+
+    def without_prefix(self) -> ModelInput:
+        """The same item, with its prefix as ordinary tokens."""
+        return replace(self, num_prefix_tokens=0, num_prefix_patches=0, prefix_key=b"")
 
 
 class Preprocessor:
@@ -124,7 +133,7 @@ class Preprocessor:
         encoded, num_cut = self._encode(pieces, self.settings.max_input_tokens, num_fixed, item.truncate)
         runs: list[list[int] | Placeholders] = [list(prefix_ids), *encoded, list(self._suffix_ids)]
         num_patches = sum(len(one.pixels) for one in patches)
-        input_ids, position_ids, visual_index = self._assemble(_merge_adjacent_ids(runs))
+        input_ids, position_ids, visual_index = self._assemble(runs)
         return ModelInput(
             input_ids,
             position_ids,
@@ -181,34 +190,48 @@ class Preprocessor:
         return tuple(token for run in encoded if isinstance(run, list) for token in run)
 
     def _encode(
-        self, pieces: Sequence[Piece], max_tokens: int, num_fixed: int = 0, truncate: Truncate = "end"
+        self,
+        pieces: Sequence[Piece],
+        max_tokens: int,
+        num_fixed: int = 0,
+        truncate: Truncate = "end",
+        max_text_tokens: int | None = None,
     ) -> tuple[list[list[int] | Placeholders], int]:
         """Pieces -> runs of ids and placeholders, and the number of tokens of the caller's text that were cut.
 
-        Text is cut until the runs and `num_fixed` other tokens are at most `max_tokens`. Raises `InputTooLong`.
+        Text is cut until the runs and `num_fixed` other tokens are at most `max_tokens`, and the caller's text at most
+        `max_text_tokens`. Raises `InputTooLong`.
         """
         runs = [self._encode_piece(piece) for piece in pieces]
-        num_tokens = num_fixed + sum(map(_num_tokens, runs))
-        excess = num_tokens - max_tokens
+        total = num_fixed + sum(map(run_length, runs))
+        excess = total - max_tokens
         if excess > 0 and truncate == "none":
-            raise InputTooLong(f"{num_tokens} tokens; allowed: up to {max_tokens}, and `truncate` is none")
+            raise InputTooLong(f"{total} tokens; allowed: up to {max_tokens}, and `truncate` is none")
+        if max_text_tokens is not None:
+            excess = max(excess, sum(len(self._cuttable(piece)) for piece in pieces) - max_text_tokens)
         num_cut = 0
         indices = range(len(runs)) if truncate == "start" else reversed(range(len(runs)))
         for index in indices:
-            piece, run = pieces[index], runs[index]
-            if excess > num_cut and isinstance(piece, TextPiece) and isinstance(run, list):
-                offsets = self._tokenizer.encode_batch([piece.text], add_special_tokens=False)[0].offsets
-                cuttable = [i for i, (s, e) in enumerate(offsets) if s >= piece.start and e <= piece.end]
+            run = runs[index]
+            if excess > num_cut and isinstance(run, list):
+                cuttable = self._cuttable(pieces[index])
                 num_drop = min(excess - num_cut, len(cuttable))
                 drop = set(cuttable[:num_drop] if truncate == "start" else cuttable[len(cuttable) - num_drop :])
                 runs[index] = [token for i, token in enumerate(run) if i not in drop]
                 num_cut += len(drop)
         if excess > num_cut:
             raise InputTooLong(
-                f"{num_tokens} tokens, of which {num_tokens - num_cut} are instruction, template, "
+                f"{total} tokens, of which {total - num_cut} are instruction, template, "
                 f"image or video and cannot be cut; allowed: {max_tokens}"
             )
         return runs, num_cut
+
+    def _cuttable(self, piece: Piece) -> list[int]:
+        """The indices of the piece's tokens that cover text of the caller only."""
+        if not isinstance(piece, TextPiece):
+            return []
+        offsets = self._tokenizer.encode_batch([piece.text], add_special_tokens=False)[0].offsets
+        return [i for i, (s, e) in enumerate(offsets) if s >= piece.start and e <= piece.end]
 
     def _encode_piece(self, piece: Piece) -> list[int] | Placeholders:
         match piece:
@@ -229,15 +252,16 @@ class Preprocessor:
         M-RoPE positions (transformers' `get_rope_index`): a text token advances all three axes by one. An image spans
         its rows and columns from its start position, and the next text starts after the longer side.
         """
+        runs = _merge_adjacent_ids(runs)
         if len(runs) == 1 and isinstance(runs[0], list):  # text only
             return np.array(runs[0], np.int64), self._text_positions[:, : len(runs[0])], _NO_INDEX
-        num_tokens = sum(_num_tokens(run) for run in runs)
-        input_ids = np.empty(num_tokens, np.int64)
-        position_ids = np.empty((3, num_tokens), np.int64)
+        total = sum(map(run_length, runs))
+        input_ids = np.empty(total, np.int64)
+        position_ids = np.empty((3, total), np.int64)
         visual_index = []
         start = position = 0
         for run in runs:
-            stop = start + _num_tokens(run)
+            stop = start + run_length(run)
             if isinstance(run, Placeholders):
                 input_ids[start:stop] = self._token_id(run.token)
                 grid = np.indices((1, run.rows, run.columns)).reshape(3, -1)
@@ -351,7 +375,8 @@ def _merge_adjacent_ids(runs: Sequence[list[int] | Placeholders]) -> list[list[i
     return merged
 
 
-def _num_tokens(run: list[int] | Placeholders) -> int:
+def run_length(run: list[int] | Placeholders) -> int:
+    """Length of a run of ids or placeholders."""
     return run.rows * run.columns if isinstance(run, Placeholders) else len(run)
 
 

@@ -68,9 +68,14 @@ def prefix(instruction: str) -> tuple[Piece, ...]:
 
 
 def user_turn(
-    item: EmbeddingItem, grids: Sequence[tuple[int, int, int]], seconds: Sequence[Sequence[float]] = ()
+    item: EmbeddingItem,
+    grids: Sequence[tuple[int, int, int]],
+    seconds: Sequence[Sequence[float]] = (),
+    *,
+    header: str = USER_HEADER,
+    footer: str = "",
 ) -> tuple[Piece, ...]:
-    r"""The pieces from `user\n` to the end of the caller's content; `SUFFIX` follows.
+    r"""The pieces from `header` to the end of the caller's content and `footer`; `SUFFIX` follows.
 
     `grids`: (frames, rows, columns) in tokens of each image and video of the item, in order. `seconds`: of each video,
     the time of each frame. A video is, for each two frames, `<{time} seconds>` and an image of `<|video_pad|>`,
@@ -78,7 +83,7 @@ def user_turn(
     checkpoints were published; later versions keep the outer pair.
     """
     pieces: list[Piece] = []
-    text, start = USER_HEADER, len(USER_HEADER)
+    text, start = header, len(header)
     end = start
     remaining_grids, remaining_seconds = iter(grids), iter(seconds)
     for part in item.parts:
@@ -96,6 +101,7 @@ def user_turn(
             token = IMAGE_PLACEHOLDER if isinstance(part, Image) else VIDEO_PLACEHOLDER
             pieces += [_VISION_START, Placeholders(token, rows, columns), _VISION_END]
             text, start, end = "", 0, 0
+    text += footer
     if text:
         pieces.append(TextPiece(text, start, end))
     return tuple(pieces)

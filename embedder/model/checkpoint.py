@@ -8,6 +8,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from embedder.errors import ModelUnavailable
 from embedder.settings import Settings
@@ -17,6 +18,9 @@ PUBLISHED = "Qwen/Qwen3-VL-Embedding-2B"
 PUBLISHED_REVISION = "9f2f7e710d6d81056aa5c0a4f04764fec6bb7bda"
 
 _FILES = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
+
+
+Role = Literal["embedder", "reranker"]
 
 
 @dataclass(frozen=True)
@@ -36,23 +40,69 @@ class Checkpoint:
 def find_checkpoint(settings: Settings) -> Checkpoint:
     """The folder that `settings.model` names, downloaded if it is a hub id.
 
-    If it is empty: the small model shipped in the package, or the published 2B in a Bento, which is built without the
-    small model. It never falls back from a named model to another one.
+    If it is empty or `bundled`: the small model shipped in the package. If it is empty in a Bento, which is built
+    without the small model: the published 2B. It never falls back from a named model to another one.
 
-    Raises `ModelUnavailable` if the model cannot be found or downloaded, or is not a Qwen3-VL checkpoint.
+    Raises `ModelUnavailable` if the model cannot be found or downloaded, is no Qwen3-VL checkpoint, or is a reranker.
     """
-    if not settings.model and BUNDLED.is_dir():
+    if settings.model in ("", "bundled") and BUNDLED.is_dir():
         return _require_qwen3_vl(Checkpoint(BUNDLED, "bundled", "", is_bundled=True))
     if not settings.model:
-        return _require_qwen3_vl(_download(PUBLISHED, settings.revision or PUBLISHED_REVISION))
-    if Path(settings.model).is_dir():
-        return _require_qwen3_vl(Checkpoint(Path(settings.model), settings.model, "", is_bundled=False))
-    if settings.model.count("/") != 1 or settings.model.startswith((".", "/", "~")):
-        raise ModelUnavailable(f"EMBEDDER_MODEL={settings.model!r} is neither a folder nor a hub id (owner/name)")
-    return _require_qwen3_vl(_download(settings.model, settings.revision))
+        return _require_qwen3_vl(_download(PUBLISHED, settings.revision or PUBLISHED_REVISION, "EMBEDDER_MODEL"))
+    checkpoint = _find(settings.model, settings.revision, "EMBEDDER_MODEL")
+    if role_of(checkpoint) == "reranker":
+        raise ModelUnavailable(
+            f"EMBEDDER_MODEL={settings.model!r} is a reranker, which has no vectors; set EMBEDDER_RERANKER to it"
+        )
+    return checkpoint
 
 
-def _download(name: str, revision: str) -> Checkpoint:
+def find_reranker(settings: Settings) -> Checkpoint:
+    """The folder that `settings.reranker` names, downloaded if it is a hub id.
+
+    Raises `ModelUnavailable` if the model cannot be found or downloaded, is not a Qwen3-VL checkpoint, or is an
+    embedding model.
+    """
+    checkpoint = _find(settings.reranker, settings.reranker_revision, "EMBEDDER_RERANKER")
+    if role_of(checkpoint) == "embedder":
+        raise ModelUnavailable(
+            f"EMBEDDER_RERANKER={settings.reranker!r} is an embedding model, whose scores would mean nothing; set "
+            "EMBEDDER_MODEL to it, and EMBEDDER_RERANKER to a reranker such as Qwen/Qwen3-VL-Reranker-2B"
+        )
+    return checkpoint
+
+
+def role_of(checkpoint: Checkpoint) -> Role | None:
+    """What the checkpoint was trained for, by its files and then by its name; None if neither says.
+
+    The architecture of both kinds is the same. Sentence Transformers' files tell them apart, and so do a head for
+    classification and a chat template named `reranker`.
+    """
+    folder = checkpoint.folder
+    if (folder / "additional_chat_templates" / "reranker.jinja").is_file():
+        return "reranker"
+    if any("ForSequenceClassification" in name for name in _read_json(folder / "config.json").get("architectures", [])):
+        return "reranker"
+    modules = (folder / "modules.json").read_text(encoding="utf-8") if (folder / "modules.json").is_file() else ""
+    kind = str(_read_json(folder / "config_sentence_transformers.json").get("model_type", ""))
+    if "LogitScore" in modules or kind == "CrossEncoder":
+        return "reranker"
+    if "Pooling" in modules or kind == "SentenceTransformer":
+        return "embedder"
+    name = Path(checkpoint.name).name.lower()
+    return "reranker" if "rerank" in name else "embedder" if "embed" in name else None
+
+
+def _find(name: str, revision: str, variable: str) -> Checkpoint:
+    """The checkpoint that the setting `variable` names. Raises `ModelUnavailable`."""
+    if Path(name).is_dir():
+        return _require_qwen3_vl(Checkpoint(Path(name), name, "", is_bundled=False))
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelUnavailable(f"{variable}={name!r} is neither a folder nor a hub id (owner/name)")
+    return _require_qwen3_vl(_download(name, revision, variable))
+
+
+def _download(name: str, revision: str, variable: str) -> Checkpoint:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -69,7 +119,7 @@ def _download(name: str, revision: str) -> Checkpoint:
         reason = (isinstance(error, OSError) and error.strerror) or type(error).__name__  # "No space left on device"
         raise ModelUnavailable(
             f"model {wanted} is not in the local cache and could not be downloaded{offline}: {reason}. "
-            "Make the hub reachable, or mount a checkpoint and set EMBEDDER_MODEL to its folder"
+            f"Make the hub reachable, or mount a checkpoint and set {variable} to its folder"
         ) from error
     return Checkpoint(folder, name, folder.name, is_bundled=False)
 
@@ -79,11 +129,18 @@ def _require_qwen3_vl(checkpoint: Checkpoint) -> Checkpoint:
     config = checkpoint.folder / "config.json"
     if not config.is_file():
         raise ModelUnavailable(f"{checkpoint.folder} has no config.json: not a checkpoint")
-    try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelUnavailable(f"{config} is not valid JSON: {error}") from error
-    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    model_type = _read_json(config).get("model_type")
     if model_type != "qwen3_vl":
         raise ModelUnavailable(f"{checkpoint.name} is a {model_type!r} model; only qwen3_vl can be served")
     return checkpoint
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file; empty if there is no such file, or if it holds something else."""
+    if not path.is_file():
+        return {}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelUnavailable(f"{path} is not valid JSON: {error}") from error
+    return fields if isinstance(fields, dict) else {}

@@ -79,7 +79,7 @@ def graph_size(inputs: Sequence[ModelInput]) -> int | None:
 
 def pad_to_size(inputs: Sequence[ModelInput], num_tokens: int) -> list[ModelInput]:
     """The inputs without shared prefixes, and a filler item of the tokens that are missing, if any."""
-    whole = [replace(one, num_prefix_tokens=0) for one in inputs]
+    whole = [one.without_prefix() for one in inputs]
     missing = num_tokens - sum(one.num_tokens for one in inputs)
     return [*whole, _filler(missing)] if missing else whole
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from embedder.inputs.preprocess import VisionConfig
 from embedder.model.attention import choose_attention
 from embedder.model.language import Language
-from embedder.model.packing import PackedBatch
+from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedVision, pack_prefixes
 from embedder.model.vision import Vision
 
 
@@ -18,21 +18,36 @@ class Forward:
     """The forward pass of a loaded checkpoint (transformers' Qwen3VLModel) on its device.
 
     `attention` is a setting's value: auto, flash_attn, varlen or sdpa. With `is_compiled` the layers go through
-    torch.compile at their first call.
+    torch.compile at their first call. `max_shared_tokens`: of the prefixes that a batch shares, as `pack` is given it.
     """
 
-    def __init__(self, model: Any, vision: VisionConfig, attention: str, *, is_compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        vision: VisionConfig,
+        attention: str,
+        *,
+        is_compiled: bool = False,
+        max_shared_tokens: int = MAX_SHARED_TOKENS,
+    ) -> None:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.hidden_size: int = model.config.text_config.hidden_size
         self.attention_name, back_end = choose_attention(attention, self.device, self.dtype)
         self.vision = Vision(model.visual, vision, back_end, is_compiled=is_compiled)
-        self.language = Language(model.language_model, back_end, is_compiled=is_compiled)
+        self.language = Language(
+            model.language_model, back_end, is_compiled=is_compiled, max_shared_tokens=max_shared_tokens
+        )
+        self._merge_size = vision.merge_size
 
     @torch.inference_mode()
     def __call__(self, batch: PackedBatch) -> Tensor:
         """(num_items, hidden_size) in the weights' dtype, after the final norm."""
-        if batch.vision is None:
-            return self.language(batch, None, [])
-        visual_tokens, deepstack = self.vision(batch.vision)
-        return self.language(batch, visual_tokens, deepstack)
+        if missing := self.language.missing_prefixes(batch):
+            prefixes = pack_prefixes(missing, self._merge_size, self.device)
+            self.language.compute_prefixes(missing, prefixes, *self._see(prefixes.vision))
+        return self.language(batch, *self._see(batch.vision))
+
+    def _see(self, vision: PackedVision | None) -> tuple[Tensor | None, list[Tensor]]:
+        """Visual tokens and DeepStack features of the images and clips; None and nothing if there are none."""
+        return (None, []) if vision is None else self.vision(vision)

@@ -1,8 +1,8 @@
 """The language tower: PackedBatch and visual tokens to the final hidden state of each item's last token.
 
 Causal attention saves work twice. The keys and values of a prefix do not depend on the tokens after it, so those of an
-instruction are computed once and cached. In the last layer only the pooled tokens need a query, the MLP and the final
-norm; the others contribute keys and values.
+instruction, or of a query with its images, are computed once and cached. In the last layer only the pooled tokens need
+a query, the MLP and the final norm; the others contribute keys and values.
 """
 
 from __future__ import annotations
@@ -17,25 +17,33 @@ from torch import Tensor
 
 from embedder.model.attention import Attention
 from embedder.model.execution import compile_if
-from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, pack_prefixes
+from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, PackedVision, Prefix
 from embedder.model.positions import apply_rotary
 from embedder.model.products import add_product
 
 Module = Any  # transformers' modules, whose attributes torch leaves untyped
-Prefix = tuple[int, ...]  # token ids
 KeyAndValue = tuple[Tensor, Tensor]  # each (tokens, num_kv_heads, head_dim), keys rotated
 
 MAX_CACHED_TOKENS = 4096  # of all cached prefixes together: 470 MB for the 2B, 600 MB for the 8B, in bfloat16
 
 
 class Language:
-    """The language tower of one checkpoint, and its prefix cache."""
+    """The language tower of one checkpoint, and its prefix cache. `max_shared_tokens`: of the prefixes of one batch."""
 
-    def __init__(self, tower: Module, attention: Attention, *, is_compiled: bool = False) -> None:
+    def __init__(
+        self,
+        tower: Module,
+        attention: Attention,
+        *,
+        is_compiled: bool = False,
+        max_shared_tokens: int = MAX_SHARED_TOKENS,
+    ) -> None:
         self.tower = tower
         self.attention = attention
         self._query_key_value = compile_if(is_compiled, _query_key_value)
         self._output_and_mlp = compile_if(is_compiled, _output_and_mlp)
+        self._max_shared_tokens = max_shared_tokens
+        self._max_cached_tokens = max(MAX_CACHED_TOKENS, max_shared_tokens)
         self._prefix_cache: OrderedDict[Prefix, list[KeyAndValue]] = OrderedDict()  # one pair a layer; oldest use first
 
     @property
@@ -43,23 +51,21 @@ class Language:
         """Peak device memory of prefixes: the full cache, and those of one batch, both as cached and concatenated."""
         config, norm = self.tower.config, self.tower.layers[0].self_attn.k_norm.weight
         bytes_per_token = 2 * len(self.tower.layers) * config.num_key_value_heads * norm.numel() * norm.element_size()
-        return int((MAX_CACHED_TOKENS + 2 * MAX_SHARED_TOKENS) * bytes_per_token)
+        return int((self._max_cached_tokens + 2 * self._max_shared_tokens) * bytes_per_token)
 
     def __call__(self, batch: PackedBatch, visual_tokens: Tensor | None, deepstack: list[Tensor]) -> Tensor:
         """(num_items, hidden_size), after the final norm.
 
         `visual_tokens`, and each of `deepstack` (one for each of the first layers): (num_visual_tokens, hidden_size).
+        The batch's prefixes must be in the cache: `compute_prefixes` puts the `missing_prefixes` there.
         """
         prefixes = self._prefix_keys_and_values(batch)
-        hidden_states: Tensor = self.tower.embed_tokens(batch.input_ids)  # (total_tokens, hidden_size)
-        if batch.vision is not None and visual_tokens is not None:
-            hidden_states[batch.vision.token_index] = visual_tokens.to(hidden_states.dtype)
+        hidden_states = self._embed(batch, visual_tokens)
         cos, sin = self._rotary(hidden_states, batch)
         *layers, last = self.tower.layers
         for index, layer in enumerate(layers):
             hidden_states = self._layer(layer, hidden_states, cos, sin, batch, prefixes[index])
-            if batch.vision is not None and index < len(deepstack):
-                hidden_states.index_add_(0, batch.vision.token_index, deepstack[index].to(hidden_states.dtype))
+            _add_deepstack(hidden_states, batch.vision, deepstack, index)
         return _rms_norm(self.tower.norm, self._last_layer(last, hidden_states, cos, sin, batch, prefixes[-1]))
 
     def _layer(
@@ -99,14 +105,10 @@ class Language:
         """For each layer the keys and values of the batch's prefixes, concatenated; None if there are no prefixes."""
         if not batch.prefixes:
             return [None] * len(self.tower.layers)
-        missing = [prefix for prefix in batch.prefixes if prefix not in self._prefix_cache]
-        if missing:
-            computed = self._compute_prefixes(missing, batch.input_ids.device)
-            self._prefix_cache.update(zip(missing, computed, strict=True))
         for prefix in batch.prefixes:
             self._prefix_cache.move_to_end(prefix)
         prefixes = [self._prefix_cache[prefix] for prefix in batch.prefixes]
-        while len(self._prefix_cache) > 1 and sum(map(len, self._prefix_cache)) > MAX_CACHED_TOKENS:
+        while len(self._prefix_cache) > 1 and sum(map(len, self._prefix_cache)) > self._max_cached_tokens:
             self._prefix_cache.popitem(last=False)
         if len(prefixes) == 1:
             return prefixes[0]
@@ -115,28 +117,52 @@ class Language:
             for layer in zip(*prefixes, strict=True)
         ]
 
-    def _compute_prefixes(self, prefixes: list[Prefix], device: torch.device) -> list[list[KeyAndValue]]:
-        """For each prefix, its keys and values of every layer."""
-        batch = pack_prefixes(prefixes, device)
-        hidden_states: Tensor = self.tower.embed_tokens(batch.input_ids)
+    def missing_prefixes(self, batch: PackedBatch) -> list[Prefix]:
+        """The batch's prefixes that are not in the cache."""
+        return [prefix for prefix in batch.prefixes if prefix not in self._prefix_cache]
+
+    def compute_prefixes(
+        self,
+        prefixes: Sequence[Prefix],
+        batch: PackedPrefixes,
+        visual_tokens: Tensor | None,
+        deepstack: Sequence[Tensor],
+    ) -> None:
+        """Put the keys and values of each prefix, in every layer, into the cache. `batch` are the packed prefixes."""
+        hidden_states = self._embed(batch, visual_tokens)
         cos, sin = self._rotary(hidden_states, batch)
         lengths = [len(prefix) for prefix in prefixes]
         *layers, last = self.tower.layers
         keys_and_values = []
-        for layer in layers:
+        for index, layer in enumerate(layers):
             query, key, value = self._query_key_value(layer, hidden_states, cos, sin)
             keys_and_values.append((key, value))
             attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=True)
             hidden_states = self._output_and_mlp(layer, hidden_states, attended)
+            _add_deepstack(hidden_states, batch.vision, deepstack, index)
         keys_and_values.append(_key_value(last.self_attn, _rms_norm(last.input_layernorm, hidden_states), cos, sin))
         parts = [list(zip(key.split(lengths), value.split(lengths), strict=True)) for key, value in keys_and_values]
         # A view would keep the other prefixes, and the queries, in memory.
-        return [[(key.clone(), value.clone()) for key, value in prefix] for prefix in zip(*parts, strict=True)]
+        for prefix, of_layers in zip(prefixes, zip(*parts, strict=True), strict=True):
+            self._prefix_cache[prefix] = [(key.clone(), value.clone()) for key, value in of_layers]
+
+    def _embed(self, batch: PackedBatch | PackedPrefixes, visual_tokens: Tensor | None) -> Tensor:
+        """Token embeddings, with the visual tokens in their places: (total_tokens, hidden_size)."""
+        hidden_states: Tensor = self.tower.embed_tokens(batch.input_ids)
+        if batch.vision is not None and visual_tokens is not None:
+            hidden_states[batch.vision.token_index] = visual_tokens.to(hidden_states.dtype)
+        return hidden_states
 
     def _rotary(self, hidden_states: Tensor, batch: PackedBatch | PackedPrefixes) -> tuple[Tensor, Tensor]:
         """Cos and sin of the M-RoPE angles, each (total_tokens, head_dim)."""
         cos, sin = self.tower.rotary_emb(hidden_states, batch.position_ids[:, None])
         return cos[0], sin[0]
+
+
+def _add_deepstack(hidden_states: Tensor, vision: PackedVision | None, deepstack: Sequence[Tensor], layer: int) -> None:
+    """Add the DeepStack features of a layer, if it has any, to its output at the visual tokens, in place."""
+    if vision is not None and layer < len(deepstack):
+        hidden_states.index_add_(0, vision.token_index, deepstack[layer].to(hidden_states.dtype))
 
 
 def _query_key_value(layer: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -71,13 +71,48 @@ class PackedVision:
     token_index: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Tokens that several items begin with, and their images and clips. Two are equal if ids and content are.
+
+    `input_ids`, `position_ids`, `visual_index` and `patches` are those of `ModelInput`, up to the prefix's end.
+    """
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    visual_index: NDArray[np.int64]
+    patches: tuple[Patches, ...]
+    key: bytes
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Prefix) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def prefix_of(one: ModelInput) -> Prefix:
+    """The item's prefix; it is empty if the item has none."""
+    stop = one.num_prefix_tokens
+    return Prefix(
+        one.input_ids[:stop],
+        one.position_ids[:, :stop],
+        one.visual_index[one.visual_index < stop],
+        one.patches[: one.num_prefix_patches],
+        one.input_ids[:stop].tobytes() + one.prefix_key,
+    )
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """The tokens of a batch. Shared prefixes are kept apart; an item's own tokens are those after its prefix.
 
     `input_ids`: (total_tokens,) int64. `position_ids`: (3, total_tokens), time, height and width of M-RoPE.
     `sequences`: the items' own tokens. `keys`: the keys of each item, with its prefix.
-    `prefixes`: the distinct prefixes, as token ids.
+    `prefixes`: the distinct prefixes.
     `key_index`: (total_keys,), indices into all prefixes followed by all own tokens; None if there are no prefixes.
     `pooled_index`: (num_items,), each item's last token. `pooled`: the same as sequences of one token.
     """
@@ -86,7 +121,7 @@ class PackedBatch:
     position_ids: Tensor
     sequences: Sequences
     keys: Sequences
-    prefixes: tuple[tuple[int, ...], ...]
+    prefixes: tuple[Prefix, ...]
     key_index: Tensor | None
     pooled_index: Tensor
     pooled: Sequences
@@ -100,20 +135,26 @@ class PackedPrefixes:
     input_ids: Tensor
     position_ids: Tensor
     sequences: Sequences
+    vision: PackedVision | None
 
 
 Packed = TypeVar("Packed", PackedBatch, PackedPrefixes)
 
 
-def pack(inputs: Sequence[ModelInput], merge_size: int, device: torch.device) -> PackedBatch:
+def pack(
+    inputs: Sequence[ModelInput],
+    merge_size: int,
+    device: torch.device,
+    max_shared_tokens: int = MAX_SHARED_TOKENS,
+) -> PackedBatch:
     """Concatenate the items in the given order, and copy them to the device.
 
     Items sorted by length give fewer and longer runs, which are faster on the CPU. `merge_size` is the vision config's
-    `spatial_merge_size`.
+    `spatial_merge_size`. `max_shared_tokens`: of the distinct prefixes, together.
     """
     if device.type == "cuda" and sum(one.num_tokens for one in inputs) <= MAX_UNSHARED_GPU_TOKENS:
-        inputs = [replace(one, num_prefix_tokens=0) for one in inputs]
-    inputs = _limit_shared_prefixes(inputs)
+        inputs = [one.without_prefix() for one in inputs]
+    inputs = _limit_shared_prefixes(inputs, max_shared_tokens)
     shared = np.array([one.num_prefix_tokens for one in inputs])
     lengths = np.array([one.num_tokens for one in inputs]) - shared
     starts = np.cumsum(lengths) - lengths
@@ -130,36 +171,46 @@ def pack(inputs: Sequence[ModelInput], merge_size: int, device: torch.device) ->
         key_index=torch.from_numpy(key_index) if prefixes else None,
         pooled_index=torch.from_numpy(starts + lengths - 1),
         pooled=_sequences(np.ones_like(lengths), counts),
-        vision=_pack_vision(inputs, starts - shared, merge_size),
+        vision=_pack_vision([_own_vision(one, start) for one, start in zip(inputs, starts, strict=True)], merge_size),
     )
     return _to_device(batch, device)
 
 
-def pack_prefixes(prefixes: Sequence[tuple[int, ...]], device: torch.device) -> PackedPrefixes:
-    """Concatenate prefixes, each of text only and from position 0."""
+def pack_prefixes(prefixes: Sequence[Prefix], merge_size: int, device: torch.device) -> PackedPrefixes:
+    """Concatenate prefixes, and copy them to the device."""
     lengths = np.array([len(prefix) for prefix in prefixes])
-    positions = np.concatenate([np.arange(length) for length in lengths])
+    starts = np.cumsum(lengths) - lengths
+    visual = [(one.patches, one.visual_index + start) for one, start in zip(prefixes, starts, strict=True)]
     packed = PackedPrefixes(
-        input_ids=torch.from_numpy(np.concatenate([np.array(prefix) for prefix in prefixes])),
-        position_ids=torch.from_numpy(np.tile(positions, (3, 1))),
+        input_ids=torch.from_numpy(np.concatenate([prefix.input_ids for prefix in prefixes])),
+        position_ids=torch.from_numpy(np.concatenate([prefix.position_ids for prefix in prefixes], axis=1)),
         sequences=_sequences(lengths, _run_lengths(lengths.tolist())),
+        vision=_pack_vision(visual, merge_size),
     )
     return _to_device(packed, device)
 
 
-def _limit_shared_prefixes(inputs: Sequence[ModelInput]) -> list[ModelInput]:
-    """Share at most `MAX_SHARED_TOKENS` of distinct prefixes; the other items keep theirs as ordinary tokens.
+def _own_vision(one: ModelInput, start: int) -> tuple[tuple[Patches, ...], NDArray[np.int64]]:
+    """The patches after the item's prefix, and the places of their tokens if the item's own tokens begin at `start`."""
+    if not one.num_prefix_patches:
+        return one.patches, one.visual_index + (start - one.num_prefix_tokens)
+    own = one.visual_index[one.visual_index >= one.num_prefix_tokens]
+    return one.patches[one.num_prefix_patches :], own + (start - one.num_prefix_tokens)
+
+
+def _limit_shared_prefixes(inputs: Sequence[ModelInput], max_shared_tokens: int) -> list[ModelInput]:
+    """Share at most `max_shared_tokens` of distinct prefixes; the other items keep theirs as ordinary tokens.
 
     If every item has its own instruction, sharing saves nothing, and cached keys and values take memory in every layer.
     """
-    known: set[bytes] = set()
-    capacity = MAX_SHARED_TOKENS
+    known: set[Prefix] = set()
+    capacity = max_shared_tokens
     limited = []
     for one in inputs:
-        prefix = one.input_ids[: one.num_prefix_tokens].tobytes()
-        if prefix and prefix not in known:
+        prefix = prefix_of(one)
+        if len(prefix) and prefix not in known:
             if one.num_prefix_tokens > capacity:
-                limited.append(replace(one, num_prefix_tokens=0))
+                limited.append(one.without_prefix())
                 continue
             known.add(prefix)
             capacity -= one.num_prefix_tokens
@@ -169,28 +220,29 @@ def _limit_shared_prefixes(inputs: Sequence[ModelInput]) -> list[ModelInput]:
 
 def _share_prefixes(
     inputs: Sequence[ModelInput], starts: NDArray[np.int64], lengths: NDArray[np.int64]
-) -> tuple[tuple[tuple[int, ...], ...], NDArray[np.int64]]:
+) -> tuple[tuple[Prefix, ...], NDArray[np.int64]]:
     """The distinct prefixes, and `key_index`: item by item the places of its prefix and of its own tokens."""
-    places: dict[tuple[int, ...], NDArray[np.int64]] = {}
+    places: dict[Prefix, NDArray[np.int64]] = {}
     num_prefix_rows = 0
     item_prefixes = []
     for one in inputs:
-        prefix = tuple(one.input_ids[: one.num_prefix_tokens].tolist())
+        prefix = prefix_of(one)
         if prefix not in places:
             places[prefix] = np.arange(num_prefix_rows, num_prefix_rows + len(prefix))
             num_prefix_rows += len(prefix)
         item_prefixes.append(places[prefix])
     own = (np.arange(start, start + length) for start, length in zip(num_prefix_rows + starts, lengths, strict=True))
     key_index = np.concatenate([part for pair in zip(item_prefixes, own, strict=True) for part in pair])
-    return tuple(prefix for prefix in places if prefix), key_index
+    return tuple(prefix for prefix in places if len(prefix)), key_index
 
 
-def _pack_vision(inputs: Sequence[ModelInput], starts: NDArray[np.int64], merge_size: int) -> PackedVision | None:
-    pairs: list[tuple[Patches, NDArray[np.int64]]] = []  # patches, and the places of their visual tokens
-    for model_input, start in zip(inputs, starts, strict=True):
-        sizes = [len(one.pixels) // merge_size**2 for one in model_input.patches]
-        places = np.split(model_input.visual_index + start, np.cumsum(sizes)[:-1])
-        pairs += zip(model_input.patches, places, strict=False)
+def _pack_vision(visual: Sequence[tuple[Sequence[Patches], NDArray[np.int64]]], merge_size: int) -> PackedVision | None:
+    """`visual`: the patches of each sequence, and the places of their visual tokens in the packed tokens."""
+    pairs: list[tuple[Patches, NDArray[np.int64]]] = []
+    for patches_of_one, places_of_one in visual:
+        sizes = [len(one.pixels) // merge_size**2 for one in patches_of_one]
+        places = np.split(places_of_one, np.cumsum(sizes)[:-1])
+        pairs += zip(patches_of_one, places, strict=False)
     if not pairs:
         return None
     # images before clips, and grids of the same size next to each other

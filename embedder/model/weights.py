@@ -65,8 +65,13 @@ def visual_cost(model: PreTrainedModel) -> float:
     vision: Any = model.visual
     blocks, mergers = (vision.patch_embed, vision.blocks), (vision.merger, vision.deepstack_merger_list)
     vision_weights = vision.spatial_merge_size**2 * sum(map(_num_weights, blocks)) + sum(map(_num_weights, mergers))
-    language: Any = model.language_model
-    return float(vision_weights / _num_weights(language.layers))
+    return float(vision_weights / num_language_weights(model))
+
+
+def num_language_weights(model: PreTrainedModel) -> int:
+    """Number of weights of the language tower's layers."""
+    tower: Any = model.language_model
+    return _num_weights(tower.layers)
 
 
 def _num_weights(module: torch.nn.Module) -> int:

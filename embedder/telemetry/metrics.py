@@ -18,6 +18,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from starlette.requests import ClientDisconnect
 
 from embedder.engine.observer import KINDS, Batch, ItemTrace, Observer
+from embedder.engine.postprocess import Embedding
 from embedder.errors import CLIENT_CLOSED_REQUEST, EmbedderError, error_classes
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from embedder.engine.postprocess import Embedding
     from embedder.settings import Settings
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -180,7 +180,7 @@ class Metrics(Observer):
             self.cancelled_items.inc()
         elif isinstance(error := future.exception(), EmbedderError):
             self.failed_items.labels(error.code).inc()
-        elif future.result().is_cached:
+        elif isinstance(result := future.result(), Embedding) and result.is_cached:
             self.cached_items.inc()
 
     def exposition(self) -> bytes:

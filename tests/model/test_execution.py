@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedder import Embedder
-from embedder import embedder as embedder_module
+from embedder import Embedder, loaded_model
 from embedder.errors import ModelUnavailable
 from embedder.model.execution import choose_execution
 
@@ -80,7 +79,7 @@ def test_default_that_does_not_work_here_is_logged_and_left_out(
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     chosen = replace(choose_execution("compiled", CPU), is_required=False)
-    monkeypatch.setattr(embedder_module, "choose_execution", lambda *_: chosen)
+    monkeypatch.setattr(loaded_model, "choose_execution", lambda *_: chosen)
     with caplog.at_level(logging.INFO), Embedder(str(random_checkpoint), device="cpu") as other:
         (vector,) = other.embed(["red"])
     assert abs(vector - embedder.embed(["red"])[0]).max() <= 1e-6

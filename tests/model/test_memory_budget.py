@@ -56,7 +56,7 @@ def test_device_without_room_for_a_sentence_is_refused(preprocessor: Preprocesso
 
 
 def test_batches_go_through_the_real_model(embedder: Embedder, preprocessor: Preprocessor) -> None:
-    assert find_budget(preprocessor, lambda inputs: embedder._launch(inputs)()) == 4096
+    assert find_budget(preprocessor, lambda inputs: embedder.models._launch(inputs)()) == 4096
 
 
 @pytest.mark.gpu

@@ -29,7 +29,7 @@ from embedder.model.attention import (
 )
 from embedder.model.forward import Forward
 from embedder.model.language import MAX_CACHED_TOKENS
-from embedder.model.packing import MAX_SHARED_TOKENS, Run, Sequences, pack
+from embedder.model.packing import MAX_SHARED_TOKENS, Run, Sequences, pack, prefix_of
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 from embedder.model.products import join_layers
 from embedder.model.vision import ROPE_THETA
@@ -334,7 +334,7 @@ def test_kept_prefixes_are_bounded_and_the_oldest_goes_first(arranged: Any, prep
     kept = list(forward.language._prefix_cache)
     assert MAX_CACHED_TOKENS / 2 < sum(map(len, kept)) <= MAX_CACHED_TOKENS
     newest = preprocessor(EmbeddingItem((Text("red"),), instruction=words(60, 59)))
-    assert kept[-1] == tuple(newest.input_ids[: newest.num_prefix_tokens].tolist())
+    assert kept[-1] == prefix_of(newest)
 
 
 def test_batch_of_many_instructions_keeps_the_first_of_them(arranged: Any, preprocessor: Preprocessor) -> None:

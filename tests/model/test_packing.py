@@ -12,7 +12,7 @@ from transformers.vision_utils import get_vision_position_ids
 
 from embedder.inputs.preprocess import ModelInput, Patches
 from embedder.model import packing
-from embedder.model.packing import PackedVision, Sequences, pack
+from embedder.model.packing import PackedVision, Sequences, pack, prefix_of
 
 CPU = torch.device("cpu")
 MERGE = 2
@@ -158,6 +158,6 @@ def test_tensors_that_share_one_copy_to_the_device_keep_their_values(monkeypatch
 def test_small_batch_shares_no_prefix_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_copy", lambda tensor, _: tensor)
     inputs = [replace(model_input(length), num_prefix_tokens=4) for length in (20, 30)]
-    assert pack(inputs, MERGE, CPU).prefixes == ((0, 0, 0, 0),)
+    assert pack(inputs, MERGE, CPU).prefixes == (prefix_of(inputs[0]),)
     assert pack(inputs, MERGE, torch.device("cuda")).prefixes == ()
-    assert pack(inputs * 10, MERGE, torch.device("cuda")).prefixes == ((0, 0, 0, 0),)
+    assert pack(inputs * 10, MERGE, torch.device("cuda")).prefixes == (prefix_of(inputs[0]),)

@@ -358,17 +358,17 @@ def test_cached_items_are_counted_in_a_header_and_equal_on_every_route(
 
 LOSES_ITS_DEVICE = """
 from embedder.errors import DeviceFailed
-from embedder.embedder import Embedder
+from embedder.models import Models
 from service import Qwen3VLEmbedding as Qwen3VLEmbedding
 
-launch = Embedder._launch
+launch = Models._launch
 
 def lose(self, inputs):
     if max(one.num_tokens for one in inputs) > 500:
         raise DeviceFailed("AcceleratorError: CUDA error: device-side assert triggered")
     return launch(self, inputs)
 
-Embedder._launch = lose
+Models._launch = lose
 """
 
 

@@ -1,0 +1,207 @@
+"""A checkpoint on its device: preprocesses items, and launches batches of them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from embedder.engine.device import WaitForRows
+from embedder.errors import DeviceOutOfMemory, ModelUnavailable
+from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text
+from embedder.inputs.pairs import DEFAULT_INSTRUCTION, PairPreprocessor
+from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer, read_vision_config
+from embedder.model.checkpoint import Checkpoint
+from embedder.model.cuda_graphs import TextGraphs, graph_size
+from embedder.model.device_errors import device_errors
+from embedder.model.execution import choose_execution
+from embedder.model.forward import Forward
+from embedder.model.memory_budget import find_budget
+from embedder.model.packing import MAX_SHARED_TOKENS, pack
+from embedder.model.pooling import pool
+from embedder.model.products import arrange_products
+from embedder.model.score_head import load_score_head
+from embedder.model.weights import load_model, num_language_weights, visual_cost
+from embedder.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class EmbeddingModel:
+    """A checkpoint that gives one row for each item: the final hidden state of its last token."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, device: torch.device) -> None:
+        start = time.monotonic()
+        self.checkpoint = checkpoint
+        self.settings = settings
+        self.device = device
+        weights = load_model(checkpoint.folder, _choose_dtype(settings, device), device)
+        self.num_language_weights = num_language_weights(weights)
+        self.max_shared_tokens = self._max_shared_tokens()
+        self.preprocessor = self._make_preprocessor(weights)
+        self.execution = choose_execution(settings.execution, device)
+        arrange_products(weights, is_compiled=self.execution.is_compiled)
+        self.forward = self._make_forward(weights)
+        if self.execution.is_compiled and not self._compile_layers():
+            self.forward = self._make_forward(weights)
+        self.graphs = self._record_graphs() if self.execution.has_graphs else None
+        logger.info(
+            "%s loaded in %.1f s: device %s, dtype %s, attention %s, layers %s",
+            checkpoint.name,
+            time.monotonic() - start,
+            device,
+            self.forward.dtype,
+            self.forward.attention_name,
+            self.execution,
+        )
+
+    def launch(self, inputs: list[ModelInput]) -> WaitForRows:
+        """Start a batch, sorted by length; the function returned gives the rows in the order of `inputs`."""
+        order = sorted(range(len(inputs)), key=lambda index: inputs[index].num_tokens)
+        with device_errors(self.device):
+            wait_for_rows = pool(self._rows([inputs[index] for index in order]))
+
+        def wait() -> NDArray[np.float32]:
+            with device_errors(self.device):
+                return wait_for_rows()[np.argsort(order)]
+
+        return wait
+
+    def find_budget(self) -> int:
+        """`max_batch_tokens`, or as much of it as fits the GPU next to the kept prefixes."""
+
+        def run(inputs: list[ModelInput]) -> None:
+            with device_errors(self.device):
+                kept = torch.empty(self.forward.language.max_prefix_bytes, dtype=torch.uint8, device=self.device)
+            self.launch(inputs)()
+            del kept
+
+        return find_budget(self.preprocessor, run)
+
+    def info(self) -> dict[str, Any]:
+        """The model, its sizes and its device, as `/info` reports them. Pixels are per image."""
+        vision = self.preprocessor.vision
+        return {
+            "model": self.checkpoint.name,
+            "revision": self.checkpoint.revision,
+            "is_bundled_model": self.checkpoint.is_bundled,
+            "hidden_size": self.forward.hidden_size,
+            "default_instruction": self.default_instruction,
+            "pixels": {"min": vision.min_pixels, "max": vision.max_pixels, "multiple_of": vision.factor},
+            "device": str(self.device),
+            "dtype": str(self.forward.dtype).removeprefix("torch."),
+            "attention": self.forward.attention_name,
+        }
+
+    @property
+    def default_instruction(self) -> str:
+        """The instruction of items that have none."""
+        return self.settings.default_instruction
+
+    def _max_shared_tokens(self) -> int:
+        return MAX_SHARED_TOKENS
+
+    def _make_preprocessor(self, weights: Any) -> Preprocessor:
+        folder = self.checkpoint.folder
+        vision = read_vision_config(folder, self.settings)
+        return Preprocessor(load_tokenizer(folder), vision, self.settings, visual_cost=visual_cost(weights))
+
+    def _rows(self, inputs: list[ModelInput]) -> torch.Tensor:
+        """The final hidden states, (num_items, hidden_size), on the device."""
+        if self.graphs and (num_tokens := graph_size(inputs)):
+            return self.graphs(inputs, num_tokens)
+        return self.forward(pack(inputs, self.preprocessor.vision.merge_size, self.device, self.max_shared_tokens))
+
+    def _make_forward(self, weights: Any) -> Forward:
+        return Forward(
+            weights,
+            self.preprocessor.vision,
+            self.settings.attention,
+            is_compiled=self.execution.is_compiled,
+            max_shared_tokens=self.max_shared_tokens,
+        )
+
+    def _record_graphs(self) -> TextGraphs | None:
+        """The graphs. None if there is no memory for them and they are not required."""
+        try:
+            with device_errors(self.device):
+                return TextGraphs(self.forward.language, self.device)
+        except DeviceOutOfMemory as error:
+            self._do_without(f"no memory is left for the graphs: {error}", has_graphs=False)
+            return None
+
+    def _compile_layers(self) -> bool:
+        """Run each tower once. False if torch.compile does not work here and is not required."""
+        logger.info("compiling the layers; the next start is faster if TORCHINDUCTOR_CACHE_DIR keeps the result")
+        start = time.monotonic()
+        item = EmbeddingItem((Text("ready?"), Image(EXAMPLE_IMAGE)))
+        try:
+            self.forward(pack([self.preprocessor(item)], self.preprocessor.vision.merge_size, self.device))
+        except RuntimeError as error:
+            reason = " ".join(str(error).strip().partition("\n\n")[0].split())
+            self._do_without(f"the layers cannot be compiled: {reason}", is_compiled=False)
+            return False
+        logger.info("the layers are compiled after %.0f s", time.monotonic() - start)
+        return True
+
+    def _do_without(self, reason: str, **changes: bool) -> None:
+        """Go on without a part of the execution, with a line in the log. Raises `ModelUnavailable` if required."""
+        if self.execution.is_required:
+            raise ModelUnavailable(f"EMBEDDER_EXECUTION={self.settings.execution}: {reason}")
+        logger.warning("%s; the service works, but short texts take longer", reason)
+        self.execution = replace(self.execution, reason=reason, **changes)
+
+
+class RerankingModel(EmbeddingModel):
+    """A checkpoint that gives one row of one value for each pair: the log-odds that the document answers the query.
+
+    `relative_to`: the embedding model of the same process, in whose tokens costs are counted.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        device: torch.device,
+        relative_to: EmbeddingModel | None = None,
+    ) -> None:
+        self._relative_to = relative_to
+        super().__init__(checkpoint, settings, device)
+
+    @property
+    def default_instruction(self) -> str:
+        """The instruction of requests that have none: the reference's."""
+        return DEFAULT_INSTRUCTION
+
+    def _max_shared_tokens(self) -> int:
+        return self.settings.max_input_tokens  # the longest query
+
+    def _make_preprocessor(self, weights: Any) -> Preprocessor:
+        folder = self.checkpoint.folder
+        tokenizer = load_tokenizer(folder)
+        self._score_head = load_score_head(folder, weights, tokenizer)
+        return PairPreprocessor(
+            tokenizer,
+            read_vision_config(folder, self.settings),
+            self.settings,
+            visual_cost=visual_cost(weights),
+            relative_cost=self.num_language_weights / self._relative_to.num_language_weights
+            if self._relative_to
+            else 1.0,
+        )
+
+    @torch.inference_mode()
+    def _rows(self, inputs: list[ModelInput]) -> torch.Tensor:
+        """The log-odds, (num_items, 1) float32, on the device."""
+        return (super()._rows(inputs).float() * self._score_head).sum(1, keepdim=True)
+
+
+def _choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    if settings.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32

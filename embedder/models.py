@@ -1,0 +1,154 @@
+"""The models that a process serves, on one device and with one engine: an embedding model, a reranker, or both."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from embedder.engine.device import Rows, WaitForRows
+from embedder.engine.engine import Engine
+from embedder.engine.observer import Observer
+from embedder.inputs.items import EmbeddingItem
+from embedder.inputs.pairs import Pair, Query
+from embedder.inputs.preprocess import ModelInput
+from embedder.loaded_model import EmbeddingModel, RerankingModel
+from embedder.model.checkpoint import find_checkpoint, find_reranker
+from embedder.model.weights import choose_device
+from embedder.settings import Settings, available_cores
+
+logger = logging.getLogger(__name__)
+
+LIMITS = (  # settings that `info` reports
+    "max_input_tokens",
+    "max_items_per_request",
+    "max_body_bytes",
+    "max_held_bytes",
+    "max_text_chars",
+    "max_image_bytes",
+    "max_image_pixels",
+    "max_video_bytes",
+    "max_video_frames",
+    "max_queued_tokens",
+    "url_hosts",
+    "url_timeout_s",
+    "decode_timeout_s",
+    "request_timeout_s",
+)
+
+STUCK_AFTER_S = 300.0  # default on a GPU; no batch takes a tenth of that
+
+
+class Models:
+    """The models that `settings` name, and the engine that all their items go through.
+
+    `embedder` is None if the settings name only a reranker, and `reranker` if they name none. `worker`: this process's
+    number, from 0, which chooses its GPU if there are several. `observer` is called at each stage of an item.
+    `on_failure` is called with the reason if the device fails; then this process can compute nothing more.
+
+    Raises `ModelUnavailable`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        worker: int = 0,
+        observer: Observer | None = None,
+        on_failure: Callable[[str], None] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.embedder: EmbeddingModel | None = None
+        self.reranker: RerankingModel | None = None
+        self.device = choose_device(settings, worker)
+        is_cuda = self.device.type == "cuda"
+        if not is_cuda:
+            self._limit_torch_threads()
+        # In a thread that ends afterwards: OpenMP keeps a team of threads for each thread that has computed. With this
+        # thread's team in addition to the device thread's there are more threads than cores, and a text query takes
+        # 6.4 ms instead of 3 (`python -m training.evaluate`, 2 cores, 2026-11-25).
+        with ThreadPoolExecutor(1) as loader:
+            loader.submit(self._load).result()
+        self.engine = Engine(
+            self._preprocess,
+            self._launch,
+            self._first.forward.hidden_size,
+            self._limit_batches_to_memory() if is_cuda else settings,
+            observer=observer,
+            max_in_flight=2 if is_cuda else 1,
+            stuck_after_s=settings.stuck_after_s or (STUCK_AFTER_S if is_cuda else math.inf),
+            on_failure=on_failure,
+        )
+
+    def info(self) -> dict[str, Any]:
+        """The models, their sizes, the device and the limits, as `/info` reports them.
+
+        The fields are those of the embedding model, or of the reranker if it is the only model; with both, those of the
+        reranker are in `reranker`.
+        """
+        both = {"reranker": self.reranker.info()} if self.embedder and self.reranker else {}
+        roles = [name for name in ("embedder", "reranker") if getattr(self, name)]
+        limits = {name: getattr(self.settings, name) for name in LIMITS}
+        return {**self._first.info(), "roles": roles, **both, "limits": limits}
+
+    def close(self) -> None:
+        """Finish the submitted items and end the threads."""
+        self.engine.close()
+
+    @property
+    def _first(self) -> EmbeddingModel:
+        first = self.embedder or self.reranker
+        assert first is not None
+        return first
+
+    def _load(self) -> None:
+        if self.settings.has_embedder:
+            self.embedder = EmbeddingModel(find_checkpoint(self.settings), self.settings, self.device)
+            if self.embedder.checkpoint.is_bundled:
+                logger.warning(
+                    "using the small model shipped in the package, for trials only: it knows colors, shapes and emoji. "
+                    "Set EMBEDDER_MODEL=Qwen/Qwen3-VL-Embedding-2B to use the published model"
+                )
+        if self.settings.reranker:
+            checkpoint = find_reranker(self.settings)
+            self.reranker = RerankingModel(checkpoint, self.settings, self.device, self.embedder)
+
+    def _limit_torch_threads(self) -> None:
+        """Use this worker's share of the cores. By default torch uses all of the machine's, whatever the CPU quota."""
+        share = max(1, available_cores() // self.settings.num_workers(torch.cuda.device_count()))
+        torch.set_num_threads(min(torch.get_num_threads(), share))
+
+    def _limit_batches_to_memory(self) -> Settings:
+        """The settings with `max_batch_tokens` lowered to what fits the GPU next to all models."""
+        budget = min(model.find_budget() for model in (self.embedder, self.reranker) if model)
+        return self.settings.model_copy(update={"max_batch_tokens": budget})
+
+    def _preprocess(self, item: EmbeddingItem) -> ModelInput:
+        model = self.reranker if isinstance(item, Query | Pair) else self.embedder
+        assert model is not None  # the routes and the library offer only what is loaded
+        return model.preprocessor(item)
+
+    def _launch(self, inputs: list[ModelInput]) -> WaitForRows:
+        """Start a batch. Items and pairs share it, but each model computes its own, one after the other."""
+        launched: list[tuple[list[int], WaitForRows]] = []
+        for model, is_pair in ((self.embedder, False), (self.reranker, True)):
+            places = [place for place, one in enumerate(inputs) if one.is_pair is is_pair]
+            if places:
+                assert model is not None
+                if len(places) == len(inputs):
+                    return model.launch(inputs)
+                launched.append((places, model.launch([inputs[place] for place in places])))
+
+        def wait() -> Rows:
+            rows: dict[int, NDArray[np.float32]] = {}
+            for places, wait_for_rows in launched:
+                rows |= zip(places, wait_for_rows(), strict=True)
+            return [rows[place] for place in range(len(inputs))]
+
+        return wait

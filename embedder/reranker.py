@@ -1,0 +1,160 @@
+"""`Reranker`: the engine with a loaded reranker, for Python programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from embedder.engine.observer import Observer
+from embedder.engine.postprocess import Embedding
+from embedder.errors import ITEM_ERRORS, InvalidRequest, attributed_to_item
+from embedder.inputs.items import EmbeddingItem
+from embedder.inputs.pairs import Query, pair_with
+from embedder.inputs.preprocess import ModelInput
+from embedder.inputs.python_items import PythonItem, is_single_item, item_from_python
+from embedder.models import Models
+from embedder.settings import Settings
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A document's place in the list that was given, and its score: the probability that it answers the query."""
+
+    index: int
+    score: float
+
+
+class Reranker:
+    """A loaded checkpoint that judges how well documents answer a query.
+
+    `model`: a checkpoint folder or hub id. `device`: auto, cpu, cuda or cuda:N. `options`: other fields of `Settings`,
+    by name; `settings` replaces all of these arguments. `observer` is called at each stage of an item.
+    `on_failure` is called with the reason if the device fails; then this process can compute nothing more.
+
+    Close it, or use it in a `with` block, to end its threads. Raises `ModelUnavailable`, and pydantic's
+    `ValidationError` for settings out of range.
+    """
+
+    def __init__(
+        self,
+        model: str = "",
+        *,
+        device: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        settings: Settings | None = None,
+        worker: int = 0,
+        observer: Observer | None = None,
+        on_failure: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> None:
+        settings = settings or Settings(reranker=str(model), device=device, dtype=dtype, **options)
+        if not settings.reranker:
+            raise InvalidRequest("got no model; allowed: a reranker's checkpoint folder or hub id")
+        self.settings = settings
+        self.models = Models(
+            settings.model_copy(update={"model": ""}), worker=worker, observer=observer, on_failure=on_failure
+        )
+        self.engine = self.models.engine
+
+    def score(
+        self, query: PythonItem, documents: Iterable[PythonItem], *, instruction: str | None = None
+    ) -> list[float]:
+        """The probability, from 0 to 1, that each document answers the query, in the documents' order.
+
+        The query and the documents are given as to `Embedder.embed`: texts, PIL images, or mappings with `text`,
+        `image`, `video` or `content`. `instruction` describes the task; the default is the reference's.
+
+        Raises the `EmbedderError` of the query, or of the first document that fails, with its index.
+        """
+        if is_single_item(documents):
+            kind = type(documents).__name__
+            raise InvalidRequest(
+                f"documents: got a single {kind}; allowed: a list of items, as in score(query, [item])"
+            )
+        items = []
+        for index, document in enumerate(documents):
+            with attributed_to_item(index):
+                items.append(part_of_pair(item_from_python(document, None, None)))
+        if not items:
+            return []
+        request = object()
+        asked, prepared = self._prepare(query, instruction, len(items), request)
+        futures: list[Future[Embedding]] = []
+        try:
+            for index, item in enumerate(items):
+                with attributed_to_item(index):
+                    futures.append(self.engine.submit(pair_with(asked, prepared, item), request=request, wait=True))
+            scores = []
+            for index, future in enumerate(futures):
+                with attributed_to_item(index):
+                    scores.append(sigmoid(float(future.result().vector[0])))
+        finally:
+            for future in futures:
+                future.cancel()  # after an error
+        return scores
+
+    def rank(
+        self,
+        query: PythonItem,
+        documents: Iterable[PythonItem],
+        *,
+        instruction: str | None = None,
+        top_n: int | None = None,
+    ) -> list[Ranked]:
+        """The documents with their scores, the best first; of equal ones, the first given. `top_n`: how many.
+
+        Arguments and errors are those of `score`.
+        """
+        scores = self.score(query, documents, instruction=instruction)
+        return [Ranked(index, scores[index]) for index in best_first(scores)][:top_n]
+
+    def info(self) -> dict[str, Any]:
+        """The model, its sizes, the device and the limits, as `/info` reports them. Pixels are per image."""
+        return self.models.info()
+
+    def close(self) -> None:
+        """Finish the submitted items and end the threads."""
+        self.models.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare(
+        self, query: PythonItem, instruction: str | None, num_documents: int, request: object
+    ) -> tuple[Query, ModelInput]:
+        """The query, and what preprocessing makes of it."""
+        try:
+            item = part_of_pair(item_from_python(query, None, None))
+            asked = Query(item.parts, instruction, num_documents=num_documents)
+            prepared: Any = self.engine.submit(asked, request=request, wait=True).result()
+        except ITEM_ERRORS as error:
+            error.message = f"query: {error.message}"
+            raise
+        return asked, prepared
+
+
+def part_of_pair(item: EmbeddingItem) -> EmbeddingItem:
+    """The item itself, a query or a document. Raises `InvalidRequest` for options that only vectors have."""
+    for name, value in (("instruction", None), ("dimensions", None), ("normalize", True)):
+        if getattr(item, name) != value:
+            raise InvalidRequest(
+                f"{name}: got {getattr(item, name)!r}; a query or a document has no {name}. An instruction goes with "
+                "the whole request"
+            )
+    return item
+
+
+def sigmoid(logit: float) -> float:
+    """The probability of log-odds."""
+    return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
+
+
+def best_first(scores: list[float]) -> list[int]:
+    """The places of the scores, the highest first; of equal ones, the first."""
+    return sorted(range(len(scores)), key=lambda place: -scores[place])
