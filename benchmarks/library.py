@@ -1,9 +1,11 @@
 """Compare the library with its peers on the same weights: `python -m benchmarks.library [--dtype bfloat16]`.
 
 The peers are transformers, used as in the reference code, and sentence-transformers. Each runs in its own process. The
-limit is the rate of a large matrix product, measured between the rounds. The run stops if a peer's vectors are wrong.
-In float32, every vector must match ours. In bfloat16, two correct implementations differ by more than a fixed cosine
-allows, so each peer's mean distance to float32 vectors must be at most 1.5 times that of transformers.
+limit is the rate of a large matrix product, the fastest that torch has, measured between the rounds.
+
+The run stops if a peer's vectors are wrong. In float32, every vector must match ours. In bfloat16, two correct
+implementations differ by more than a fixed cosine allows, so each peer's mean distance to float32 vectors must be at
+most 1.5 times that of transformers.
 """
 
 from __future__ import annotations

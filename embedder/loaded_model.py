@@ -26,7 +26,7 @@ from embedder.model.packing import MAX_SHARED_TOKENS, pack
 from embedder.model.pooling import pool
 from embedder.model.products import arrange_products
 from embedder.model.score_head import load_score_head
-from embedder.model.weights import load_model, num_language_weights, visual_cost
+from embedder.model.weights import choose_dtype, load_model, num_language_weights, visual_cost
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class EmbeddingModel:
         self.checkpoint = checkpoint
         self.settings = settings
         self.device = device
-        weights = load_model(checkpoint.folder, _choose_dtype(settings, device), device)
+        dtype = choose_dtype(settings, device, is_bundled=checkpoint.is_bundled)
+        weights = load_model(checkpoint.folder, dtype, device)
         self.num_language_weights = num_language_weights(weights)
         self.max_shared_tokens = self._max_shared_tokens()
         self.preprocessor = self._make_preprocessor(weights)
@@ -199,9 +200,3 @@ class RerankingModel(EmbeddingModel):
     def _rows(self, inputs: list[ModelInput]) -> torch.Tensor:
         """The log-odds, (num_items, 1) float32, on the device."""
         return (super()._rows(inputs).float() * self._score_head).sum(1, keepdim=True)
-
-
-def _choose_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    if settings.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32

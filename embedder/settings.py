@@ -55,7 +55,9 @@ class Settings(BaseModel):
     # Device
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Data type of the weights; `auto`: bfloat16 on CUDA, float32 on a CPU."
+        "auto",
+        description="Data type of the weights; `auto`: bfloat16 on CUDA and on CPUs with AVX512-BF16 or AMX, else "
+        "float32. The bundled model is in float32 on every CPU.",
     )
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
         "auto", description="Attention back end; `auto`: flash_attn if installed, else varlen, on CUDA; sdpa on a CPU."

@@ -103,6 +103,15 @@ def random_checkpoint(write_random: Callable[..., Path]) -> Path:
     return write_random()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_on_every_processor() -> Iterator[None]:
+    """The default data type of a processor without bfloat16, so that vectors are compared in float32 everywhere."""
+    capabilities = {**torch.cpu.get_capabilities(), "avx512_bf16": False, "amx_bf16": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+        yield
+
+
 @pytest.fixture(scope="session")
 def write_reranker(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function that writes a random reranker of the `tiny` shape -> its folder."""
@@ -239,7 +248,9 @@ def _start_server(folder: Path, target: str, cwd: Path, settings: Mapping[str, s
 @pytest.fixture(scope="session")
 def server(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The service with the same random weights as `embedder`."""
-    server = start_server(tmp_path_factory.mktemp("server"), model=str(random_checkpoint), device="cpu")
+    server = start_server(
+        tmp_path_factory.mktemp("server"), model=str(random_checkpoint), device="cpu", dtype="float32"
+    )
     yield server
     assert server.stop() == 0
 

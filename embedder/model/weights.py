@@ -56,6 +56,28 @@ def choose_device(settings: Settings, worker: int = 0) -> torch.device:
     return device
 
 
+def choose_dtype(settings: Settings, device: torch.device, *, is_bundled: bool) -> torch.dtype:
+    """The data type of the weights.
+
+    `auto` is bfloat16 on CUDA, and on a CPU that multiplies bfloat16 itself. The bundled model stays in float32 on a
+    CPU: it is small, and its recorded vectors are those of float32.
+    """
+    if settings.dtype == "auto":
+        is_16_bit = device.type == "cuda" or (not is_bundled and cpu_multiplies_bfloat16())
+    else:
+        is_16_bit = settings.dtype == "bfloat16"
+    return torch.bfloat16 if is_16_bit else torch.float32
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products in bfloat16 (AVX512-BF16 or AMX).
+
+    With them, a product takes about a third of its time in float32; without them, torch converts every value.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def visual_cost(model: PreTrainedModel) -> float:
     """FLOPs of the vision tower for one visual token, in units of one token of the language tower.
 

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from benchmarks import library, peers
+from benchmarks import library, limits, peers
 from benchmarks.compare import MAX_DISTANCE_RATIO, WrongVectors, compare
 from benchmarks.peers import Peer
 from benchmarks.workloads import Item
+from embedder.model.products import PackedLinear, can_pack
 
 WORDS = ["red", "green", "blue", "cyan"]
 
@@ -57,3 +60,13 @@ def test_library_command_runs_in_bfloat16(tmp_path: Path, monkeypatch: pytest.Mo
     library.main([*command, "--results", str(tmp_path)])
     (row,) = json.loads((tmp_path / "library-tiny-bfloat16.json").read_text())["workloads"]
     assert 0.99 < row["who"][peers.OURS]["min_cosine"] < 1
+
+
+@pytest.mark.skipif(not can_pack(torch.empty(0)), reason="torch is built without oneDNN")
+@pytest.mark.parametrize(("packed_s", "expected_s"), [(0.5, 0.5), (2.0, 1.0)])
+def test_limit_on_a_cpu_is_the_faster_product(
+    packed_s: float, expected_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {nn.Linear: 1.0, PackedLinear: packed_s}
+    monkeypatch.setattr(limits, "_median_s", lambda run, device: seconds[type(run.func)])
+    assert limits.matrix_rate(torch.float32, torch.device("cpu")) == 2 * 2048**3 / expected_s

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ from embedder.model.packing import MAX_SHARED_TOKENS, Run, Sequences, pack, pref
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 from embedder.model.products import join_layers
 from embedder.model.vision import ROPE_THETA
-from embedder.model.weights import choose_device, load_model, visual_cost
+from embedder.model.weights import choose_device, choose_dtype, load_model, visual_cost
 from embedder.settings import Settings
 from tests.conftest import picture, words
 
@@ -488,3 +488,33 @@ def test_device_is_the_one_named_or_the_one_there_is() -> None:
     assert choose_device(Settings(device="cpu")) == CPU
     expected = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
     assert choose_device(Settings(device="auto"), worker=0) == expected
+
+
+NATIVE = ({"avx512_bf16": True}, {"amx_bf16": True, "avx512_bf16": False})
+OTHER = ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, {"neon": True})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "is_bundled", "processors", "expected"),
+    [
+        ("auto", "cpu", False, NATIVE, torch.bfloat16),
+        ("auto", "cpu", False, OTHER, torch.float32),
+        ("auto", "cpu", True, NATIVE, torch.float32),
+        ("auto", "cuda", False, OTHER, torch.bfloat16),
+        ("auto", "cuda", True, OTHER, torch.bfloat16),
+        ("float32", "cpu", False, NATIVE, torch.float32),
+        ("bfloat16", "cpu", True, OTHER, torch.bfloat16),
+    ],
+)
+def test_dtype_is_the_one_named_or_what_the_processor_multiplies_fastest(
+    dtype: Literal["auto", "float32", "bfloat16"],
+    device: str,
+    is_bundled: bool,
+    processors: tuple[dict[str, bool], ...],
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for processor in processors:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda processor=processor: processor)
+        chosen = choose_dtype(Settings(dtype=dtype), torch.device(device), is_bundled=is_bundled)
+        assert chosen == expected
