@@ -110,10 +110,12 @@ class Qwen3VLEmbedding:
         with failing_start():
             self.embedder = embedder.Embedder(settings=SETTINGS, worker=worker, observer=METRICS, on_failure=self._exit)
         checkpoint = self.embedder.checkpoint
+        info = {**self.embedder.info(), "version": embedder.__version__}
         ROUTES.serving = Serving(
             self.embedder.engine,
-            ServedModel(checkpoint.name, SETTINGS.max_input_tokens),
-            {**self.embedder.info(), "version": embedder.__version__},
+            self.embedder.preprocessor,
+            ServedModel(checkpoint.name, SETTINGS.max_input_tokens, info, time.time() - time.monotonic()),
+            info,
             Collection(SETTINGS, is_bundled_model=checkpoint.is_bundled),
             time.time(),
             self.__is_ready__,

@@ -29,7 +29,7 @@ code. `python -m embedder.errors` prints the table for the documentation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -52,6 +52,7 @@ class EmbedderError(Exception):
         self.message = message
         self.item = item
         self.details: Mapping[str, Any] = {}  # more fields of the response's body, next to `error`
+        self.render: Callable[[EmbedderError], bytes] | None = None  # makes the body where the path does not decide it
 
     def __str__(self) -> str:
         return self.message if self.item is None else f"item {self.item}: {self.message}"

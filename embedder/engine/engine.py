@@ -320,8 +320,7 @@ class Engine:
                 job.log_error(logger, "%s", vector)
                 outcomes.append((job, vector))
             else:
-                size = job.model_input
-                outcomes.append((job, Embedding(vector, size.num_tokens, size.num_cut_tokens, is_cached)))
+                outcomes.append((job, Embedding(vector, *job.model_input.sizes(), is_cached)))
         self._resolve(*outcomes)
 
     def _fail_item(self, job: Job, error: Exception) -> None:

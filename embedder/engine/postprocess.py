@@ -26,12 +26,14 @@ class Embedding:
     """The result for one item.
 
     `vector`: (dimensions,) float32. `num_tokens`: tokens of the sequence that was embedded. `num_cut_tokens`: tokens
-    of the item's text that were truncated. `is_cached`: the row came from the cache or from a coalesced item.
+    of the item's text that were truncated. `num_visual_tokens`: how many of the tokens stand for images and videos.
+    `is_cached`: the row came from the cache or from a coalesced item.
     """
 
     vector: NDArray[np.float32]
     num_tokens: int
     num_cut_tokens: int
+    num_visual_tokens: int = 0
     is_cached: bool = False
 
 

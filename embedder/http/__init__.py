@@ -5,6 +5,10 @@ guard               API key, content type, limits on a body; with `api_keys` and
 drain               requests in progress, and whether new ones are accepted
 routes              the table of routes
 dialects            one file per dialect: body -> items, embeddings -> body
+accepted_fields     fields that clients send and that change nothing
+error_forms         the bodies in which each route's clients read errors
+wire_types          vectors as bytes of vLLM's number types
+timing              response headers that say where the time went
 request_body        options and error messages of all request bodies
 response            vectors, usage and errors in response bodies
 openapi             the OpenAPI document

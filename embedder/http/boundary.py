@@ -15,14 +15,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedder.errors import CLIENT_CLOSED_REQUEST, EmbedderError, without_traceback
-from embedder.http.dialects.openai import openai_error_body
 from embedder.http.drain import Drain
-from embedder.http.response import error_body
+from embedder.http.error_forms import error_form
 from embedder.telemetry.log import begin_request
 
 logger = logging.getLogger(__name__)
 
-PROBES = frozenset({"/livez", "/healthz", "/readyz", "/health"})
+PROBES = frozenset({"/livez", "/healthz", "/readyz", "/health", "/ping", "/v2/health/live", "/v2/health/ready"})
 METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 # How much of a refused request's body is still read, and dropped, before the connection is closed: many clients read no
@@ -84,7 +83,7 @@ class RequestBoundary:
 
 
 def _error_body(path: str, error: EmbedderError) -> bytes:
-    return openai_error_body(error) if path.startswith("/v1/") else error_body(error)
+    return (error.render or error_form(path).render)(error)
 
 
 class _Body:

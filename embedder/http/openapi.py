@@ -8,16 +8,21 @@ are described by hand; tests compare the description with the parsers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from embedder.errors import EmbedderError, ModelUnavailable, error_classes
 from embedder.http.accepted_fields import ACCEPTED
 from embedder.http.dialects.dialect import Dialect
 from embedder.http.dialects.messages import PART_TYPES
-from embedder.http.dialects.openai import ModelsResponse, OpenAIErrorResponse
+from embedder.http.dialects.openai_models import ModelsResponse
+from embedder.http.dialects.tokens import ROUTES as TOKEN_ROUTES
+from embedder.http.dialects.tokens import TokenRoute
+from embedder.http.error_forms import ErrorForm, error_form
 from embedder.http.response import ErrorResponse
 from embedder.inputs.items import EXAMPLE_IMAGE
 from embedder.settings import Settings
@@ -56,7 +61,10 @@ def openapi_document(
             "description": "Embeds text, images, videos and mixtures of them: one vector per item.",
         },
         "paths": {
-            **{dialect.path: _post(dialect) for dialect in dialects},
+            **{
+                path: _post([one for one in dialects if one.path == path]) for path in {one.path: 0 for one in dialects}
+            },
+            **{route.path: _post([route]) for route in TOKEN_ROUTES},
             "/v1/models": _get(
                 "/v1/models", "The served model, in the format of OpenAI's clients", _ref("ModelsResponse")
             ),
@@ -75,8 +83,10 @@ def openapi_document(
 
 
 def _schemas(dialects: Sequence[Dialect[Any]], settings: Settings) -> dict[str, Any]:
-    requests = list(dict.fromkeys(dialect.request for dialect in dialects))
-    responses = [dialect.response for dialect in dialects] + [ModelsResponse, ErrorResponse, OpenAIErrorResponse]
+    routes: list[Dialect[Any] | TokenRoute] = [*dialects, *TOKEN_ROUTES]
+    requests: list[type[BaseModel]] = list(dict.fromkeys(route.request for route in routes))
+    forms: list[type[BaseModel]] = [ErrorResponse, *(form.schema for route in routes for form in _error_forms([route]))]
+    responses: list[type[BaseModel]] = [*(route.response for route in routes), ModelsResponse, *forms]
     _, document = models_json_schema(
         [
             *((model, "validation") for model in requests),
@@ -88,11 +98,18 @@ def _schemas(dialects: Sequence[Dialect[Any]], settings: Settings) -> dict[str, 
     schemas: dict[str, Any] = {**document["$defs"], **_items()}
     fields = {model.__name__: schemas[model.__name__]["properties"] for model in requests}
     fields["EmbedRequest"]["items"]["items"] = {"anyOf": [{"type": "string"}, _ref("NamedItem")]}
-    fields["CohereEmbedRequest"]["inputs"]["anyOf"][0]["items"] = _ref("Content")
+    for model in ("EmbeddingsRequest", "PoolingRequest"):
+        kind = {name: fields[model]["truncate"].pop(name) for name in ("enum", "type")}
+        fields[model]["truncate"]["anyOf"] = [kind, {"type": "boolean"}]  # as Jina has it
+        fields[model]["output_dtype"]["enum"] = [*fields[model]["output_dtype"]["enum"], "float"]  # as Voyage has it
+    for model in ("CohereEmbedRequest", "CohereV1Request"):
+        fields[model]["inputs"]["anyOf"][0]["items"] = _ref("Content")
+    fields["VoyageRequest"]["inputs"]["items"] = _ref("Content")
     entry = [{"type": "string"}, _ref("Input"), _ref("ChatPart")]
     conversation = _list_of(_ref("Message"))
-    fields["EmbeddingsRequest"]["input"]["anyOf"] = [*entry, _list_of({"anyOf": entry}), {"type": "null"}]
-    fields["EmbeddingsRequest"]["messages"]["anyOf"] = [conversation, _list_of(conversation), {"type": "null"}]
+    for model in ("EmbeddingsRequest", "PoolingRequest"):
+        fields[model]["input"]["anyOf"] = [*entry, _list_of({"anyOf": entry}), {"type": "null"}]
+        fields[model]["messages"]["anyOf"] = [conversation, _list_of(conversation), {"type": "null"}]
     for model, name in [
         ("TextRequest", "input"),
         ("ImageRequest", "input"),
@@ -107,7 +124,8 @@ def _schemas(dialects: Sequence[Dialect[Any]], settings: Settings) -> dict[str, 
                 option["maxItems"] = settings.max_items_per_request
     for request in requests:
         for name, clients in ACCEPTED.items():
-            schemas[request.__name__]["properties"].setdefault(name, {"description": f"No effect. {clients}."})
+            if "properties" in schemas[request.__name__]:
+                schemas[request.__name__]["properties"].setdefault(name, {"description": f"No effect. {clients}."})
         _allow_nulls(schemas[request.__name__])
     return schemas
 
@@ -184,9 +202,24 @@ def _list_of(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "minItems": 1, "items": schema}
 
 
-def _post(dialect: Dialect[Any]) -> dict[str, Any]:
-    response = _response("The vectors.", _ref(dialect.response.__name__))
-    return _operation(dialect.path, dialect.summary, _ref(dialect.request.__name__), response, dialect.examples)
+def _post(routes: Sequence[Dialect[Any] | TokenRoute]) -> dict[str, Any]:
+    """The operation of one path; of several dialects on one path, the body's fields decide."""
+    path = routes[0].path
+    response = _response("The result.", _one_of([_ref(route.response.__name__) for route in routes]))
+    body = _one_of([_ref(route.request.__name__) for route in routes])
+    examples = {name: example for route in routes for name, example in route.examples.items()}
+    errors = _one_of([_ref(form.schema.__name__) for form in _error_forms(routes)])
+    return _operation(path, "; ".join(route.summary for route in routes), body, response, examples, errors)
+
+
+def _error_forms(routes: Sequence[Dialect[Any] | TokenRoute]) -> list[ErrorForm]:
+    """How errors of a path may look: as the path has them, or as one of its dialects has them."""
+    own = [route.errors for route in routes if isinstance(route, Dialect) and route.errors]
+    return [error_form(routes[0].path), *own]
+
+
+def _one_of(schemas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}
 
 
 def _post_rows(path: str, kind: str, summary: str, settings: Settings) -> dict[str, Any]:
@@ -194,17 +227,26 @@ def _post_rows(path: str, kind: str, summary: str, settings: Settings) -> dict[s
     rows = {"type": "array", "items": row, "maxItems": settings.max_items_per_request}
     body = {"type": "object", "properties": {f"{kind}s": rows}, "required": [f"{kind}s"]}
     vectors = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
-    return _operation(path, summary, body, _response("One vector per row.", vectors), ROW_EXAMPLES[path])
+    return _operation(
+        path, summary, body, _response("One vector per row.", vectors), ROW_EXAMPLES[path], _ref("ErrorResponse")
+    )
 
 
 def _operation(
-    path: str, summary: str, body: dict[str, Any], response: dict[str, Any], examples: Mapping[str, Any]
+    path: str,
+    summary: str,
+    body: dict[str, Any],
+    response: dict[str, Any],
+    examples: Mapping[str, Any],
+    error: dict[str, Any],
 ) -> dict[str, Any]:
     values = {name: {"value": value} for name, value in examples.items()}
-    errors = {str(status): _error(path, text) for status, text in error_meanings().items()}
+    errors = {str(status): _response(text, error) for status, text in error_meanings().items()}
+    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}, "example": "any"}
     return {
         "post": {
             "operationId": _operation_id(path),
+            **({"parameters": [name]} if "{model}" in path else {}),
             "summary": summary,
             "requestBody": {
                 "required": True,
@@ -230,11 +272,11 @@ def _get(path: str, summary: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 def _operation_id(path: str) -> str:
     """`/v1/embeddings` -> v1_embeddings: what a generated client calls it."""
-    return path.strip("/").replace("/", "_")
+    return re.sub(r"\W+", "_", path).strip("_")
 
 
 def _error(path: str, text: str) -> dict[str, Any]:
-    return _response(text, _ref("OpenAIErrorResponse" if path.startswith("/v1/") else "ErrorResponse"))
+    return _response(text, _ref(error_form(path).schema.__name__))
 
 
 def _response(description: str, schema: dict[str, Any]) -> dict[str, Any]:

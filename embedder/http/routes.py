@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,10 +18,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from embedder.engine.aio import embed_all, embed_each
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EmbedderError, NotFound, NotReady
-from embedder.http.dialects import cohere, embed, local, openai
+from embedder.http.dialects import (
+    cohere,
+    dashscope,
+    embed,
+    kserve,
+    local,
+    ollama,
+    openai,
+    openai_models,
+    pooling,
+    tei,
+    tokens,
+    voyage,
+)
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
+from embedder.http.dialects.tokens import TokenRoute
 from embedder.http.openapi import ROW_EXAMPLES, openapi_document
+from embedder.http.request_body import read_json
 from embedder.http.response import to_json
+from embedder.http.timing import timing_headers, traced_items
 from embedder.playground.collection import HEADERS, PAGE, Collection, page_file
 from embedder.settings import Settings
 from embedder.telemetry.log import count_items
@@ -27,12 +46,37 @@ from embedder.telemetry.metrics import CONTENT_TYPE, Metrics
 if TYPE_CHECKING:
     from embedder.engine.engine import Engine
     from embedder.inputs.items import EmbeddingItem
+    from embedder.inputs.preprocess import Preprocessor
 
 Result = TypeVar("Result")
 
-DIALECTS: tuple[Dialect[Any], ...] = (local.TEXTS, local.IMAGES, embed.EMBED, openai.EMBEDDINGS, cohere.EMBED)
-EXAMPLES = {**{dialect.path: dialect.examples for dialect in DIALECTS}, **ROW_EXAMPLES}  # bodies by path and name
-EMBEDDING_PATHS = tuple(dialect.path for dialect in DIALECTS)
+DIALECTS: tuple[Dialect[Any], ...] = (
+    local.TEXTS,
+    local.IMAGES,
+    tei.EMBED,
+    embed.EMBED,
+    openai.EMBEDDINGS,
+    openai.INFINITY,
+    openai.INVOCATIONS,
+    pooling.POOLING,
+    cohere.EMBED,
+    cohere.EMBED_V1,
+    voyage.MULTIMODAL,
+    tei.SIMILARITY,
+    ollama.EMBED,
+    ollama.PROMPT,
+    dashscope.MULTIMODAL,
+    kserve.INFER,
+)
+EMBEDDING_PATHS = tuple(dict.fromkeys(dialect.path for dialect in DIALECTS))
+EXAMPLES: dict[str, dict[str, Any]] = {  # bodies by path and name
+    **{
+        path: {k: v for one in DIALECTS if one.path == path for k, v in one.examples.items()}
+        for path in EMBEDDING_PATHS
+    },
+    **{route.path: dict(route.examples) for route in tokens.ROUTES},
+    **ROW_EXAMPLES,
+}
 OPEN_PATHS = frozenset({"/playground", "/playground/", *(f"/playground/{name}" for name in PAGE)})  # need no key
 
 WATCH_AFTER_S = 0.1  # after which a request without a response starts to watch for its caller's disconnect
@@ -43,6 +87,7 @@ class Serving:
     """What a worker serves once its model is loaded. `is_ready` tells probes whether to send requests."""
 
     engine: Engine
+    preprocessor: Preprocessor
     model: ServedModel
     info: Mapping[str, Any]
     collection: Collection
@@ -59,10 +104,20 @@ class Routes:
         self.serving: Serving | None = None
         self._default: ASGIApp = not_found
         self._document = to_json(openapi_document(DIALECTS, settings, version, needs_key=needs_key))
-        self._dialects = {dialect.path: dialect for dialect in DIALECTS}
+        self._dialects = {path: [one for one in DIALECTS if one.path == path] for path in EMBEDDING_PATHS}
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # one: counting may not take the cores from embedding
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/v1/models": self._models,
+            "/models": self._models,  # infinity's clients
             "/health": self._health,
+            "/ping": self._health,  # SageMaker's and vLLM's
+            "/version": self._page(lambda _: {"version": version}),  # vLLM's
+            "/api/version": self._page(lambda _: {"version": version}),
+            "/api/tags": self._page(ollama.tags),
+            "/v2": self._page(kserve.server_metadata),
+            "/v2/health/live": self._live,
+            "/v2/health/ready": self._health,
+            "/v2/models/{model:path}/ready": self._health,
             "/info": self._info,
             "/metrics": self._metrics,
             "/openapi.json": self._openapi,
@@ -72,8 +127,16 @@ class Routes:
             "/playground": self._playground,
             "/playground/{name}": self._playground,
         }
-        self._router = Router([Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()])
-        self._router.routes += [Route(path, self._embed, methods=["POST"]) for path in EMBEDDING_PATHS]
+        post: dict[str, Callable[[Request], Awaitable[Response]]] = {
+            **{path: partial(self._embed, dialects) for path, dialects in self._dialects.items()},
+            **{route.path: partial(self._tokens, route) for route in tokens.ROUTES},
+        }
+        get_routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
+        post_routes = [Route(_any_model(path), endpoint, methods=["POST"]) for path, endpoint in post.items()]
+        metadata = Route(
+            "/v2/models/{model:path}", self._page(kserve.model_metadata), methods=["GET"]
+        )  # takes any rest
+        self._router = Router([*get_routes, *post_routes, metadata])
 
     def over(self, default: ASGIApp) -> ASGIApp:
         """These routes, with `default` for the paths that they do not have."""
@@ -84,7 +147,10 @@ class Routes:
         if scope["type"] != "http":
             await self._default(scope, receive, send)
         elif scope["method"] == "POST" and scope["path"] in self._dialects:
-            response = await self._embed(Request(scope, receive))  # Starlette's router would take some percent longer
+            dialects = self._dialects[scope["path"]]
+            response = await self._embed(
+                dialects, Request(scope, receive)
+            )  # Starlette's router would take some percent longer
             await response(scope, receive, send)
         else:
             await self._router(scope, receive, send)
@@ -94,13 +160,37 @@ class Routes:
         embeddings = await unless_disconnected(self._embed_all(items), receive)
         return json_response(to_json([one.vector for one in embeddings]), self._cache_headers(embeddings))
 
-    async def _embed(self, request: Request) -> Response:
-        dialect = self._dialects[request.scope["path"]]
-        body = (await request.receive())["body"]  # the guard has read all of it
-        parsed = dialect.parse(body, self.settings)
-        embed_items = self._embed_each if dialect.fails_per_item else self._embed_all
-        outcomes = await unless_disconnected(embed_items(parsed.items), request.receive)
-        return json_response(dialect.respond(parsed, outcomes, self._serving.model), self._cache_headers(outcomes))
+    async def _embed(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
+        started_s = time.monotonic()
+        fields = read_json((await request.receive())["body"])  # the guard has read all of it
+        dialect = next(one for one in dialects if one is dialects[-1] or one.given in fields)
+        try:
+            parsed = dialect.parse(fields, self.settings)
+            embed_items = self._embed_each if dialect.fails_per_item else self._embed_all
+            with traced_items() as traces:
+                outcomes = await unless_disconnected(embed_items(parsed.items), request.receive)
+            response = dialect.respond(parsed, outcomes, self._serving.model)
+        except EmbedderError as error:
+            error.render = dialect.errors.render if dialect.errors else None
+            raise
+        if isinstance(response, bytes):
+            response = json_response(response)
+        response.headers.update(timing_headers(started_s, traces))
+        response.headers.update(self._cache_headers(outcomes) or {})
+        return response
+
+    async def _tokens(self, route: TokenRoute, request: Request) -> Response:
+        fields = read_json((await request.receive())["body"])
+        work = partial(route.handle, fields, self._serving.preprocessor, self.settings)
+        return json_response(to_json(await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)))
+
+    def _page(self, fields: Callable[[ServedModel], Any]) -> Callable[[Request], Awaitable[Response]]:
+        """A handler that responds with these fields of the served model."""
+
+        async def page(_: Request) -> Response:
+            return json_response(to_json(fields(self._serving.model)))
+
+        return page
 
     async def _embed_all(self, items: Sequence[EmbeddingItem | EmbedderError]) -> Sequence[Embedding]:
         embeddings = await embed_all(self._serving.engine, items, self.settings.request_timeout_s)
@@ -125,15 +215,18 @@ class Routes:
         return {"x-embedding-cache": f"hits={num_hits}"}
 
     async def _models(self, _: Request) -> Response:
-        return json_response(openai.models_response(self._serving.model, self._serving.started_s))
+        return json_response(openai_models.models_response(self._serving.model, self._serving.started_s))
 
     async def _health(self, _: Request) -> Response:
         if not self._serving.is_ready():
             raise NotReady("the service is not ready")
         return json_response(b'{"status":"ready"}')
 
+    async def _live(self, _: Request) -> Response:
+        return json_response(b'{"live":true}')
+
     async def _info(self, _: Request) -> Response:
-        return json_response(to_json(self._serving.info))
+        return json_response(to_json({**self._serving.info, **tei.info_fields(self._serving.model)}))
 
     async def _metrics(self, _: Request) -> Response:
         return Response(await asyncio.to_thread(self.metrics.exposition), media_type=CONTENT_TYPE)
@@ -152,6 +245,11 @@ class Routes:
 
     async def _playground(self, request: Request) -> Response:
         return _file_response(page_file(request.path_params.get("name", "index.html")))
+
+
+def _any_model(path: str) -> str:
+    """Let `{model}` in a path be a hub id, which has a slash."""
+    return path.replace("{model}", "{model:path}")
 
 
 async def not_found(scope: Scope, receive: Receive, send: Send) -> None:

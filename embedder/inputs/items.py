@@ -79,7 +79,8 @@ class EmbeddingItem:
     """One thing to embed.
 
     `instruction` None: the service's default instruction. `dimensions` None: all values of the model's vector.
-    `truncate`: for text over the token limit, cut its end or its start, or (`none`) refuse the item.
+    `truncate`: for text over the token limit, cut its end or its start, or (`none`) refuse the item. `max_text_tokens`:
+    tokens that the item's text is cut to; None: only the limit of the settings.
     Raises `InvalidRequest` and `UnsupportedDimensions`.
     """
 
@@ -88,6 +89,7 @@ class EmbeddingItem:
     dimensions: int | None = None
     normalize: bool = True
     truncate: Truncate = "end"
+    max_text_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -102,6 +104,10 @@ class EmbeddingItem:
             raise InvalidRequest(f"normalize: got {describe_value(self.normalize)}; allowed: true or false")
         if self.truncate not in _TRUNCATE:
             raise InvalidRequest(f"truncate: got {describe_value(self.truncate)}; allowed: {', '.join(_TRUNCATE)}")
+        if self.max_text_tokens is not None and (type(self.max_text_tokens) is not int or self.max_text_tokens < 1):
+            raise InvalidRequest(
+                f"max_text_tokens: got {describe_value(self.max_text_tokens)}; allowed: a positive whole number"
+            )
 
 
 # The parameters of the checks are `object`: callers send values of any type.
@@ -163,7 +169,7 @@ def item_from_fields(fields: Mapping[str, Any]) -> EmbeddingItem:
     return EmbeddingItem(parts, **options)
 
 
-_OPTIONS = {"instruction", "dimensions", "normalize", "truncate"}
+_OPTIONS = {"instruction", "dimensions", "normalize", "truncate", "max_text_tokens"}
 _FIELDS = {"text", "image", "video", "content", *_OPTIONS}
 
 

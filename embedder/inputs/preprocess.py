@@ -90,6 +90,10 @@ class ModelInput:
         """Length of the sequence."""
         return len(self.input_ids)
 
+    def sizes(self) -> tuple[int, int, int]:
+        """`num_tokens`, `num_cut_tokens` and the number of visual tokens."""
+        return self.num_tokens, self.num_cut_tokens, len(self.visual_index)
+
     @property
     def num_bytes(self) -> int:
         """Memory of the patches, in bytes; the rest is negligible."""
@@ -113,7 +117,7 @@ class Preprocessor:
         self.settings = settings
         self.visual_cost = visual_cost
         self.geometry = ImageGeometry(vision.factor, vision.min_pixels, vision.max_pixels)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         appended_ids = self._appended_ids()
         tokenizer.encode_special_tokens = True  # encode a special token's name in a text as text
         self._suffix_ids = (*self._encode_fixed(prompt.SUFFIX), *appended_ids)
@@ -129,8 +133,8 @@ class Preprocessor:
         instruction = prompt.complete_instruction(item.instruction, self.settings.default_instruction)
         prefix_ids = self._prefix_ids(instruction)
         pieces = prompt.user_turn(item, grids, seconds)
-        num_fixed = len(prefix_ids) + len(self._suffix_ids)
-        encoded, num_cut = self._encode(pieces, self.settings.max_input_tokens, num_fixed, item.truncate)
+        limits = self.settings.max_input_tokens, len(prefix_ids) + len(self._suffix_ids), item.truncate
+        encoded, num_cut = self._encode(pieces, *limits, item.max_text_tokens)
         runs: list[list[int] | Placeholders] = [list(prefix_ids), *encoded, list(self._suffix_ids)]
         num_patches = sum(len(one.pixels) for one in patches)
         input_ids, position_ids, visual_index = self._assemble(runs)
@@ -143,6 +147,14 @@ class Preprocessor:
             num_cut_tokens=num_cut,
             cost=len(input_ids) + math.ceil(self.visual_cost * num_patches / merge**2),
         )
+
+    def prompt_ids(self, item: EmbeddingItem, grids: list[tuple[int, int, int]], seconds: Sequence[Any]) -> list[int]:
+        """The ids of an item's whole sequence, before it is cut. `grids` and `seconds`: as in `prompt.user_turn`."""
+        instruction = prompt.complete_instruction(item.instruction, self.settings.default_instruction)
+        ids = list(self._prefix_ids(instruction))
+        for run in map(self._encode_piece, prompt.user_turn(item, grids, seconds)):
+            ids += run if isinstance(run, list) else [self._token_id(run.token)] * run_length(run)
+        return [*ids, *self._suffix_ids]
 
     def _load_patches(self, item: EmbeddingItem) -> tuple[tuple[Patches, ...], list[tuple[float, ...]]]:
         """Patches of each image and video, and the frame times of each video."""
@@ -205,10 +217,10 @@ class Preprocessor:
         runs = [self._encode_piece(piece) for piece in pieces]
         total = num_fixed + sum(map(run_length, runs))
         excess = total - max_tokens
-        if excess > 0 and truncate == "none":
-            raise InputTooLong(f"{total} tokens; allowed: up to {max_tokens}, and `truncate` is none")
         if max_text_tokens is not None:
             excess = max(excess, sum(len(self._cuttable(piece)) for piece in pieces) - max_text_tokens)
+        if excess > 0 and truncate == "none":
+            raise InputTooLong(f"{total} tokens; allowed: up to {total - excess}, and `truncate` is none")
         num_cut = 0
         indices = range(len(runs)) if truncate == "start" else reversed(range(len(runs)))
         for index in indices:
@@ -230,15 +242,15 @@ class Preprocessor:
         """The indices of the piece's tokens that cover text of the caller only."""
         if not isinstance(piece, TextPiece):
             return []
-        offsets = self._tokenizer.encode_batch([piece.text], add_special_tokens=False)[0].offsets
+        offsets = self.tokenizer.encode_batch([piece.text], add_special_tokens=False)[0].offsets
         return [i for i, (s, e) in enumerate(offsets) if s >= piece.start and e <= piece.end]
 
     def _encode_piece(self, piece: Piece) -> list[int] | Placeholders:
         match piece:
             case TextPiece() if len(piece.text) > SHORT_CHARS:  # `encode` would hold the GIL
-                return list(self._tokenizer.encode_batch_fast([piece.text], add_special_tokens=False)[0].ids)
+                return list(self.tokenizer.encode_batch_fast([piece.text], add_special_tokens=False)[0].ids)
             case TextPiece():
-                return list(self._tokenizer.encode(piece.text, add_special_tokens=False).ids)
+                return list(self.tokenizer.encode(piece.text, add_special_tokens=False).ids)
             case SpecialToken():
                 return [self._token_id(piece.token)]
             case Placeholders():
@@ -276,14 +288,14 @@ class Preprocessor:
         return input_ids, position_ids, np.concatenate(visual_index)
 
     def _token_id(self, token: str) -> int:
-        token_id = self._tokenizer.token_to_id(token)
+        token_id = self.tokenizer.token_to_id(token)
         if token_id is None:
             raise ModelUnavailable(f"the checkpoint's tokenizer has no token {token}; needed: a Qwen3-VL tokenizer")
         return token_id
 
     def _appended_ids(self) -> tuple[int, ...]:
-        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
-        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        plain = self.tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self.tokenizer.encode("a", add_special_tokens=True).ids
         if whole[: len(plain)] != plain:
             raise ModelUnavailable(
                 "the checkpoint's tokenizer puts tokens before the text; needed: a Qwen3-VL tokenizer"
@@ -357,9 +369,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return content
 
 

@@ -11,7 +11,14 @@ import pytest
 
 from embedder.engine.postprocess import Embedding, quantize
 from embedder.errors import InvalidRequest, RequestTooLarge
-from embedder.http.dialects.cohere import CohereEmbedResponse, CohereRequest, cohere_response, parse_cohere
+from embedder.http.dialects.cohere import (
+    CohereEmbedResponse,
+    CohereRequest,
+    CohereV1Response,
+    cohere_response,
+    parse_cohere,
+    parse_cohere_v1,
+)
 from embedder.http.dialects.dialect import ServedModel
 from embedder.inputs.items import EmbeddingItem, Image, Text
 from embedder.inputs.prompt import QUERY_INSTRUCTION
@@ -54,7 +61,7 @@ def test_options_have_coheres_names() -> None:
         ({"texts": ["a"], "embedding_types": ["float", "int4"]}, "embedding_types[1]: got 'int4' (a string); "),
         ({"texts": ["a"], "embedding_types": []}, "embedding_types: got an empty list"),
         ({"texts": ["a"], "truncate": "MIDDLE"}, "truncate: got 'MIDDLE' (a string); input should be 'NONE', "),
-        ({"texts": ["a"], "max_tokens": 512}, "max_tokens: got 512; allowed: -1, or from 8192"),
+        ({"texts": ["a"], "max_tokens": 0}, "max_tokens: got 0; allowed: -1, or from 1 to 8192"),
         ({"texts": ["a"], "instruction": "b"}, "unknown field: instruction"),
     ],
 )
@@ -75,7 +82,7 @@ def test_response_has_a_list_for_each_type_and_the_billed_units() -> None:
         inputs=[{"content": [{"type": "image", "image": URI}] * 2}, {"content": "b"}], embedding_types=kinds
     )
     vectors = np.eye(2, 8, dtype=np.float32)
-    embeddings = [Embedding(vectors[0], 40, 0), Embedding(vectors[1], 60, 5)]
+    embeddings = [Embedding(vectors[0], 40, 0, num_visual_tokens=30), Embedding(vectors[1], 60, 5)]
     body = json.loads(cohere_response(request, embeddings, ServedModel("the model", 60)))
     CohereEmbedResponse.model_validate(body)
     assert list(body["embeddings"]) == kinds[:-1]
@@ -89,6 +96,31 @@ def test_response_has_a_list_for_each_type_and_the_billed_units() -> None:
     assert len(body["id"]) == 36
     assert body["meta"] == {
         "api_version": {"version": "2"},
-        "billed_units": {"input_tokens": 100, "images": 2},
+        "billed_units": {"input_tokens": 70, "image_tokens": 30, "images": 2},
+        "tokens": {"input_tokens": 100},
         "warnings": ["item 1: got 65 tokens; allowed: 60; 5 tokens of its text were cut"],
     }
+
+
+def test_tokens_of_images_alone_are_image_tokens() -> None:
+    request = parse(images=[URI])
+    embedding = Embedding(np.eye(1, 8, dtype=np.float32)[0], 40, 0, num_visual_tokens=30)
+    body = json.loads(cohere_response(request, [embedding], ServedModel("the model", 60)))
+    assert body["meta"]["billed_units"] == {"input_tokens": 0, "image_tokens": 40, "images": 1}
+    assert "texts" not in body
+
+
+def test_first_version_has_plain_floats_unless_types_are_given() -> None:
+    def answer(**fields: Any) -> dict[str, Any]:
+        request = parse_cohere_v1(json.dumps(fields).encode(), SETTINGS)
+        vector = np.array([0.6, 0.8], np.float32)
+        body: dict[str, Any] = json.loads(cohere_response(request, [Embedding(vector, 22, 0)], ServedModel("m", 60)))
+        CohereV1Response.model_validate(body)
+        return body
+
+    plain = answer(texts=["a"], input_type="search_query", truncate="END")
+    assert plain["embeddings"] == [[0.6, 0.8]] or np.allclose(plain["embeddings"], [[0.6, 0.8]])
+    assert (plain["response_type"], plain["texts"]) == ("embeddings_floats", ["a"])
+    typed = answer(texts=["a"], embedding_types=["int8"])
+    assert (typed["response_type"], list(typed["embeddings"])) == ("embeddings_by_type", ["int8"])
+    assert answer(images=[URI])["texts"] == []

@@ -9,11 +9,11 @@ import pytest
 from embedder.errors import InvalidRequest
 from embedder.http.dialects.messages import (
     InputType,
-    check_length,
     instruction_for,
     item_from_conversation,
     item_from_string,
     parts_from_content,
+    text_limit,
 )
 from embedder.inputs.items import EXAMPLE_IMAGE
 from embedder.inputs.prompt import QUERY_INSTRUCTION
@@ -138,10 +138,10 @@ def test_queries_get_the_query_instruction_and_all_others_the_default() -> None:
     assert instruction_for(None) is None
 
 
-def test_token_limit_of_a_client_may_not_be_below_the_services() -> None:
+def test_token_limit_of_a_client_applies_where_it_is_below_the_services() -> None:
     settings = Settings(max_input_tokens=1000)
-    for tokens in (None, -1, 1000, 32768):
-        check_length("max_tokens", tokens, settings)
-    for tokens in (999, 0, -2):
-        with pytest.raises(InvalidRequest, match=rf"max_tokens: got {tokens}; allowed: -1, or from 1000"):
-            check_length("max_tokens", tokens, settings)
+    assert [text_limit("max_tokens", tokens, settings) for tokens in (None, -1, 1000, 32768)] == [None] * 4
+    assert [text_limit("max_tokens", tokens, settings) for tokens in (1, 999)] == [1, 999]
+    for tokens in (0, -2):
+        with pytest.raises(InvalidRequest, match=rf"max_tokens: got {tokens}; allowed: -1, or from 1 to 1000"):
+            text_limit("max_tokens", tokens, settings)

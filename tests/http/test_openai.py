@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,10 @@ import pytest
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EngineFailed, InvalidRequest, Overloaded, RequestTooLarge
 from embedder.http.dialects.dialect import ServedModel
-from embedder.http.dialects.openai import (
-    EmbeddingsResponse,
-    ModelsResponse,
-    OpenAIErrorResponse,
-    embeddings_response,
-    models_response,
-    openai_error_body,
-    parse_embeddings,
-)
-from embedder.http.request_body import EmbeddingRequest
+from embedder.http.dialects.openai import EmbeddingsResponse, embeddings_response, parse_embeddings
+from embedder.http.dialects.openai_models import ModelsResponse, models_response
+from embedder.http.dialects.vllm import EncodedRequest, Encoding
+from embedder.http.error_forms import OpenAIErrorResponse, openai_error_body
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
 from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.settings import Settings
@@ -30,7 +25,7 @@ URI = "data:image/png;base64,AAAA"
 URL_PART = {"type": "image_url", "image_url": {"url": URI}}
 
 
-def parse(**fields: Any) -> EmbeddingRequest:
+def parse(**fields: Any) -> EncodedRequest:
     return parse_embeddings(json.dumps(fields).encode(), SETTINGS)
 
 
@@ -69,10 +64,10 @@ def test_conversation_is_one_item_and_a_list_of_them_several() -> None:
 
 def test_options_of_openai_and_of_the_service_are_accepted() -> None:
     request = parse(input="a", model="x", dimensions=64, encoding_format="base64", user="me", provider={}, priority=1)
-    assert request == EmbeddingRequest((EmbeddingItem((Text("a"),), None, 64),), True, "base64")
+    assert request == EncodedRequest((EmbeddingItem((Text("a"),), None, 64),), Encoding("base64"))
     ours = parse(input="a", instruction="Find.", normalize=False, truncate="none", output_dtype="float16")
     item = EmbeddingItem((Text("a"),), "Find.", normalize=False, truncate="none")
-    assert ours == EmbeddingRequest((item,), True, "float", "float16")
+    assert ours == EncodedRequest((item,), Encoding("float", "float16"))
 
 
 def test_instruction_of_the_item_precedes_that_of_the_request_and_of_queries() -> None:
@@ -112,10 +107,13 @@ def test_error_for_token_ids_names_the_clients_option(value: Any) -> None:
         ({"messages": []}, "messages: got [] (a list); allowed: a list of at least one message"),
         ({"messages": "a"}, "messages: got 'a' (a string); allowed: a list of at least one message"),
         ({"messages": [{"role": "system", "content": "a"}]}, "item 0: an item needs at least one of text, image or"),
-        ({"input": "a", "encoding_format": "bytes"}, "encoding_format: got 'bytes' (a string); input should be"),
+        ({"input": "a", "encoding_format": "hex"}, "encoding_format: got 'hex' (a string); input should be"),
         ({"input": "a", "input_type": "other"}, "input_type: got 'other' (a string); input should be 'search_query', "),
         ({"input": "a", "chat_template": "{{ x }}"}, "unknown field: chat_template"),
-        ({"input": "a", "truncate_prompt_tokens": 512}, "truncate_prompt_tokens: got 512; allowed: -1, or from 8192"),
+        (
+            {"input": "a", "truncate_prompt_tokens": 8193},
+            "truncate_prompt_tokens: got 8193; allowed: -1, or from 1 to 8192",
+        ),
         ({"input": "a", "output_dtype": "int8", "normalize": False}, "item 0: output_dtype: got int8 with normalize"),
     ],
 )
@@ -134,7 +132,13 @@ def test_response_has_openais_form() -> None:
     request = parse(input=["a", "b"], output_dtype="int8")
     vectors = [np.array([1.0, 0.0], np.float32), np.array([0.0, -1.0], np.float32)]
     embeddings = [Embedding(vector, 50 + 51 * index, 4 * index) for index, vector in enumerate(vectors)]
-    body = json.loads(embeddings_response(request, embeddings, ServedModel("the model", 101)))
+    clock_offset_s = 1000 - time.monotonic()
+    response = embeddings_response(request, embeddings, ServedModel("the model", 101, clock_offset_s=clock_offset_s))
+    assert isinstance(response, bytes)
+    body = json.loads(response)
+    EmbeddingsResponse.model_validate(body)
+    assert body.pop("id").startswith("embd-")
+    assert body.pop("created") in range(1000, 1060)
     assert body == {
         "object": "list",
         "data": [
@@ -142,10 +146,9 @@ def test_response_has_openais_form() -> None:
             {"object": "embedding", "index": 1, "embedding": [0, -127]},
         ],
         "model": "the model",
-        "usage": {"prompt_tokens": 151, "total_tokens": 151},
+        "usage": {"prompt_tokens": 151, "total_tokens": 151, "completion_tokens": 0},
         "warnings": ["item 1: got 105 tokens; allowed: 101; 4 tokens of its text were cut"],
     }
-    EmbeddingsResponse.model_validate(body)
 
 
 def test_models_lists_the_model_with_its_token_limit() -> None:

@@ -194,7 +194,8 @@ def ways(item: dict[str, Any], http: httpx.Client, bento: Any) -> dict[str, Send
     elif len(bare) == len(parts) == 1 and "url" in str(parts[0]):  # one data URI
         (uri,) = (value["url"] for name, value in parts[0].items() if name != "type")
         found["v1 string"] = post("/v1/embeddings", {"input": uri, **options})
-    return found | cohere_ways(item, parts, post)
+    found |= other_ways(item, options, post)
+    return found | cohere_ways(item, parts, post) | mixture_ways(item, parts, options, post)
 
 
 def local_ways(
@@ -236,11 +237,82 @@ def cohere_ways(item: dict[str, Any], parts: list[Any], post: Callable[[str, dic
     return found
 
 
+def other_ways(
+    item: dict[str, Any], options: dict[str, Any], post: Callable[[str, dict[str, Any]], Send]
+) -> dict[str, Send]:
+    """Routes that take only strings: a text, or the data URI of an image."""
+    kind = next(iter(item))
+    if kind not in ("text", "image") or not isinstance(item[kind], str) or set(item) - {kind, *options}:
+        return {}
+    value = item["text"] if kind == "text" else f"data:image/png;base64,{item['image']}"
+    how = options.get("truncate", "end")
+    size = {"dimensions": options["dimensions"]} if "dimensions" in options else {}
+    found = {
+        "infinity": post("/embeddings", {"input": value, "modality": kind, **options}),
+        "SageMaker": post("/invocations", {"input": [value], **options}),
+        "pooling": post("/pooling", {"input": value, "task": "embed", **options}),
+        "KServe": post(
+            "/v2/models/any/infer",
+            {"inputs": [{"name": kind, "shape": [1], "datatype": "BYTES", "data": [value]}], "parameters": options},
+        ),
+    }
+    if "instruction" in options:
+        return found
+    direction = "Left" if how == "start" else "Right"
+    tei = {"inputs": value, "truncate": how != "none", "truncation_direction": direction, **size}
+    found["TEI"] = post("/embed", tei)
+    if how != "start":
+        found["Ollama"] = post("/api/embed", {"model": "any", "input": [value], "truncate": how != "none", **size})
+    if not options:
+        found["Ollama, old"] = post("/api/embeddings", {"model": "any", "prompt": value})
+    return found
+
+
+DASHSCOPE = "/api/v1/services/embeddings/multimodal-embedding/multimodal-embedding"
+
+
+def mixture_ways(
+    item: dict[str, Any], parts: list[Any], options: dict[str, Any], post: Callable[[str, dict[str, Any]], Send]
+) -> dict[str, Send]:
+    """Routes that take mixtures, but cut only the end of a text."""
+    if options.get("truncate") == "start":
+        return {}
+    cut = options.get("truncate") != "none"
+    found = {}
+    if "instruction" not in options:
+        size = {"output_dimension": options["dimensions"]} if "dimensions" in options else {}
+        fields = {"inputs": [{"content": parts}], "truncation": cut, **size}
+        found["Voyage"] = post("/v1/multimodalembeddings", fields)
+    native = item.get("content") or [{kind: value} for kind, value in single_parts(item)]
+    parameters = {"auto_truncation": cut, "enable_fusion": True, "instruct": options.get("instruction")}
+    parameters |= {"dimension": options.get("dimensions"), "fps": item.get("fps")}
+    if native:  # an empty list is another error there
+        contents = [{name: value for name, value in part.items() if name != "type"} for part in native]
+        found["DashScope"] = post(DASHSCOPE, {"input": {"contents": contents}, "parameters": parameters})
+    return found
+
+
 def outcome(path: str, response: httpx.Response) -> Any:
     """The vector, or the error's code."""
     body = response.json()
     if response.status_code != 200:
-        return body["error"]["code"]
+        for place in (body.get("error"), body):
+            if isinstance(place, dict) and "code" in place:
+                return place["code"]
+        return body["error_type"]
+    if isinstance(body, list):
+        return body[0]
+    match path:
+        case "/v2/models/any/infer":
+            return body["outputs"][0]["data"]
+        case "/pooling":
+            return body["data"][0]["data"]
+        case "/embeddings" | "/invocations" | "/v1/multimodalembeddings":
+            return body["data"][0]["embedding"]
+        case "/api/embed":
+            return body["embeddings"][0]
+    if path == DASHSCOPE:
+        return body["output"]["embeddings"][0]["embedding"]
     match path:
         case "/embed":
             return body["results"][0]["embedding"]

@@ -363,7 +363,7 @@ def test_prefix_holds_the_header_of_the_turn_and_nothing_of_the_text(
     num_shared = one.num_prefix_tokens
     assert one.input_ids[:num_shared].tolist() == other.input_ids[:num_shared].tolist()
     is_grown_together = text.startswith("\n")
-    rest = preprocessor._tokenizer.decode(one.input_ids[num_shared:].tolist(), skip_special_tokens=False)
+    rest = preprocessor.tokenizer.decode(one.input_ids[num_shared:].tolist(), skip_special_tokens=False)
     assert rest.startswith(f"user\n{text}" if is_grown_together else text)
     assert (num_shared < other.num_prefix_tokens) == is_grown_together
 

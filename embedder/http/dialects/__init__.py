@@ -1,6 +1,10 @@
 """The formats in which clients ask for embeddings, one file per family of clients: body -> items, embeddings -> body.
 
-dialect     what a dialect defines
-messages    content parts and input types that dialects share
-local, embed, openai, cohere    the dialects
+dialect             what a dialect defines
+messages            content parts, input types and modalities that dialects share
+local, embed        this service's own routes
+openai              `/v1/embeddings`; its options `vllm` and `synonyms` (Voyage's, Jina's, NVIDIA's); `openai_models`
+pooling             vLLM's `/pooling`
+cohere, tei, voyage, ollama, dashscope, kserve    one file each
+tokens              `/tokenize`, `/detokenize`, `/decode`: routes without vectors
 """

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel
+from starlette.responses import Response
 
 from embedder.engine.aio import Outcome
 from embedder.errors import EmbedderError
+from embedder.http.error_forms import ErrorForm
 from embedder.inputs.items import EmbeddingItem
 from embedder.settings import Settings
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What responses say about the model. `max_input_tokens`: the length that texts are cut to."""
+    """What responses say about the model. `max_input_tokens`: the length that texts are cut to.
+
+    `info`: what `/info` reports. `clock_offset_s`: added to `time.monotonic()`, gives seconds since 1970.
+    """
 
     name: str
     max_input_tokens: int
+    info: Mapping[str, Any] = field(default_factory=dict)
+    clock_offset_s: float = 0.0
+
+    def now(self) -> int:
+        """Seconds since 1970."""
+        return int(time.monotonic() + self.clock_offset_s)
 
 
 class ParsedRequest(Protocol):
@@ -38,15 +50,19 @@ class Dialect(Generic[Parsed]):
     """A route that embeds, in the format of one family of clients.
 
     `parse` turns a body into items, and raises `InvalidRequest`. `respond` turns their outcomes, in order, into a
-    response body. Unless `fails_per_item`, the first item that fails fails the request, and `respond` gets embeddings
-    only. `request`, `response` and `examples` (bodies by name, each answered with 200) are for the OpenAPI document.
+    response body, or a whole response. Unless `fails_per_item`, the first item that fails fails the request, and
+    `respond` gets embeddings only. `request`, `response` and `examples` (bodies by name, each answered with 200) are
+    for the OpenAPI document. Of dialects with the same path, the one whose field `given` the body has is used; then
+    `errors` is the form of its errors, which otherwise the path decides.
     """
 
     path: str
     summary: str
     request: type[BaseModel]
     response: type[BaseModel]
-    parse: Callable[[bytes, Settings], Parsed]
-    respond: Callable[[Parsed, Sequence[Any], ServedModel], bytes]
+    parse: Callable[[Mapping[str, Any], Settings], Parsed]
+    respond: Callable[[Parsed, Sequence[Any], ServedModel], bytes | Response]
     examples: Mapping[str, Any]
     fails_per_item: bool = False
+    given: str = ""
+    errors: ErrorForm | None = None

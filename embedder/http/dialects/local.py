@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import AliasChoices, BaseModel, Field
 
@@ -47,12 +48,12 @@ class EmbeddingResponse(BaseModel):
     warnings: list[str] | None = Field(None, description=CUT_TEXTS)
 
 
-def parse_text_request(body: bytes, settings: Settings) -> EmbeddingRequest:
+def parse_text_request(body: bytes | Mapping[str, Any], settings: Settings) -> EmbeddingRequest:
     """Body of `/txt/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     return _request(validate_body(TextRequest, body), Text, settings)
 
 
-def parse_image_request(body: bytes, settings: Settings) -> EmbeddingRequest:
+def parse_image_request(body: bytes | Mapping[str, Any], settings: Settings) -> EmbeddingRequest:
     """Body of `/img/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     return _request(validate_body(ImageRequest, body), Image, settings)
 

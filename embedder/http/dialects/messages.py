@@ -29,6 +29,7 @@ InputType = Literal[  # Cohere's and OpenRouter's names, NVIDIA's and Voyage's, 
     "text-matching",
     "code.query",
     "code.passage",
+    "separation",
 ]
 _QUERIES = ("search_query", "query", "retrieval.query", "code.query")
 
@@ -51,17 +52,28 @@ def instruction_for(input_type: InputType | None) -> str | None:
     return QUERY_INSTRUCTION if input_type in _QUERIES else None
 
 
-def check_length(name: str, tokens: int | None, settings: Settings) -> None:
-    """Raises `InvalidRequest` for a token limit below the service's own: it cuts all texts to one length."""
-    if tokens not in (None, -1) and tokens < settings.max_input_tokens:
+def text_limit(name: str, tokens: int | None, settings: Settings) -> int | None:
+    """A caller's limit on the tokens of a text, as an item takes it; -1 or a high one stands for the service's own."""
+    if tokens is None or tokens == -1 or tokens >= settings.max_input_tokens:
+        return None
+    if tokens < 1:
+        raise InvalidRequest(f"{name}: got {tokens}; allowed: -1, or from 1 to {settings.max_input_tokens}")
+    return tokens
+
+
+def modalities(modality: Any, num_items: int) -> list[str | None]:
+    """NVIDIA's and infinity's `modality`, one word or one for each item -> what each string of `input` is."""
+    words = modality if isinstance(modality, list) else [modality] * num_items
+    if len(words) != num_items or any(word not in (None, "text", "image", "video") for word in words):
         raise InvalidRequest(
-            f"{name}: got {tokens}; allowed: -1, or from {settings.max_input_tokens} (the service's max_input_tokens)"
+            f"modality: got {describe_value(modality)}; allowed: text, image or video, or a list with one for each item"
         )
+    return words
 
 
-def item_from_string(text: str) -> dict[str, Any]:
-    """A string is a text, unless it is the data URI of an image or video."""
-    return {media_kind(text) or "text": text}
+def item_from_string(text: str, modality: str | None = None) -> dict[str, Any]:
+    """A string is a text, unless it is the data URI of an image or video. `modality`: what the caller says it is."""
+    return {modality or media_kind(text) or "text": text}
 
 
 def item_from_conversation(messages: Any) -> dict[str, Any]:

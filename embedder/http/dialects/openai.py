@@ -1,31 +1,35 @@
-"""OpenAI's routes: `POST /v1/embeddings` and `GET /v1/models`, and the error bodies of everything under `/v1`.
+"""OpenAI's route, `POST /v1/embeddings`, with what the clients of other servers send to it.
 
-In addition to OpenAI's own fields, `/v1/embeddings` takes items that are objects (`text`, `image`, `video`, `content`),
-vLLM's `messages`, and the options of the other routes. Any `model` is accepted: a service has one, and the response
-names it.
+In addition to OpenAI's own fields it takes items that are objects (`text`, `image`, `video`, `content`), vLLM's options
+and `messages` (`vllm`), Voyage's, Jina's and NVIDIA's options (`synonyms`), and the options of the other routes.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, Field, StrictInt
+from pydantic import AliasChoices, BaseModel, Field
+from starlette.responses import Response
 
-from embedder.engine.postprocess import Embedding, check_output_dtype, quantize
-from embedder.errors import EmbedderError, InvalidRequest, Overloaded, attributed_to_item
+from embedder.engine.postprocess import Embedding, check_output_dtype
+from embedder.errors import InvalidRequest, attributed_to_item
 from embedder.http.dialects.dialect import Dialect, ServedModel
 from embedder.http.dialects.messages import (
     InputType,
-    check_length,
     instruction_for,
     is_part,
     item_from_conversation,
     item_from_string,
+    modalities,
     parts_from_content,
 )
-from embedder.http.request_body import EmbeddingRequest, Options, check_item_count, validate_body
-from embedder.http.response import CUT_TEXTS, Usage, Vector, encode_vector, to_json, usage_fields
+from embedder.http.dialects.synonyms import SynonymOptions
+from embedder.http.dialects.vllm import EncodedRequest, VllmOptions, bytes_response, conversations, encoded_vector
+from embedder.http.request_body import check_item_count, validate_body
+from embedder.http.response import CUT_TEXTS, Usage, Vector, to_json, usage_fields
 from embedder.inputs.items import (
     EXAMPLE_DATA_URI,
     EXAMPLE_IMAGE,
@@ -38,7 +42,7 @@ from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.settings import Settings
 
 
-class EmbeddingsRequest(Options):
+class EmbeddingsRequest(VllmOptions, SynonymOptions):
     """Body of `POST /v1/embeddings`: `input`, or `messages`."""
 
     input: Any = Field(None, description="A text or data URI, an object, or a list of them.")
@@ -50,9 +54,13 @@ class EmbeddingsRequest(Options):
         validation_alias=AliasChoices("input_type", "task"),
         description="Chooses the instruction: a query's, or the default. `instruction` takes precedence.",
     )
-    truncate_prompt_tokens: StrictInt | None = Field(
-        None, description="vLLM's; -1, or at least the service's own limit."
-    )
+    modality: Any = Field(None, description="What the strings of `input` are: text, image or video; or one for each.")
+
+
+class OpenAIUsage(Usage):
+    """Tokens embedded, including instruction and prompt template."""
+
+    completion_tokens: int
 
 
 class EmbeddingData(BaseModel):
@@ -66,86 +74,50 @@ class EmbeddingData(BaseModel):
 class EmbeddingsResponse(BaseModel):
     """Response of `POST /v1/embeddings`."""
 
+    id: str
     object: Literal["list"]
+    created: int = Field(description="Seconds since 1970.")
     data: list[EmbeddingData]
     model: str
-    usage: Usage
+    usage: OpenAIUsage
     warnings: list[str] | None = Field(None, description=CUT_TEXTS)
 
 
-class ModelCard(BaseModel):
-    """The model that is served."""
-
-    id: str
-    object: Literal["model"]
-    created: int = Field(description="When the service started, in seconds since 1970.")
-    owned_by: str
-    max_model_len: int = Field(description="Tokens of one item.")
-
-
-class ModelsResponse(BaseModel):
-    """Response of `GET /v1/models`."""
-
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
-class OpenAIError(BaseModel):
-    """An error in OpenAI's form; `code` is the same as on the other routes."""
-
-    message: str
-    type: str
-    param: str | None = Field(description="The item that failed, such as `input[3]`.")
-    code: str
-
-
-class OpenAIErrorResponse(BaseModel):
-    """Body of every response under `/v1` with an error status."""
-
-    error: OpenAIError
-
-
-def parse_embeddings(body: bytes, settings: Settings) -> EmbeddingRequest:
+def parse_embeddings(body: bytes | Mapping[str, Any], settings: Settings) -> EncodedRequest:
     """Body of `/v1/embeddings` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(EmbeddingsRequest, body)
-    check_length("truncate_prompt_tokens", request.truncate_prompt_tokens, settings)
     if (request.input is None) == (request.messages is None):
         raise InvalidRequest(f"give either `input` or `messages`; got {'neither' if request.input is None else 'both'}")
-    entries = _inputs(request.input) if request.messages is None else _conversations(request.messages)
+    entries = _inputs(request.input) if request.messages is None else conversations(request.messages)
     check_item_count(len(entries), settings)
-    translate = _item_of_input if request.messages is None else item_from_conversation
-    options = request.item_options()
+    options = {**request.item_options(), **request.vllm_item_options(settings), **request.synonym_item_options()}
     if options["instruction"] is None:
         options["instruction"] = instruction_for(request.input_type)
+    encoding = request.encoding(*request.synonym_encoding())
+    words = modalities(request.modality, len(entries))
     items: list[EmbeddingItem] = []
-    for index, entry in enumerate(entries):
+    for index, (entry, modality) in enumerate(zip(entries, words, strict=True)):
         with attributed_to_item(index):
-            items.append(item_from_fields({**options, **translate(entry)}))
-            check_output_dtype(request.output_dtype, items[-1].normalize)
-    return EmbeddingRequest(tuple(items), True, request.encoding_format, request.output_dtype)
+            fields = _item_of_input(entry, modality) if request.messages is None else item_from_conversation(entry)
+            items.append(item_from_fields({**options, **request.with_fps(fields)}))
+            check_output_dtype(encoding.output_dtype, items[-1].normalize)
+    return EncodedRequest(tuple(items), encoding)
 
 
-def embeddings_response(request: EmbeddingRequest, embeddings: Sequence[Embedding], model: ServedModel) -> bytes:
-    """Embeddings -> response body."""
-    vectors = (encode_vector(quantize(one.vector, request.output_dtype), request.encoding_format) for one in embeddings)
-    data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
+def embeddings_response(
+    request: EncodedRequest, embeddings: Sequence[Embedding], model: ServedModel, *, name: str = "embedding"
+) -> bytes | Response:
+    """Embeddings -> response body. `name`: of the field with the vector."""
     usage = usage_fields(dict(enumerate(embeddings)), model.max_input_tokens)
-    return to_json({"object": "list", "data": data, "model": model.name, **usage})
-
-
-def models_response(model: ServedModel, started_s: float) -> bytes:
-    """Response body of `GET /v1/models`. Clients read from `max_model_len` how long an item may be."""
-    card = {"id": model.name, "object": "model", "created": int(started_s), "owned_by": "qwen3-vl-embedding-service"}
-    return to_json({"object": "list", "data": [{**card, "max_model_len": model.max_input_tokens}]})
-
-
-def openai_error_body(error: EmbedderError) -> bytes:
-    """The error body that OpenAI's clients read."""
-    kind = "rate_limit_error" if isinstance(error, Overloaded) else "server_error"
-    if error.type == "invalid_request":
-        kind = "invalid_request_error"
-    param = None if error.item is None else f"input[{error.item}]"
-    return to_json({"error": {"message": str(error), "type": kind, "param": param, "code": error.code}})
+    usage["usage"]["completion_tokens"] = 0
+    about = {"id": f"embd-{uuid.uuid4().hex}", "object": "list", "created": model.now(), "model": model.name}
+    if request.encoding.is_bytes:
+        return bytes_response(request, embeddings, {**about, **usage})
+    data = [
+        {"object": name, "index": index, name: encoded_vector(one.vector, request.encoding)}
+        for index, one in enumerate(embeddings)
+    ]
+    return to_json({**about, "data": data, **usage})
 
 
 def _inputs(value: Any) -> Sequence[Any]:
@@ -167,17 +139,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _conversations(messages: Any) -> Sequence[Any]:
-    """One conversation, as vLLM's clients send it, or several, as mteb's does."""
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequest(f"messages: got {describe_value(messages)}; allowed: a list of at least one message")
-    return messages if isinstance(messages[0], list) else [messages]
-
-
-def _item_of_input(entry: Any) -> dict[str, Any]:
+def _item_of_input(entry: Any, modality: str | None) -> dict[str, Any]:
     """One entry of `input` -> the mapping that `item_from_fields` takes."""
     if isinstance(entry, str):
-        return item_from_string(entry)
+        return item_from_string(entry, modality)
     if not isinstance(entry, Mapping):
         raise InvalidRequest(
             f"got {describe_value(entry)}; allowed: a string, or an object with text, image, video or content"
@@ -220,3 +185,6 @@ EMBEDDINGS = Dialect(
         },
     },
 )
+# infinity's clients, and SageMaker's: its contract names the path, vLLM's the body
+INFINITY = dataclasses.replace(EMBEDDINGS, path="/embeddings", summary="Embed, in the format of infinity's clients")
+INVOCATIONS = dataclasses.replace(EMBEDDINGS, path="/invocations", summary="Embed, on the path of SageMaker")

@@ -1,0 +1,134 @@
+"""The Open Inference Protocol (KServe v2) over HTTP: `POST /v2/models/{model}/infer`, and metadata for probes.
+
+The input tensor is called `text`, `image` or `input` (a text, or the data URI of an image or video), of datatype BYTES.
+Data is JSON: the binary extension is refused by its content type. Any model name in the path is the served one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from embedder.engine.postprocess import Embedding
+from embedder.errors import InvalidRequest, attributed_to_item
+from embedder.http.dialects.dialect import Dialect, ServedModel
+from embedder.http.dialects.messages import item_from_string
+from embedder.http.request_body import RequestBody, check_item_count, validate_body
+from embedder.http.response import to_json
+from embedder.inputs.items import EmbeddingItem, describe_value, item_from_fields, refuse_unknown
+from embedder.settings import Settings
+
+_NAMES = ("text", "image", "input")
+_OPTIONS = {"instruction", "dimensions", "normalize", "truncate"}
+
+
+class Tensor(RequestBody):
+    """An input tensor."""
+
+    name: Literal["text", "image", "input"]
+    shape: list[int]
+    datatype: Literal["BYTES"]
+    data: list[Any]
+    parameters: dict[str, Any] | None = None
+
+
+class InferRequest(RequestBody):
+    """Body of `POST /v2/models/{model}/infer`."""
+
+    id: str | None = Field(None, description="The response repeats it.")
+    inputs: list[Tensor] = Field(min_length=1, max_length=1)
+    outputs: Any = Field(None, description="No effect: there is one output.")
+    parameters: dict[str, Any] | None = Field(None, description="instruction, dimensions, normalize, truncate.")
+
+
+class OutputTensor(BaseModel):
+    """The vectors, one after the other."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[float]
+
+
+class InferResponse(BaseModel):
+    """Response of `POST /v2/models/{model}/infer`."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[OutputTensor]
+
+
+@dataclass(frozen=True)
+class InferItems:
+    """A body as items, and the caller's id."""
+
+    items: tuple[EmbeddingItem, ...]
+    id: str | None
+
+
+def parse_infer(body: bytes | Mapping[str, Any], settings: Settings) -> InferItems:
+    """Body -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
+    request = validate_body(InferRequest, body)
+    (tensor,) = request.inputs
+    refuse_unknown(tensor.parameters or {}, set())
+    options = {name: value for name, value in (request.parameters or {}).items() if name != "binary_data_output"}
+    refuse_unknown(options, _OPTIONS)
+    data = _flat(tensor.data)
+    if int(np.prod(tensor.shape)) != len(data) or not data:
+        raise InvalidRequest(f"inputs: got {len(data)} values for the shape {describe_value(tensor.shape)}")
+    check_item_count(len(data), settings)
+    items = []
+    for index, value in enumerate(data):
+        with attributed_to_item(index):
+            if not isinstance(value, str):
+                raise InvalidRequest(f"got {describe_value(value)}; allowed: a string")
+            content: dict[str, Any] = item_from_string(value) if tensor.name == "input" else {tensor.name: value}
+            items.append(item_from_fields({**options, **content}))
+    return InferItems(tuple(items), request.id)
+
+
+def _flat(data: Sequence[Any]) -> list[Any]:
+    """The values of a tensor, whose data may be nested like its shape: [n] or [n, 1]."""
+    return [value for entry in data for value in (entry if isinstance(entry, list) else [entry])]
+
+
+def infer_response(request: InferItems, embeddings: Sequence[Embedding], model: ServedModel) -> bytes:
+    """Embeddings -> response body. Raises `InvalidRequest` if the vectors have several sizes."""
+    vectors = np.stack([one.vector for one in embeddings])
+    output = {"name": "embedding", "shape": list(vectors.shape), "datatype": "FP32", "data": vectors.ravel()}
+    fields = {"model_name": model.name, "model_version": "1", "outputs": [output]}
+    return to_json(fields if request.id is None else {**fields, "id": request.id})
+
+
+def server_metadata(model: ServedModel) -> dict[str, Any]:
+    """Body of `GET /v2`."""
+    return {"name": "qwen3-vl-embedding-service", "version": model.info.get("version", ""), "extensions": []}
+
+
+def model_metadata(model: ServedModel) -> dict[str, Any]:
+    """Body of `GET /v2/models/{model}`."""
+    inputs = [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in _NAMES]
+    outputs = [{"name": "embedding", "datatype": "FP32", "shape": [-1, model.info["hidden_size"]]}]
+    return {"name": model.name, "versions": ["1"], "platform": "pytorch", "inputs": inputs, "outputs": outputs}
+
+
+INFER = Dialect(
+    "/v2/models/{model}/infer",
+    "Embed, in the Open Inference Protocol (KServe v2)",
+    InferRequest,
+    InferResponse,
+    parse_infer,
+    infer_response,
+    examples={
+        "texts": {
+            "id": "1",
+            "inputs": [{"name": "text", "shape": [2], "datatype": "BYTES", "data": ["red", "green"]}],
+            "parameters": {"dimensions": 64},
+        }
+    },
+)

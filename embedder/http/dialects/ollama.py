@@ -1,0 +1,133 @@
+"""Ollama's routes: `POST /api/embed`, the older `POST /api/embeddings`, `GET /api/tags`, `GET /api/version`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, Field, StrictBool
+
+from embedder.engine.postprocess import Embedding
+from embedder.errors import attributed_to_item
+from embedder.http.dialects.dialect import Dialect, ServedModel
+from embedder.http.dialects.messages import item_from_string
+from embedder.http.request_body import AnyDimensions, NonEmptyList, RequestBody, check_item_count, validate_body
+from embedder.http.response import to_json
+from embedder.inputs.items import EmbeddingItem, item_from_fields
+from embedder.settings import Settings
+
+
+class OllamaEmbedRequest(RequestBody):
+    """Body of `POST /api/embed`."""
+
+    input: str | NonEmptyList[str] = Field(description="Texts, or data URIs of images or videos.")
+    truncate: StrictBool = Field(True, description="Cut a text over the limit; false: refuse it.")
+    dimensions: AnyDimensions = Field(None, description="Matryoshka size.")
+    options: dict[str, Any] | None = Field(None, description="No effect: options of text generation and of loading.")
+
+
+class OllamaEmbedResponse(BaseModel):
+    """Response of `POST /api/embed`. Durations are in nanoseconds; they are in the response's headers too."""
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+
+
+class OllamaPromptRequest(RequestBody):
+    """Body of `POST /api/embeddings`."""
+
+    prompt: str = Field(description="A text, or the data URI of an image or video.")
+    options: dict[str, Any] | None = Field(None, description="No effect.")
+
+
+class OllamaPromptResponse(BaseModel):
+    """Response of `POST /api/embeddings`."""
+
+    embedding: list[float]
+
+
+@dataclass(frozen=True)
+class OllamaRequest:
+    """A body as items. `is_single`: of `/api/embeddings`."""
+
+    items: tuple[EmbeddingItem, ...]
+
+
+def parse_embed(body: bytes | Mapping[str, Any], settings: Settings) -> OllamaRequest:
+    """Body of `/api/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
+    request = validate_body(OllamaEmbedRequest, body)
+    inputs = request.input if isinstance(request.input, list) else [request.input]
+    check_item_count(len(inputs), settings)
+    options = {"dimensions": request.dimensions, "truncate": "end" if request.truncate else "none"}
+    items = []
+    for index, text in enumerate(inputs):
+        with attributed_to_item(index):
+            items.append(item_from_fields({**options, **item_from_string(text)}))
+    return OllamaRequest(tuple(items))
+
+
+def parse_prompt(body: bytes | Mapping[str, Any], settings: Settings) -> OllamaRequest:
+    """Body of `/api/embeddings` -> request. Raises `InvalidRequest`."""
+    request = validate_body(OllamaPromptRequest, body)
+    return OllamaRequest((item_from_fields(item_from_string(request.prompt)),))
+
+
+def embed_response(_: OllamaRequest, embeddings: Sequence[Embedding], model: ServedModel) -> bytes:
+    """Embeddings -> body of `/api/embed`."""
+    return to_json(
+        {
+            "model": model.name,
+            "embeddings": [one.vector for one in embeddings],
+            "total_duration": 0,
+            "load_duration": 0,
+            "prompt_eval_count": sum(one.num_tokens for one in embeddings),
+        }
+    )
+
+
+def prompt_response(_: OllamaRequest, embeddings: Sequence[Embedding], __: ServedModel) -> bytes:
+    """Embeddings -> body of `/api/embeddings`."""
+    return to_json({"embedding": embeddings[0].vector})
+
+
+def tags(model: ServedModel) -> dict[str, Any]:
+    """Body of `GET /api/tags`: the one model, as if it had been pulled when the service started."""
+    details = {"format": "safetensors", "family": "qwen3vl", "parameter_size": "", "quantization_level": ""}
+    modified = datetime.fromtimestamp(model.clock_offset_s, UTC).isoformat()
+    return {
+        "models": [
+            {
+                "name": model.name,
+                "model": model.name,
+                "modified_at": modified,
+                "size": 0,
+                "digest": model.info["revision"],
+                "details": details,
+            }
+        ]
+    }
+
+
+EMBED = Dialect(
+    "/api/embed",
+    "Embed, in the format of Ollama's clients",
+    OllamaEmbedRequest,
+    OllamaEmbedResponse,
+    parse_embed,
+    embed_response,
+    examples={"texts": {"model": "any", "input": ["red", "green"]}},
+)
+PROMPT = Dialect(
+    "/api/embeddings",
+    "Embed one text, in the older format of Ollama's clients",
+    OllamaPromptRequest,
+    OllamaPromptResponse,
+    parse_prompt,
+    prompt_response,
+    examples={"text": {"model": "any", "prompt": "red"}},
+)

@@ -1,0 +1,33 @@
+"""`GET /v1/models` of OpenAI's clients, also `/models` of infinity's."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from embedder.http.dialects.dialect import ServedModel
+from embedder.http.response import to_json
+
+
+class ModelCard(BaseModel):
+    """The model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int = Field(description="When the service started, in seconds since 1970.")
+    owned_by: str
+    max_model_len: int = Field(description="Tokens of one item.")
+
+
+class ModelsResponse(BaseModel):
+    """Response of `GET /v1/models`."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+def models_response(model: ServedModel, started_s: float) -> bytes:
+    """Response body of `GET /v1/models`. Clients read from `max_model_len` how long an item may be."""
+    card = {"id": model.name, "object": "model", "created": int(started_s), "owned_by": "qwen3-vl-embedding-service"}
+    return to_json({"object": "list", "data": [{**card, "max_model_len": model.max_input_tokens}]})

@@ -1,0 +1,50 @@
+"""The tokens of items and texts, for callers that count before they send. Of a picture only the header is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from embedder.inputs import image, video
+from embedder.inputs.items import EmbeddingItem, Image, Video
+from embedder.inputs.preprocess import Preprocessor
+
+
+def item_ids(item: EmbeddingItem, preprocessor: Preprocessor) -> list[int]:
+    """The ids of an item's whole sequence, before it is cut. Raises `InvalidMedia` and `MediaTooLarge`."""
+    settings, geometry, vision = preprocessor.settings, preprocessor.geometry, preprocessor.vision
+    deadline = image.decode_deadline(settings)
+    grids: list[tuple[int, int, int]] = []
+    seconds: list[Sequence[float]] = []
+    for part in item.parts:
+        match part:
+            case Image():
+                header = image.open_image(part.source, settings, deadline)
+                height, width = image.resized_size(header.height, header.width, geometry)
+                grids.append((1, height // vision.factor, width // vision.factor))
+            case Video():
+                clip = video.load_video(part, geometry, settings, deadline)
+                num_frames, height, width, _ = clip.frames.shape
+                num_steps = num_frames // vision.temporal_patch_size
+                grids.append((num_steps, height // vision.factor, width // vision.factor))
+                seconds.append(clip.seconds)
+    return preprocessor.prompt_ids(item, grids, seconds)
+
+
+def text_tokens(text: str, preprocessor: Preprocessor) -> list[dict[str, Any]]:
+    """The tokens of a text by itself, without the prompt: id, text, and place in characters."""
+    encoding = preprocessor.tokenizer.encode_batch([text], add_special_tokens=False)[0]
+    return [
+        {"id": token, "text": text[start:stop], "special": False, "start": start, "stop": stop}
+        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+    ]
+
+
+def token_strings(ids: Sequence[int], preprocessor: Preprocessor) -> list[str]:
+    """The tokens as the vocabulary writes them; empty for an unknown id."""
+    return [preprocessor.tokenizer.id_to_token(token) or "" for token in ids]
+
+
+def text_of(ids: Sequence[int], preprocessor: Preprocessor, *, skip_special_tokens: bool) -> str:
+    """Ids -> text. Unknown ids have none."""
+    return str(preprocessor.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
