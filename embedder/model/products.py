@@ -28,8 +28,9 @@ MEASURE_S = 0.2
 MIN_ROUNDS = 3  # the first one includes the generation of code
 MAX_TIME_RATIO = 0.95  # a smaller difference is noise
 
-# oneDNN generates code for each number of rows: 1 ms and 1 MB for each shape of a weight (2 cores, AMD EPYC). Products
-# are therefore computed for multiples of `step` rows, up to `end` rows each.
+# oneDNN prepares each number of rows once: up to 1 ms for each shape of a weight, and about 0.6 MB of heap (2 cores,
+# AMD EPYC). Products are therefore computed for multiples of `step` rows, up to `end` rows each: with the
+# bundled model, the process had grown by 255 MB after 100 random numbers of rows up to 1,024, and by 266 MB after 200.
 _STEPS = ((4, 1), (64, 4), (256, 16), (512, 32), (2048, 64))
 _LAST_STEP = 256
 
