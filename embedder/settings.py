@@ -35,14 +35,13 @@ class Settings(BaseModel):
     # Model
     model: str = Field(
         "",
-        description="Checkpoint folder or hub id, or `bundled`; empty: the bundled model, in a Bento the published 2B, "
-        "and none if only `EMBEDDER_RERANKER` is set.",
+        description="Checkpoint folder or hub id, or `bundled`; empty: the bundled model, in a Bento the published 2B.",
     )
     revision: str = Field("", description="Hub revision (branch, tag or commit); empty: the newest.")
     reranker: str = Field(
         "",
-        description="Checkpoint folder or hub id of a reranker, served in addition to `EMBEDDER_MODEL`, or by itself "
-        "if that is empty; empty: none.",
+        description="Checkpoint folder or hub id of a reranker, for `Reranker` in the library; the service has no "
+        "route for it yet.",
     )
     reranker_revision: str = Field("", description="Hub revision of the reranker; empty: the newest.")
     default_instruction: str = Field(
