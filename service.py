@@ -23,6 +23,7 @@ from embedder.engine.aio import embed_all
 from embedder.errors import ModelUnavailable
 from embedder.http.api_keys import ApiKeys
 from embedder.http.boundary import RequestBoundary
+from embedder.http.content_coding import CompressedResponses
 from embedder.http.dialects.dialect import ServedModel
 from embedder.http.drain import Drain
 from embedder.http.guard import RequestGuard
@@ -171,7 +172,7 @@ def with_routes(bento_app: ASGIApp) -> ASGIApp:
     app = RequestGuard(
         app, SETTINGS, keys=KEYS, drain=DRAIN, open_paths=OPEN_PATHS, count_held_bytes=METRICS.held_bytes.inc
     )
-    app = MetricsMiddleware(app, METRICS)
+    app = CompressedResponses(MetricsMiddleware(app, METRICS))
     app = RequestBoundary(app, drain=DRAIN, is_logged=SETTINGS.access_log)
     if is_traced():
         app = TracingMiddleware(app, EMBEDDING_PATHS, embedder.__version__)

@@ -12,6 +12,8 @@ EmbedderError
         RequestTooLarge
         MediaTooLarge
         UnsupportedContentType
+        HeadTooLarge
+    UnsupportedTransferCoding   the caller changes the request
     MediaUnavailable            the owner of a URL acts
     Overloaded                  the caller waits
     NotReady                    the caller waits
@@ -151,11 +153,19 @@ class RequestTooLarge(InvalidRequest):
 
 
 class UnsupportedContentType(InvalidRequest):
-    """The body is declared to be something other than plain JSON."""
+    """The body is declared to be something other than JSON in UTF-8, or is compressed in an unknown way."""
 
     status = 415
     code = "unsupported_content_type"
-    remedy = "Send `Content-Type: application/json` and no `Content-Encoding`."
+    remedy = "Send `Content-Type: application/json`, and `Content-Encoding` gzip, deflate, zstd or none."
+
+
+class HeadTooLarge(InvalidRequest):
+    """The head of the request, or a trailer, exceeds a limit."""
+
+    status = 431
+    code = "head_too_large"
+    remedy = "Send fewer and smaller headers, and a shorter URL."
 
 
 class MediaTooLarge(InvalidRequest):
@@ -164,6 +174,15 @@ class MediaTooLarge(InvalidRequest):
     status = 413
     code = "media_too_large"
     remedy = "Send a smaller file, or let the operator raise the limit that `message` names."
+
+
+class UnsupportedTransferCoding(EmbedderError):
+    """The body is transferred in a way that the service does not decode."""
+
+    status = 501
+    type = "invalid_request"
+    code = "unsupported_transfer_coding"
+    remedy = "Send the body with `Content-Length`, or in chunks. Compress it with `Content-Encoding`."
 
 
 class MediaUnavailable(EmbedderError):

@@ -28,6 +28,8 @@ METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 # response before they have sent everything.
 MAX_DROPPED_S, MAX_DROPPED_BYTES = 1.0, 2**24
 
+_PAGES = frozenset({"/", "/playground/"})  # their links are relative, so the routes redirect
+
 _CLOSE = (b"connection", b"close")
 _PAGE_HEADERS = [  # for pages without such headers of their own
     (
@@ -53,7 +55,7 @@ class RequestBoundary:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope = {**scope, "headers": list(scope["headers"])}  # uvicorn appends a body's trailers to its own list
+        scope = {**scope, "path": _without_trailing_slashes(scope["path"])}
         request = begin_request(scope["headers"])
         body = _Body(receive, is_expected=scope["method"] in METHODS_WITH_BODY)
         response = _Response(send, request.id, self.drain)
@@ -80,6 +82,11 @@ class RequestBoundary:
             logger.exception("bug: %s %s failed", scope["method"], scope["path"])
             return EmbedderError(f"internal error; the service's log has the reason at request {response.request_id}")
         return None
+
+
+def _without_trailing_slashes(path: str) -> str:
+    """The path as the routes have it: a redirect would send clients behind a proxy to `http://`, and lose bodies."""
+    return path if path in _PAGES else path.rstrip("/") or "/"
 
 
 def _error_body(path: str, error: EmbedderError) -> bytes:

@@ -6,6 +6,7 @@ BentoML checks no keys and does not limit bodies. It also parses forms; a malfor
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 from collections.abc import Callable, Iterator
 
@@ -23,12 +24,14 @@ from embedder.errors import (
 )
 from embedder.http.api_keys import Access, ApiKeys
 from embedder.http.boundary import METHODS_WITH_BODY, PROBES
+from embedder.http.content_coding import decompress, request_coding
 from embedder.http.drain import Drain
 from embedder.http.json_limits import exceeds_value_count, max_values
 from embedder.settings import Settings
 
 SMALL_BODY_BYTES = 2**16  # a body up to this size is accepted even when `max_held_bytes` is used up
 COUNTED_AT_ONCE_BYTES = 2**20  # counting the values of a smaller body takes 5 ms at most
+GRACE_S, MIN_BYTES_PER_S = 20.0, 500  # a body may be slower than this for so long
 RETRY_AFTER_S = 1  # when `max_held_bytes` is used up: bodies are freed as soon as their requests end
 
 
@@ -67,9 +70,12 @@ class RequestGuard:
         if scope["method"] not in METHODS_WITH_BODY:
             await self.app(scope, receive, send)
             return
-        _check_content_type(scope)
+        coding = _check_content_type(scope)
         with self._holding() as hold:
             body = await self._read(receive, hold)
+            if coding:
+                body = await self._decompress(coding, body, hold)
+            body = _without_byte_order_mark(body)
             await self._check_values(body)
             await self.app(scope, _replay(body, receive), send)
 
@@ -119,8 +125,9 @@ class RequestGuard:
         """The whole body; `hold` is called with the size of each piece first."""
         max_bytes, max_s = self.settings.max_body_bytes, self.settings.request_timeout_s
         body = bytearray()  # appending to `bytes` would copy it for every piece
+        begin_s = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(max_s):
+            async with asyncio.timeout_at(begin_s + min(max_s, GRACE_S)) as deadline:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -133,10 +140,28 @@ class RequestGuard:
                         )
                     if not message.get("more_body", False):
                         return bytes(body)
+                    deadline.reschedule(begin_s + min(max_s, GRACE_S + len(body) / MIN_BYTES_PER_S))
         except TimeoutError as error:
+            spent_s = asyncio.get_running_loop().time() - begin_s
             raise DeadlineExceeded(
-                f"the request body took over {max_s:g} s (EMBEDDER_REQUEST_TIMEOUT_S); received {len(body)} bytes"
+                f"the request body was not complete after {spent_s:.3g} s; received {len(body)} bytes; allowed: "
+                f"{max_s:g} s (EMBEDDER_REQUEST_TIMEOUT_S), and {MIN_BYTES_PER_S} bytes per second after {GRACE_S:g} s"
             ) from error
+
+    async def _decompress(self, coding: str, body: bytes, hold: Callable[[int], None]) -> bytes:
+        max_bytes, num_bytes = self.settings.max_body_bytes, 0
+
+        def check(num_more: int) -> None:
+            nonlocal num_bytes
+            num_bytes += num_more
+            if num_bytes > max_bytes:
+                raise RequestTooLarge(
+                    f"the request body is larger than {max_bytes} bytes after decompression, the limit "
+                    "(EMBEDDER_MAX_BODY_BYTES)"
+                )
+            hold(num_more)
+
+        return await decompress(coding, body, check)
 
     async def _check_values(self, body: bytes) -> None:
         """Refuse a body with so many JSON values that parsing it would stop the event loop."""
@@ -149,15 +174,39 @@ class RequestGuard:
             raise RequestTooLarge(f"the request body holds more than {allowed} JSON values, the limit")
 
 
-def _check_content_type(scope: Scope) -> None:
+def _check_content_type(scope: Scope) -> str:
+    """The coding that has to be undone, or an empty string. Raises `UnsupportedContentType`."""
+    coding = ""
     for name, value in scope["headers"]:  # all of them: BentoML reads the first of several
         given = value.decode("latin-1").strip().lower()
         if name.lower() == b"content-type":
-            content_type = given.split(";")[0].strip()
+            content_type, *parameters = (part.strip() for part in given.split(";"))
             if content_type != "application/json" and not content_type.endswith("+json"):
                 raise UnsupportedContentType(f"content type: got {content_type[:60]}; allowed: application/json")
-        elif name.lower() == b"content-encoding" and given not in ("identity", ""):
-            raise UnsupportedContentType(f"content encoding: got {given[:60]}; allowed: none")
+            for parameter in parameters:
+                _check_charset(parameter)
+        elif name.lower() == b"content-encoding":
+            if coding:
+                raise UnsupportedContentType(f"content encoding: got {given[:60]} after {coding}; allowed: one coding")
+            coding = request_coding(given)
+    return coding
+
+
+def _check_charset(parameter: str) -> None:
+    name, _, value = parameter.partition("=")
+    charset = value.strip().strip("\"'")
+    if name.strip() == "charset" and charset.replace("_", "-") not in ("utf-8", "utf8", "us-ascii", "ascii"):
+        raise UnsupportedContentType(f"charset: got {charset[:60]}; allowed: utf-8")
+
+
+def _without_byte_order_mark(body: bytes) -> bytes:
+    """The body as UTF-8 without the mark that some writers put first. Raises `UnsupportedContentType` for others.
+
+    JSON begins with an ASCII character, so a zero among its first two bytes means two or four bytes per character.
+    """
+    if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in body[:2]:
+        raise UnsupportedContentType("charset: the body is UTF-16 or UTF-32; allowed: utf-8")
+    return body.removeprefix(codecs.BOM_UTF8)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

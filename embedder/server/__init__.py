@@ -53,9 +53,16 @@ lifecycle.worker_server, lifecycle.drain_at_sigterm
     Goes when: BentoML has a hook before shutdown that may wait.
     Test: tests/server/test_lifecycle.py, `sigterm`.
 connection.BoundedProtocol
-    Subclasses uvicorn's HttpToolsProtocol and wraps its parser (uvicorn 0.54, httptools 0.9).
-    uvicorn bounds neither the size nor the time of a request's head, nor how long a response may stay unread, and it
-    loses the body of a request that offers another protocol.
-    Goes when: uvicorn has these limits, or another server does as well at the same speed.
+    Subclasses uvicorn's HttpToolsProtocol and FlowControl, replaces its `data_received`, its keep-alive timer and its
+    queue of pipelined requests, and writes to its `cycle` (uvicorn 0.54, httptools 0.9).
+    uvicorn bounds neither the size and time of a request's head, nor the requests that wait in a connection, nor how
+    long a response may stay unread; four states have no timer; trailers become headers; a caller that half-closes gets
+    no response; its own errors are plain text.
+    Goes when: uvicorn has these limits, or BentoML lets a service choose its server (see "Decisions").
     Test: tests/server/test_connection.py.
+upgrade.ignore_upgrade
+    Replaces httptools' parser (httptools 0.9), which loses the body of a request that offers another protocol.
+    There is no setting to ignore the offer.
+    Goes when: httptools can ignore an offer.
+    Test: tests/server/test_connection.py, `offer_of_another_protocol`.
 """

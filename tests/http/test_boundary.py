@@ -172,26 +172,28 @@ def test_page_without_a_security_policy_gets_one() -> None:
     assert call(answering(200, b"<p>", headers=own), method="GET")[0]["headers"][:-1] == own
 
 
-def test_trailers_do_not_change_headers_that_were_checked() -> None:
-    """uvicorn appends trailers to the list of headers in the scope."""
-    app = Echo()
-    seen: list[object] = []
-    headers = [(b"content-type", b"application/json")]
-    scope = {"type": "http", "path": "/embed", "method": "POST", "headers": headers}
+@pytest.mark.parametrize("path", ["/embed/", "/embed//", "/v1/embeddings/"])
+def test_trailing_slashes_do_not_count(path: str) -> None:
+    seen: list[str] = []
 
-    async def receive() -> Message:
-        headers.append((b"content-type", b"multipart/form-data"))
-        return chunks(b"{}")[0]
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["path"])
+        await answering(200, b"")(scope, receive, send)
 
-    async def send(message: Message) -> None:
-        pass
+    assert call(app, chunks(b"{}"), path=path)[0]["status"] == 200
+    assert seen == [path.rstrip("/")]
 
-    async def look(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append(scope["headers"])
-        await app(scope, receive, send)
 
-    asyncio.run(whole(look)(scope, receive, send))
-    assert seen == [[(b"content-type", b"application/json")]]
+@pytest.mark.parametrize("path", ["/", "/playground/"])
+def test_pages_with_relative_links_keep_their_paths(path: str) -> None:
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["path"])
+        await answering(200, b"")(scope, receive, send)
+
+    call(app, path=path, method="GET")
+    assert seen == [path]
 
 
 def test_rest_of_a_refused_body_is_dropped_before_the_response_ends(monkeypatch: pytest.MonkeyPatch) -> None:

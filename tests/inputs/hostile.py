@@ -208,7 +208,9 @@ def bodies() -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
         for name, body in _broken(good):
             yield f"{path}: {name}", path, body, {}
         for name, headers, body in (
-            ("gzip", {"content-encoding": "gzip"}, gzip.compress(good)),
+            ("gzip that is cut off", {"content-encoding": "gzip"}, gzip.compress(good)[:-9]),
+            ("gzip of gzip", {"content-encoding": "gzip, gzip"}, gzip.compress(gzip.compress(good))),
+            ("another charset", {"content-type": "application/json; charset=latin1"}, good),
             ("a compression bomb", {"content-encoding": "gzip"}, gzip.compress(b"[" * 10**6)),
             ("a form", {"content-type": "application/x-www-form-urlencoded"}, b"input=red"),
             ("parts", {"content-type": "multipart/form-data; boundary=x"}, b"--x"),
@@ -250,7 +252,6 @@ def _broken(good: bytes) -> Iterator[tuple[str, bytes]]:
         "a comma too many": b'["a",]',
     }.items():
         yield name, head + value + b"}"
-    yield "a byte order mark", b"\xef\xbb\xbf" + good
     yield "UTF-16", good.decode().encode("utf-16")
     yield "two bodies", good + good
     for value in (b"null", b"5", b"[]", b'"red"', b"true"):
