@@ -13,9 +13,10 @@ An item goes through these folders, top to bottom; imports point down only:
     model/          token ids and patches -> hidden states, on the device
 
 Next to them: `embedder` connects a checkpoint's model with an engine; `settings` reads the environment; `errors` has
-everything that can go wrong. `server/` holds what depends on BentoML's and uvicorn's internals, `telemetry/` metrics,
-spans and logs, `bulk/` the command for whole data sets, `playground/` the page, `verify/` the command that checks a
-checkpoint or a running service. `default_model/` and `demo/` are a small trained model and its images.
+everything that can go wrong; `doctor` is a command that checks what a start needs. `server/` holds what depends on
+BentoML's and uvicorn's internals, `telemetry/` metrics, spans and logs, `bulk/` the command for whole data sets,
+`playground/` the page, `verify/` the command that checks a checkpoint or a running service. `default_model/` and
+`demo/` are a small trained model and its images.
 """
 
 from __future__ import annotations

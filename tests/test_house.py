@@ -38,6 +38,7 @@ MAY_IMPORT = {  # folder or module of the package -> which others it may import
     "server": {"http", "inputs", "telemetry"},
     "bulk": {"embedder", "engine", "inputs", "model"},
     "verify": {"embedder", "engine", "http", "inputs", "model"},
+    "doctor": {"http", "inputs", "model", "server"},
     "__init__": {"embedder", "reranker"},
 }
 ONLY_IN = {  # outside packages that only one folder may import
@@ -51,7 +52,7 @@ ONLY_IN = {  # outside packages that only one folder may import
     "prometheus_client": {"telemetry"},
     "opentelemetry": {"telemetry"},
     "ray": {"bulk"},
-    "torch": {"loaded_model", "model", "models", "torchvision_shim", "verify"},
+    "torch": {"doctor", "loaded_model", "model", "models", "torchvision_shim", "verify"},
     "transformers": {"model", "verify"},
 }
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_SERVICE_LINES = 400, 60, 200
@@ -150,6 +151,7 @@ def test_exception_is_caught_whole_only_at_the_top_of_a_request_a_start_or_a_bat
         and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
     }
     allowed = {"http/boundary.py", "server/adaptive_batching.py", "server/lifecycle.py"}
+    allowed |= {"inputs/preprocess.py"}  # tokenizers raises no class of its own for a file that it cannot read
     assert {one for one in catchers if not one.startswith("engine/")} <= allowed
 
 

@@ -102,6 +102,23 @@ def _find(name: str, revision: str, variable: str) -> Checkpoint:
     return _require_qwen3_vl(_download(name, revision, variable))
 
 
+def is_on_this_machine(name: str, revision: str) -> bool:
+    """False if `name`, a value of `EMBEDDER_MODEL` or `EMBEDDER_RERANKER`, is a hub id that would be downloaded."""
+    if name in ("", "bundled") and BUNDLED.is_dir():
+        return True
+    if name and (Path(name).is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        return True  # or nothing is downloaded for it
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wanted = revision or (None if name else PUBLISHED_REVISION)
+    try:
+        snapshot_download(name or PUBLISHED, revision=wanted, allow_patterns=_FILES, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return False
+    return True
+
+
 def _download(name: str, revision: str, variable: str) -> Checkpoint:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -111,12 +111,16 @@ def check_port() -> None:
     command = click.get_current_context(silent=True)  # None if a program serves, which sees the error itself
     if command is None or command.info_name != "serve":
         return
-    host = command.params["host"] or ""  # every address
-    port = command.params["port"] or BentoMLContainer.http.port.get()
+    check_address(command.params["host"] or "", command.params["port"] or BentoMLContainer.http.port.get())
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise `ValueError` if nothing can listen on this port of `host`. An empty host is every address."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise ValueError(f"cannot listen on {host or 'any address'}, port {port}: {error.strerror}") from error
+        reason = os.strerror(error.errno) if error.errno else str(error)  # `strerror` repeats the address
+        raise ValueError(f"cannot listen on {host or 'any address'}, port {port}: {reason}") from error
 
 
 # In a worker

@@ -1,0 +1,163 @@
+"""The command `python -m embedder.doctor [MODEL] [--port PORT]`: whether the service would start here, and with what.
+
+It reads the settings from the environment, as the service does, and checks each thing that can stop a start, without
+loading the weights or downloading anything. Exit status: 0 the service would start, 1 it would not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+
+from embedder.errors import EmbedderError
+from embedder.http.api_keys import ApiKeys
+from embedder.inputs.preprocess import load_tokenizer, read_vision_config
+from embedder.model.attention import choose_attention
+from embedder.model.checkpoint import BUNDLED, find_checkpoint, find_reranker, is_on_this_machine
+from embedder.model.execution import choose_execution
+from embedder.model.memory import check_memory, free_bytes, weights_bytes
+from embedder.model.weights import choose_device, choose_dtype
+from embedder.server.lifecycle import check_address
+from embedder.settings import PREFIX, Settings, available_cores
+
+Value = TypeVar("Value")
+
+
+@dataclass
+class Report:
+    """What was found so far: a name, and what the service would use or why it would not start."""
+
+    rows: list[tuple[str, str, str]] = field(default_factory=list)  # name, "ok" or "FAILED", text
+    has_failed: bool = False
+
+    def add(self, name: str, find: Callable[[], Value], describe: Callable[[Value], str] = str) -> Value | None:
+        """Add a row with what `find` returns, or with the error that it raises; then the result is None."""
+        try:
+            value = find()
+            self.rows.append((name, "ok", describe(value)))
+        except (EmbedderError, ValueError, OSError) as error:
+            self.rows.append((name, "FAILED", str(error)))
+            self.has_failed = True
+            return None
+        return value
+
+    def __str__(self) -> str:
+        lines = [f"{name:<12}{verdict:<8}{text}" for name, verdict, text in self.rows]
+        num_faults = sum(verdict == "FAILED" for _, verdict, _ in self.rows)
+        end = f"The service would not start: {num_faults} of {len(lines)} checks failed." if num_faults else ""
+        return "\n".join([*lines, end or "The service would start."])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m embedder.doctor",
+        description="Check whether the service would start here, and print what it would use. Nothing is loaded.",
+        epilog="Exit status: 0 the service would start, 1 it would not.",
+    )
+    parser.add_argument("model", nargs="?", default="", help="as EMBEDDER_MODEL: a checkpoint folder or a hub id")
+    parser.add_argument("--host", default="", help="address that the service would listen on; default: all")
+    parser.add_argument("--port", type=int, default=3000)
+    chosen = parser.parse_args(arguments)
+    logging.getLogger("embedder").setLevel(logging.ERROR)  # the report says it all
+    report = examine(chosen.model, chosen.host, chosen.port)
+    print(report)
+    return int(report.has_failed)
+
+
+def examine(model: str, host: str, port: int) -> Report:
+    """Check everything that a start needs, in the order of the service."""
+    report = Report()
+    settings = report.add("settings", Settings.from_environment, _describe_settings)
+    report.add("port", lambda: check_address(host, port), lambda _: f"{port} is free")
+    if settings is None:
+        return report
+    if model:
+        settings = settings.model_copy(update={"model": model})
+    report.add("API keys", lambda: ApiKeys(settings), _describe_keys)
+    folders = []
+    if settings.has_embedder:
+        folders.append(_examine_checkpoint(report, settings, "model"))
+    if settings.reranker:
+        folders.append(_examine_checkpoint(report, settings, "reranker"))
+    _examine_device(report, settings, [folder for folder in folders if folder])
+    return report
+
+
+def _examine_checkpoint(report: Report, settings: Settings, kind: Literal["model", "reranker"]) -> Path | None:
+    """The checkpoint's folder, if it is on this machine."""
+    if kind == "model":
+        name, revision, find = settings.model, settings.revision, find_checkpoint
+    else:
+        name, revision, find = settings.reranker, settings.reranker_revision, find_reranker
+    if not is_on_this_machine(name, revision):
+        text = f"{name} is not in the local cache: the service downloads it at its first start"
+        report.add(kind, lambda: text)
+        return None
+    checkpoint = report.add(kind, lambda: find(settings), lambda one: f"{one.name} in {one.folder}")
+    if checkpoint is None:
+        return None
+    folder = checkpoint.folder
+    report.add("tokenizer", lambda: load_tokenizer(folder), lambda one: f"{one.get_vocab_size()} tokens")
+    report.add(
+        "images",
+        lambda: read_vision_config(folder, settings),
+        lambda vision: f"{vision.min_pixels} to {vision.max_pixels} pixels after resizing",
+    )
+    return folder
+
+
+def _examine_device(report: Report, settings: Settings, folders: Sequence[Path]) -> None:
+    device = report.add("device", lambda: choose_device(settings), _describe_device)
+    if device is None:
+        return
+    dtype = report.add(
+        "data type",
+        lambda: choose_dtype(settings, device, is_bundled=BUNDLED in folders),
+        lambda one: str(one).removeprefix("torch."),
+    )
+    assert dtype is not None
+    report.add("attention", lambda: choose_attention(settings.attention, device, dtype)[0])
+    report.add("execution", lambda: choose_execution(settings.execution, device))
+    report.add(
+        "workers",
+        lambda: settings.num_workers(torch.cuda.device_count()),
+        lambda count: f"{count}; {available_cores()} cores, {settings.preprocess_threads} preprocessing threads each",
+    )
+    for folder in folders:
+        report.add("memory", partial(_describe_memory, folder, dtype, device))
+
+
+def _describe_settings(settings: Settings) -> str:
+    return ", ".join(f"{PREFIX}{name.upper()}" for name in sorted(settings.model_fields_set)) or "all defaults"
+
+
+def _describe_keys(keys: ApiKeys) -> str:
+    return "required" if keys.are_needed else "none: every request is accepted"
+
+
+def _describe_device(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"{device}, torch {torch.__version__}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{device}, {torch.cuda.get_device_name(device)}, capability {major}.{minor}, torch {torch.__version__}"
+
+
+def _describe_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> str:
+    """Raises `ModelUnavailable` if the weights cannot be read or do not fit."""
+    check_memory(folder, dtype, device)
+    free = free_bytes(device)
+    rest = "" if free is None else f", {free / 2**30:.1f} GiB free"
+    return f"{weights_bytes(folder, dtype) / 2**30:.1f} GiB of weights{rest}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""What the doctor finds before a start."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from embedder import doctor
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port on which another program listens."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        yield taken.getsockname()[1]
+
+
+def rows_of(text: str) -> dict[str, tuple[str, str]]:
+    """Name -> verdict and text."""
+    *lines, _ = text.splitlines()
+    return {line[:12].strip(): (line[12:20].strip(), line[20:]) for line in lines}
+
+
+def test_healthy_machine_has_no_fault_and_shows_what_is_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--port", "0"]) == 0
+    output = capsys.readouterr().out
+    assert output.endswith("\nThe service would start.\n")
+    rows = rows_of(output)
+    assert {verdict for verdict, _ in rows.values()} == {"ok"}
+    assert rows["settings"][1] == "all defaults"
+    assert rows["model"][1].startswith("bundled in ")
+    assert rows["execution"][1].startswith(("eager", "graphs"))
+    assert "GiB of weights" in rows["memory"][1]
+
+
+def test_model_that_is_not_here_yet_is_no_fault(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert doctor.main(["no-such-owner/no-such-model", "--port", "0"]) == 0
+    assert "the service downloads it at its first start" in rows_of(capsys.readouterr().out)["model"][1]
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def break_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 11422654\n")
+
+
+def break_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs")
+
+
+@pytest.mark.parametrize(
+    ("name", "breaks"),
+    [("model", break_config), ("tokenizer", break_tokenizer), ("memory", break_weights)],
+    ids=["config", "tokenizer", "weights"],
+)
+def test_broken_file_of_a_checkpoint_is_named(
+    name: str,
+    breaks: Callable[[Path], None],
+    random_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(random_checkpoint, tmp_path / "checkpoint")
+    breaks(folder)
+    assert doctor.main([str(folder), "--port", "0"]) == 1
+    output = capsys.readouterr().out
+    assert "The service would not start: 1 of " in output
+    assert [found for found, (verdict, _) in rows_of(output).items() if verdict == "FAILED"] == [name]
+    assert str(folder) in rows_of(output)[name][1]
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({"MAX_ITMES": "5"}, "settings"),
+        ({"API_KEY_FILE": "/no/such/file"}, "API keys"),
+        ({"MODEL": "./no-such-folder"}, "model"),
+        ({"DEVICE": "cuda:99"}, "device"),
+        ({"ATTENTION": "varlen", "DEVICE": "cpu"}, "attention"),
+        ({"EXECUTION": "graphs", "DEVICE": "cpu"}, "execution"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_setting_that_stops_a_start_is_found(
+    variables: dict[str, str], name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in variables.items():
+        monkeypatch.setenv(f"EMBEDDER_{variable}", value)
+    assert doctor.main(["--port", "0"]) == 1
+    rows = rows_of(capsys.readouterr().out)
+    assert [found for found, (verdict, _) in rows.items() if verdict == "FAILED"] == [name]
+    assert rows["port"][0] == "ok"  # what does not depend on the fault is checked too
+
+
+def test_taken_port_is_found(port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--host", "127.0.0.1", "--port", str(port)]) == 1
+    verdict, text = rows_of(capsys.readouterr().out)["port"]
+    assert (verdict, text) == ("FAILED", f"cannot listen on 127.0.0.1, port {port}: Address already in use")
+
+
+def test_no_key_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDER_API_KEY", "s3cret")
+    assert doctor.main(["--port", "0"]) == 0
+    output = capsys.readouterr().out
+    assert "s3cret" not in output
+    assert rows_of(output)["API keys"] == ("ok", "required")
