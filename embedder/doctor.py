@@ -67,7 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="", help="address that the service would listen on; default: all")
     parser.add_argument("--port", type=int, default=3000)
     chosen = parser.parse_args(arguments)
-    logging.getLogger("embedder").setLevel(logging.ERROR)  # the report says it all
     report = examine(chosen.model, chosen.host, chosen.port)
     print(report)
     return int(report.has_failed)
@@ -160,4 +159,5 @@ def _describe_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> 
 
 
 if __name__ == "__main__":
+    logging.getLogger("embedder").setLevel(logging.ERROR)  # the report says it all
     sys.exit(main())
