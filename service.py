@@ -19,7 +19,6 @@ import bentoml
 from pydantic import AfterValidator
 from starlette.types import ASGIApp
 
-from embedder.engine.aio import embed_all
 from embedder.errors import ModelUnavailable
 from embedder.http.api_keys import ApiKeys
 from embedder.http.boundary import RequestBoundary
@@ -27,9 +26,8 @@ from embedder.http.content_coding import CompressedResponses
 from embedder.http.dialects.dialect import ServedModel
 from embedder.http.drain import Drain
 from embedder.http.guard import RequestGuard
-from embedder.http.routes import EMBEDDING_PATHS, OPEN_PATHS, Routes, Serving
-from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text
-from embedder.model.checkpoint import find_checkpoint
+from embedder.http.routes import EMBEDDING_PATHS, OPEN_PATHS, RERANKING_PATHS, Routes, Serving
+from embedder.model.checkpoint import find_models
 from embedder.model.gpus import count_gpus
 from embedder.playground.collection import Collection
 from embedder.server.adaptive_batching import GatheredRows, check_rows, refuse_extra_fields
@@ -57,7 +55,7 @@ APIS = ("/embed_texts", "/embed_images")  # BentoML's own routes
 try:
     SETTINGS = Settings.from_environment()
     KEYS = ApiKeys(SETTINGS)
-    METRICS = Metrics((*EMBEDDING_PATHS, *APIS), metrics_folder())
+    METRICS = Metrics((*EMBEDDING_PATHS, *APIS, *(RERANKING_PATHS if SETTINGS.reranker else ())), metrics_folder())
 except (ValueError, OSError) as error:
     raise SystemExit(f"the service does not start: {error}") from None
 
@@ -99,7 +97,7 @@ class Qwen3VLEmbedding:
         try:
             make_metrics_folder()
             check_port()
-            Collection(SETTINGS, is_bundled_model=find_checkpoint(SETTINGS).is_bundled)
+            Collection(SETTINGS, is_bundled_model=find_models(SETTINGS)[0].is_bundled)
         except (ModelUnavailable, ValueError, OSError) as error:
             raise SystemExit(f"the service does not start: {error}") from None
 
@@ -109,25 +107,31 @@ class Qwen3VLEmbedding:
         self.is_ready = False
         worker = (bentoml.server_context.worker_index or 1) - 1
         with failing_start():
-            self.embedder = embedder.Embedder(settings=SETTINGS, worker=worker, observer=METRICS, on_failure=self._exit)
-        checkpoint = self.embedder.checkpoint
-        info = {**self.embedder.info(), "version": embedder.__version__}
+            from embedder.models import Models  # the parent process does not need torch, which takes seconds
+
+            self.models = Models(SETTINGS, worker=worker, observer=METRICS, on_failure=self._exit)
+        info = {**self.models.info(), "version": embedder.__version__}
+        started_s = time.time() - time.monotonic()
+        embedding, reranking = (
+            ServedModel(one.checkpoint.name, SETTINGS.max_input_tokens, info, started_s) if one else None
+            for one in (self.models.embedder, self.models.reranker)
+        )
         ROUTES.serving = Serving(
-            self.embedder.engine,
-            self.embedder.preprocessor,
-            ServedModel(checkpoint.name, SETTINGS.max_input_tokens, info, time.time() - time.monotonic()),
+            self.models.engine,
+            self.models.preprocessor,
+            embedding,
             info,
-            Collection(SETTINGS, is_bundled_model=checkpoint.is_bundled),
+            Collection(SETTINGS, is_bundled_model=info["is_bundled_model"]),
             time.time(),
             self.__is_ready__,
+            reranking,
         )
 
     @bentoml.on_startup
     async def warm_up(self) -> None:
-        """Embed a text and an image; only then is the service ready."""
-        items = [EmbeddingItem((Text("ready?"),)), EmbeddingItem((Image(EXAMPLE_IMAGE),))]
+        """Compute something real with each model; only then is the service ready."""
         with failing_start():
-            await embed_all(self.embedder.engine, items, SETTINGS.request_timeout_s)
+            await self.models.warm_up()
         gc.freeze()  # half a million objects that stay; a collection of them would stop all responses for 0.3 s
         if bentoml.server_context.worker_index:  # None if a program, not BentoML's arbiter, runs this
             server = worker_server()
@@ -135,16 +139,17 @@ class Qwen3VLEmbedding:
             drain_at_sigterm(DRAIN, server, 2 * SETTINGS.request_timeout_s)  # for a body, and again for its items
             exit_when_orphaned(self.arbiter)
         self.is_ready = True
-        METRICS.serving(SETTINGS, self.embedder.info(), embedder.__version__)
+        METRICS.serving(SETTINGS, self.models.info(), embedder.__version__)
         assert ROUTES.serving is not None
-        collection = ROUTES.serving.collection.build(self.embedder.engine)
-        self.building = asyncio.create_task(collection)  # the loop itself keeps no reference to a task
+        if self.models.embedder:
+            collection = ROUTES.serving.collection.build(self.models.engine)
+            self.building = asyncio.create_task(collection)  # the loop itself keeps no reference to a task
 
     @bentoml.on_shutdown
     def close(self) -> None:
         """Finish the admitted items."""
         self.is_ready = False
-        self.embedder.close()
+        self.models.close()
 
     def _exit(self, _: str) -> None:
         """Exit after the device has failed: only a new process can use it again."""
@@ -175,7 +180,7 @@ def with_routes(bento_app: ASGIApp) -> ASGIApp:
     app = CompressedResponses(MetricsMiddleware(app, METRICS))
     app = RequestBoundary(app, drain=DRAIN, is_logged=SETTINGS.access_log)
     if is_traced():
-        app = TracingMiddleware(app, EMBEDDING_PATHS, embedder.__version__)
+        app = TracingMiddleware(app, (*EMBEDDING_PATHS, *RERANKING_PATHS), embedder.__version__)
     return app
 
 

@@ -12,11 +12,11 @@ An item goes through these folders, top to bottom; imports point down only:
     inputs/         untrusted text, images, videos and URLs -> token ids and patches
     model/          token ids and patches -> hidden states, on the device
 
-Next to them: `embedder` connects a checkpoint's model with an engine; `settings` reads the environment; `errors` has
-everything that can go wrong; `doctor` is a command that checks what a start needs. `server/` holds what depends on
-BentoML's and uvicorn's internals, `telemetry/` metrics, spans and logs, `bulk/` the command for whole data sets,
-`playground/` the page, `verify/` the command that checks a checkpoint or a running service. `default_model/` and
-`demo/` are a small trained model and its images.
+Next to them: `models` connects the loaded models (`loaded_model`) with an engine; `embedder` and `reranker` are that
+for programs; `settings` reads the environment; `errors` has everything that can go wrong; `doctor` is a command that
+checks what a start needs. `server/` holds what depends on BentoML's and uvicorn's internals, `telemetry/` metrics,
+spans and logs, `bulk/` the command for whole data sets, `playground/` the page, `verify/` the command that checks a
+checkpoint or a running service. `default_model/` and `demo/` are a small trained model and its images.
 """
 
 from __future__ import annotations

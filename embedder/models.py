@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embedder.engine.aio import embed_all, score_each
 from embedder.engine.device import Rows, WaitForRows
 from embedder.engine.engine import Engine
 from embedder.engine.observer import Observer
-from embedder.inputs.items import EmbeddingItem
+from embedder.errors import EmbedderError
+from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text
 from embedder.inputs.pairs import Pair, Query
-from embedder.inputs.preprocess import ModelInput
+from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.loaded_model import EmbeddingModel, RerankingModel
 from embedder.model.checkpoint import find_checkpoint, find_reranker
 from embedder.model.weights import choose_device
@@ -97,9 +99,25 @@ class Models:
         limits = {name: getattr(self.settings, name) for name in LIMITS}
         return {**self._first.info(), "roles": roles, **both, "limits": limits}
 
+    async def warm_up(self) -> None:
+        """Compute a text and an image with each model. Raises whatever fails."""
+        items = [EmbeddingItem((Text("ready?"),)), EmbeddingItem((Image(EXAMPLE_IMAGE),))]
+        if self.embedder:
+            await embed_all(self.engine, items, self.settings.request_timeout_s)
+        if self.reranker:
+            query = Query(items[0].parts, num_documents=len(items))
+            for outcome in await score_each(self.engine, query, items, self.settings.request_timeout_s):
+                if isinstance(outcome, EmbedderError):
+                    raise outcome
+
     def close(self) -> None:
         """Finish the submitted items and end the threads."""
         self.engine.close()
+
+    @property
+    def preprocessor(self) -> Preprocessor:
+        """The embedding model's, or the reranker's if it is the only model."""
+        return self._first.preprocessor
 
     @property
     def _first(self) -> EmbeddingModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from typing import Any, Literal, Self
 
 from embedder.engine.observer import Observer
 from embedder.engine.postprocess import Embedding
+from embedder.engine.ranking import best_first, sigmoid
 from embedder.errors import ITEM_ERRORS, InvalidRequest, attributed_to_item
-from embedder.inputs.items import EmbeddingItem
-from embedder.inputs.pairs import Query, pair_with
+from embedder.inputs.pairs import Query, pair_with, part_of_pair
 from embedder.inputs.preprocess import ModelInput
 from embedder.inputs.python_items import PythonItem, is_single_item, item_from_python
 from embedder.models import Models
@@ -137,24 +136,3 @@ class Reranker:
             error.message = f"query: {error.message}"
             raise
         return asked, prepared
-
-
-def part_of_pair(item: EmbeddingItem) -> EmbeddingItem:
-    """The item itself, a query or a document. Raises `InvalidRequest` for options that only vectors have."""
-    for name, value in (("instruction", None), ("dimensions", None), ("normalize", True)):
-        if getattr(item, name) != value:
-            raise InvalidRequest(
-                f"{name}: got {getattr(item, name)!r}; a query or a document has no {name}. An instruction goes with "
-                "the whole request"
-            )
-    return item
-
-
-def sigmoid(logit: float) -> float:
-    """The probability of log-odds."""
-    return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
-
-
-def best_first(scores: list[float]) -> list[int]:
-    """The places of the scores, the highest first; of equal ones, the first."""
-    return sorted(range(len(scores)), key=lambda place: -scores[place])

@@ -13,10 +13,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from embedder import Embedder, Reranker
+from embedder.engine.ranking import best_first
 from embedder.errors import InputTooLong, InvalidMedia, InvalidRequest, ModelUnavailable
 from embedder.model.packing import PackedVision
 from embedder.model.vision import Vision
-from embedder.reranker import best_first
 from tests.conftest import picture, words
 from tests.rerank_oracle import RerankOracle
 

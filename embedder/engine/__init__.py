@@ -14,4 +14,5 @@ The files, in the order in which an item meets them:
     batch_limits        the token budget after an out-of-memory error
     device              launches batches, waits for them, and measures them
     postprocess         a pooled row to the vector that the caller asked for
+    ranking             log-odds to scores, and their order
 """

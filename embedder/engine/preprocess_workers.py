@@ -19,6 +19,7 @@ from embedder.errors import EmbedderError
 from embedder.inputs.address import has_url
 from embedder.inputs.fetch import MAX_FETCHES
 from embedder.inputs.items import EmbeddingItem
+from embedder.inputs.pairs import Query
 from embedder.inputs.preprocess import ModelInput
 from embedder.settings import Settings
 
@@ -98,7 +99,8 @@ class PreprocessWorkers:
             self._observer.preprocessed(job.trace)
             self._fail(job, item_failed())
         else:
-            job.trace.count_tokens(job.model_input)
+            if not isinstance(job.item, Query):  # its tokens are counted with the pairs
+                job.trace.count_tokens(job.model_input)
             self._observer.preprocessed(job.trace)
             self._schedule(job, wake)
 

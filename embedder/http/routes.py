@@ -8,14 +8,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embedder.engine.aio import embed_all, embed_each
+from embedder.engine.aio import embed_all, embed_each, score_each
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EmbedderError, NotFound, NotReady
 from embedder.http.dialects import (
@@ -28,6 +28,7 @@ from embedder.http.dialects import (
     openai,
     openai_models,
     pooling,
+    rerank,
     tei,
     tokens,
     voyage,
@@ -69,6 +70,7 @@ DIALECTS: tuple[Dialect[Any], ...] = (
     kserve.INFER,
 )
 EMBEDDING_PATHS = tuple(dict.fromkeys(dialect.path for dialect in DIALECTS))
+RERANKING_PATHS = tuple(dialect.path for dialect in rerank.RERANKING)
 EXAMPLES: dict[str, dict[str, Any]] = {  # bodies by path and name
     **{
         path: {k: v for one in DIALECTS if one.path == path for k, v in one.examples.items()}
@@ -84,15 +86,19 @@ WATCH_AFTER_S = 0.1  # after which a request without a response starts to watch 
 
 @dataclass(frozen=True)
 class Serving:
-    """What a worker serves once its model is loaded. `is_ready` tells probes whether to send requests."""
+    """What a worker serves once its models are loaded. `is_ready` tells probes whether to send requests.
+
+    `model` is the embedding model, and `reranker` the reranker; at least one of them is served.
+    """
 
     engine: Engine
     preprocessor: Preprocessor
-    model: ServedModel
+    model: ServedModel | None
     info: Mapping[str, Any]
     collection: Collection
     started_s: float
     is_ready: Callable[[], bool]
+    reranker: ServedModel | None = None
 
 
 class Routes:
@@ -103,7 +109,8 @@ class Routes:
         self.metrics = metrics
         self.serving: Serving | None = None
         self._default: ASGIApp = not_found
-        self._document = to_json(openapi_document(DIALECTS, settings, version, needs_key=needs_key))
+        served = DIALECTS + (rerank.RERANKING if settings.reranker else ())
+        self._document = to_json(openapi_document(served, settings, version, needs_key=needs_key))
         self._dialects = {path: [one for one in DIALECTS if one.path == path] for path in EMBEDDING_PATHS}
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # one: counting may not take the cores from embedding
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
@@ -129,6 +136,7 @@ class Routes:
         }
         post: dict[str, Callable[[Request], Awaitable[Response]]] = {
             **{path: partial(self._embed, dialects) for path, dialects in self._dialects.items()},
+            **{dialect.path: partial(self._rerank, dialect) for dialect in rerank.RERANKING},
             **{route.path: partial(self._tokens, route) for route in tokens.ROUTES},
         }
         get_routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
@@ -162,6 +170,7 @@ class Routes:
 
     async def _embed(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
         started_s = time.monotonic()
+        model = self._served("embedder")
         fields = read_json((await request.receive())["body"])  # the guard has read all of it
         dialect = next(one for one in dialects if one is dialects[-1] or one.given in fields)
         try:
@@ -169,7 +178,7 @@ class Routes:
             embed_items = self._embed_each if dialect.fails_per_item else self._embed_all
             with traced_items() as traces:
                 outcomes = await unless_disconnected(embed_items(parsed.items), request.receive)
-            response = dialect.respond(parsed, outcomes, self._serving.model)
+            response = dialect.respond(parsed, outcomes, model)
         except EmbedderError as error:
             error.render = dialect.errors.render if dialect.errors else None
             raise
@@ -178,6 +187,23 @@ class Routes:
         response.headers.update(timing_headers(started_s, traces))
         response.headers.update(self._cache_headers(outcomes) or {})
         return response
+
+    async def _rerank(self, dialect: Dialect[Any], request: Request) -> Response:
+        started_s = time.monotonic()
+        model = self._served("reranker")
+        parsed = dialect.parse(read_json((await request.receive())["body"]), self.settings)
+        with traced_items() as traces:
+            outcomes = await unless_disconnected(self._score_each(parsed), request.receive)
+        body = dialect.respond(parsed, outcomes, model)
+        response = json_response(body) if isinstance(body, bytes) else body
+        response.headers.update(timing_headers(started_s, traces))
+        return response
+
+    async def _score_each(self, parsed: rerank.ScoringRequest) -> Outcomes:
+        timeout_s = self.settings.request_timeout_s
+        outcomes = await score_each(self._serving.engine, parsed.query, parsed.items, timeout_s)
+        _count_for_log(outcomes)
+        return outcomes
 
     async def _tokens(self, route: TokenRoute, request: Request) -> Response:
         fields = read_json((await request.receive())["body"])
@@ -188,9 +214,17 @@ class Routes:
         """A handler that responds with these fields of the served model."""
 
         async def page(_: Request) -> Response:
-            return json_response(to_json(fields(self._serving.model)))
+            return json_response(to_json(fields(self._models_served()[0])))
 
         return page
+
+    def _served(self, role: Literal["embedder", "reranker"]) -> ServedModel:
+        """The model of a role. Raises `NotFound` if the service has none."""
+        model = self._serving.reranker if role == "reranker" else self._serving.model
+        if model is None:
+            variable = "EMBEDDER_RERANKER" if role == "reranker" else "EMBEDDER_MODEL"
+            raise NotFound(f"this service has no {role}: the operator sets {variable}")
+        return model
 
     async def _embed_all(self, items: Sequence[EmbeddingItem | EmbedderError]) -> Sequence[Embedding]:
         embeddings = await embed_all(self._serving.engine, items, self.settings.request_timeout_s)
@@ -215,7 +249,10 @@ class Routes:
         return {"x-embedding-cache": f"hits={num_hits}"}
 
     async def _models(self, _: Request) -> Response:
-        return json_response(openai_models.models_response(self._serving.model, self._serving.started_s))
+        return json_response(openai_models.models_response(self._models_served(), self._serving.started_s))
+
+    def _models_served(self) -> list[ServedModel]:
+        return [model for model in (self._serving.model, self._serving.reranker) if model]
 
     async def _health(self, _: Request) -> Response:
         if not self._serving.is_ready():
@@ -226,7 +263,7 @@ class Routes:
         return json_response(b'{"live":true}')
 
     async def _info(self, _: Request) -> Response:
-        return json_response(to_json({**self._serving.info, **tei.info_fields(self._serving.model)}))
+        return json_response(to_json({**self._serving.info, **tei.info_fields(self._models_served()[0])}))
 
     async def _metrics(self, _: Request) -> Response:
         return Response(await asyncio.to_thread(self.metrics.exposition), media_type=CONTENT_TYPE)

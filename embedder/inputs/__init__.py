@@ -14,5 +14,6 @@ The modules, in the order in which an item passes them:
     video       an encoded video or a list of frames -> sampled RGB frames, resized, with their times
     prompt      instruction and parts -> the chat prompt, as pieces to tokenize
     preprocess  all of these -> `ModelInput`: token ids, positions and patches
+    pairs       a query and its documents -> the `ModelInput`s that a reranker scores
     tokens      the tokens of items, for callers that count before they send
 """

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from embedder.errors import InputTooLong, ModelUnavailable
+from embedder.errors import InputTooLong, InvalidRequest, ModelUnavailable
 from embedder.inputs import prompt
 from embedder.inputs.items import EmbeddingItem
 from embedder.inputs.preprocess import ModelInput, Patches, Preprocessor, VisionConfig, run_length
@@ -178,3 +178,14 @@ def _content_hash(patches: Sequence[Patches]) -> bytes:
         digest.update(repr((one.grid_thw, one.num_frames)).encode())
         digest.update(one.pixels.data)
     return digest.digest() if patches else b""
+
+
+def part_of_pair(item: EmbeddingItem) -> EmbeddingItem:
+    """The item itself, a query or a document. Raises `InvalidRequest` for options that only vectors have."""
+    for name, value in (("instruction", None), ("dimensions", None), ("normalize", True)):
+        if getattr(item, name) != value:
+            raise InvalidRequest(
+                f"{name}: got {getattr(item, name)!r}; a query or a document has no {name}. An instruction goes with "
+                "the whole request"
+            )
+    return item

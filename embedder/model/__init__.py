@@ -14,6 +14,7 @@ vision         patches to visual tokens and DeepStack features
 language       tokens to the final hidden state of each item's last token
 forward        both towers, in order
 cuda_graphs    CUDA graphs of the language tower for small batches of text
+score_head     the direction of a reranker's log-odds
 pooling        hidden states to float32 rows on the host
 memory_budget  the largest batch that fits the GPU's memory
 device_errors  torch's errors to DeviceOutOfMemory and DeviceFailed

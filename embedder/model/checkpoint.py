@@ -57,6 +57,12 @@ def find_checkpoint(settings: Settings) -> Checkpoint:
     return checkpoint
 
 
+def find_models(settings: Settings) -> list[Checkpoint]:
+    """The checkpoints that `settings` name, the embedding model first. Raises `ModelUnavailable`."""
+    found = [find_checkpoint(settings)] if settings.has_embedder else []
+    return [*found, *([find_reranker(settings)] if settings.reranker else [])]
+
+
 def find_reranker(settings: Settings) -> Checkpoint:
     """The folder that `settings.reranker` names, downloaded if it is a hub id.
 

@@ -152,7 +152,7 @@ def test_response_has_openais_form() -> None:
 
 
 def test_models_lists_the_model_with_its_token_limit() -> None:
-    body = json.loads(models_response(ServedModel("the model", 8192), 1234.5))
+    body = json.loads(models_response([ServedModel("the model", 8192)], 1234.5))
     (card,) = ModelsResponse.model_validate(body, strict=True).data
     assert (card.id, card.created, card.max_model_len) == ("the model", 1234, 8192)
 

@@ -7,4 +7,5 @@ openai              `/v1/embeddings`; its options `vllm` and `synonyms` (Voyage'
 pooling             vLLM's `/pooling`
 cohere, tei, voyage, ollama, dashscope, kserve    one file each
 tokens              `/tokenize`, `/detokenize`, `/decode`: routes without vectors
+rerank              the routes that score documents
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, Field
@@ -27,7 +28,8 @@ class ModelsResponse(BaseModel):
     data: list[ModelCard]
 
 
-def models_response(model: ServedModel, started_s: float) -> bytes:
+def models_response(models: Sequence[ServedModel], started_s: float) -> bytes:
     """Response body of `GET /v1/models`. Clients read from `max_model_len` how long an item may be."""
-    card = {"id": model.name, "object": "model", "created": int(started_s), "owned_by": "qwen3-vl-embedding-service"}
-    return to_json({"object": "list", "data": [{**card, "max_model_len": model.max_input_tokens}]})
+    card = {"object": "model", "created": int(started_s), "owned_by": "qwen3-vl-embedding-service"}
+    cards = [{"id": model.name, **card, "max_model_len": model.max_input_tokens} for model in models]
+    return to_json({"object": "list", "data": cards})

@@ -1,0 +1,16 @@
+"""Log-odds to scores, and scores to an order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def sigmoid(logit: float) -> float:
+    """The probability of log-odds."""
+    return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
+
+
+def best_first(scores: Sequence[float]) -> list[int]:
+    """The places of the scores, the highest first; of equal ones, the first."""
+    return sorted(range(len(scores)), key=lambda place: -scores[place])
