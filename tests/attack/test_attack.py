@@ -1,0 +1,27 @@
+"""A short campaign of random attacks leaves quiet callers their answers, and nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.attack import campaign
+from tests.conftest import start_server
+
+MAX_MB = 4096  # of the worker and its processes, with the bundled model
+
+
+@pytest.mark.slow
+def test_quiet_callers_are_answered_next_to_random_attacks(tmp_path: Path) -> None:
+    """The latencies are printed, not compared: they are those of the machine, too."""
+    server = start_server(tmp_path, device="cpu", request_timeout_s="10")
+    try:
+        report = campaign.run(server, seconds=15, seed=1)
+    finally:
+        status = server.stop()
+    print("\n".join(report.lines()))
+    assert not report.faults()
+    assert report.peak.rss_mb < MAX_MB
+    assert status == 0
+    assert "Traceback" not in server.log.read_text()
