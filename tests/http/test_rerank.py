@@ -51,8 +51,10 @@ def client(models: Models) -> TestClient:
 def app_of(models: Models, *, embeds: bool) -> RequestBoundary:
     routes = Routes(models.settings, Metrics(()), version="0", needs_key=False)
     collection = Collection(models.settings, is_bundled_model=False)
-    model = ServedModel("embedding model", 8192) if embeds else None
-    serving = Serving(models.engine, model, models.info(), collection, 0.0, lambda: True, ServedModel("judge", 8192))
+    info = models.info()
+    model = ServedModel("embedding model", 8192, info) if embeds else None
+    reranker = ServedModel("judge", 8192, info)
+    serving = Serving(models.engine, models.preprocessor, model, info, collection, 0.0, lambda: True, reranker)
     routes.serving = serving
     drain = Drain()
     guard = RequestGuard(routes, models.settings, keys=ApiKeys(models.settings), drain=drain)
