@@ -31,7 +31,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from benchmarks.checkpoints import tokenizer
 from benchmarks.random_checkpoint import shape_config
-from embedder.inputs.preprocess import VisionConfig
+from embedder.inputs.processor_config import VisionConfig
 from embedder.model.attention import Attention, flash_attn_import_error, num_splits_argument
 from embedder.model.forward import Forward
 from embedder.model.packing import Sequences

@@ -19,7 +19,8 @@ import torch
 
 from embedder.errors import EmbedderError
 from embedder.http.api_keys import ApiKeys
-from embedder.inputs.preprocess import load_tokenizer, read_vision_config
+from embedder.inputs.preprocess import load_tokenizer
+from embedder.inputs.processor_config import read_vision_config
 from embedder.model.attention import choose_attention
 from embedder.model.checkpoint import BUNDLED, find_checkpoint, find_reranker, is_on_this_machine
 from embedder.model.execution import choose_execution
@@ -109,7 +110,7 @@ def _examine_checkpoint(report: Report, settings: Settings, kind: Literal["model
     report.add(
         "images",
         lambda: read_vision_config(folder, settings),
-        lambda vision: f"{vision.min_pixels} to {vision.max_pixels} pixels after resizing",
+        lambda vision: f"{vision.regime.min_pixels} to {vision.regime.max_pixels} pixels after resizing",
     )
     return folder
 

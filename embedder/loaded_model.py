@@ -15,7 +15,8 @@ from embedder.engine.device import WaitForRows
 from embedder.errors import DeviceOutOfMemory, ModelUnavailable
 from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text
 from embedder.inputs.pairs import DEFAULT_INSTRUCTION, PairPreprocessor
-from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer, read_vision_config
+from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer
+from embedder.inputs.processor_config import read_vision_config
 from embedder.model.checkpoint import Checkpoint
 from embedder.model.cuda_graphs import TextGraphs, graph_size
 from embedder.model.device_errors import device_errors
@@ -93,7 +94,13 @@ class EmbeddingModel:
             "is_bundled_model": self.checkpoint.is_bundled,
             "hidden_size": self.forward.hidden_size,
             "default_instruction": self.default_instruction,
-            "pixels": {"min": vision.min_pixels, "max": vision.max_pixels, "multiple_of": vision.factor},
+            "preprocessing": vision.regime.name,
+            "raw_orientation": self.settings.raw_orientation,
+            "pixels": {
+                "min": vision.regime.min_pixels,
+                "max": vision.regime.max_pixels,
+                "multiple_of": vision.factor,
+            },
             "device": str(self.device),
             "dtype": str(self.forward.dtype).removeprefix("torch."),
             "attention": self.forward.attention_name,

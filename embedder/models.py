@@ -97,6 +97,7 @@ class Models:
         both = {"reranker": self.reranker.info()} if self.embedder and self.reranker else {}
         roles = [name for name in ("embedder", "reranker") if getattr(self, name)]
         limits = {name: getattr(self.settings, name) for name in LIMITS}
+        limits["max_video_frames"] = self._first.preprocessor.vision.regime.max_frames
         return {**self._first.info(), "roles": roles, **both, "limits": limits}
 
     async def warm_up(self) -> None:

@@ -48,8 +48,20 @@ class Settings(BaseModel):
         "Represent the user's input.", min_length=1, description="Instruction of items that have none."
     )
     max_input_tokens: int = Field(8192, ge=64, description="Tokens of one item; longer text is cut.")
+    preprocessing: Literal["checkpoint", "reference"] = Field(
+        "checkpoint",
+        description="How images and videos are resized and sampled: `checkpoint`, by the checkpoint's processor files "
+        "as transformers does; `reference`, as the authors' script does.",
+    )
     max_pixels: int | None = Field(
-        None, ge=4096, description="Pixels of an image after resizing; empty: the checkpoint's own limit."
+        None,
+        ge=4096,
+        description="Pixels of an image, and of each frame of a video, after resizing; empty: the limits of "
+        "`EMBEDDER_PREPROCESSING`.",
+    )
+    raw_orientation: bool = Field(
+        False,
+        description="Ignore EXIF orientation and the rotation of videos, to compare with vectors made without them.",
     )
     # Device
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
@@ -110,7 +122,12 @@ class Settings(BaseModel):
     max_image_bytes: int = Field(20 * 2**20, ge=64, description="Bytes of one encoded image.")
     max_image_pixels: int = Field(50_000_000, ge=4096, description="Pixels of one image, checked before decoding.")
     max_video_bytes: int = Field(48 * 2**20, ge=64, description="Bytes of one encoded video.")
-    max_video_frames: int = Field(64, ge=2, description="Frames in a list, and frames sampled from an encoded video.")
+    max_video_frames: int | None = Field(
+        None,
+        ge=2,
+        description="Frames of a video that are used; empty: the number of `EMBEDDER_PREPROCESSING` "
+        "(`reference`: 64, published checkpoints: 768).",
+    )
     decode_timeout_s: float = Field(20.0, gt=0, description="Seconds to decode one item's images and videos.")
     url_hosts: str = Field(
         "",

@@ -1,22 +1,22 @@
 """The oracle: plain transformers, padded, as the published reference code embeds (QwenLM/Qwen3-VL-Embedding 8ce3aab).
 
-Nothing here is shared with `embedder` but the torchvision declaration: prompt by the checkpoint's chat template,
-pictures by qwen-vl-utils, patches by Qwen3VLProcessor, forward by Qwen3VLModel, last token, cut, unit length.
+Nothing here is shared with `embedder` but the torchvision declaration. The prompt comes from the checkpoint's chat
+template, ids and patches from Qwen3VLProcessor, and the vector from Qwen3VLModel: last token, cut, unit length.
+Pictures and clips are resized by the code of the regime: `reference` by qwen-vl-utils, with the parameters of the
+authors' script; `checkpoint` by the image and video processors of Qwen3VLProcessor.
 
-Encoded clips: qwen-vl-utils chooses the frames, their size and the prompt's times; reading them is replaced, because
-its readers need torchcodec, decord or a video-enabled torchvision, none of which a CPU build has. The replacement
-decodes every frame with PyAV and resizes the chosen ones with PIL, so that the same pixels reach both sides.
+Encoded clips are decoded with PyAV, because the readers of qwen-vl-utils and transformers need torchcodec, decord or a
+torchvision that decodes, none of which a CPU build has. The same pixels reach both sides.
 """
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
-import PIL.Image
 import torch
 from numpy.typing import NDArray
 
@@ -25,45 +25,56 @@ from embedder.torchvision_shim import declare_torchvision_operators
 declare_torchvision_operators()
 
 from qwen_vl_utils import vision_process  # noqa: E402 - after the declaration
-from qwen_vl_utils.vision_process import process_vision_info, smart_nframes, smart_resize  # noqa: E402
+from qwen_vl_utils.vision_process import process_vision_info, smart_nframes  # noqa: E402
 from transformers import Qwen3VLModel, Qwen3VLProcessor  # noqa: E402 - after the declaration
+from transformers.image_utils import SizeDict, load_image  # noqa: E402 - after the declaration
+from transformers.video_utils import VideoMetadata  # noqa: E402 - after the declaration
 
 DEFAULT_INSTRUCTION = "Represent the user's input."
 CLIPS: dict[str, bytes] = {}  # encoded clips under the names that stand for their paths
 
 
+def decode_clip(data: bytes) -> tuple[torch.Tensor, float]:
+    """Every frame, (frames, channels, height, width), and the frame rate."""
+    with av.open(io.BytesIO(data)) as container:
+        fps = float(container.streams.video[0].average_rate)
+        frames = [np.array(frame.to_image()) for frame in container.decode(video=0)]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2), fps
+
+
 def read_clip(element: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any], float]:
     """A reader as qwen-vl-utils has them: (frames, channels, height, width), metadata, sampled frames a second."""
-    with av.open(io.BytesIO(CLIPS[element["video"]])) as container:
-        fps = float(container.streams.video[0].average_rate)
-        images = [frame.to_image() for frame in container.decode(video=0)]
-    num_frames = smart_nframes(element, total_frames=len(images), video_fps=fps)
-    indices = torch.linspace(0, len(images) - 1, num_frames).round().long().tolist()
-    max_pixels = min(768 * 1024, element["total_pixels"] / num_frames * 2)
-    size = smart_resize(images[0].height, images[0].width, 32, element["min_pixels"], max_pixels)
-    chosen = [images[index].resize(size[::-1], PIL.Image.Resampling.BICUBIC) for index in indices]
-    frames = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in chosen])
-    metadata = {"fps": fps, "frames_indices": indices, "total_num_frames": len(images), "video_backend": "av"}
-    return frames, metadata, num_frames / len(images) * fps
+    frames, fps = decode_clip(CLIPS[element["video"]])
+    if len(frames) == 1:  # the original raises
+        frames = frames.repeat(2, 1, 1, 1)
+        return frames, {"fps": fps, "frames_indices": [0, 0], "total_num_frames": 1}, fps
+    num_frames = smart_nframes(element, total_frames=len(frames), video_fps=fps)
+    indices = torch.linspace(0, len(frames) - 1, num_frames).round().long()
+    metadata = {"fps": fps, "frames_indices": indices.tolist(), "total_num_frames": len(frames), "video_backend": "av"}
+    return frames[indices], metadata, num_frames / len(frames) * fps
 
 
 vision_process.VIDEO_READER_BACKENDS.update(dict.fromkeys(("torchvision", "decord", "torchcodec"), read_clip))
 
 
 class Oracle:
-    """transformers' padded forward over one checkpoint."""
+    """transformers' padded forward over one checkpoint, with the inputs of one preprocessing regime."""
 
     def __init__(
         self,
         folder: Path,
+        regime: Literal["checkpoint", "reference"] = "checkpoint",
         dtype: torch.dtype = torch.float32,
-        max_pixels: int = 1_310_720,
+        max_pixels: int | None = None,
         processor: Path | None = None,
     ) -> None:
-        """`processor` is a folder to take the processor from, where `folder` has none."""
+        """`processor` is a folder to take the processor from, where `folder` has none. `max_pixels`: of an image."""
         self.model = Qwen3VLModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
         self.processor = Qwen3VLProcessor.from_pretrained(processor or folder, padding_side="right")
+        self.regime = regime
         self.max_pixels = max_pixels
+        if max_pixels:
+            self.processor.image_processor.size = SizeDict(shortest_edge=4096, longest_edge=max_pixels)
 
     @torch.no_grad()
     def embed(self, items: list[dict[str, Any]], max_tokens: int = 0) -> NDArray[np.float32]:
@@ -71,26 +82,7 @@ class Oracle:
 
         `max_tokens` cuts text items inside the text: what is over is taken from before the template's tail.
         """
-        conversations = [self._conversation(item) for item in items]
-        texts = self.processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
-        # transformers 4.57, of the checkpoints' time, put a clip's frames in the place of this whole triple
-        texts = [text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>") for text in texts]
-        images, videos, kwargs = process_vision_info(
-            conversations, image_patch_size=16, return_video_kwargs=True, return_video_metadata=True
-        )
-        metadata = None
-        if videos is not None:
-            videos, metadata = map(list, zip(*videos, strict=True))
-        inputs = self.processor(
-            text=texts,
-            images=images,
-            videos=videos,
-            video_metadata=metadata,
-            padding=True,
-            do_resize=False,
-            return_tensors="pt",
-            **kwargs,
-        )
+        inputs = self.inputs(items)
         if max_tokens and inputs["input_ids"].shape[1] > max_tokens:
             inputs = self._cut(inputs, max_tokens)
         states = self.model(**inputs).last_hidden_state
@@ -98,28 +90,59 @@ class Oracle:
         rows = states[torch.arange(len(items)), last].float()
         return torch.nn.functional.normalize(rows, dim=-1).numpy()
 
+    def inputs(self, items: list[dict[str, Any]]) -> Any:
+        """What the model takes: ids, pixel values, grids."""
+        conversations = [self._conversation(item) for item in items]
+        texts = self.processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+        # transformers 4.57, of the checkpoints' time, put a clip's frames in the place of this whole triple
+        texts = [text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>") for text in texts]
+        media = (
+            self._by_script(conversations)
+            if self.regime == "reference"
+            else media_by_processor(self.processor, conversations)
+        )
+        return self.processor(text=texts, padding=True, return_tensors="pt", **media)
+
+    def _by_script(self, conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        """As `_preprocess_inputs` of the authors' script."""
+        images, videos, options = process_vision_info(
+            conversations, image_patch_size=16, return_video_kwargs=True, return_video_metadata=True
+        )
+        metadata = None
+        if videos is not None:
+            videos, metadata = map(list, zip(*videos, strict=True))
+        return {"images": images, "videos": videos, "video_metadata": metadata, "do_resize": False, **options}
+
     def _conversation(self, item: dict[str, Any]) -> list[dict[str, Any]]:
+        """As `format_model_input` of the authors' script."""
         parts = item.get("content") or [
-            *({"type": "video", "video": item["video"]} for _ in ("video",) if "video" in item),
+            *({"type": "video", "video": item["video"], "fps": item.get("fps")} for _ in ("video",) if "video" in item),
             *({"type": "image", "image": image} for image in _list(item.get("image"))),
             *({"type": "text", "text": text} for text in _list(item.get("text"))),
         ]
-        sizes = {
-            "image": {"min_pixels": 4096, "max_pixels": self.max_pixels},
-            "video": {"min_pixels": 4096, "total_pixels": 10 * 768 * 1024},
-            "text": {},
-        }
-        content = [{**part, **sizes[part["type"]]} for part in parts]
-        for part in content:
-            if isinstance(part.get("video"), bytes):
-                name = f"clip {len(CLIPS)}"
-                CLIPS[name] = part["video"]
-                part |= {"video": name, "fps": part.get("fps", 1), "max_frames": 64}
+        content = [self._element(part) for part in parts]
         instruction = item.get("instruction") or DEFAULT_INSTRUCTION
         return [
             {"role": "system", "content": [{"type": "text", "text": instruction}]},
             {"role": "user", "content": content},
         ]
+
+    def _element(self, part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] == "image" and self.regime == "reference":
+            return {**part, "min_pixels": 4096, "max_pixels": self.max_pixels or 1_843_200}
+        if part["type"] != "video":
+            return part
+        fps, video = part.get("fps"), part["video"]
+        if isinstance(video, bytes):
+            name = f"clip {len(CLIPS)}"
+            CLIPS[name] = video
+            if self.regime == "reference":
+                return {"type": "video", "video": name, "fps": fps or 1, "max_frames": 64}
+            return {"type": "video", "video": name, **({"fps": fps} if fps else {})}
+        rate = {"sample_fps": fps} if fps else {}
+        if self.regime == "reference":
+            return {"type": "video", "video": sample_frames(list(video), 64), "total_pixels": 7_864_320, **rate}
+        return {"type": "video", "video": list(video), **rate}
 
     def _cut(self, inputs: Any, max_tokens: int) -> Any:
         """Keep the head and the tail of a single text: `<|im_end|>\\n<|im_start|>assistant\\n<|endoftext|>`."""
@@ -129,6 +152,42 @@ class Oracle:
             row = inputs[name]
             inputs[name] = torch.cat([row[:, : max_tokens - tail], row[:, -tail:]], dim=1)
         return inputs
+
+
+def media_by_processor(processor: Any, conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Images and videos for transformers' processors, which resize them."""
+    images, videos, metadata = [], [], []
+    for part in (part for conversation in conversations for part in conversation[1]["content"]):
+        if part["type"] == "image":
+            images.append(load_image(part["image"]))
+        elif part["type"] == "video":
+            frames, found = _sample(processor, part)
+            videos.append(frames)
+            metadata.append(found)
+    media: dict[str, Any] = {"images": images} if images else {}
+    return media | ({"videos": videos, "video_metadata": metadata, "do_sample_frames": False} if videos else {})
+
+
+def _sample(processor: Any, part: dict[str, Any]) -> tuple[torch.Tensor, VideoMetadata]:
+    """The frames that transformers' video processor chooses. It takes all of a list, but no single frame."""
+    if isinstance(part["video"], str):
+        frames, fps = decode_clip(CLIPS[part["video"]])
+        found = VideoMetadata(total_num_frames=len(frames), fps=fps)
+        indices = processor.video_processor.sample_frames(found, fps=part.get("fps")).tolist()
+    else:
+        frames = torch.stack([torch.from_numpy(np.array(load_image(image))) for image in part["video"]])
+        frames, fps = frames.permute(0, 3, 1, 2), part.get("sample_fps", 2.0)
+        indices = list(range(len(frames)))
+    if len(indices) == 1:
+        indices = indices * 2
+    return frames[indices], VideoMetadata(total_num_frames=len(frames), fps=fps, frames_indices=indices)
+
+
+def sample_frames(frames: list[Any], max_segments: int) -> list[Any]:
+    """As the function of this name of the authors' script: evenly spaced frames, rounded down."""
+    if len(frames) <= max_segments:
+        return frames
+    return [frames[index] for index in np.linspace(0, len(frames) - 1, max_segments, dtype=int)]
 
 
 def _list(value: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """The reranker's oracle: plain transformers, pair by pair, as the published reference code scores.
 
 After src/models/qwen3_vl_reranker.py of QwenLM/Qwen3-VL-Embedding 8ce3aab. Nothing here is shared with `embedder` but
-the torchvision declaration; pictures and clips are read as in `tests.oracle`.
+the torchvision declaration; pictures and clips are resized by transformers, as in `tests.oracle`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from tests.oracle import CLIPS, process_vision_info  # after its torchvision declaration
+from tests.oracle import CLIPS, media_by_processor  # after its torchvision declaration
 
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor  # isort: skip
+from transformers.image_utils import SizeDict  # isort: skip
 
 SYSTEM = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that the "
@@ -25,16 +26,17 @@ INSTRUCTION = "Given a search query, retrieve relevant candidates that answer th
 class RerankOracle:
     """transformers' whole model over one checkpoint. `max_pixels`: of an image."""
 
-    def __init__(self, folder: Path, max_pixels: int = 1_310_720) -> None:
+    def __init__(self, folder: Path, max_pixels: int | None = None) -> None:
         model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
         self.model = model.model
         self.processor = Qwen3VLProcessor.from_pretrained(folder, padding_side="left")
+        if max_pixels:
+            self.processor.image_processor.size = SizeDict(shortest_edge=4096, longest_edge=max_pixels)
         vocabulary = self.processor.tokenizer.get_vocab()
         head = model.lm_head.weight.data
         self.direction = head[vocabulary["yes"]] - head[vocabulary["no"]]
         # the last five tokens of a prompt, which the reference keeps; with a small vocabulary they are more
         self.num_tail = len(self.processor.tokenizer("<|im_end|>\n<|im_start|>assistant\n")["input_ids"])
-        self.max_pixels = max_pixels
 
     @torch.no_grad()
     def score(self, query: Any, document: Any, instruction: str | None = None, *, max_length: int = 10_240) -> float:
@@ -43,21 +45,8 @@ class RerankOracle:
         text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         # transformers 4.57, of the checkpoints' time, put a clip's frames in the place of this whole triple
         text = text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
-        images, videos, kwargs = process_vision_info(
-            conversation, image_patch_size=16, return_video_kwargs=True, return_video_metadata=True
-        )
-        metadata = None
-        if videos is not None:
-            videos, metadata = map(list, zip(*videos, strict=True))
-        inputs = self.processor(
-            text=[text],
-            images=images,
-            videos=videos,
-            video_metadata=metadata,
-            do_resize=False,
-            return_tensors="pt",
-            **kwargs,
-        )
+        media = media_by_processor(self.processor, [conversation])
+        inputs = self.processor(text=[text], return_tensors="pt", **media)
         self._cut(inputs, max_length)
         state = self.model(**inputs).last_hidden_state[0, -1]
         return float(torch.sigmoid(state @ self.direction))
@@ -79,17 +68,12 @@ class RerankOracle:
             for kind in ("video", "image", "text")
             for one in ([] if kind not in fields else [fields[kind]] if kind != "image" else _list(fields[kind]))
         ]
-        sizes = {
-            "image": {"min_pixels": 4096, "max_pixels": self.max_pixels},
-            "video": {"min_pixels": 4096, "total_pixels": 10 * 768 * 1024},
-            "text": {},
-        }
-        content = [{**part, **sizes[part["type"]]} for part in parts]
+        content = [dict(part) for part in parts]
         for part in content:
             if isinstance(part.get("video"), bytes):
                 name = f"clip {len(CLIPS)}"
                 CLIPS[name] = part["video"]
-                part |= {"video": name, "fps": part.get("fps", 1), "max_frames": 64}
+                part["video"] = name
         return content
 
     def _cut(self, inputs: Any, max_length: int) -> None:

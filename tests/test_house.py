@@ -52,7 +52,7 @@ ONLY_IN = {  # outside packages that only one folder may import
     "prometheus_client": {"telemetry"},
     "opentelemetry": {"telemetry"},
     "ray": {"bulk"},
-    "torch": {"doctor", "loaded_model", "model", "models", "torchvision_shim", "verify"},
+    "torch": {"doctor", "inputs", "loaded_model", "model", "models", "torchvision_shim", "verify"},
     "transformers": {"model", "verify"},
 }
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_SERVICE_LINES = 400, 60, 200

@@ -131,6 +131,8 @@ def _identity(job: Job, checkpoint: Checkpoint, source: Source, parts: Sequence[
         "model": f"{checkpoint.name} {checkpoint.revision}".strip(),
         "dtype": settings.dtype,
         "default_instruction": settings.default_instruction,
+        "preprocessing": settings.preprocessing,
+        "raw_orientation": settings.raw_orientation,
         "max_pixels": settings.max_pixels,
         "max_input_tokens": settings.max_input_tokens,
     }

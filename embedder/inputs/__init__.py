@@ -9,9 +9,14 @@ The modules, in the order in which an item passes them:
     formats     the file formats of images and videos, and how to recognize them
     data_uri    data URIs and base64, as clients write them
     jpeg        the number of scans of a JPEG file
+    regimes     sizes of images and frames, and which frames of a video are used
+    orientation EXIF orientation and display matrices
+    resample    resizing with the filters of both regimes
     image       an encoded image -> RGB values, resized
     clip        an encoded video -> its frames as RGB values, by FFmpeg's libraries
+    frames      the sampled frames of one video, resized and collected
     video       an encoded video or a list of frames -> sampled RGB frames, resized, with their times
+    processor_config  the checkpoint's processor files
     prompt      instruction and parts -> the chat prompt, as pieces to tokenize
     preprocess  all of these -> `ModelInput`: token ids, positions and patches
     pairs       a query and its documents -> the `ModelInput`s that a reranker scores

@@ -21,6 +21,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
+from av.sidedata.sidedata import SideData
 from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
@@ -31,6 +32,7 @@ from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.formats import VIDEO_CODECS, find_format, unsupported_format
 from embedder.inputs.image import check_deadline
 from embedder.inputs.limits import MediaLimits, TooLittleMemory
+from embedder.inputs.orientation import UPRIGHT, matrix_orientation, turn_values
 
 MAX_CODED_FRAMES = 100_000  # 55 minutes at 30 frames per second
 MAX_BOXES = 100_000  # outermost boxes of an MP4; a fragment is two
@@ -62,13 +64,16 @@ class OpenClip:
         self.num_bytes = DECODER_BYTES_PER_PIXEL * self.width * self.height
 
     def decode(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-        """Decode the frames of these indices, ascending and possibly repeated -> (height, width, 3) each."""
+        """Decode the frames of these indices, ascending and possibly repeated -> (height, width, 3) each, upright."""
         context = self._stream.codec_context
         context.options = {"max_pixels": str(self._limits.max_image_pixels)}
         context.thread_count = 1  # other items are decoded at the same time
         times = [self._times[index] for index in indices]
+        orientation = None
         for frame in _decode_frames(context, self._packets, times, self._deadline, self._limits):
-            yield _rgb_values(frame)
+            if orientation is None:
+                orientation = UPRIGHT if self._limits.raw_orientation else _orientation(frame)
+            yield turn_values(_rgb_values(frame), orientation)
 
 
 @contextmanager
@@ -91,6 +96,12 @@ def open_clip(data: bytes, limits: MediaLimits, deadline: float) -> Iterator[Ope
     except av.FFmpegError as error:
         check_deadline(deadline, limits)  # FFmpeg reports its timeout as an error too
         raise InvalidMedia(f"video cannot be decoded; it is damaged or cut off: {error.strerror}") from error
+
+
+def _orientation(frame: VideoFrame) -> int:
+    """EXIF's number for the display matrix that FFmpeg passes from the container to each frame."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return matrix_orientation(struct.unpack("=9i", matrix)) if isinstance(matrix, SideData) else UPRIGHT
 
 
 def _rgb_values(frame: VideoFrame) -> NDArray[np.uint8]:

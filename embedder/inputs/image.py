@@ -12,10 +12,8 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import PIL.Image
@@ -27,52 +25,17 @@ from embedder.inputs.formats import IMAGE_FORMATS, MediaKind, unsupported_format
 from embedder.inputs.items import Media
 from embedder.inputs.jpeg import count_scans
 from embedder.inputs.limits import MediaLimits
+from embedder.inputs.orientation import exif_orientation, turn_upright
+from embedder.inputs.regimes import Regime
+from embedder.inputs.resample import resize
 
 MAX_DECODE_MEMORY = 2**31  # bytes, for all threads
 TRIM_MIN_BYTES = 2**27
-MAX_ASPECT_RATIO = 200  # above it `smart_resize` raises
 MIN_SIDE_PIXELS = 2  # a 1-pixel side would reach the model as one color, enlarged 64 times
 # A camera's progressive JPEG has 10. Each scan takes 60 bytes in the file and can cost a pass over all pixels.
 MAX_JPEG_SCANS = 100
 
 _PILLOW_FORMATS = tuple(one.pillow for one in IMAGE_FORMATS)
-
-
-@dataclass(frozen=True)
-class ImageGeometry:
-    """Limits of the resized image: sides are multiples of `factor`, the area is `min_pixels` to `max_pixels`."""
-
-    factor: int
-    min_pixels: int
-    max_pixels: int
-
-
-def resized_size(height: int, width: int, geometry: ImageGeometry) -> tuple[int, int]:
-    """Height and width in pixels after resizing, with the aspect ratio as close as the multiples of `factor` allow.
-
-    The reference's `smart_resize`, with one correction: a long image under a small `max_pixels` keeps at least one
-    `factor` on its short side, where `smart_resize` returns 0. Raises `InvalidMedia` for an aspect ratio above 200.
-    """
-    ratio = max(height, width) / min(height, width)
-    if ratio > MAX_ASPECT_RATIO:
-        raise InvalidMedia(
-            f"image of {width}x{height} pixels has an aspect ratio of {ratio:.0f}:1; "
-            f"allowed: up to {MAX_ASPECT_RATIO}:1"
-        )
-    sides = _smart_resize()(height, width, geometry.factor, geometry.min_pixels, geometry.max_pixels)
-    return max(sides[0], geometry.factor), max(sides[1], geometry.factor)
-
-
-@cache
-def _smart_resize() -> Callable[..., tuple[int, int]]:
-    """The function of qwen-vl-utils. It loads torchvision, 2 s that only a process that decodes images has to spend."""
-    from embedder.torchvision_shim import declare_torchvision_operators
-
-    declare_torchvision_operators()
-    from qwen_vl_utils.vision_process import smart_resize
-
-    resize: Callable[..., tuple[int, int]] = smart_resize
-    return resize
 
 
 class MemoryBudget:
@@ -126,7 +89,7 @@ def decode_peak_bytes(image: PIL.Image.Image) -> int:
     Bytes per pixel as measured with Pillow 12: RGB takes 4, WebP's decoder holds three copies, and converting any
     other mode to RGB holds several.
     """
-    bytes_per_pixel = 20 if image.format == "WEBP" else 4 if image.mode == "RGB" else 13
+    bytes_per_pixel = 20 if image.format == "WEBP" else 8 if image.mode == "RGB" else 13
     return bytes_per_pixel * image.width * image.height
 
 
@@ -143,24 +106,17 @@ def check_deadline(deadline: float, limits: MediaLimits) -> None:
         )
 
 
-def load_image(
-    source: Media, geometry: ImageGeometry, settings: MediaLimits, deadline: float | None = None
-) -> NDArray[np.uint8]:
-    """Decode an image to RGB values, (height, width, 3) uint8, resized for the model.
+def load_image(source: Media, regime: Regime, limits: MediaLimits, deadline: float | None = None) -> NDArray[np.uint8]:
+    """Decode an image to RGB values, (height, width, 3) uint8, upright and resized for the model.
 
-    As in the reference, EXIF orientation is ignored, and of an animation the first frame is used. Transparent pixels
-    are composited on white. `deadline` defaults to `decode_timeout_s` from now. Raises `InvalidMedia` and
-    `MediaTooLarge`.
+    Of an animation, the first frame is used. Transparent pixels are composited on white. `deadline` defaults to
+    `decode_timeout_s` from now. Raises `InvalidMedia` and `MediaTooLarge`.
     """
-    image = open_image(source, settings, deadline)
-    height, width = resized_size(image.height, image.width, geometry)
+    image = open_image(source, limits, deadline)
+    regime.resize_image(image.height, image.width)  # refuses extreme aspect ratios before decoding
     with decode_memory.reserve(decode_peak_bytes(image)):
-        return resize(decode_image(image), height, width)
-
-
-def resize(image: PIL.Image.Image, height: int, width: int) -> NDArray[np.uint8]:
-    """Resize with PIL's bicubic filter, as the reference does -> (height, width, 3) uint8."""
-    return np.asarray(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
+        upright = decode_image(image, is_raw=limits.raw_orientation)
+        return resize(upright, [regime.resize_image(upright.height, upright.width)])
 
 
 def open_image(source: Media, settings: MediaLimits, deadline: float | None = None) -> PIL.Image.Image:
@@ -234,8 +190,13 @@ def _read_header(data: bytes, settings: MediaLimits, deadline: float) -> PIL.Ima
         raise InvalidMedia(f"image header cannot be read: {error}") from error
 
 
-def decode_image(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Decode the pixels to RGB. The reference composites RGBA on white; here every transparent mode is."""
+def decode_image(image: PIL.Image.Image, *, is_raw: bool = False) -> PIL.Image.Image:
+    """Decode the pixels to RGB, with every transparent mode composited on white. Upright, unless `is_raw`."""
+    opaque = _decode_rgb(image)
+    return opaque if is_raw else turn_upright(opaque, exif_orientation(image))
+
+
+def _decode_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     try:
         if image.mode.startswith(("I", "F")):
             image = _to_8_bit_gray(image)

@@ -1,4 +1,7 @@
-"""The limits on images and videos that decoding checks. `Settings` has them; a decoding process gets only these."""
+"""What decoding reads of the settings: limits on images and videos, and whether pictures are turned upright.
+
+A decoding process gets only these.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ class MediaLimits(Protocol):
     def max_video_bytes(self) -> int: ...
     @property
     def decode_timeout_s(self) -> float: ...
+    @property
+    def raw_orientation(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,15 @@ class FixedLimits:
     max_image_pixels: int
     max_video_bytes: int
     decode_timeout_s: float
+    raw_orientation: bool
 
     @classmethod
     def of(cls, limits: MediaLimits) -> Self:
         """A copy of the limits."""
-        return cls(limits.max_image_bytes, limits.max_image_pixels, limits.max_video_bytes, limits.decode_timeout_s)
+        return cls(
+            limits.max_image_bytes,
+            limits.max_image_pixels,
+            limits.max_video_bytes,
+            limits.decode_timeout_s,
+            limits.raw_orientation,
+        )

@@ -24,7 +24,8 @@ from tokenizers import Tokenizer
 from embedder.errors import InputTooLong, InvalidRequest, ModelUnavailable
 from embedder.inputs import prompt
 from embedder.inputs.items import EmbeddingItem
-from embedder.inputs.preprocess import ModelInput, Patches, Preprocessor, VisionConfig, run_length
+from embedder.inputs.preprocess import ModelInput, Patches, Preprocessor, run_length
+from embedder.inputs.processor_config import VisionConfig
 from embedder.inputs.prompt import TextPiece
 from embedder.settings import Settings
 

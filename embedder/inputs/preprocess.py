@@ -6,7 +6,6 @@ at the last token.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,32 +19,14 @@ from tokenizers import Tokenizer
 
 from embedder.errors import InputTooLong, ModelUnavailable
 from embedder.inputs import image, prompt, video
-from embedder.inputs.image import ImageGeometry
 from embedder.inputs.items import EmbeddingItem, Image, Text, Truncate, Video
+from embedder.inputs.processor_config import VisionConfig
 from embedder.inputs.prompt import Piece, Placeholders, SpecialToken, TextPiece
 from embedder.settings import Settings
 
 MAX_PREFIX_TOKENS = 256  # of an instruction whose keys and values the model may cache
 SHORT_CHARS = 512  # a text of this length is tokenized in about 0.1 ms
 _NO_INDEX = np.empty(0, np.int64)
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The vision tower's input format. `mean` and `std`: of values in 0..1, one per channel."""
-
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    min_pixels: int
-    max_pixels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def factor(self) -> int:
-        """Side length of one visual token, in pixels."""
-        return self.patch_size * self.merge_size
 
 
 @dataclass(frozen=True)
@@ -116,7 +97,6 @@ class Preprocessor:
         self.vision = vision
         self.settings = settings
         self.visual_cost = visual_cost
-        self.geometry = ImageGeometry(vision.factor, vision.min_pixels, vision.max_pixels)
         self.tokenizer = tokenizer
         appended_ids = self._appended_ids()
         tokenizer.encode_special_tokens = True  # encode a special token's name in a text as text
@@ -166,10 +146,10 @@ class Preprocessor:
                 self._check_num_visual_tokens(patches)
             match part:
                 case Image():
-                    frames = image.load_image(part.source, self.geometry, self.settings, deadline)[None, None]
+                    frames = image.load_image(part.source, self.vision.regime, self.settings, deadline)[None, None]
                     patches.append(patchify(frames, self.vision.patch_size, self.vision.merge_size))
                 case Video():
-                    clip = video.load_video(part, self.geometry, self.settings, deadline)
+                    clip = video.load_video(part, self.vision.regime, self.settings, deadline)
                     frames = clip.frames.reshape(-1, self.vision.temporal_patch_size, *clip.frames.shape[1:])
                     patches.append(patchify(frames, self.vision.patch_size, self.vision.merge_size))
                     seconds.append(clip.seconds)
@@ -327,33 +307,6 @@ def patchify(frames: NDArray[np.uint8], patch_size: int, merge_size: int) -> Pat
     return Patches(pixels, (grid_t, grid_h, grid_w), num_frames)
 
 
-def read_vision_config(folder: Path, settings: Settings) -> VisionConfig:
-    """Read the checkpoint's preprocessing configuration.
-
-    From `preprocessor_config.json`, or the `image_processor` of `processor_config.json`, which transformers 5 writes.
-    Missing values are those of the published Qwen3-VL-Embedding checkpoints.
-    """
-    model = _read_json(folder / "config.json")["vision_config"]
-    merged = _read_json(folder / "processor_config.json").get("image_processor", {})
-    processor = {**merged, **_read_json(folder / "preprocessor_config.json")}
-    size = {"shortest_edge": 4096, "longest_edge": 1280 * 32 * 32, **(processor.get("size") or {})}
-    min_pixels = processor.get("min_pixels") or size["shortest_edge"]
-    max_pixels = settings.max_pixels or processor.get("max_pixels") or size["longest_edge"]
-    if max_pixels < min_pixels:
-        raise ModelUnavailable(
-            f"max_pixels ({max_pixels}) is below the checkpoint's min_pixels ({min_pixels}); raise EMBEDDER_MAX_PIXELS"
-        )
-    return VisionConfig(
-        patch_size=model.get("patch_size", 16),
-        temporal_patch_size=model.get("temporal_patch_size", 2),
-        merge_size=model.get("spatial_merge_size", 2),
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        mean=tuple(processor.get("image_mean") or (0.5, 0.5, 0.5)),
-        std=tuple(processor.get("image_std") or (0.5, 0.5, 0.5)),
-    )
-
-
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the checkpoint's tokenizer from `tokenizer.json`, without the truncation and padding saved in it.
 
@@ -369,11 +322,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
 
 
 def _merge_adjacent_ids(runs: Sequence[list[int] | Placeholders]) -> list[list[int] | Placeholders]:

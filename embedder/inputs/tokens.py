@@ -12,7 +12,7 @@ from embedder.inputs.preprocess import Preprocessor
 
 def item_ids(item: EmbeddingItem, preprocessor: Preprocessor) -> list[int]:
     """The ids of an item's whole sequence, before it is cut. Raises `InvalidMedia` and `MediaTooLarge`."""
-    settings, geometry, vision = preprocessor.settings, preprocessor.geometry, preprocessor.vision
+    settings, vision = preprocessor.settings, preprocessor.vision
     deadline = image.decode_deadline(settings)
     grids: list[tuple[int, int, int]] = []
     seconds: list[Sequence[float]] = []
@@ -20,10 +20,11 @@ def item_ids(item: EmbeddingItem, preprocessor: Preprocessor) -> list[int]:
         match part:
             case Image():
                 header = image.open_image(part.source, settings, deadline)
-                height, width = image.resized_size(header.height, header.width, geometry)
-                grids.append((1, height // vision.factor, width // vision.factor))
+                # a picture that is stored turned has as many tokens
+                size = vision.regime.resize_image(header.height, header.width)
+                grids.append((1, size.height // vision.factor, size.width // vision.factor))
             case Video():
-                clip = video.load_video(part, geometry, settings, deadline)
+                clip = video.load_video(part, vision.regime, settings, deadline)
                 num_frames, height, width, _ = clip.frames.shape
                 num_steps = num_frames // vision.temporal_patch_size
                 grids.append((num_steps, height // vision.factor, width // vision.factor))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedder.inputs.preprocess import VisionConfig
+from embedder.inputs.processor_config import VisionConfig
 from embedder.model.attention import choose_attention
 from embedder.model.language import Language
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedVision, pack_prefixes

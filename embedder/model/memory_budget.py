@@ -50,7 +50,7 @@ def _test_batches(preprocess: Preprocessor, num_tokens: int) -> Iterator[list[Mo
     """Two batches of about `num_tokens` tokens: the longest texts, then the largest images, that the settings allow."""
     max_tokens = min(num_tokens, preprocess.settings.max_input_tokens) - PROMPT_TOKENS
     num_visual = max(1, int(max_tokens / (1 + preprocess.visual_cost)))
-    side = math.isqrt(min(preprocess.vision.max_pixels, num_visual * preprocess.vision.factor**2))
+    side = math.isqrt(min(preprocess.vision.regime.max_pixels, num_visual * preprocess.vision.factor**2))
     parts: tuple[Part, ...] = (Text(" a" * max_tokens), Image(PIL.Image.new("RGB", (side, side))))
     for part in parts:
         item = preprocess(EmbeddingItem((part,)))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedder.inputs.preprocess import VisionConfig
+from embedder.inputs.processor_config import VisionConfig
 from embedder.model.attention import Attention
 from embedder.model.execution import compile_if
 from embedder.model.packing import PackedVision

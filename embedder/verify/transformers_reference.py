@@ -20,6 +20,7 @@ declare_torchvision_operators()
 
 from qwen_vl_utils.vision_process import process_vision_info  # noqa: E402 - after the declaration
 from transformers import Qwen3VLModel, Qwen3VLProcessor  # noqa: E402 - after the declaration
+from transformers.image_utils import load_image  # noqa: E402 - after the declaration
 
 
 @torch.no_grad()
@@ -44,8 +45,15 @@ def embed_with_transformers(folder: Path, info: Mapping[str, Any]) -> tuple[list
         )
     conversations = [_conversation(item, info) for item in PROBES]
     prompts = processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
-    images, _ = process_vision_info(conversations, image_patch_size=16)
-    inputs = processor(text=prompts, images=images, padding=True, do_resize=False, return_tensors="pt").to(device)
+    if info["preprocessing"] == "reference":
+        images, _ = process_vision_info(conversations, image_patch_size=16)
+        options: dict[str, Any] = {"do_resize": False}
+    else:
+        parts = [part for conversation in conversations for part in conversation[1]["content"]]
+        images = [load_image(part["image"]) for part in parts if "image" in part]
+        size = {"shortest_edge": info["pixels"]["min"], "longest_edge": info["pixels"]["max"]}
+        options = {"images_kwargs": {"size": size}}
+    inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt", **options).to(device)
     hidden_states = model(**inputs).last_hidden_state
     lengths = inputs["attention_mask"].sum(1)
     vectors = hidden_states[torch.arange(len(PROBES), device=device), lengths - 1].float().cpu().numpy()

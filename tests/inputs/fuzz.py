@@ -23,22 +23,23 @@ from embedder.http.dialects.cohere import parse_cohere
 from embedder.http.dialects.embed import parse_embed
 from embedder.http.dialects.local import parse_image_request, parse_text_request
 from embedder.http.dialects.openai import parse_embeddings
-from embedder.inputs.image import ImageGeometry, load_image
+from embedder.inputs.image import load_image
 from embedder.inputs.items import EmbeddingItem, Video
+from embedder.inputs.regimes import CheckpointRegime
 from embedder.inputs.video import load_video
 from embedder.settings import Settings
 from tests.conftest import encoded, picture
 from tests.inputs import hostile
 
 SETTINGS = Settings(max_image_pixels=1_000_000, max_items_per_request=20, decode_timeout_s=5)
-GEOMETRY = ImageGeometry(32, 4096, 65_536)
+REGIME = CheckpointRegime(max_pixels=65_536, clip_max_pixels=1_000_000)
 PARSERS = (parse_text_request, parse_image_request, parse_embed, parse_embeddings, parse_cohere)
 
 
 def check_image(data: bytes) -> None:
     """An image whose sides are multiples of the token size, or one of the two errors."""
     try:
-        values = load_image(data, GEOMETRY, SETTINGS)
+        values = load_image(data, REGIME, SETTINGS)
     except (InvalidMedia, MediaTooLarge):
         return
     assert values.dtype == np.uint8
@@ -48,7 +49,7 @@ def check_image(data: bytes) -> None:
 def check_video(data: bytes) -> None:
     """An even number of frames and a time for each, or one of the two errors."""
     try:
-        clip = load_video(Video(data), GEOMETRY, SETTINGS)
+        clip = load_video(Video(data), REGIME, SETTINGS)
     except (InvalidMedia, MediaTooLarge):
         return
     assert len(clip.frames) == len(clip.seconds)

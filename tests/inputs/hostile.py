@@ -173,7 +173,7 @@ def clips() -> Iterator[tuple[str, bytes | str | list[str]]]:
     yield "FFmpeg's own language", b"ffconcat version 1.0\nfile /etc/passwd\n"
     yield "a picture", encoded(picture(64, 64))
     yield "no frames", []
-    yield "65 frames", [small] * 65
+    yield "769 frames", [small] * 769
     yield "frames of two sizes", [small, wide]
     yield "frames of 50 million pixels and more", [large] * 64
     yield "a frame that is not an image", [small, "AAAA"]

@@ -11,20 +11,21 @@ import pytest
 from embedder.errors import InvalidMedia
 from embedder.inputs.address import is_url
 from embedder.inputs.data_uri import media_kind, video_frames
-from embedder.inputs.image import ImageGeometry, load_image
+from embedder.inputs.image import load_image
 from embedder.inputs.items import Image, Video, item_from_fields
 from embedder.inputs.jpeg import count_scans
+from embedder.inputs.regimes import CheckpointRegime
 from embedder.settings import Settings
 from tests.conftest import encoded, picture
 
-GEOMETRY = ImageGeometry(32, 4096, 1280 * 32 * 32)
+REGIME = CheckpointRegime()
 DATA = encoded(picture(70, 50))
 BASE64 = base64.b64encode(DATA).decode()
 JPEG = encoded(picture(64, 48), "JPEG")
 
 
 def load(source: Any) -> Any:
-    return load_image(source, GEOMETRY, Settings())
+    return load_image(source, REGIME, Settings())
 
 
 @pytest.mark.parametrize(

@@ -18,34 +18,31 @@ import numpy as np
 import PIL.Image
 import pytest
 from numpy.typing import NDArray
-from qwen_vl_utils.vision_process import fetch_image, smart_resize
+from qwen_vl_utils.vision_process import fetch_image
 
 from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs import image as image_module
 from embedder.inputs.image import (
-    ImageGeometry,
     MemoryBudget,
     decode_peak_bytes,
     load_image,
     open_image,
-    resized_size,
 )
+from embedder.inputs.regimes import CheckpointRegime, ReferenceRegime, Regime
 from embedder.settings import Settings
 from tests.conftest import encoded, picture
 from tests.inputs.hostile import chunk, jpeg_of_scans, png
 
-SETTINGS = Settings(max_image_pixels=1_000_000, max_image_bytes=200_000, max_video_frames=8)
-CHECKPOINT = ImageGeometry(32, 4096, 1_310_720)  # the checkpoint's preprocessor_config.json
-REFERENCE = ImageGeometry(32, 4096, 1_843_200)  # the reference code
-SMALL = ImageGeometry(32, 4096, 16_384)
+SETTINGS = Settings(max_image_pixels=1_000_000, max_image_bytes=200_000)
+CHECKPOINT, REFERENCE, SMALL = CheckpointRegime(), ReferenceRegime(), ReferenceRegime(max_pixels=16_384)
 
 
-def load(source: Any, geometry: ImageGeometry = CHECKPOINT) -> NDArray[np.uint8]:
-    return load_image(source, geometry, SETTINGS)
+def load(source: Any, regime: Regime = REFERENCE) -> NDArray[np.uint8]:
+    return load_image(source, regime, SETTINGS)
 
 
-def reference(image: PIL.Image.Image, geometry: ImageGeometry = CHECKPOINT) -> NDArray[np.uint8]:
-    sizes = {"min_pixels": geometry.min_pixels, "max_pixels": geometry.max_pixels}
+def reference(image: PIL.Image.Image, regime: Regime = REFERENCE) -> NDArray[np.uint8]:
+    sizes = {"min_pixels": regime.min_pixels, "max_pixels": regime.max_pixels}
     return np.asarray(fetch_image({"image": image, **sizes}, image_patch_size=16))
 
 
@@ -55,63 +52,14 @@ def with_alpha(width: int = 40, height: int = 36) -> PIL.Image.Image:
     return image
 
 
-# Geometry
-
-
-@pytest.mark.parametrize("geometry", [CHECKPOINT, REFERENCE, ImageGeometry(28, 3136, 1_003_520)])
-def test_size_is_the_references_for_many_sizes(geometry: ImageGeometry) -> None:
-    generator = random.Random(0)
-    for _ in range(3000):
-        height, width = (round(2 ** generator.uniform(1, 12.5)) for _ in range(2))
-        if max(height, width) / min(height, width) <= 200:
-            expected = smart_resize(height, width, geometry.factor, geometry.min_pixels, geometry.max_pixels)
-            assert resized_size(height, width, geometry) == expected, (height, width)
-
-
-def test_sides_are_whole_tokens_and_never_zero_however_small_the_maximum() -> None:
-    generator = random.Random(1)
-    num_zero = 0
-    for _ in range(3000):
-        height = generator.randint(2, 5000)
-        width = min(5000, max(2, round(height * generator.uniform(0.005, 200))))
-        geometry = ImageGeometry(32, 1024, generator.choice([1024, 4096, 9000]))
-        if max(height, width) / min(height, width) <= 200:
-            size = resized_size(height, width, geometry)
-            assert all(side >= 32 and side % 32 == 0 for side in size), (height, width)
-            expected = smart_resize(height, width, 32, geometry.min_pixels, geometry.max_pixels)
-            num_zero += 0 in expected
-            assert size == expected or 0 in expected, (height, width)
-    assert num_zero  # the case is met
-
-
-def test_long_image_under_a_small_maximum_keeps_one_row() -> None:
-    # 8,000,000 px into 4,096: both sides shrink by sqrt(8e6 / 4096) = 44.2, to 4.5 x 905; 905 floors to 28 * 32
-    assert smart_resize(200, 40_000, 32, 1024, 4096) == (0, 896)
-    assert resized_size(200, 40_000, ImageGeometry(32, 1024, 4096)) == (32, 896)
-
-
-def test_pixel_limits_of_checkpoint_and_reference_differ_on_large_images_only() -> None:
-    assert resized_size(1000, 1000, CHECKPOINT) == resized_size(1000, 1000, REFERENCE) == (992, 992)
-    assert resized_size(2000, 2000, CHECKPOINT) == (1120, 1120)  # sqrt(1,310,720) = 1144.9, floored to 35 * 32
-    assert resized_size(2000, 2000, REFERENCE) == (1344, 1344)  # sqrt(1,843,200) = 1357.6, floored to 42 * 32
-
-
-def test_aspect_ratio_above_200_is_refused() -> None:
-    assert resized_size(10, 2000, CHECKPOINT)[0] == 32
-    with pytest.raises(
-        InvalidMedia, match=r"^image of 2010x10 pixels has an aspect ratio of 201:1; allowed: up to 200:1$"
-    ):
-        resized_size(10, 2010, CHECKPOINT)
-
-
 # Values
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (33, 47), (2, 3), (300, 20), (500, 701), (9, 400)])
-@pytest.mark.parametrize("geometry", [CHECKPOINT, SMALL])
-def test_resized_values_are_the_references_bit_for_bit(size: tuple[int, int], geometry: ImageGeometry) -> None:
+@pytest.mark.parametrize("regime", [REFERENCE, SMALL])
+def test_resized_values_are_the_references_bit_for_bit(size: tuple[int, int], regime: Regime) -> None:
     image = picture(*size)
-    assert np.array_equal(load(encoded(image), geometry), reference(image, geometry))
+    assert np.array_equal(load(encoded(image), regime), reference(image, regime))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK", "YCbCr", "HSV"])
@@ -188,15 +136,6 @@ def test_of_an_animation_the_first_frame_is_used() -> None:
         data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:])
         assert getattr(PIL.Image.open(io.BytesIO(data)), "n_frames", 1) == 3
         assert (abs(load(data).astype(int) - (255, 0, 0)) < 8).all()  # WebP is lossy
-
-
-def test_exif_orientation_is_not_applied() -> None:
-    image = picture(96, 64)
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # turn a quarter
-    data = encoded(image, exif=exif)
-    assert PIL.Image.open(io.BytesIO(data)).getexif()[0x0112] == 6
-    assert np.array_equal(load(data), load(image))
 
 
 # Base64

@@ -20,8 +20,9 @@ from embedder.http.dialects.local import parse_image_request, parse_text_request
 from embedder.http.dialects.openai import parse_embeddings
 from embedder.http.request_body import EmbeddingRequest
 from embedder.http.response import error_body
-from embedder.inputs.image import ImageGeometry, load_image
+from embedder.inputs.image import load_image
 from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text, Video, item_from_fields
+from embedder.inputs.regimes import ReferenceRegime
 from embedder.settings import Settings
 
 SETTINGS = Settings(max_items_per_request=3)
@@ -346,8 +347,8 @@ def test_too_many_items_are_refused_with_the_limit(parse: Parse) -> None:
 
 
 def test_example_image_of_the_contract_is_a_red_square() -> None:
-    values = load_image(EXAMPLE_IMAGE, ImageGeometry(32, 1024, 4096), Settings())
-    assert values.shape == (32, 32, 3)
+    values = load_image(EXAMPLE_IMAGE, ReferenceRegime(max_pixels=4096), Settings())
+    assert values.shape == (64, 64, 3)
     assert (values == (230, 30, 40)).all()
 
 

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLModel, Qwen3VLProc
 
 from embedder.errors import InputTooLong, MediaTooLarge, ModelUnavailable
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
-from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer, patchify, read_vision_config
+from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer, patchify
+from embedder.inputs.processor_config import read_vision_config
 from embedder.settings import Settings
 from tests.conftest import encoded, picture, words
 
@@ -79,17 +80,17 @@ def rope_model(random_checkpoint: Path) -> Any:
 
 
 def reference(item: EmbeddingItem, processor: Any) -> Any:
-    """The output of transformers' processor for an item."""
+    """The output of transformers' processor for an item, with pictures resized as in the authors' script."""
     content: list[dict[str, Any]] = []
     for part in item.parts:
         match part:
             case Text():
                 content.append({"type": "text", "text": part.text})
             case Image():
-                content.append({"type": "image", "image": part.source, "min_pixels": 4096, "max_pixels": 1_310_720})
+                content.append({"type": "image", "image": part.source, "min_pixels": 4096, "max_pixels": 1_843_200})
             case Video():
                 frames = {"type": "video", "video": list(part.source), "sample_fps": part.fps or 2.0}
-                content.append({**frames, "min_pixels": 4096, "total_pixels": 7_864_320})
+                content.append({**frames, "total_pixels": 7_864_320})
     messages = [
         {"role": "system", "content": [{"type": "text", "text": item.instruction or INSTRUCTION}]},
         {"role": "user", "content": content},
@@ -115,7 +116,6 @@ MIXED = [
     (Image(picture(33, 300, 2)), Text("what it shows")),
     (Text("before\n"), Image(picture(90, 64, 3)), Text(" between "), Image(picture(64, 64, 4)), Text("\nafter")),
     (Image(picture(70, 70, 5)), Image(picture(200, 40, 6))),
-    # sides are multiples of 64, to which the reference first rounds a list of frames
     (Video(tuple(picture(128, 64, seed) for seed in range(5))),),
     (Video(tuple(picture(64, 128, seed) for seed in range(2)), fps=1.0), Text("what moves")),
     (
@@ -147,10 +147,10 @@ def test_ids_of_random_texts_are_the_processors(preprocessor: Preprocessor, proc
 
 @pytest.mark.parametrize("parts", MIXED)
 def test_ids_patches_and_positions_of_mixtures_are_transformers(
-    parts: tuple[Any, ...], preprocessor: Preprocessor, processor: Any, rope_model: Any
+    parts: tuple[Any, ...], make: Make, processor: Any, rope_model: Any
 ) -> None:
     item = EmbeddingItem(parts)
-    ours, theirs = preprocessor(item), reference(item, processor)
+    ours, theirs = make(preprocessing="reference")(item), reference(item, processor)
     assert ours.input_ids.tolist() == theirs["input_ids"][0].tolist()
 
     stills = [one for one in ours.patches if one.num_frames == 1]
@@ -416,12 +416,15 @@ def test_eight_threads_give_what_one_gives(make: Make) -> None:
 def test_geometry_is_the_checkpoints(random_checkpoint: Path) -> None:
     vision = read_vision_config(random_checkpoint, Settings())
     assert (vision.patch_size, vision.temporal_patch_size, vision.merge_size, vision.factor) == (16, 2, 2, 32)
-    assert (vision.min_pixels, vision.max_pixels) == (4096, 1_310_720)
+    assert (vision.regime.min_pixels, vision.regime.max_pixels) == (4096, 1_310_720)
     assert (vision.mean, vision.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def test_setting_overrides_the_checkpoints_max_pixels(random_checkpoint: Path) -> None:
-    assert read_vision_config(random_checkpoint, Settings(max_pixels=1_843_200)).max_pixels == 1_843_200
+    assert read_vision_config(random_checkpoint, Settings(max_pixels=1_843_200)).regime.max_pixels == 1_843_200
+
+
+PATCHES = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def bare_folder(folder: Path, **files: Any) -> Path:
@@ -436,20 +439,24 @@ def test_missing_files_give_the_published_values(tmp_path: Path, random_checkpoi
 
 
 def test_processor_config_of_transformers_5_is_read(tmp_path: Path) -> None:
-    size = {"shortest_edge": 8192, "longest_edge": 65536}
-    folder = bare_folder(tmp_path, processor_config={"image_processor": {"size": size, "image_mean": [0.1, 0.2, 0.3]}})
+    images = {**PATCHES, "size": {"shortest_edge": 8192, "longest_edge": 65536}}
+    folder = bare_folder(tmp_path, processor_config={"image_processor": images, "video_processor": PATCHES})
     vision = read_vision_config(folder, Settings())
-    assert (vision.min_pixels, vision.max_pixels, vision.mean) == (8192, 65536, (0.1, 0.2, 0.3))
+    assert (vision.regime.min_pixels, vision.regime.max_pixels, vision.mean) == (8192, 65536, (0.5, 0.5, 0.5))
 
 
 def test_older_names_of_the_pixel_limits_are_read(tmp_path: Path) -> None:
-    folder = bare_folder(tmp_path, preprocessor_config={"min_pixels": 3136, "max_pixels": 12_544, "size": None})
+    folder = bare_folder(
+        tmp_path, preprocessor_config={**PATCHES, "min_pixels": 3136, "max_pixels": 12_544, "size": None}
+    )
     vision = read_vision_config(folder, Settings())
-    assert (vision.min_pixels, vision.max_pixels) == (3136, 12_544)
+    assert (vision.regime.min_pixels, vision.regime.max_pixels) == (3136, 12_544)
 
 
 def test_maximum_below_the_checkpoints_minimum_stops_the_start(tmp_path: Path) -> None:
-    folder = bare_folder(tmp_path, preprocessor_config={"size": {"shortest_edge": 65536, "longest_edge": 16_777_216}})
+    folder = bare_folder(
+        tmp_path, preprocessor_config={**PATCHES, "size": {"shortest_edge": 65536, "longest_edge": 16_777_216}}
+    )
     with pytest.raises(ModelUnavailable, match=r"max_pixels \(4096\) is below the checkpoint's min_pixels \(65536\)"):
         read_vision_config(folder, Settings(max_pixels=4096))
 

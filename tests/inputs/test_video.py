@@ -16,27 +16,24 @@ import av
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
-from qwen_vl_utils.vision_process import smart_nframes
 
 from embedder import Embedder
 from embedder.errors import InvalidMedia, InvalidRequest, MediaTooLarge
 from embedder.inputs import clip as clip_module
 from embedder.inputs import video
 from embedder.inputs.clip import MAX_INDEX_ENTRIES
-from embedder.inputs.image import ImageGeometry, load_image
 from embedder.inputs.items import Video
-from embedder.inputs.video import FRAME_MAX_PIXELS, VIDEO_MAX_PIXELS, load_video, sample_indices
+from embedder.inputs.regimes import CheckpointRegime
+from embedder.inputs.video import load_video
 from embedder.settings import Settings
 from tests.conftest import encoded, picture
 from tests.model.test_parity import assert_equal
 from tests.oracle import Oracle
 
-CHECKPOINT = ImageGeometry(32, 4096, 1_310_720)
-SMALL = ImageGeometry(32, 4096, 16_384)
-SETTINGS = Settings(max_image_pixels=1_000_000, max_image_bytes=200_000, max_video_frames=8)
+CHECKPOINT = CheckpointRegime(max_frames=8)
+SETTINGS = Settings(max_image_pixels=1_000_000, max_image_bytes=200_000)
 KINDS = {  # container, codec, pixel format, options
     "mpeg4 in MP4": ("mp4", "mpeg4", "yuv420p", {"bf": "2"}),
     "H.264 in MP4": ("mp4", "libx264", "yuv420p", {"x264-params": "open-gop=1:bframes=3:scenecut=0"}),
@@ -101,7 +98,7 @@ def audio(container_format: str = "mp4") -> bytes:
 
 
 def load(data: bytes | str, fps: float | None = None, settings: Settings | None = None) -> video.Clip:
-    return load_video(Video(data, fps), CHECKPOINT, settings or Settings())
+    return load_video(Video(data, fps), CheckpointRegime(), settings or Settings())
 
 
 # Against the reference
@@ -154,18 +151,6 @@ def test_every_form_of_a_video_gives_the_same_vector(embedder: Embedder) -> None
     assert all(np.array_equal(other, first) for other in others)
 
 
-@pytest.mark.parametrize("max_frames", [64, 63, 8, 2])
-def test_sampled_frames_are_those_of_qwen_vl_utils(max_frames: int) -> None:
-    generator = random.Random(max_frames)
-    rates = [1.0, 2.0, 24.0, 25.0, 30000 / 1001, 30.0, 60.0, 0.5, 7.3]
-    for _ in range(2000):
-        total, rate, wanted = generator.randint(2, 5000), generator.choice(rates), generator.choice([0.5, 1, 2, 3.7])
-        element = {"fps": wanted, "max_frames": max_frames}
-        count = smart_nframes(element, total_frames=total, video_fps=rate) if max_frames >= 4 else 2
-        expected = torch.linspace(0, total - 1, count).round().long().tolist()
-        assert sample_indices(total, rate, wanted, max_frames) == expected, (total, rate, wanted)
-
-
 def test_times_are_frame_numbers_divided_by_the_frame_rate() -> None:
     loaded = load(clip(num_frames=50, rate=25))
     assert loaded.seconds == (0.0, 16 / 25, 33 / 25, 49 / 25)  # four frames at least, of two seconds
@@ -194,7 +179,7 @@ def test_frames_equal_those_of_decoding_everything(kind: str, group: int) -> Non
     data = clip(kind, 120, group=group)
     images = every_frame(data)
     for fps in (1.0, 6.0):
-        indices = sample_indices(len(images), 25, fps, 64)
+        indices = CheckpointRegime().sample_encoded(len(images), 25, fps).indices
         loaded = load(data, fps)
         assert loaded.seconds == tuple(index / 25 for index in indices)
         assert np.array_equal(loaded.frames, np.stack([np.asarray(images[index]) for index in indices]))
@@ -467,36 +452,6 @@ def test_frames_can_be_given_in_every_form_of_an_image() -> None:
     assert all(np.array_equal(values, np.asarray(image)) for values in loaded)
 
 
-def test_frames_are_resized_as_images_are() -> None:
-    frames = [picture(70, 50, seed) for seed in range(2)]
-    assert np.array_equal(load_list(*frames), np.stack([load_image(frame, CHECKPOINT, SETTINGS) for frame in frames]))
-
-
-def test_small_frames_are_not_enlarged_beyond_the_models_minimum() -> None:
-    assert load_list(picture(128, 128)).shape == (2, 128, 128, 3)  # qwen-vl-utils would give 384x384
-    assert load_list(picture(20, 20)).shape == (2, 64, 64, 3)
-
-
-def test_area_of_one_frame_and_of_all_frames_is_bounded() -> None:
-    large = PIL.Image.new("RGB", (1000, 1000))
-    # one frame: sqrt(768 * 1024) = 886.8, floored to 27 * 32
-    assert load_list(large).shape == (2, 864, 864, 3)
-    # all frames, as the reference: 7,864,320 * 2 / 40 frames = 393,216, whose root 627.07 floors to 19 * 32
-    settings = Settings(max_video_frames=5000)
-    assert load_video(Video((large,) * 40), CHECKPOINT, settings).frames.shape == (40, 608, 608, 3)
-    assert FRAME_MAX_PIXELS == 768 * 1024
-    assert VIDEO_MAX_PIXELS == 7_864_320
-
-
-def test_thousands_of_frames_keep_the_models_minimum() -> None:
-    frames = (PIL.Image.new("RGB", (64, 64)),) * 4000  # 7,864,320 * 2 / 4000 = 3932 is below min_pixels
-    assert load_video(Video(frames), CHECKPOINT, Settings(max_video_frames=4000)).frames.shape == (4000, 64, 64, 3)
-
-
-def test_pixel_regime_bounds_frames_too() -> None:
-    assert load_video(Video((picture(500, 500),)), SMALL, SETTINGS).frames.shape == (2, 128, 128, 3)
-
-
 @pytest.mark.parametrize("num_frames", [0, 9])
 def test_number_of_frames_is_limited(num_frames: int) -> None:
     with pytest.raises(InvalidMedia, match=f"^video of {num_frames} frames; allowed: 1 to 8$"):
@@ -512,5 +467,5 @@ def test_bad_frame_refuses_the_video() -> None:
 
 def test_list_has_two_frames_per_second_by_default() -> None:
     frames = tuple(picture(64, 64, seed) for seed in range(3))
-    assert load_video(Video(frames), CHECKPOINT, SETTINGS).seconds == (0.0, 0.5, 1.0, 1.5)
-    assert load_video(Video(frames, fps=4.0), CHECKPOINT, SETTINGS).seconds == (0.0, 0.25, 0.5, 0.75)
+    assert load_video(Video(frames), CHECKPOINT, SETTINGS).seconds == (0.0, 0.5, 1.0, 1.0)
+    assert load_video(Video(frames, fps=4.0), CHECKPOINT, SETTINGS).seconds == (0.0, 0.25, 0.5, 0.5)

@@ -31,7 +31,8 @@ from benchmarks.fake_cuda import (
     recorded_kernels,
 )
 from embedder.inputs.items import EmbeddingItem, Image, Part, Text, Video
-from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer, read_vision_config
+from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer
+from embedder.inputs.processor_config import read_vision_config
 from embedder.model import cuda_graphs
 from embedder.model.attention import flash_attention, sdpa_attention, varlen_attention
 from embedder.model.cuda_graphs import TextGraphs, graph_size
@@ -88,10 +89,10 @@ def test_forward_pass_runs_on_a_gpu_without_waiting_for_it(
     shape: str, attention: str, version: str, preprocessor: Preprocessor
 ) -> None:
     """FakeTensorMode raises on a host sync, the recorded kernels on a call that the real ones refuse."""
+    batches = {batch: inputs_of(preprocessor, batch) for batch in BATCHES}  # torch resizes the pictures, for real
     with fake_cuda(version) as device:
         forward = device.make_forward(device.make_model(shape), preprocessor.vision, attention)
-        for batch in BATCHES:
-            inputs = inputs_of(preprocessor, batch)
+        for batch, inputs in batches.items():
             counter = device.count(
                 lambda inputs=inputs: pool(forward(pack(inputs, preprocessor.vision.merge_size, forward.device)))
             )

@@ -20,7 +20,8 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 from embedder.errors import ModelUnavailable
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
-from embedder.inputs.preprocess import Preprocessor, load_tokenizer, read_vision_config
+from embedder.inputs.preprocess import Preprocessor, load_tokenizer
+from embedder.inputs.processor_config import read_vision_config
 from embedder.model import attention
 from embedder.model.attention import (
     choose_attention,

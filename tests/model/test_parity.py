@@ -45,7 +45,6 @@ ITEMS: dict[str, dict[str, Any]] = {
             {"type": "text", "text": " after"},
         ]
     },
-    # 64 divides the sides: qwen-vl-utils rounds the frames of a list to 64 first, then the clip to 32
     "clip": {"video": [picture(128, 64, seed) for seed in range(5)]},
     "clip and text": {"video": [picture(64, 128, seed) for seed in range(2)], "text": "what moves"},
 }
@@ -117,21 +116,13 @@ def test_architecture_equals_transformers(
         assert_equal(embedder.embed(items), oracle.embed(items))
 
 
-@pytest.mark.parametrize("max_pixels", [1_310_720, 1_843_200])
-def test_both_pixel_regimes_equal_the_reference(max_pixels: int, random_checkpoint: Path) -> None:
+@pytest.mark.parametrize("max_pixels", [65_536, 200_000])
+def test_another_maximum_equals_transformers(max_pixels: int, random_checkpoint: Path) -> None:
     oracle = Oracle(random_checkpoint, max_pixels=max_pixels)
-    large = {"image": picture(1500, 1300)}  # more pixels than either regime keeps
+    large = {"image": picture(600, 500)}
     with Embedder(str(random_checkpoint), device="cpu", max_pixels=max_pixels) as embedder:
         vectors = embedder.embed([large])
     assert_equal(vectors, oracle.embed([large]))
-
-
-def test_pixel_regimes_differ_on_large_images(random_checkpoint: Path) -> None:
-    large = {"image": picture(1500, 1300)}
-    first, second = (
-        Oracle(random_checkpoint, max_pixels=max_pixels).embed([large]) for max_pixels in (1_310_720, 1_843_200)
-    )
-    assert np.abs(first - second).max() > 10 * MAX_DIFFERENCE
 
 
 def test_long_text_is_cut_inside_the_text(random_checkpoint: Path, oracle: Oracle) -> None:
