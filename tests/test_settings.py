@@ -62,7 +62,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "api_key_file": "f",
         "log_format": "json",
     }
-    given |= {"access_log": "true", "execution": "eager"}
+    given |= {"access_log": "true", "execution": "eager", "preprocessing": "reference", "raw_orientation": "true"}
     given |= {"default_instruction": "Find.", "request_timeout_s": "1.5"}
     for name in FIELDS:
         monkeypatch.setenv(f"{PREFIX}{name.upper()}", given.setdefault(name, "4096"))

@@ -47,8 +47,8 @@ WRONG: dict[str, list[Any]] = {  # values that no route accepts in the field of 
     "truncate": ["middle", 5, [], {}, DEEP],
     "input_type": ["other", 5, [], {}, DEEP],
     "embedding_types": ["float", [], ["int4"], [5], 5, {}, DEEP],
-    "max_tokens": [1, "x", [], {}, 1e300],
-    "truncate_prompt_tokens": [1, "x", [], {}, 1e300],
+    "max_tokens": [0, -2, "x", [], {}, 1e300],
+    "truncate_prompt_tokens": [0, -2, "x", [], {}, 1e300],
     "instrction": ["Find it.", DEEP],
 }
 FIELDS = {

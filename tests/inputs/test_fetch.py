@@ -579,7 +579,7 @@ def engine(embedder: Embedder, site: Site) -> Iterator[Engine]:
     """The steps of `embedder`, with a way to the site."""
     engine = Engine(
         embedder.preprocessor,
-        embedder._launch,
+        embedder.models._launch,
         embedder.forward.hidden_size,
         embedder.settings.model_copy(update={"url_hosts": "http://*"}),
         fetch=site.fetcher(url_timeout_s=60),
