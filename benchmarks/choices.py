@@ -43,6 +43,7 @@ from embedder.inputs import preprocess
 from embedder.inputs.items import item_from_fields
 from embedder.inputs.preprocess import ModelInput
 from embedder.model import language, products
+from embedder.models import Models
 
 BATCHES = {"text-16": 64, "text-512": 8, "image-448": 4}  # items of each workload
 OURS = "ours"
@@ -141,11 +142,11 @@ def _variants() -> Iterator[tuple[str, Callable[[Embedder], Run], dict[str, Any]
 
 
 def _as_it_is(embedder: Embedder) -> Run:
-    return lambda inputs: embedder._launch(inputs)()
+    return lambda inputs: embedder.models._launch(inputs)()
 
 
 def _without_prefixes(embedder: Embedder) -> Run:
-    return lambda inputs: embedder._launch([replace(one, num_prefix_tokens=0) for one in inputs])()
+    return lambda inputs: embedder.models._launch([replace(one, num_prefix_tokens=0) for one in inputs])()
 
 
 def _with_norm_modules(embedder: Embedder) -> Run:
@@ -155,7 +156,7 @@ def _with_norm_modules(embedder: Embedder) -> Run:
 def _patched(embedder: Embedder, **functions: Callable[..., Tensor]) -> Run:
     def run(inputs: list[ModelInput]) -> NDArray[np.float32]:
         with mock.patch.multiple(language, **functions):
-            return embedder._launch(inputs)()
+            return embedder.models._launch(inputs)()
 
     return run
 
@@ -165,7 +166,7 @@ def _short_texts(folder: Path) -> dict[str, float]:
     items = make_items("text-16", 64, read_words(folder)) * 32
     limits = {"ours: where they come in": preprocess.SHORT_CHARS, "in threads": -1}
     rates: dict[str, list[float]] = {name: [] for name in limits}
-    with mock.patch.object(Embedder, "_launch", no_model), Embedder(str(folder), device="cpu") as embedder:
+    with mock.patch.object(Models, "_launch", no_model), Embedder(str(folder), device="cpu") as embedder:
         for _ in range(5):
             for name, limit in limits.items():
                 with mock.patch.object(preprocess, "SHORT_CHARS", limit):

@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from embedder.embedder import Embedder
 from embedder.engine.device import WaitForRows
 from embedder.inputs.preprocess import ModelInput
 from embedder.model.products import PackedLinear, can_pack
+from embedder.models import Models
 
 _ROW = np.random.default_rng(0).standard_normal(8192, np.float32)
 
 
-def no_model(embedder: Embedder, inputs: list[ModelInput]) -> WaitForRows:
-    """Replaces `Embedder._launch`: returns the same row for each input and computes nothing."""
-    rows = np.broadcast_to(_ROW[: embedder.forward.hidden_size], (len(inputs), embedder.forward.hidden_size))
+def no_model(models: Models, inputs: list[ModelInput]) -> WaitForRows:
+    """Replaces `Models._launch`: returns the same row for each input and computes nothing."""
+    assert models.embedder is not None
+    hidden_size = models.embedder.forward.hidden_size
+    rows = np.broadcast_to(_ROW[:hidden_size], (len(inputs), hidden_size))
     return lambda: rows
 
 

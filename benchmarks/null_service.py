@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.limits import no_model
-from embedder.embedder import Embedder
+from embedder.models import Models
 from service import Qwen3VLEmbedding as Qwen3VLEmbedding
 
-Embedder._launch = no_model  # type: ignore[method-assign]
+Models._launch = no_model  # type: ignore[method-assign]

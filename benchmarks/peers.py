@@ -79,7 +79,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 def ours(folder: Path, dtype: torch.dtype, device: torch.device, model: Any = None, **options: Any) -> Peer:
     """The library. If `model` is given, it is used instead of the weights in the folder."""
     name: Literal["bfloat16", "float32"] = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    loaded = mock.patch("embedder.embedder.load_model", return_value=model) if model is not None else nullcontext()
+    loaded = mock.patch("embedder.loaded_model.load_model", return_value=model) if model is not None else nullcontext()
     with loaded:
         embedder = Embedder(str(folder), device=str(device), dtype=name, **options)
     execution = options.get("execution")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -49,11 +49,12 @@ class _Observed:
 
 @contextmanager
 def _in_place_of_forward(embedder: Embedder, observed: Any) -> Iterator[None]:
-    forward, embedder.forward = embedder.forward, observed
+    model: Any = embedder.models.embedder
+    forward, model.forward = model.forward, observed
     try:
         yield
     finally:
-        embedder.forward = forward
+        model.forward = forward
 
 
 def measure(embedder: Embedder, num_compositions: int, seed: int = 0) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def measure(embedder: Embedder, num_compositions: int, seed: int = 0) -> dict[st
     random = np.random.default_rng(seed)
     items = pool()
     alone = np.stack([embedder.embed([item])[0] for item in items])
-    observed = _Observed(embedder.forward)
+    observed = _Observed(cast(Any, embedder.models.embedder).forward)
     largest = np.zeros(num_compositions)
     worst: dict[str, Any] = {}
     with _in_place_of_forward(embedder, observed):

@@ -56,6 +56,8 @@ def join_layers(layers: Sequence[Any]) -> None:
     """
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
+        if hasattr(mlp, "gate_up_proj"):  # several engines share the model
+            continue
         if layer is layers[-1]:
             attention.kv_proj = _join(attention, ("k_proj", "v_proj"))
         else:

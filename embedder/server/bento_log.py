@@ -23,6 +23,7 @@ def configure_logging(log_format: Literal["text", "json"]) -> None:
             handler.setFormatter(JsonLines())
     ours.handlers, ours.propagate = theirs.handlers, False
     ours.setLevel(logging.INFO)
+    theirs.propagate = False
     logging.getLogger().handlers = theirs.handlers  # of all other libraries, from warnings on
     logging.captureWarnings(True)
     logging.getLogger("bentoml._internal.server.http_app").addFilter(lambda record: not _is_client_error(record))

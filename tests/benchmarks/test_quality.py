@@ -323,7 +323,7 @@ def test_item_that_depends_on_its_batch_is_detected(embedder: Embedder, monkeypa
         states = forward(batch)
         return torch.cat([states[:-1], states[-1:] + 1e-4 * states[:1]]) if len(states) > 2 else states
 
-    monkeypatch.setattr(embedder, "forward", leak)
+    monkeypatch.setattr(embedder.models.embedder, "forward", leak)
     found = neighbors.measure(embedder, 20)
     assert not found["is_within"]
     assert found["worst"]["difference"] > 1e-6

@@ -46,9 +46,11 @@ def test_model_smaller_than_the_least_dimensions_allows_its_whole_vector() -> No
 def test_characters_of_all_texts_and_of_the_instruction_have_a_limit() -> None:
     settings = Settings(max_text_chars=10)
     check_item(EmbeddingItem((Text("12345"), Text("67890")), instruction="x" * 10), settings, 8)
-    with pytest.raises(InputTooLong, match=r"^text of 11 characters; allowed: up to 10 \(max_text_chars\)$"):
+    with pytest.raises(InputTooLong, match=r"^text of 11 characters; allowed: up to 10 \(EMBEDDER_MAX_TEXT_CHARS\)$"):
         check_item(EmbeddingItem((Text("12345"), Text("678901"))), settings, 8)
-    with pytest.raises(InputTooLong, match=r"^instruction of 11 characters; allowed: up to 10 \(max_text_chars\)$"):
+    with pytest.raises(
+        InputTooLong, match=r"^instruction of 11 characters; allowed: up to 10 \(EMBEDDER_MAX_TEXT_CHARS\)$"
+    ):
         check_item(item("x", instruction="x" * 11), settings, 8)
 
 

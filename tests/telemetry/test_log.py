@@ -37,11 +37,13 @@ def lines(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
     handler.addFilter(lambda record: setattr(record, "trace_msg", "") is None)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s %(message)s%(trace_msg)s"))
     ours, theirs = logging.getLogger("embedder"), logging.getLogger("bentoml")
-    before = ours.handlers, ours.propagate, ours.level, theirs.handlers
+    root = logging.getLogger()
+    before = ours.handlers, ours.propagate, ours.level, theirs.handlers, theirs.propagate, root.handlers
     theirs.handlers = [handler]
     configure_logging(request.param)
     yield stream
-    ours.handlers, ours.propagate, ours.level, theirs.handlers = before
+    ours.handlers, ours.propagate, ours.level, theirs.handlers, theirs.propagate, root.handlers = before
+    logging.captureWarnings(False)
 
 
 class Fails:
