@@ -17,7 +17,7 @@ from pydantic.json_schema import models_json_schema
 
 from embedder.errors import EmbedderError, ModelUnavailable, error_classes
 from embedder.http.accepted_fields import ACCEPTED
-from embedder.http.dialects.dialect import Dialect
+from embedder.http.dialects.dialect import Dialect, by_path
 from embedder.http.dialects.messages import PART_TYPES
 from embedder.http.dialects.openai_models import ModelsResponse
 from embedder.http.dialects.tokens import ROUTES as TOKEN_ROUTES
@@ -61,9 +61,7 @@ def openapi_document(
             "description": "Embeds text, images, videos and mixtures of them: one vector per item.",
         },
         "paths": {
-            **{
-                path: _post([one for one in dialects if one.path == path]) for path in {one.path: 0 for one in dialects}
-            },
+            **{path: _post(routes) for path, routes in by_path(dialects).items()},
             **{route.path: _post([route]) for route in TOKEN_ROUTES},
             "/v1/models": _get(
                 "/v1/models", "The served model, in the format of OpenAI's clients", _ref("ModelsResponse")

@@ -33,7 +33,7 @@ from embedder.http.dialects import (
     tokens,
     voyage,
 )
-from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
+from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, by_path, choose_dialect
 from embedder.http.dialects.tokens import TokenRoute
 from embedder.http.openapi import ROW_EXAMPLES, openapi_document
 from embedder.http.request_body import read_json
@@ -69,12 +69,12 @@ DIALECTS: tuple[Dialect[Any], ...] = (
     dashscope.MULTIMODAL,
     kserve.INFER,
 )
-EMBEDDING_PATHS = tuple(dict.fromkeys(dialect.path for dialect in DIALECTS))
-RERANKING_PATHS = tuple(dialect.path for dialect in rerank.RERANKING)
+EMBEDDING_PATHS = tuple(by_path(DIALECTS))
+RERANKING_PATHS = tuple(by_path(rerank.RERANKING))
 EXAMPLES: dict[str, dict[str, Any]] = {  # bodies by path and name
     **{
-        path: {k: v for one in DIALECTS if one.path == path for k, v in one.examples.items()}
-        for path in EMBEDDING_PATHS
+        path: {name: body for one in dialects for name, body in one.examples.items()}
+        for path, dialects in by_path(DIALECTS).items()
     },
     **{route.path: dict(route.examples) for route in tokens.ROUTES},
     **ROW_EXAMPLES,
@@ -111,7 +111,7 @@ class Routes:
         self._default: ASGIApp = not_found
         served = DIALECTS + (rerank.RERANKING if settings.reranker else ())
         self._document = to_json(openapi_document(served, settings, version, needs_key=needs_key))
-        self._dialects = {path: [one for one in DIALECTS if one.path == path] for path in EMBEDDING_PATHS}
+        self._dialects = by_path(DIALECTS)
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # one: counting may not take the cores from embedding
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/v1/models": self._models,
@@ -136,14 +136,13 @@ class Routes:
         }
         post: dict[str, Callable[[Request], Awaitable[Response]]] = {
             **{path: partial(self._embed, dialects) for path, dialects in self._dialects.items()},
-            **{dialect.path: partial(self._rerank, dialect) for dialect in rerank.RERANKING},
+            **{path: partial(self._rerank, dialects) for path, dialects in by_path(rerank.RERANKING).items()},
             **{route.path: partial(self._tokens, route) for route in tokens.ROUTES},
         }
         get_routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
         post_routes = [Route(_any_model(path), endpoint, methods=["POST"]) for path, endpoint in post.items()]
-        metadata = Route(
-            "/v2/models/{model:path}", self._page(kserve.model_metadata), methods=["GET"]
-        )  # takes any rest
+        # last, because its path takes any rest
+        metadata = Route("/v2/models/{model:path}", self._page(kserve.model_metadata), methods=["GET"])
         self._router = Router([*get_routes, *post_routes, metadata])
 
     def over(self, default: ASGIApp) -> ASGIApp:
@@ -155,10 +154,8 @@ class Routes:
         if scope["type"] != "http":
             await self._default(scope, receive, send)
         elif scope["method"] == "POST" and scope["path"] in self._dialects:
-            dialects = self._dialects[scope["path"]]
-            response = await self._embed(
-                dialects, Request(scope, receive)
-            )  # Starlette's router would take some percent longer
+            # Starlette's router would take some percent longer
+            response = await self._embed(self._dialects[scope["path"]], Request(scope, receive))
             await response(scope, receive, send)
         else:
             await self._router(scope, receive, send)
@@ -172,7 +169,7 @@ class Routes:
         started_s = time.monotonic()
         model = self._served("embedder")
         fields = read_json((await request.receive())["body"])  # the guard has read all of it
-        dialect = next(one for one in dialects if one is dialects[-1] or one.given in fields)
+        dialect = choose_dialect(dialects, fields)
         try:
             parsed = dialect.parse(fields, self.settings)
             embed_items = self._embed_each if dialect.fails_per_item else self._embed_all
@@ -182,22 +179,18 @@ class Routes:
         except EmbedderError as error:
             error.render = dialect.errors.render if dialect.errors else None
             raise
-        if isinstance(response, bytes):
-            response = json_response(response)
-        response.headers.update(timing_headers(started_s, traces))
-        response.headers.update(self._cache_headers(outcomes) or {})
-        return response
+        headers = {**timing_headers(started_s, traces), **(self._cache_headers(outcomes) or {})}
+        return _with_headers(response, headers)
 
-    async def _rerank(self, dialect: Dialect[Any], request: Request) -> Response:
+    async def _rerank(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
         started_s = time.monotonic()
         model = self._served("reranker")
-        parsed = dialect.parse(read_json((await request.receive())["body"]), self.settings)
+        fields = read_json((await request.receive())["body"])
+        dialect = choose_dialect(dialects, fields)
+        parsed = dialect.parse(fields, self.settings)
         with traced_items() as traces:
             outcomes = await unless_disconnected(self._score_each(parsed), request.receive)
-        body = dialect.respond(parsed, outcomes, model)
-        response = json_response(body) if isinstance(body, bytes) else body
-        response.headers.update(timing_headers(started_s, traces))
-        return response
+        return _with_headers(dialect.respond(parsed, outcomes, model), timing_headers(started_s, traces))
 
     async def _score_each(self, parsed: rerank.ScoringRequest) -> Outcomes:
         timeout_s = self.settings.request_timeout_s
@@ -297,6 +290,14 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
 def json_response(body: bytes, headers: Mapping[str, str] | None = None) -> Response:
     """A response with status 200."""
     return Response(body, headers=headers, media_type="application/json")
+
+
+def _with_headers(response: bytes | Response, headers: Mapping[str, str]) -> Response:
+    """A dialect's response, a JSON body or a whole response, with these headers."""
+    if isinstance(response, bytes):
+        return json_response(response, headers)
+    response.headers.update(headers)
+    return response
 
 
 async def unless_disconnected(work: Awaitable[Result], receive: Receive) -> Result:

@@ -103,6 +103,8 @@ def test_body_with_texts_is_answered_as_by_tei(client: TestClient, scores: list[
     assert all(one["text"] == TEXTS[one["index"]] for one in results)
     raw = post(client, "/rerank", {**body, "raw_scores": True})
     assert min(one["score"] for one in raw) < 0 or max(one["score"] for one in raw) > 1
+    assert post(client, "/rerank", {**body, "documents": None}) == results
+    assert "results" in post(client, "/rerank", {"query": "a green car", "documents": TEXTS, "texts": None})
     too_long = {"query": "a", "texts": [words(9000)]}
     error = post(client, "/rerank", too_long, 400)["error"]
     assert (error["code"], error["item"]) == ("input_too_long", 0)

@@ -66,3 +66,16 @@ class Dialect(Generic[Parsed]):
     fails_per_item: bool = False
     given: str = ""
     errors: ErrorForm | None = None
+
+
+def by_path(dialects: Sequence[Dialect[Any]]) -> dict[str, list[Dialect[Any]]]:
+    """The dialects of each path, in order."""
+    grouped: dict[str, list[Dialect[Any]]] = {}
+    for dialect in dialects:
+        grouped.setdefault(dialect.path, []).append(dialect)
+    return grouped
+
+
+def choose_dialect(dialects: Sequence[Dialect[Any]], fields: Mapping[str, Any]) -> Dialect[Any]:
+    """Of dialects with the same path, the first whose field `given` the body has; else the last."""
+    return next((one for one in dialects if fields.get(one.given) is not None), dialects[-1])

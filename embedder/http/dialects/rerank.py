@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import AliasChoices, BaseModel, Field, StrictBool
+from pydantic import AliasChoices, BaseModel, Field, RootModel, StrictBool
 
 from embedder.engine.postprocess import Embedding
 from embedder.engine.ranking import best_first, sigmoid
 from embedder.errors import ITEM_ERRORS, EmbedderError, InvalidRequest, without_traceback
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
 from embedder.http.dialects.messages import item_from_string, parts_from_content
-from embedder.http.request_body import NonEmptyList, RequestBody, check_item_count, read_json, validate_body
+from embedder.http.request_body import NonEmptyList, RequestBody, check_item_count, validate_body
 from embedder.http.response import CUT_TEXTS, Usage, to_json, usage_fields
 from embedder.inputs.items import EXAMPLE_DATA_URI, EmbeddingItem, describe_value, item_from_fields, without_nulls
 from embedder.inputs.pairs import Query, part_of_pair
@@ -81,13 +81,25 @@ class RerankResult(BaseModel):
 
 
 class RerankResponse(BaseModel):
-    """Response of `/rerank`, `/v1/rerank` and `/v2/rerank`: the best first. A list of TEI's results for TEI's body."""
+    """Response of `/rerank`, `/v1/rerank` and `/v2/rerank`: the best first."""
 
     results: list[RerankResult]
     errors: list[RerankError] | None = Field(None, description="Documents that have no score, in order, if any.")
     model: str
     usage: Usage
     warnings: list[str] | None = Field(None, description=CUT_TEXTS)
+
+
+class TEIRerankResult(BaseModel):
+    """A text's place in the request, and its score."""
+
+    index: int
+    score: float
+    text: str | None = Field(None, description="The text; absent without `return_text`.")
+
+
+class TEIRerankResponse(RootModel[list[TEIRerankResult]]):
+    """Response of `/rerank` to the clients of text-embeddings-inference: the best first."""
 
 
 class ScoreResponse(BaseModel):
@@ -109,19 +121,11 @@ class ScoringRequest:
     documents: Sequence[Any] = ()  # as they were sent, if the response repeats them
     top_n: int | None = None
     raw_scores: bool = False
-    is_tei: bool = False
     warnings: tuple[str, ...] = ()
 
 
-def parse_rerank(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringRequest:
-    """Body of `/rerank`, in this service's or TEI's format -> request. Raises `InvalidRequest`, `RequestTooLarge`."""
-    fields = read_json(body) if isinstance(body, bytes) else body
-    is_tei = fields.get("texts") is not None and fields.get("documents") is None
-    return _parse_tei(fields, settings) if is_tei else parse_documents(fields, settings)
-
-
 def parse_documents(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringRequest:
-    """Body of `/v1/rerank` and `/v2/rerank` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
+    """Body of `/rerank`, `/v1/rerank` and `/v2/rerank` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(RerankRequest, body)
     documents, warnings = _list_documents(request.documents)
     check_item_count(len(documents), settings)
@@ -133,6 +137,20 @@ def parse_documents(body: bytes | Mapping[str, Any], settings: Settings) -> Scor
         request.top_n or None,
         request.raw_scores,
         warnings=warnings,
+    )
+
+
+def parse_tei(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringRequest:
+    """TEI's body of `/rerank` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
+    request = validate_body(TEIRerankRequest, body)
+    check_item_count(len(request.texts), settings)
+    cut = "start" if request.truncation_direction.lower() == "left" else "end"
+    truncate = cut if request.truncate else "none"
+    return ScoringRequest(
+        _query({"text": request.query}, None, len(request.texts), None),
+        tuple(_document({"text": text}, truncate) for text in request.texts),
+        request.texts if request.return_text else (),
+        raw_scores=request.raw_scores,
     )
 
 
@@ -154,10 +172,17 @@ def parse_score(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringR
 
 def rerank_response(request: ScoringRequest, outcomes: Outcomes, model: ServedModel) -> bytes:
     """Outcomes -> response body of `/rerank`. If every document failed, raises the first error."""
-    if request.is_tei:
-        _raise_first_error(outcomes)
-        return to_json([_rename(result) for result in _best_results(request, outcomes, "score")])
     return to_json(_body(request, outcomes, model, "score"))
+
+
+def tei_response(request: ScoringRequest, outcomes: Outcomes, _: ServedModel) -> bytes:
+    """Outcomes -> TEI's response body of `/rerank`. Raises the error of the first text that failed."""
+    _raise_first_error(outcomes)
+    results = _best_results(request, outcomes, "score")
+    for result in results:
+        if document := result.pop("document", None):
+            result["text"] = document["text"]
+    return to_json(results)
 
 
 def relevance_response(request: ScoringRequest, outcomes: Outcomes, model: ServedModel) -> bytes:
@@ -224,26 +249,6 @@ def _best_results(request: ScoringRequest, outcomes: Outcomes, name: str) -> lis
 def _score(outcome: Embedding, *, raw: bool) -> float:
     logit = float(outcome.vector[0])
     return logit if raw else sigmoid(logit)
-
-
-def _rename(result: dict[str, Any]) -> dict[str, Any]:
-    """A result in TEI's format, where the document is a `text`."""
-    document = result.pop("document", None)
-    return {**result, **({"text": document["text"]} if document else {})}
-
-
-def _parse_tei(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringRequest:
-    request = validate_body(TEIRerankRequest, body)
-    check_item_count(len(request.texts), settings)
-    cut = "start" if request.truncation_direction.lower() == "left" else "end"
-    truncate = cut if request.truncate else "none"
-    return ScoringRequest(
-        _query({"text": request.query}, None, len(request.texts), None),
-        tuple(_document({"text": text}, truncate) for text in request.texts),
-        request.texts if request.return_text else (),
-        raw_scores=request.raw_scores,
-        is_tei=True,
-    )
 
 
 def _list_documents(documents: Any) -> tuple[list[Any], tuple[str, ...]]:
@@ -315,7 +320,7 @@ RERANK = Dialect(
     "Score documents against a query, the best first",
     RerankRequest,
     RerankResponse,
-    parse_rerank,
+    parse_documents,
     rerank_response,
     examples={
         "texts and images": {"query": "red", "documents": _DOCUMENTS, "return_documents": True},
@@ -323,6 +328,17 @@ RERANK = Dialect(
         "one bad document": {"query": "red", "documents": ["red", {"image": "not a picture"}]},
     },
     fails_per_item=True,
+)
+RERANK_TEI = Dialect(
+    "/rerank",
+    "Score texts against a query, in the format of TEI's clients (a body with `texts`)",
+    TEIRerankRequest,
+    TEIRerankResponse,
+    parse_tei,
+    tei_response,
+    examples={"TEI: texts": {"query": "red", "texts": ["red", "blue"], "return_text": True}},
+    fails_per_item=True,
+    given="texts",
 )
 RERANK_V1 = Dialect(
     "/v1/rerank",
@@ -357,4 +373,4 @@ SCORE = Dialect(
     examples={"texts": {"text_1": "red", "text_2": ["red", "blue"]}},
     fails_per_item=True,
 )
-RERANKING: tuple[Dialect[Any], ...] = (RERANK, RERANK_V1, RERANK_V2, SCORE)
+RERANKING: tuple[Dialect[Any], ...] = (RERANK_TEI, RERANK, RERANK_V1, RERANK_V2, SCORE)
