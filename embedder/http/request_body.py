@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from embedder.engine.postprocess import OutputDtype
-from embedder.errors import InvalidRequest, RequestTooLarge
+from embedder.errors import InvalidRequest, RequestTooLarge, attributed_to_item
 from embedder.http.accepted_fields import ACCEPTED
 from embedder.inputs.items import (
     EmbeddingItem,
@@ -37,6 +37,7 @@ EncodingFormat = Literal["float", "base64"]
 # Accepts any type: the engine's check names the range of this model, whatever was sent.
 AnyDimensions = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})]
 _Entry = TypeVar("_Entry")
+_Parsed = TypeVar("_Parsed")
 # Reading stops at the first bad entry: explaining a million of them would take seconds.
 NonEmptyList = Annotated[list[_Entry], Field(min_length=1, fail_fast=True)]
 Body = TypeVar("Body", bound=BaseModel)
@@ -104,6 +105,15 @@ def check_item_count(num_items: int, settings: Settings) -> None:
         raise RequestTooLarge(
             f"got {num_items} items; allowed: 1 to {settings.max_items_per_request} (EMBEDDER_MAX_ITEMS_PER_REQUEST)"
         )
+
+
+def parse_each(entries: Iterable[_Entry], parse: Callable[[_Entry], _Parsed]) -> tuple[_Parsed, ...]:
+    """What `parse` makes of each entry. An error of an item gets the entry's index."""
+    parsed = []
+    for index, entry in enumerate(entries):
+        with attributed_to_item(index):
+            parsed.append(parse(entry))
+    return tuple(parsed)
 
 
 @cache

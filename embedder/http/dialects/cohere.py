@@ -12,10 +12,17 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, StrictInt
 
 from embedder.engine.postprocess import Embedding, quantize, to_base64
-from embedder.errors import InvalidRequest, attributed_to_item
+from embedder.errors import InvalidRequest
 from embedder.http.dialects.dialect import Dialect, ServedModel
 from embedder.http.dialects.messages import InputType, instruction_for, parts_from_content, text_limit
-from embedder.http.request_body import AnyDimensions, NonEmptyList, RequestBody, check_item_count, validate_body
+from embedder.http.request_body import (
+    AnyDimensions,
+    NonEmptyList,
+    RequestBody,
+    check_item_count,
+    parse_each,
+    validate_body,
+)
 from embedder.http.response import CUT_TEXTS, to_json, usage_fields
 from embedder.inputs.items import (
     EXAMPLE_DATA_URI,
@@ -125,14 +132,15 @@ def _request(request: CohereEmbedRequest, settings: Settings, version: str) -> C
         "truncate": request.truncate.lower(),
         "max_text_tokens": text_limit("max_tokens", request.max_tokens, settings),
     }
-    items: list[EmbeddingItem] = []
-    for index, entry in enumerate(entries):
-        with attributed_to_item(index):
-            content = _content(entry) if given == ["inputs"] else {given[0].removesuffix("s"): entry}
-            items.append(item_from_fields({**options, **content}))
+
+    def to_item(entry: Any) -> EmbeddingItem:
+        content = _content(entry) if given == ["inputs"] else {given[0].removesuffix("s"): entry}
+        return item_from_fields({**options, **content})
+
+    items = parse_each(entries, to_item)
     types = tuple(dict.fromkeys(request.embedding_types or ()))
     texts = tuple(request.texts) if request.texts is not None else None
-    return CohereRequest(tuple(items), types, texts, given == ["images"], version)
+    return CohereRequest(items, types, texts, given == ["images"], version)
 
 
 def cohere_response(request: CohereRequest, embeddings: Sequence[Embedding], model: ServedModel) -> bytes:

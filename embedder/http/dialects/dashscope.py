@@ -10,9 +10,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, StrictBool
 
 from embedder.engine.postprocess import Embedding
-from embedder.errors import InvalidRequest, attributed_to_item
+from embedder.errors import InvalidRequest
 from embedder.http.dialects.dialect import Dialect, ServedModel
-from embedder.http.request_body import AnyDimensions, NonEmptyList, RequestBody, check_item_count, validate_body
+from embedder.http.request_body import (
+    AnyDimensions,
+    NonEmptyList,
+    RequestBody,
+    check_item_count,
+    parse_each,
+    validate_body,
+)
 from embedder.http.response import to_json
 from embedder.inputs.items import (
     EXAMPLE_DATA_URI,
@@ -101,19 +108,11 @@ def parse_dashscope(body: bytes | Mapping[str, Any], settings: Settings) -> Dash
         "dimensions": parameters.dimension,
         "truncate": "end" if parameters.auto_truncation else "none",
     }
-    types, contents_parts = [], []
-    for index, entry in enumerate(contents):
-        with attributed_to_item(index):
-            kind, parts = _parts(entry, parameters.fps)
-            types.append(kind)
-            contents_parts.append(parts)
+    parsed = parse_each(contents, lambda entry: _parts(entry, parameters.fps))
     if parameters.enable_fusion:
-        types, contents_parts = ["fusion"], [[part for parts in contents_parts for part in parts]]
-    items = []
-    for index, parts in enumerate(contents_parts):
-        with attributed_to_item(index):
-            items.append(item_from_fields({**options, "content": parts}))
-    return DashScopeItems(tuple(items), tuple(types))
+        parsed = (("fusion", [part for _, parts in parsed for part in parts]),)
+    items = parse_each(parsed, lambda one: item_from_fields({**options, "content": one[1]}))
+    return DashScopeItems(items, tuple(kind for kind, _ in parsed))
 
 
 def _parts(entry: Any, fps: Any) -> tuple[str, list[dict[str, Any]]]:

@@ -14,10 +14,10 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from embedder.engine.postprocess import Embedding
-from embedder.errors import InvalidRequest, attributed_to_item
+from embedder.errors import InvalidRequest
 from embedder.http.dialects.dialect import Dialect, ServedModel
 from embedder.http.dialects.messages import item_from_string
-from embedder.http.request_body import RequestBody, check_item_count, validate_body
+from embedder.http.request_body import RequestBody, check_item_count, parse_each, validate_body
 from embedder.http.response import to_json
 from embedder.inputs.items import EmbeddingItem, describe_value, item_from_fields, refuse_unknown
 from embedder.settings import Settings
@@ -82,14 +82,14 @@ def parse_infer(body: bytes | Mapping[str, Any], settings: Settings) -> InferIte
     if int(np.prod(tensor.shape)) != len(data) or not data:
         raise InvalidRequest(f"inputs: got {len(data)} values for the shape {describe_value(tensor.shape)}")
     check_item_count(len(data), settings)
-    items = []
-    for index, value in enumerate(data):
-        with attributed_to_item(index):
-            if not isinstance(value, str):
-                raise InvalidRequest(f"got {describe_value(value)}; allowed: a string")
-            content: dict[str, Any] = item_from_string(value) if tensor.name == "input" else {tensor.name: value}
-            items.append(item_from_fields({**options, **content}))
-    return InferItems(tuple(items), request.id)
+
+    def to_item(value: Any) -> EmbeddingItem:
+        if not isinstance(value, str):
+            raise InvalidRequest(f"got {describe_value(value)}; allowed: a string")
+        content: dict[str, Any] = item_from_string(value) if tensor.name == "input" else {tensor.name: value}
+        return item_from_fields({**options, **content})
+
+    return InferItems(parse_each(data, to_item), request.id)
 
 
 def _flat(data: Sequence[Any]) -> list[Any]:

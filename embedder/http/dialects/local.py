@@ -8,9 +8,15 @@ from typing import Any
 from pydantic import AliasChoices, BaseModel, Field
 
 from embedder.engine.postprocess import Embedding, check_output_dtype, quantize
-from embedder.errors import attributed_to_item
 from embedder.http.dialects.dialect import Dialect, ServedModel
-from embedder.http.request_body import EmbeddingRequest, NonEmptyList, Options, check_item_count, validate_body
+from embedder.http.request_body import (
+    EmbeddingRequest,
+    NonEmptyList,
+    Options,
+    check_item_count,
+    parse_each,
+    validate_body,
+)
 from embedder.http.response import CUT_TEXTS, Usage, Vector, encode_vector, to_json, usage_fields
 from embedder.inputs.items import EXAMPLE_DATA_URI, EXAMPLE_IMAGE, EmbeddingItem, Image, Text
 from embedder.settings import Settings
@@ -62,11 +68,8 @@ def _request(body: TextRequest | ImageRequest, part: type[Text] | type[Image], s
     inputs = body.input if isinstance(body.input, list) else [body.input]
     check_item_count(len(inputs), settings)
     check_output_dtype(body.output_dtype, body.normalize)
-    items: list[EmbeddingItem] = []
-    for index, value in enumerate(inputs):
-        with attributed_to_item(index):
-            items.append(EmbeddingItem((part(value),), **body.item_options()))
-    return EmbeddingRequest(tuple(items), isinstance(body.input, list), body.encoding_format, body.output_dtype)
+    items = parse_each(inputs, lambda value: EmbeddingItem((part(value),), **body.item_options()))
+    return EmbeddingRequest(items, isinstance(body.input, list), body.encoding_format, body.output_dtype)
 
 
 def embedding_response(request: EmbeddingRequest, embeddings: Sequence[Embedding], model: ServedModel) -> bytes:

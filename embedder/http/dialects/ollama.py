@@ -10,10 +10,16 @@ from typing import Any
 from pydantic import BaseModel, Field, StrictBool
 
 from embedder.engine.postprocess import Embedding
-from embedder.errors import attributed_to_item
 from embedder.http.dialects.dialect import Dialect, ServedModel
 from embedder.http.dialects.messages import item_from_string
-from embedder.http.request_body import AnyDimensions, NonEmptyList, RequestBody, check_item_count, validate_body
+from embedder.http.request_body import (
+    AnyDimensions,
+    NonEmptyList,
+    RequestBody,
+    check_item_count,
+    parse_each,
+    validate_body,
+)
 from embedder.http.response import to_json
 from embedder.inputs.items import EmbeddingItem, item_from_fields
 from embedder.settings import Settings
@@ -53,7 +59,7 @@ class OllamaPromptResponse(BaseModel):
 
 @dataclass(frozen=True)
 class OllamaRequest:
-    """A body as items. `is_single`: of `/api/embeddings`."""
+    """A body as items."""
 
     items: tuple[EmbeddingItem, ...]
 
@@ -64,11 +70,7 @@ def parse_embed(body: bytes | Mapping[str, Any], settings: Settings) -> OllamaRe
     inputs = request.input if isinstance(request.input, list) else [request.input]
     check_item_count(len(inputs), settings)
     options = {"dimensions": request.dimensions, "truncate": "end" if request.truncate else "none"}
-    items = []
-    for index, text in enumerate(inputs):
-        with attributed_to_item(index):
-            items.append(item_from_fields({**options, **item_from_string(text)}))
-    return OllamaRequest(tuple(items))
+    return OllamaRequest(parse_each(inputs, lambda text: item_from_fields({**options, **item_from_string(text)})))
 
 
 def parse_prompt(body: bytes | Mapping[str, Any], settings: Settings) -> OllamaRequest:

@@ -15,7 +15,7 @@ from pydantic import AliasChoices, BaseModel, Field
 from starlette.responses import Response
 
 from embedder.engine.postprocess import Embedding, check_output_dtype
-from embedder.errors import InvalidRequest, attributed_to_item
+from embedder.errors import InvalidRequest
 from embedder.http.dialects.dialect import Dialect, ServedModel
 from embedder.http.dialects.messages import (
     InputType,
@@ -28,7 +28,7 @@ from embedder.http.dialects.messages import (
 )
 from embedder.http.dialects.synonyms import SynonymOptions
 from embedder.http.dialects.vllm import EncodedRequest, VllmOptions, bytes_response, conversations, encoded_vector
-from embedder.http.request_body import check_item_count, validate_body
+from embedder.http.request_body import check_item_count, parse_each, validate_body
 from embedder.http.response import CUT_TEXTS, Usage, Vector, to_json, usage_fields
 from embedder.inputs.items import (
     EXAMPLE_DATA_URI,
@@ -95,13 +95,15 @@ def parse_embeddings(body: bytes | Mapping[str, Any], settings: Settings) -> Enc
         options["instruction"] = instruction_for(request.input_type)
     encoding = request.encoding(*request.synonym_encoding())
     words = modalities(request.modality, len(entries))
-    items: list[EmbeddingItem] = []
-    for index, (entry, modality) in enumerate(zip(entries, words, strict=True)):
-        with attributed_to_item(index):
-            fields = _item_of_input(entry, modality) if request.messages is None else item_from_conversation(entry)
-            items.append(item_from_fields({**options, **request.with_fps(fields)}))
-            check_output_dtype(encoding.output_dtype, items[-1].normalize)
-    return EncodedRequest(tuple(items), encoding)
+
+    def to_item(entry_and_modality: tuple[Any, str | None]) -> EmbeddingItem:
+        entry, modality = entry_and_modality
+        fields = _item_of_input(entry, modality) if request.messages is None else item_from_conversation(entry)
+        item = item_from_fields({**options, **request.with_fps(fields)})
+        check_output_dtype(encoding.output_dtype, item.normalize)
+        return item
+
+    return EncodedRequest(parse_each(zip(entries, words, strict=True), to_item), encoding)
 
 
 def embeddings_response(

@@ -13,11 +13,18 @@ from typing import Any, Literal
 from pydantic import Field, RootModel, StrictBool
 
 from embedder.engine.postprocess import Embedding
-from embedder.errors import InvalidRequest, attributed_to_item
+from embedder.errors import InvalidRequest
 from embedder.http.dialects.dialect import Dialect, ServedModel
 from embedder.http.dialects.messages import item_from_string
 from embedder.http.error_forms import PLAIN
-from embedder.http.request_body import AnyDimensions, NonEmptyList, RequestBody, check_item_count, validate_body
+from embedder.http.request_body import (
+    AnyDimensions,
+    NonEmptyList,
+    RequestBody,
+    check_item_count,
+    parse_each,
+    validate_body,
+)
 from embedder.http.response import to_json
 from embedder.inputs.items import EmbeddingItem, describe_value, item_from_fields
 from embedder.inputs.prompt import QUERY_INSTRUCTION
@@ -96,11 +103,7 @@ def parse_similarity(body: bytes | Mapping[str, Any], settings: Settings) -> Tex
 
 def _items(inputs: Sequence[str], options: Mapping[str, Any], settings: Settings) -> tuple[EmbeddingItem, ...]:
     check_item_count(len(inputs), settings)
-    items = []
-    for index, text in enumerate(inputs):
-        with attributed_to_item(index):
-            items.append(item_from_fields({**options, **item_from_string(text)}))
-    return tuple(items)
+    return parse_each(inputs, lambda text: item_from_fields({**options, **item_from_string(text)}))
 
 
 def vectors_response(_: TextsRequest, embeddings: Sequence[Embedding], __: ServedModel) -> bytes:

@@ -9,10 +9,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, StrictBool
 
 from embedder.engine.postprocess import Embedding, OutputDtype, quantize, to_base64
-from embedder.errors import InvalidRequest, attributed_to_item
+from embedder.errors import InvalidRequest
 from embedder.http.dialects.dialect import Dialect, ServedModel
 from embedder.http.dialects.messages import InputType, instruction_for, parts_from_content
-from embedder.http.request_body import AnyDimensions, NonEmptyList, RequestBody, check_item_count, validate_body
+from embedder.http.request_body import (
+    AnyDimensions,
+    NonEmptyList,
+    RequestBody,
+    check_item_count,
+    parse_each,
+    validate_body,
+)
 from embedder.http.response import Vector, to_json
 from embedder.inputs.items import (
     EXAMPLE_DATA_URI,
@@ -81,12 +88,9 @@ def parse_voyage(body: bytes | Mapping[str, Any], settings: Settings) -> VoyageI
         "dimensions": request.output_dimension,
         "truncate": "end" if request.truncation else "none",
     }
-    items = []
-    for index, entry in enumerate(request.inputs):
-        with attributed_to_item(index):
-            items.append(item_from_fields({**options, "content": _parts(entry)}))
+    items = parse_each(request.inputs, lambda entry: item_from_fields({**options, "content": _parts(entry)}))
     dtype: OutputDtype = "float32" if request.output_dtype == "float" else request.output_dtype
-    return VoyageItems(tuple(items), dtype, bool(request.output_encoding or request.encoding_format))
+    return VoyageItems(items, dtype, bool(request.output_encoding or request.encoding_format))
 
 
 def voyage_response(request: VoyageItems, embeddings: Sequence[Embedding], model: ServedModel) -> bytes:
