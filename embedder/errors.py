@@ -289,6 +289,16 @@ def attributed_to_item(index: int) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def attributed_to_query() -> Iterator[None]:
+    """An error of an item that is raised in the block says that the query of a reranking request caused it."""
+    try:
+        yield
+    except ITEM_ERRORS as error:
+        error.message = f"query: {error.message}"
+        raise
+
+
 def error_classes(base: type[EmbedderError] = EmbedderError) -> list[type[EmbedderError]]:
     """The base class and everything that is derived from it in this module."""
     children = [child for child in base.__subclasses__() if child.__module__ == base.__module__]

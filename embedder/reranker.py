@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from embedder.engine.observer import Observer
 from embedder.engine.postprocess import Embedding
 from embedder.engine.ranking import best_first, sigmoid
-from embedder.errors import ITEM_ERRORS, InvalidRequest, attributed_to_item
+from embedder.errors import InvalidRequest, attributed_to_item, attributed_to_query
 from embedder.inputs.pairs import Query, pair_with, part_of_pair
 from embedder.inputs.preprocess import ModelInput
 from embedder.inputs.python_items import PythonItem, is_single_item, item_from_python
@@ -128,11 +128,8 @@ class Reranker:
         self, query: PythonItem, instruction: str | None, num_documents: int, request: object
     ) -> tuple[Query, ModelInput]:
         """The query, and what preprocessing makes of it."""
-        try:
+        with attributed_to_query():
             item = part_of_pair(item_from_python(query, None, None))
             asked = Query(item.parts, instruction, num_documents=num_documents)
             prepared: Any = self.engine.submit(asked, request=request, wait=True).result()
-        except ITEM_ERRORS as error:
-            error.message = f"query: {error.message}"
-            raise
         return asked, prepared

@@ -11,7 +11,14 @@ from typing import Any
 from embedder.engine.admission import Reservation
 from embedder.engine.engine import Engine
 from embedder.engine.postprocess import Embedding
-from embedder.errors import ITEM_ERRORS, DeadlineExceeded, EmbedderError, attributed_to_item, without_traceback
+from embedder.errors import (
+    ITEM_ERRORS,
+    DeadlineExceeded,
+    EmbedderError,
+    attributed_to_item,
+    attributed_to_query,
+    without_traceback,
+)
 from embedder.inputs.items import EmbeddingItem
 from embedder.inputs.pairs import Query, pair_with
 from embedder.inputs.preprocess import ModelInput
@@ -109,11 +116,9 @@ async def _prepared(engine: Engine, query: Query, request: object, reservation: 
     """The preprocessed query. Raises its error, which says that it is the query's."""
     future: Future[Any] = Future()
     try:
-        future = engine.submit(query, request=request, reservation=reservation)
-        prepared = await _result(future)
-    except ITEM_ERRORS as error:
-        error.message = f"query: {error.message}"
-        raise
+        with attributed_to_query():
+            future = engine.submit(query, request=request, reservation=reservation)
+            prepared = await _result(future)
     finally:
         future.cancel()
     assert isinstance(prepared, ModelInput)

@@ -155,13 +155,8 @@ class PairPreprocessor(Preprocessor):
                 f"document together may have {self.settings.max_input_tokens} (EMBEDDER_MAX_INPUT_TOKENS)"
             )
 
-    def _grids(self, patches: Sequence[Patches]) -> list[tuple[int, int, int]]:
-        merge = self.vision.merge_size
-        return [(t, h // merge, w // merge) for t, h, w in (one.grid_thw for one in patches)]
-
-    def _cost(self, num_own_tokens: int, patches: Sequence[Patches]) -> int:
-        num_visual_tokens = sum(len(one.pixels) for one in patches) / self.vision.merge_size**2
-        return math.ceil(self._relative_cost * (num_own_tokens + self.visual_cost * num_visual_tokens))
+    def _cost(self, num_tokens: int, patches: Sequence[Patches]) -> int:
+        return math.ceil(self._relative_cost * super()._cost(num_tokens, patches))
 
     def _check_cut(self) -> None:
         """Raise `ModelUnavailable` if the tokenizer joins the two parts of `_BEFORE_CUT` and `_AFTER_CUT`."""

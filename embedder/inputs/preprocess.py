@@ -108,15 +108,12 @@ class Preprocessor:
     def __call__(self, item: EmbeddingItem) -> ModelInput:
         """Decode, resize, tokenize. Raises `InvalidMedia`, `MediaTooLarge` and `InputTooLong`."""
         patches, seconds = self._load_patches(item)
-        merge = self.vision.merge_size
-        grids = [(t, h // merge, w // merge) for t, h, w in (one.grid_thw for one in patches)]
         instruction = prompt.complete_instruction(item.instruction, self.settings.default_instruction)
         prefix_ids = self._prefix_ids(instruction)
-        pieces = prompt.user_turn(item, grids, seconds)
+        pieces = prompt.user_turn(item, self._grids(patches), seconds)
         limits = self.settings.max_input_tokens, len(prefix_ids) + len(self._suffix_ids), item.truncate
         encoded, num_cut = self._encode(pieces, *limits, item.max_text_tokens)
         runs: list[list[int] | Placeholders] = [list(prefix_ids), *encoded, list(self._suffix_ids)]
-        num_patches = sum(len(one.pixels) for one in patches)
         input_ids, position_ids, visual_index = self._assemble(runs)
         return ModelInput(
             input_ids,
@@ -125,8 +122,18 @@ class Preprocessor:
             patches,
             num_prefix_tokens=self._num_prefix_tokens(prefix_ids, encoded[0]),
             num_cut_tokens=num_cut,
-            cost=len(input_ids) + math.ceil(self.visual_cost * num_patches / merge**2),
+            cost=self._cost(len(input_ids), patches),
         )
+
+    def _grids(self, patches: Sequence[Patches]) -> list[tuple[int, int, int]]:
+        """(steps, rows, columns) of the visual tokens of each image and clip."""
+        merge = self.vision.merge_size
+        return [(t, h // merge, w // merge) for t, h, w in (one.grid_thw for one in patches)]
+
+    def _cost(self, num_tokens: int, patches: Sequence[Patches]) -> int:
+        """What so many tokens, and these patches in the vision tower, take, in tokens of the language tower."""
+        num_patches = sum(len(one.pixels) for one in patches)
+        return num_tokens + math.ceil(self.visual_cost * num_patches / self.vision.merge_size**2)
 
     def prompt_ids(self, item: EmbeddingItem, grids: list[tuple[int, int, int]], seconds: Sequence[Any]) -> list[int]:
         """The ids of an item's whole sequence, before it is cut. `grids` and `seconds`: as in `prompt.user_turn`."""

@@ -15,7 +15,7 @@ from pydantic import AliasChoices, BaseModel, Field, RootModel, StrictBool
 
 from embedder.engine.postprocess import Embedding
 from embedder.engine.ranking import best_first, sigmoid
-from embedder.errors import ITEM_ERRORS, EmbedderError, InvalidRequest, without_traceback
+from embedder.errors import ITEM_ERRORS, EmbedderError, InvalidRequest, attributed_to_query, without_traceback
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
 from embedder.http.dialects.messages import item_from_string, parts_from_content
 from embedder.http.request_body import NonEmptyList, RequestBody, check_item_count, validate_body
@@ -276,12 +276,9 @@ def _type(part: Any) -> Any:
 
 def _query(value: Any, instruction: str | None, num_documents: int, max_document_tokens: int | None) -> Query:
     """The query. Raises `InvalidRequest`, which says that it is the query's."""
-    try:
+    with attributed_to_query():
         item = _item(value)
         return Query(item.parts, instruction, num_documents=num_documents, max_document_tokens=max_document_tokens)
-    except ITEM_ERRORS as error:
-        error.message = f"query: {error.message}"
-        raise
 
 
 def _document(value: Any, truncate: str) -> EmbeddingItem | EmbedderError:
