@@ -24,6 +24,7 @@ from embedder.inputs.processor_config import read_vision_config
 from embedder.model.attention import choose_attention
 from embedder.model.checkpoint import BUNDLED, find_checkpoint, find_reranker, is_on_this_machine
 from embedder.model.execution import choose_execution
+from embedder.model.gpus import count_gpus
 from embedder.model.memory import check_memory, free_bytes, weights_bytes
 from embedder.model.weights import choose_device, choose_dtype
 from embedder.server.lifecycle import check_address
@@ -37,7 +38,11 @@ class Report:
     """What was found so far: a name, and what the service would use or why it would not start."""
 
     rows: list[tuple[str, str, str]] = field(default_factory=list)  # name, "ok" or "FAILED", text
-    has_failed: bool = False
+
+    @property
+    def num_faults(self) -> int:
+        """Number of checks that failed."""
+        return sum(verdict == "FAILED" for _, verdict, _ in self.rows)
 
     def add(self, name: str, find: Callable[[], Value], describe: Callable[[Value], str] = str) -> Value | None:
         """Add a row with what `find` returns, or with the error that it raises; then the result is None."""
@@ -46,15 +51,13 @@ class Report:
             self.rows.append((name, "ok", describe(value)))
         except (EmbedderError, ValueError, OSError) as error:
             self.rows.append((name, "FAILED", str(error)))
-            self.has_failed = True
             return None
         return value
 
     def __str__(self) -> str:
         lines = [f"{name:<12}{verdict:<8}{text}" for name, verdict, text in self.rows]
-        num_faults = sum(verdict == "FAILED" for _, verdict, _ in self.rows)
-        end = f"The service would not start: {num_faults} of {len(lines)} checks failed." if num_faults else ""
-        return "\n".join([*lines, end or "The service would start."])
+        failed = f"The service would not start: {self.num_faults} of {len(lines)} checks failed."
+        return "\n".join([*lines, failed if self.num_faults else "The service would start."])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     report = examine(chosen.model, chosen.host, chosen.port)
     print(report)
-    return int(report.has_failed)
+    return int(report.num_faults > 0)
 
 
 def examine(model: str, host: str, port: int) -> Report:
@@ -129,7 +132,7 @@ def _examine_device(report: Report, settings: Settings, folders: Sequence[Path])
     report.add("execution", lambda: choose_execution(settings.execution, device))
     report.add(
         "workers",
-        lambda: settings.num_workers(torch.cuda.device_count()),
+        lambda: settings.num_workers(count_gpus()),
         lambda count: f"{count}; {available_cores()} cores, {settings.preprocess_threads} preprocessing threads each",
     )
     for folder in folders:

@@ -103,16 +103,20 @@ def _find(name: str, revision: str, variable: str) -> Checkpoint:
     """The checkpoint that the setting `variable` names. Raises `ModelUnavailable`."""
     if Path(name).is_dir():
         return _require_qwen3_vl(Checkpoint(Path(name), name, "", is_bundled=False))
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not _is_hub_id(name):
         raise ModelUnavailable(f"{variable}={name!r} is neither a folder nor a hub id (owner/name)")
     return _require_qwen3_vl(_download(name, revision, variable))
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def is_on_this_machine(name: str, revision: str) -> bool:
     """False if `name`, a value of `EMBEDDER_MODEL` or `EMBEDDER_RERANKER`, is a hub id that would be downloaded."""
     if name in ("", "bundled") and BUNDLED.is_dir():
         return True
-    if name and (Path(name).is_dir() or name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    if name and (Path(name).is_dir() or not _is_hub_id(name)):
         return True  # or nothing is downloaded for it
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
