@@ -72,7 +72,7 @@ def choose_dtype(settings: Settings, device: torch.device, *, is_bundled: bool) 
 def cpu_multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for products in bfloat16 (AVX512-BF16 or AMX).
 
-    With them, a product takes about a third of its time in float32; without them, torch converts every value.
+    Without them, torch converts every value.
     """
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
