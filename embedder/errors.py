@@ -254,7 +254,7 @@ class DeviceOutOfMemory(EngineFailed):
 
 
 class DeviceFailed(EmbedderError):
-    """The device failed or does not respond: all waiting items fail, and the worker exits."""
+    """The device failed, or a computation hangs: all waiting items fail, and the worker exits."""
 
     code = "device_failed"
     remedy = "Wait for the restart, and look at the driver's messages."

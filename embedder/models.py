@@ -17,6 +17,7 @@ from embedder.engine.device import Rows, WaitForRows
 from embedder.engine.engine import Engine
 from embedder.engine.observer import Observer
 from embedder.errors import EmbedderError
+from embedder.inputs.decoder import Decoder
 from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text
 from embedder.inputs.pairs import Pair, Query
 from embedder.inputs.preprocess import ModelInput, Preprocessor
@@ -148,10 +149,10 @@ class Models:
         budget = min(model.find_budget() for model in (self.embedder, self.reranker) if model)
         return self.settings.model_copy(update={"max_batch_tokens": budget})
 
-    def _preprocess(self, item: EmbeddingItem) -> ModelInput:
+    def _preprocess(self, item: EmbeddingItem, decoder: Decoder) -> ModelInput:
         model = self.reranker if isinstance(item, Query | Pair) else self.embedder
         assert model is not None  # the routes and the library offer only what is loaded
-        return model.preprocessor(item)
+        return model.preprocessor(item, decoder)
 
     def _launch(self, inputs: list[ModelInput]) -> WaitForRows:
         """Start a batch. Items and pairs share it, but each model computes its own, one after the other."""

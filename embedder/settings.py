@@ -218,6 +218,12 @@ def metrics_folder() -> str | None:
     return os.environ.get(PROMETHEUS_FOLDER)
 
 
+def decoder_environment() -> dict[str, str]:
+    """The environment of a decoding process: nothing that could be a secret."""
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", **kept}
+
+
 def trace_exporter_variable() -> str | None:
     """The standard variable that names where OpenTelemetry sends traces; None if none is set."""
     names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")

@@ -17,6 +17,7 @@ from embedder.engine.device import WaitForRows
 from embedder.engine.engine import Engine
 from embedder.engine.postprocess import Embedding
 from embedder.errors import DeviceFailed, DeviceOutOfMemory, InvalidRequest
+from embedder.inputs.decoder import Decoder
 from embedder.inputs.items import EmbeddingItem, Text
 from embedder.inputs.preprocess import ModelInput
 from embedder.settings import Settings
@@ -42,7 +43,7 @@ class FakeModel:
     on_batch: Callable[[int], None] = lambda _: None
     stream: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
-    def preprocess(self, item: EmbeddingItem) -> ModelInput:
+    def preprocess(self, item: EmbeddingItem, decoder: Decoder | None = None) -> ModelInput:
         (part,) = item.parts
         assert isinstance(part, Text)
         if part.text == "slow":

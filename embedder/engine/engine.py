@@ -56,11 +56,10 @@ class Engine:
 
     `fetch(item, is_cancelled)` replaces an item's URLs by bytes, and may raise once `is_cancelled()` is true; the
     default is a `Fetcher` of the settings. `observer` is called at each stage of an item.
-
     With `settings.cache_bytes` rows are kept, and equal items that wait at the same time are computed once.
 
-    After `DeviceFailed`, a batch that takes longer than `stuck_after_s`, or an unexpected error in the device thread,
-    all pending items fail, `failure` is the reason, and `on_failure` is called with it once.
+    After `DeviceFailed`, a hanging batch or thread, or an unexpected error, all pending items fail, `failure` is the
+    reason, and `on_failure` is called with it once.
     """
 
     def __init__(
@@ -101,6 +100,7 @@ class Engine:
             self._observer,
             schedule=self._schedule,
             fail=lambda job, error: self._resolve((job, error)),
+            on_hang=self._fail,
         )
         self._cache: CoalescingCache[Job] = CoalescingCache(settings.cache_bytes)
         self._inputs: Scheduler[Job] = Scheduler(settings.max_batch_tokens, self._device.seconds_per_token)

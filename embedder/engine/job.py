@@ -20,6 +20,7 @@ class Job:
     """An item, its future, and what is known of it so far.
 
     `num_tokens` is the estimate at admission. `num_bytes` is the size of `model_input`, which preprocessing sets.
+    `fetched` is the item with bytes in place of its URLs, while it waits for a process.
     `key` identifies the content if vectors are cached; otherwise it is different for every job. `context` is the
     request's: log records and traces need it in the engine's threads. The future gives an Embedding, or for a query its
     ModelInput.
@@ -29,6 +30,7 @@ class Job:
     request: object
     num_tokens: int
     num_bytes: int = 0
+    fetched: EmbeddingItem | None = None
     future: Future[Any] = field(default_factory=Future)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
     trace: ItemTrace = field(init=False)

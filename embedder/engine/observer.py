@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+from embedder.inputs.decoder_process import EndReason
 from embedder.inputs.items import EmbeddingItem, Image, Part, Text, Video
 from embedder.inputs.preprocess import ModelInput
 
@@ -90,6 +91,9 @@ class Observer:
 
     def resolved(self, trace: ItemTrace, future: Future[Embedding]) -> None:
         """An item left the queue: with its embedding, with an error, or cancelled by its caller."""
+
+    def decoder_ended(self, reason: EndReason) -> None:
+        """A decoding process was killed or ended by itself; another one takes its place when it is needed."""
 
 
 ITEM_TRACES: ContextVar[list[ItemTrace] | None] = ContextVar("traces", default=None)

@@ -8,12 +8,17 @@ The modules, in the order in which an item passes them:
     limits      what decoding reads of the settings
     formats     the file formats of images and videos, and how to recognize them
     data_uri    data URIs and base64, as clients write them
-    jpeg        the number of scans of a JPEG file
-    regimes     sizes of images and frames, and which frames of a video are used
+    jpeg        the segments and scans of a JPEG file
     orientation EXIF orientation and display matrices
+    structure   whether a picture can be decoded in a thread in a bounded time
+    picture     an encoded image -> its pixels, upright, by Pillow
+    clip        an encoded video -> its frames as RGB values, upright, by FFmpeg's libraries
+    decoder     opens and decodes both in the calling thread
+    decoder_process, decoder_worker, sandbox
+                the same in a process that can be killed: this side, the other side, and what it may do
+    regimes     sizes of images and frames, and which frames of a video are used
     resample    resizing with the filters of both regimes
     image       an encoded image -> RGB values, resized
-    clip        an encoded video -> its frames as RGB values, by FFmpeg's libraries
     frames      the sampled frames of one video, resized and collected
     video       an encoded video or a list of frames -> sampled RGB frames, resized, with their times
     processor_config  the checkpoint's processor files

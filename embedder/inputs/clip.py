@@ -30,8 +30,7 @@ from numpy.typing import NDArray
 
 from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.formats import VIDEO_CODECS, find_format, unsupported_format
-from embedder.inputs.image import check_deadline
-from embedder.inputs.limits import MediaLimits, TooLittleMemory
+from embedder.inputs.limits import MediaLimits, TooLittleMemory, check_deadline
 from embedder.inputs.orientation import UPRIGHT, matrix_orientation, turn_values
 
 MAX_CODED_FRAMES = 100_000  # 55 minutes at 30 frames per second

@@ -22,25 +22,30 @@ class Clip:
 
 
 class FrameCollector:
-    """Resizes the sampled frames of one video in order. The array is allocated with the first one."""
+    """Resizes the sampled frames of one video in order. The array is allocated with the first one.
+
+    `expected_size`: height and width of the frames after resizing, which `check_num_tokens` computes.
+    """
 
     def __init__(self, regime: Regime, sampling: Sampling, *, is_list: bool, max_tokens: int) -> None:
         self._regime = regime
-        self._sampling = sampling
+        self.sampling = sampling
         self._is_list = is_list
         self._max_tokens = max_tokens
         self._first_size: tuple[int, int] | None = None  # width and height
         self._steps: tuple[Resize, ...] = ()
         self._frames = np.empty((0, 0, 0, 3), np.uint8)
         self._num_collected = 0
+        self.expected_size = (0, 0)
 
     def check_num_tokens(self, height: int, width: int) -> None:
         """Raises `InputTooLong`, before anything is decoded, if frames of this size do not fit into an item.
 
         Whether the frames are turned does not matter: the number of tokens is the same.
         """
-        num_frames = len(self._sampling.indices)
+        num_frames = len(self.sampling.indices)
         last = self._steps_for(height, width)[-1]
+        self.expected_size = last.height, last.width
         num_tokens = num_frames // 2 * last.height * last.width // self._regime.factor**2
         if num_tokens > self._max_tokens:
             raise InputTooLong(
@@ -54,7 +59,7 @@ class FrameCollector:
         steps = self._steps_for(height, width)
         if self._first_size is None:
             self._first_size, self._steps = (width, height), steps
-            self._frames = np.empty((len(self._sampling.indices), steps[-1].height, steps[-1].width, 3), np.uint8)
+            self._frames = np.empty((len(self.sampling.indices), steps[-1].height, steps[-1].width, 3), np.uint8)
         if steps != self._steps:
             first_width, first_height = self._first_size
             sizes = f"{first_width}x{first_height}, {width}x{height}"
@@ -69,8 +74,8 @@ class FrameCollector:
 
     def clip(self) -> Clip:
         """All frames, with their times."""
-        assert self._num_collected == len(self._sampling.indices)
-        return Clip(self._frames, self._sampling.seconds)
+        assert self._num_collected == len(self.sampling.indices)
+        return Clip(self._frames, self.sampling.seconds)
 
     def _steps_for(self, height: int, width: int) -> tuple[Resize, ...]:
-        return self._regime.resize_frame(height, width, len(self._sampling.indices), is_list=self._is_list)
+        return self._regime.resize_frame(height, width, len(self.sampling.indices), is_list=self._is_list)

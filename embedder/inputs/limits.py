@@ -5,6 +5,7 @@ A decoding process gets only these.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -50,3 +51,20 @@ class FixedLimits:
             limits.decode_timeout_s,
             limits.raw_orientation,
         )
+
+
+def decode_deadline(limits: MediaLimits) -> float:
+    """The time at which decoding that starts now must be finished, on the clock of `time.monotonic`."""
+    return time.monotonic() + limits.decode_timeout_s
+
+
+def check_deadline(deadline: float, limits: MediaLimits) -> None:
+    """Raises `MediaTooLarge` after the deadline."""
+    if time.monotonic() > deadline:
+        raise decoding_took_too_long(limits)
+
+
+def decoding_took_too_long(limits: MediaLimits) -> MediaTooLarge:
+    return MediaTooLarge(
+        f"decoding took more than {limits.decode_timeout_s:g} s (decode_timeout_s); send smaller or fewer images"
+    )

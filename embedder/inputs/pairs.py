@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from embedder.errors import InputTooLong, InvalidRequest, ModelUnavailable
 from embedder.inputs import prompt
+from embedder.inputs.decoder import Decoder
 from embedder.inputs.items import EmbeddingItem
 from embedder.inputs.preprocess import ModelInput, Patches, Preprocessor, run_length
 from embedder.inputs.processor_config import VisionConfig
@@ -95,18 +96,18 @@ class PairPreprocessor(Preprocessor):
         self._tail_ids = self._encode_fixed(prompt.SUFFIX)
         self._check_cut()
 
-    def __call__(self, item: EmbeddingItem) -> ModelInput:
+    def __call__(self, item: EmbeddingItem, decoder: Decoder | None = None) -> ModelInput:
         """Raises `InvalidMedia`, `MediaTooLarge` and `InputTooLong`."""
         match item:
             case Query():
-                return self._prepare_query(item)
+                return self._prepare_query(item, decoder)
             case Pair():
-                return self._prepare_pair(item)
-        return super().__call__(item)
+                return self._prepare_pair(item, decoder)
+        return super().__call__(item, decoder)
 
-    def _prepare_query(self, query: Query) -> ModelInput:
+    def _prepare_query(self, query: Query, decoder: Decoder | None) -> ModelInput:
         """The prefix of all pairs of the query. Its cost is one pair's share of it."""
-        patches, seconds = self._load_patches(query)
+        patches, seconds = self._load_patches(query, decoder)
         header = f"{prompt.USER_HEADER}<Instruct>: {query.instruction or DEFAULT_INSTRUCTION}<Query>:"
         pieces = prompt.user_turn(query, self._grids(patches), seconds, header=header, footer=_BEFORE_CUT)
         runs = [list(self._system_ids), *(self._encode_piece(piece) for piece in pieces)]
@@ -125,10 +126,10 @@ class PairPreprocessor(Preprocessor):
             is_pair=True,
         )
 
-    def _prepare_pair(self, pair: Pair) -> ModelInput:
+    def _prepare_pair(self, pair: Pair, decoder: Decoder | None) -> ModelInput:
         """The query's tokens, then the document's."""
         query = pair.query
-        patches, seconds = self._load_patches(pair)
+        patches, seconds = self._load_patches(pair, decoder)
         pieces = prompt.user_turn(pair, self._grids(patches), seconds, header=_AFTER_CUT)
         max_tokens = self.settings.max_input_tokens - query.num_tokens
         runs, num_cut = self._encode(pieces, max_tokens, len(self._tail_ids), pair.truncate, pair.max_text_tokens)

@@ -19,7 +19,9 @@ from tokenizers import Tokenizer
 
 from embedder.errors import InputTooLong, ModelUnavailable
 from embedder.inputs import image, prompt, video
+from embedder.inputs.decoder import Decoder
 from embedder.inputs.items import EmbeddingItem, Image, Text, Truncate, Video
+from embedder.inputs.limits import decode_deadline
 from embedder.inputs.processor_config import VisionConfig
 from embedder.inputs.prompt import Piece, Placeholders, SpecialToken, TextPiece
 from embedder.settings import Settings
@@ -105,9 +107,9 @@ class Preprocessor:
         self._prefix_ids = lru_cache(maxsize=64)(lambda instruction: self._encode_fixed(prompt.prefix(instruction)))
         self._text_positions = np.broadcast_to(np.arange(settings.max_input_tokens), (3, settings.max_input_tokens))
 
-    def __call__(self, item: EmbeddingItem) -> ModelInput:
+    def __call__(self, item: EmbeddingItem, decoder: Decoder | None = None) -> ModelInput:
         """Decode, resize, tokenize. Raises `InvalidMedia`, `MediaTooLarge` and `InputTooLong`."""
-        patches, seconds = self._load_patches(item)
+        patches, seconds = self._load_patches(item, decoder)
         instruction = prompt.complete_instruction(item.instruction, self.settings.default_instruction)
         prefix_ids = self._prefix_ids(instruction)
         pieces = prompt.user_turn(item, self._grids(patches), seconds)
@@ -143,20 +145,22 @@ class Preprocessor:
             ids += run if isinstance(run, list) else [self._token_id(run.token)] * run_length(run)
         return [*ids, *self._suffix_ids]
 
-    def _load_patches(self, item: EmbeddingItem) -> tuple[tuple[Patches, ...], list[tuple[float, ...]]]:
+    def _load_patches(
+        self, item: EmbeddingItem, decoder: Decoder | None
+    ) -> tuple[tuple[Patches, ...], list[tuple[float, ...]]]:
         """Patches of each image and video, and the frame times of each video."""
         patches: list[Patches] = []
         seconds = []
-        deadline = image.decode_deadline(self.settings)
+        deadline = decode_deadline(self.settings)
         for part in item.parts:
             if not isinstance(part, Text):
                 self._check_num_visual_tokens(patches)
             match part:
                 case Image():
-                    frames = image.load_image(part.source, self.vision.regime, self.settings, deadline)[None, None]
-                    patches.append(patchify(frames, self.vision.patch_size, self.vision.merge_size))
+                    pixels = image.load_image(part.source, self.vision.regime, self.settings, deadline, decoder)
+                    patches.append(patchify(pixels[None, None], self.vision.patch_size, self.vision.merge_size))
                 case Video():
-                    clip = video.load_video(part, self.vision.regime, self.settings, deadline)
+                    clip = video.load_video(part, self.vision.regime, self.settings, deadline, decoder)
                     frames = clip.frames.reshape(-1, self.vision.temporal_patch_size, *clip.frames.shape[1:])
                     patches.append(patchify(frames, self.vision.patch_size, self.vision.merge_size))
                     seconds.append(clip.seconds)

@@ -1,35 +1,44 @@
-"""The tokens of items and texts, for callers that count before they send. Of a picture only the header is read."""
+"""The tokens of items and texts, for callers that count before they send. Of media only the headers are read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from embedder.inputs import image, video
+from embedder.inputs import video
+from embedder.inputs.decoder import Decoder
+from embedder.inputs.decoder_process import can_start_processes, decoder_for_one_item
 from embedder.inputs.items import EmbeddingItem, Image, Video
+from embedder.inputs.limits import decode_deadline
 from embedder.inputs.preprocess import Preprocessor
+from embedder.settings import Settings
 
 
 def item_ids(item: EmbeddingItem, preprocessor: Preprocessor) -> list[int]:
     """The ids of an item's whole sequence, before it is cut. Raises `InvalidMedia` and `MediaTooLarge`."""
     settings, vision = preprocessor.settings, preprocessor.vision
-    deadline = image.decode_deadline(settings)
+    deadline = decode_deadline(settings)
     grids: list[tuple[int, int, int]] = []
     seconds: list[Sequence[float]] = []
-    for part in item.parts:
-        match part:
-            case Image():
-                header = image.open_image(part.source, settings, deadline)
-                # a picture that is stored turned has as many tokens
-                size = vision.regime.resize_image(header.height, header.width)
-                grids.append((1, size.height // vision.factor, size.width // vision.factor))
-            case Video():
-                clip = video.load_video(part, vision.regime, settings, deadline)
-                num_frames, height, width, _ = clip.frames.shape
-                num_steps = num_frames // vision.temporal_patch_size
-                grids.append((num_steps, height // vision.factor, width // vision.factor))
-                seconds.append(clip.seconds)
+    with _decoder(settings) as decoder:
+        for part in item.parts:
+            match part:
+                case Image():
+                    header = decoder.open_image(part.source, settings, deadline)
+                    # a picture that is stored turned has as many tokens
+                    size = vision.regime.resize_image(header.height, header.width)
+                    grids.append((1, size.height // vision.factor, size.width // vision.factor))
+                case Video():
+                    (height, width), sampling = video.measure_video(part, vision.regime, settings, deadline, decoder)
+                    num_steps = len(sampling.indices) // vision.temporal_patch_size
+                    grids.append((num_steps, height // vision.factor, width // vision.factor))
+                    seconds.append(sampling.seconds)
     return preprocessor.prompt_ids(item, grids, seconds)
+
+
+def _decoder(settings: Settings) -> AbstractContextManager[Decoder]:
+    return decoder_for_one_item(settings) if can_start_processes() else nullcontext(Decoder())
 
 
 def text_tokens(text: str, preprocessor: Preprocessor) -> list[dict[str, Any]]:

@@ -4,59 +4,79 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from embedder.inputs.clip import open_clip
+from embedder.inputs.decoder import Decoder, OpenClip, OpenImage
 from embedder.inputs.frames import Clip, FrameCollector
-from embedder.inputs.image import (
-    decode_deadline,
-    decode_image,
-    decode_memory,
-    decode_peak_bytes,
-    encoded_bytes,
-    open_image,
-)
 from embedder.inputs.items import Media, Video
-from embedder.inputs.regimes import Regime
+from embedder.inputs.limits import decode_deadline
+from embedder.inputs.picture import encoded_bytes
+from embedder.inputs.regimes import Regime, Sampling
 from embedder.settings import Settings
 
 
-def load_video(video: Video, regime: Regime, settings: Settings, deadline: float | None = None) -> Clip:
+def load_video(
+    video: Video, regime: Regime, settings: Settings, deadline: float | None = None, decoder: Decoder | None = None
+) -> Clip:
     """Decode the sampled frames of a video, upright and resized for the model, with their times.
 
-    `deadline` defaults to `decode_timeout_s` from now. Raises `InvalidMedia`, `MediaTooLarge` and `InputTooLong`.
+    `deadline` defaults to `decode_timeout_s` from now, `decoder` to one that decodes in this thread. Raises
+    `InvalidMedia`, `MediaTooLarge` and `InputTooLong`.
     """
     deadline = decode_deadline(settings) if deadline is None else deadline
+    decoder = decoder or Decoder()
     if isinstance(video.source, tuple):
-        return _load_frames(video.source, video.fps, regime, settings, deadline)
-    return _load_encoded(video.source, video.fps, regime, settings, deadline)
+        images, collector = _open_frames(video.source, video.fps, regime, settings, deadline, decoder)
+        return _decode_frames(images, collector)
+    data = encoded_bytes(video.source, "video", settings.max_video_bytes)
+    with decoder.open_clip(data, settings, deadline) as clip:
+        collector = _sample_clip(clip, video.fps, regime, settings)
+        for values in clip.decode(collector.sampling.indices):
+            collector.append(values)
+        return collector.clip()
 
 
-def _load_frames(
-    sources: Sequence[Media], fps: float | None, regime: Regime, settings: Settings, deadline: float
-) -> Clip:
+def measure_video(
+    video: Video, regime: Regime, settings: Settings, deadline: float, decoder: Decoder
+) -> tuple[tuple[int, int], Sampling]:
+    """Height and width of the frames that `load_video` gives, turned or not, and their sampling. Decodes none."""
+    if isinstance(video.source, tuple):
+        _, collector = _open_frames(video.source, video.fps, regime, settings, deadline, decoder)
+    else:
+        data = encoded_bytes(video.source, "video", settings.max_video_bytes)
+        with decoder.open_clip(data, settings, deadline) as clip:
+            collector = _sample_clip(clip, video.fps, regime, settings)
+    return collector.expected_size, collector.sampling
+
+
+def _open_frames(
+    sources: Sequence[Media],
+    fps: float | None,
+    regime: Regime,
+    settings: Settings,
+    deadline: float,
+    decoder: Decoder,
+) -> tuple[dict[int, OpenImage], FrameCollector]:
     sampling = regime.sample_list(len(sources), fps)
-    images = {index: open_image(sources[index], settings, deadline) for index in dict.fromkeys(sampling.indices)}
+    images = {
+        index: decoder.open_image(sources[index], settings, deadline) for index in dict.fromkeys(sampling.indices)
+    }
     collector = FrameCollector(regime, sampling, is_list=True, max_tokens=settings.max_input_tokens)
     collector.check_num_tokens(images[0].height, images[0].width)
-    for index in sampling.indices:
+    return images, collector
+
+
+def _decode_frames(images: dict[int, OpenImage], collector: FrameCollector) -> Clip:
+    for index in collector.sampling.indices:
         image = images.pop(index, None)
         if image is None:
             collector.repeat()
-            continue
-        with decode_memory.reserve(decode_peak_bytes(image)):
-            collector.append(decode_image(image, is_raw=settings.raw_orientation))
+        else:
+            collector.append(image.decode())
         del image  # frees its pixels
     return collector.clip()
 
 
-def _load_encoded(
-    source: bytes | str, sample_fps: float | None, regime: Regime, settings: Settings, deadline: float
-) -> Clip:
-    data = encoded_bytes(source, "video", settings.max_video_bytes)
-    with open_clip(data, settings, deadline) as clip:
-        sampling = regime.sample_encoded(clip.num_frames, clip.fps, sample_fps)
-        collector = FrameCollector(regime, sampling, is_list=False, max_tokens=settings.max_input_tokens)
-        collector.check_num_tokens(clip.height, clip.width)
-        with decode_memory.reserve(clip.num_bytes):
-            for values in clip.decode(sampling.indices):
-                collector.append(values)
-        return collector.clip()
+def _sample_clip(clip: OpenClip, sample_fps: float | None, regime: Regime, settings: Settings) -> FrameCollector:
+    sampling = regime.sample_encoded(clip.num_frames, clip.fps, sample_fps)
+    collector = FrameCollector(regime, sampling, is_list=False, max_tokens=settings.max_input_tokens)
+    collector.check_num_tokens(clip.height, clip.width)
+    return collector

@@ -35,8 +35,8 @@ from embedder.errors import (
     ShuttingDown,
 )
 from embedder.inputs.formats import IMAGE_SUFFIXES
-from embedder.inputs.image import decode_image, open_image
 from embedder.inputs.items import EmbeddingItem, Image
+from embedder.inputs.picture import decode_image, open_image
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from embedder.engine.observer import KINDS, Batch, ItemTrace, Observer
 from embedder.engine.postprocess import Embedding
 from embedder.errors import CLIENT_CLOSED_REQUEST, EmbedderError, error_classes
+from embedder.inputs.decoder_process import EndReason
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -117,6 +118,12 @@ class Metrics(Observer):
             "Tokens in a batch, as `EMBEDDER_MAX_BATCH_TOKENS` counts them: with the vision tower's work.",
             TOKENS,
         )
+        replaced = self._counter(
+            "decoders_replaced_total",
+            "Decoding processes that were replaced, by `reason`: deadline, memory, crash.",
+            "reason",
+        )
+        self.replaced_decoders = _create_series(replaced, get_args(EndReason))
         self.threads = self._gauge("preprocess_threads", "Preprocessing threads of all workers.")
         self.workers = self._gauge("workers", "Ready worker processes.")
         self.model = Gauge(
@@ -182,6 +189,9 @@ class Metrics(Observer):
             self.failed_items.labels(error.code).inc()
         elif isinstance(result := future.result(), Embedding) and result.is_cached:
             self.cached_items.inc()
+
+    def decoder_ended(self, reason: EndReason) -> None:
+        self.replaced_decoders[reason].inc()
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format. Reads files, so call it in a thread."""

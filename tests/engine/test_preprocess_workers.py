@@ -28,8 +28,16 @@ class Recorder:
         self.scheduled: list[Job] = []
         self.failed: list[tuple[Job, EmbedderError]] = []
         self.fetched_in: list[str] = []
+        self.hung: list[str] = []
         self.workers = PreprocessWorkers(
-            self.lock, settings, self.fetch, model.preprocess, Observer(), schedule=self.schedule, fail=self.fail
+            self.lock,
+            settings,
+            self.fetch,
+            model.preprocess,
+            Observer(),
+            schedule=self.schedule,
+            fail=self.fail,
+            on_hang=self.hung.append,
         )
 
     def fetch(self, item: EmbeddingItem, _: object) -> EmbeddingItem:

@@ -78,6 +78,22 @@ def png(
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + more + pixels + chunk(b"IEND", b"")
 
 
+def gif_of_comments(image: PIL.Image.Image, count: int = 1000) -> bytes:
+    """A GIF with comments before its picture, each of which Pillow reads in Python."""
+    data = encoded(image, "GIF")
+    start = 13 + (3 * 2 ** ((data[10] & 7) + 1) if data[10] & 0x80 else 0)
+    return data[:start] + b"!\xfe\1a\0" * count + data[start:]
+
+
+def rle_bmp(width: int, height: int) -> bytes:
+    """A BMP whose pixels Pillow decodes in Python."""
+    runs = b"".join(bytes([min(255, width - start), 1]) for start in range(0, width, 255))
+    rows = (runs + b"\0\0") * height + b"\0\1"
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(rows), 0, 0, 256, 0)
+    start = 14 + len(header) + 1024
+    return b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + bytes(1024) + rows
+
+
 def jpeg_of_scans(image: PIL.Image.Image, num_scans: int) -> bytes:
     """A progressive JPEG that repeats its last scan `num_scans` times: each costs a pass over all pixels."""
     data = encoded(image.convert("L"), "JPEG", progressive=True, quality=50)

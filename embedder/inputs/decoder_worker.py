@@ -1,0 +1,250 @@
+"""The decoding process: opens and decodes the images and clips that arrive at its socket, one item at a time.
+
+`decoder_process` starts it and speaks with it. It imports neither torch nor the settings, and it is untrusted from its
+first task on: a fault in a decoder may let a caller's bytes take it over. Each message is one JSON object, with at most
+one file descriptor of memory that the parent has allocated. The dialogue about one item:
+
+    parent: open, with the encoded bytes       process: opened, with sizes
+    parent: decode, with indices of frames     process: frame for each, in one of two buffers
+    parent: free, when it has read a frame
+    process: buffer, when it needs one         parent: buffer, with the memory
+    process: memory, when it needs more        parent: memory, with the new limit
+    parent: end                                process: ended
+
+An error ends the item in place of any answer: `error` with the name of its class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import json
+import mmap
+import os
+import signal
+import socket
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+
+from embedder.errors import EmbedderError
+from embedder.inputs import sandbox
+from embedder.inputs.clip import OpenClip, open_clip
+from embedder.inputs.formats import IMAGE_FORMATS
+from embedder.inputs.limits import FixedLimits, TooLittleMemory
+from embedder.inputs.picture import decode_image, decode_peak_bytes, open_image
+
+MAX_MESSAGE = 2**16
+NUM_BUFFERS = 2  # one is filled while the parent reads the other
+WORN_BYTES = 2**26  # of address space that items have left behind; then the parent replaces the process
+OWN_BYTES = WORN_BYTES + 2**25  # of memory for the interpreter's own needs, in addition to what decoding may use
+RGB_BYTES_PER_PIXEL = 3
+PARENT_BYTES_PER_PIXEL = 4  # of a decoded image, in Pillow's form
+STRIP_BYTES = 2**20  # of an image that is copied to a buffer
+
+
+class _Ended(Exception):
+    """The parent has no more items, or is gone."""
+
+
+class _Refused(Exception):
+    """The parent does not grant the memory now."""
+
+
+class _Connection:
+    """The socket to the parent."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+
+    def send(self, **message: Any) -> None:
+        try:
+            self._socket.send(json.dumps(message).encode())
+        except OSError as error:
+            raise _Ended from error
+
+    def receive(self) -> tuple[dict[str, Any], int | None]:
+        """The next message, and its file descriptor."""
+        data, descriptors, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, 1)
+        if not data:
+            raise _Ended
+        return json.loads(data), descriptors[0] if descriptors else None
+
+
+class _Item:
+    """One item: what is open, the memory that it may use, and the buffers."""
+
+    def __init__(self, connection: _Connection, limits: FixedLimits, address_space: int) -> None:
+        self._connection = connection
+        self._limits = limits
+        self._address_space = address_space  # of the process without an item
+        self._memory = 0
+        self._deadline = 0.0
+        self._opened: list[tuple[OpenClip | PIL.Image.Image, int]] = []  # each with the memory to decode it
+        self._buffers: list[mmap.mmap | None] = [None] * NUM_BUFFERS
+        self._num_unread = 0  # frames that the parent has not read
+        self._number = -1
+        self._num_encoded_bytes = 0
+
+    def serve(self) -> None:
+        """Answer the messages of one item. Raises its error."""
+        message, descriptor = self._receive()
+        self._deadline = message["deadline"]
+        self._number = message["item"]
+        self._limit_memory(message["memory"])
+        with contextlib.ExitStack() as stack:
+            while message["type"] != "end":
+                if message["type"] == "open":
+                    assert descriptor is not None
+                    data = _read(descriptor, message["num_bytes"])
+                    self._open(message["kind"], data, stack)
+                else:
+                    self._decode(message["opened"], message["indices"])
+                message, descriptor = self._receive()
+
+    def _receive(self) -> tuple[dict[str, Any], int | None]:
+        """The next message that is not `free`. Those of an earlier item, which ended with an error, do not count."""
+        while True:
+            message, descriptor = self._connection.receive()
+            if message["type"] != "free":
+                return message, descriptor
+            self._num_unread -= message["item"] == self._number
+
+    def _open(self, kind: str, data: bytes, stack: contextlib.ExitStack) -> None:
+        self._num_encoded_bytes += 2 * len(data)  # the decoders copy them
+        if kind == "clip":
+            clip = stack.enter_context(open_clip(data, self._limits, self._deadline))
+            buffers = NUM_BUFFERS * RGB_BYTES_PER_PIXEL * clip.width * clip.height
+            self._opened.append((clip, clip.num_bytes + buffers))
+            sizes = {"width": clip.width, "height": clip.height, "num_frames": clip.num_frames, "fps": clip.fps}
+        else:
+            image = open_image(data, self._limits, self._deadline)
+            buffers = (RGB_BYTES_PER_PIXEL + PARENT_BYTES_PER_PIXEL) * image.width * image.height
+            num_bytes = decode_peak_bytes(image, data) + buffers
+            self._opened.append((image, num_bytes))
+            sizes = {"width": image.width, "height": image.height}
+        self._connection.send(type="opened", **sizes)
+
+    def _decode(self, number: int, indices: list[int]) -> None:
+        opened, num_bytes = self._opened[number]
+        self._require(num_bytes)
+        if isinstance(opened, OpenClip):
+            for place, values in enumerate(opened.decode(indices)):
+                self._send_frame(place % NUM_BUFFERS, values.shape[0], values.shape[1], [values])
+        else:
+            rgb = decode_image(opened, is_raw=self._limits.raw_orientation)
+            self._opened[number] = (PIL.Image.new("RGB", (1, 1)), 0)  # an image is decoded once; this frees its pixels
+            del opened
+            self._send_frame(0, rgb.height, rgb.width, _strips(rgb))
+
+    def _send_frame(self, number: int, height: int, width: int, strips: Iterable[NDArray[np.uint8]]) -> None:
+        while self._num_unread >= NUM_BUFFERS:
+            message, _ = self._connection.receive()
+            self._num_unread -= message["item"] == self._number
+        num_bytes = RGB_BYTES_PER_PIXEL * height * width
+        buffer = self._buffers[number]
+        if buffer is None or len(buffer) < num_bytes:
+            self._connection.send(type="buffer", buffer=number, num_bytes=num_bytes)
+            _, descriptor = self._receive()
+            assert descriptor is not None
+            buffer = self._buffers[number] = mmap.mmap(descriptor, num_bytes)
+            os.close(descriptor)
+        target = np.frombuffer(buffer, np.uint8, num_bytes).reshape(height, width, RGB_BYTES_PER_PIXEL)
+        row = 0
+        for strip in strips:
+            target[row : row + len(strip)] = strip
+            row += len(strip)
+        self._connection.send(type="frame", buffer=number, height=height, width=width)
+        self._num_unread += 1
+
+    def _require(self, num_bytes: int) -> None:
+        """Ask for memory, if the item may not use that much yet."""
+        num_bytes += self._num_encoded_bytes
+        if num_bytes > self._memory:
+            self._connection.send(type="memory", num_bytes=num_bytes)
+            message, _ = self._receive()
+            if not message["is_granted"]:
+                raise _Refused
+            self._limit_memory(num_bytes)
+
+    def _limit_memory(self, num_bytes: int) -> None:
+        self._memory = num_bytes
+        sandbox.limit_task(self._address_space + num_bytes, self._limits.decode_timeout_s)
+
+
+def main(descriptor: int, parent: int, limits: dict[str, Any]) -> None:
+    """Serve items until the socket `descriptor` is closed. `parent`: process id. `limits`: fields of FixedLimits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    sandbox.die_with_parent(parent)
+    _import_everything()
+    connection = _Connection(socket.socket(fileno=descriptor))
+    with open("/dev/null", "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)  # a library's message could hold what callers sent
+    sandbox.limit_resources()
+    memory_file = sandbox.open_memory_file()
+    address_space = sandbox.address_space(memory_file)
+    is_confined = sandbox.refuse_system_calls()
+    connection.send(type="ready", is_confined=is_confined)
+    with contextlib.suppress(_Ended):
+        while True:
+            answer = _serve(connection, FixedLimits(**limits), address_space + OWN_BYTES)
+            if sandbox.address_space(memory_file) > address_space + WORN_BYTES:
+                _return_free_memory()
+            is_worn = sandbox.address_space(memory_file) > address_space + WORN_BYTES
+            connection.send(**answer, is_worn=is_worn)
+
+
+def _serve(connection: _Connection, limits: FixedLimits, address_space: int) -> dict[str, str]:
+    """Serve one item. Returns the last answer."""
+    item = _Item(connection, limits, address_space)
+    try:
+        item.serve()
+    except (TooLittleMemory, MemoryError):
+        return {"type": "error", "error": "TooLittleMemory", "message": ""}
+    except _Refused:
+        return {"type": "error", "error": "Refused", "message": ""}
+    except EmbedderError as error:
+        return {"type": "error", "error": type(error).__name__, "message": error.message[:1000]}
+    return {"type": "ended"}
+
+
+def _read(descriptor: int, num_bytes: int) -> bytes:
+    """The bytes of a file from its start. Closes it."""
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), num_bytes, 0)
+
+
+def _strips(image: PIL.Image.Image) -> Iterator[NDArray[np.uint8]]:
+    """An image's rows, some at a time: an array of the whole image would be one more copy."""
+    num_rows = max(1, STRIP_BYTES // (RGB_BYTES_PER_PIXEL * image.width))
+    for row in range(0, image.height, num_rows):
+        yield np.asarray(image.crop((0, row, image.width, min(row + num_rows, image.height))))
+
+
+def _return_free_memory() -> None:
+    """Return freed memory to the system, so that the next item has its address space."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc only
+        trim(0)
+
+
+def _import_everything() -> None:
+    """Decode one small file of every kind: what libraries import or load when first used needs files."""
+    import PIL.MpoImagePlugin
+    import PIL.TiffImagePlugin  # reads EXIF
+
+    limits = FixedLimits(2**20, 2**20, 2**20, 60.0, False)
+    deadline = float("inf")
+    for kind in (one.pillow for one in IMAGE_FORMATS):
+        file = io.BytesIO()
+        PIL.Image.new("RGB", (16, 16)).save(file, kind)
+        image = decode_image(open_image(file.getvalue(), limits, deadline))
+        list(_strips(image))
+        if kind == "GIF":
+            with open_clip(file.getvalue(), limits, deadline) as clip:
+                list(clip.decode([0]))
+    with contextlib.suppress(EmbedderError):
+        open_image(b"\x89PNG\r\n\x1a\n", limits, deadline)

@@ -1,0 +1,150 @@
+"""What a decoding process may do: compute, and use the memory and the socket that it has. Nothing else.
+
+Limits of resources apply everywhere. On Linux with x86-64 or ARM a seccomp filter refuses every system call that is not
+in the list, among them those that open files, create sockets, start processes or send signals. Neither needs a
+privilege, so both work in a container without capabilities and with a read-only root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+_SECCOMP_MODE_FILTER = 2
+_MAX_OPEN_FILES = 32
+
+_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of `_ALLOWED`, and AUDIT_ARCH_*
+_ANY = (0, None)
+# Name: number on x86-64, number on ARM, and the argument that must have a certain value.
+_ALLOWED: dict[str, tuple[int, int, tuple[int, int | None]]] = {
+    "read": (0, 63, _ANY),
+    "write": (1, 64, _ANY),
+    "close": (3, 57, _ANY),
+    "fstat": (5, 80, _ANY),
+    "poll": (7, 73, _ANY),  # ppoll on ARM
+    "lseek": (8, 62, _ANY),
+    "mmap": (9, 222, _ANY),
+    "mprotect": (10, 226, _ANY),
+    "munmap": (11, 215, _ANY),
+    "brk": (12, 214, _ANY),
+    "rt_sigaction": (13, 134, _ANY),
+    "rt_sigprocmask": (14, 135, _ANY),
+    "rt_sigreturn": (15, 139, _ANY),
+    "pread64": (17, 67, _ANY),
+    "sched_yield": (24, 124, _ANY),
+    "mremap": (25, 216, _ANY),
+    "madvise": (28, 233, _ANY),
+    "nanosleep": (35, 101, _ANY),
+    "getpid": (39, 172, _ANY),
+    "recvfrom": (45, 207, _ANY),
+    "sendto": (44, 206, _ANY),
+    "sendmsg": (46, 211, _ANY),
+    "recvmsg": (47, 212, _ANY),
+    "exit": (60, 93, _ANY),
+    "fcntl": (72, 25, (1, 1030)),  # only F_DUPFD_CLOEXEC: others can send signals
+    "gettimeofday": (96, 169, _ANY),
+    "getrusage": (98, 165, _ANY),
+    "sigaltstack": (131, 132, _ANY),
+    "gettid": (186, 178, _ANY),
+    "futex": (202, 98, _ANY),
+    "sched_getaffinity": (204, 123, _ANY),
+    "restart_syscall": (219, 128, _ANY),
+    "clock_gettime": (228, 113, _ANY),
+    "clock_getres": (229, 114, _ANY),
+    "clock_nanosleep": (230, 115, _ANY),
+    "exit_group": (231, 94, _ANY),
+    "newfstatat": (262, 79, (3, 0x1000)),  # only AT_EMPTY_PATH: of an open file
+    "prlimit64": (302, 261, (0, 0)),  # only of this process
+    "getcpu": (309, 168, _ANY),
+    "getrandom": (318, 278, _ANY),
+    "membarrier": (324, 283, _ANY),
+}
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process when the thread that started it ends, or at once if the process `parent` is gone already."""
+    if sys.platform == "linux":
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def limit_resources() -> None:
+    """No core dump, no file with content, few open files. Memory and CPU time are limited for each task."""
+    for kind, limit in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, _MAX_OPEN_FILES),
+    ):
+        with contextlib.suppress(ValueError, OSError):  # the hard limit is lower already
+            resource.setrlimit(kind, (limit, limit))
+
+
+def limit_task(address_space: int, cpu_s: float) -> None:
+    """Limit the address space in bytes, and the CPU time from now on; over the latter the kernel ends the process."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = address_space if hard == resource.RLIM_INFINITY else min(address_space, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    limit = int(used.ru_utime + used.ru_stime + cpu_s) + 2
+    resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def refuse_system_calls() -> bool:
+    """Refuse, from now on, every system call that is not in the list. False where the platform cannot do that."""
+    if sys.platform != "linux" or platform.machine() not in _MACHINES:
+        return False
+    column, architecture = _MACHINES[platform.machine()]
+    code = _program(column, architecture)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    # struct sock_fprog: number of instructions, address of the first
+    program = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)))
+    return (
+        _prctl(_PR_SET_DUMPABLE, 0)
+        and _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        and _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program))
+    )
+
+
+def _program(column: int, architecture: int) -> bytes:
+    """The filter as instructions of classic BPF: operation, jump if true, jump if false, value."""
+    load, equal, give = 0x20, 0x15, 0x06  # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_RET|BPF_K
+    allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000  # SECCOMP_RET_ALLOW, _ERRNO with EPERM, _KILL_PROCESS
+    steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
+    for call in _ALLOWED.values():
+        number, (argument, value) = (call[0], call[1])[column], call[2]
+        if value is None:
+            steps += [(equal, 0, 1, number), (give, 0, 0, allow)]
+        else:  # the low half of the argument; the kernel reads no more of these four
+            place = 16 + 8 * argument
+            steps += [(equal, 0, 4, number), (load, 0, 0, place), (equal, 0, 1, value), (give, 0, 0, allow)]
+            steps += [(give, 0, 0, refuse)]
+    steps += [(give, 0, 0, refuse)]
+    return b"".join(struct.pack("HBBI", *step) for step in steps)
+
+
+def _prctl(option: int, value: int, address: int = 0) -> bool:
+    libc = ctypes.CDLL(None, use_errno=True)
+    zero = ctypes.c_ulong(0)
+    return bool(libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(address), zero, zero) == 0)
+
+
+def open_memory_file() -> int:
+    """A file descriptor for `address_space`; -1 where the platform has no such file."""
+    try:
+        return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def address_space(memory_file: int) -> int:
+    """Bytes of address space that this process uses; 0 where the platform does not say."""
+    return int(os.pread(memory_file, 100, 0).split()[0]) * resource.getpagesize() if memory_file >= 0 else 0

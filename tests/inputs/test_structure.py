@@ -1,0 +1,137 @@
+"""Ordinary pictures are decoded in a thread; what could hold it, or the interpreter, needs a process."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import time
+from typing import Any
+
+import PIL.Image
+import pytest
+
+from embedder.inputs.decoder import THREAD_BYTES, NeedsProcess, ThreadDecoder
+from embedder.inputs.structure import is_bounded
+from embedder.settings import Settings
+from tests.conftest import encoded, picture
+from tests.inputs.hostile import chunk, gif_of_comments, jpeg_of_scans, png, rle_bmp
+
+SETTINGS = Settings()
+JPEG = encoded(picture(64, 48), "JPEG")
+PNG = encoded(picture(64, 48), "PNG")
+
+
+def needed(data: bytes) -> int | None:
+    """Bytes of memory that a process needs for the picture, 0 if not known; None if a thread may decode it."""
+    try:
+        ThreadDecoder().open_image(data, SETTINGS, time.monotonic() + 60)
+    except NeedsProcess as need:
+        return need.num_bytes
+    return None
+
+
+def segments(count: int, num_bytes: int = 2, kind: bytes = b"\xfe", start: bytes = b"") -> bytes:
+    return (b"\xff" + kind + struct.pack(">H", num_bytes) + start.ljust(num_bytes - 2, b"\0")) * count
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options"),
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("JPEG", {"quality": 100, "subsampling": 0}),
+        ("JPEG", {"restart_marker_rows": 1}),
+        ("JPEG", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0" + bytes(60_000), "icc_profile": bytes(200_000)}),
+        ("PNG", {}),
+        ("PNG", {"compress_level": 0}),
+        ("WEBP", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0" + bytes(60_000)}),
+        ("WEBP", {"save_all": True, "append_images": [picture(1200, 900)] * 3}),
+        ("GIF", {}),
+        ("GIF", {"save_all": True, "append_images": [picture(1200, 900)] * 3, "comment": b"a" * 1000}),
+        ("BMP", {}),
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_ordinary_picture_is_decoded_in_a_thread(file_format: str, options: dict[str, Any]) -> None:
+    noise = PIL.Image.effect_noise((1200, 900), 100).convert("RGB")
+    data = encoded(noise, file_format, **options)
+    assert is_bounded(data)
+    assert needed(data) is None
+    assert needed(data + b"\xff\xda\0\2" * 1000) is None  # what follows the picture does not count
+
+
+def test_motion_photo_is_decoded_in_a_thread() -> None:
+    assert needed(JPEG + JPEG + bytes(1_000_000)) is None
+
+
+def with_exif(file_format: str, num_entries: int) -> bytes:
+    """A picture with EXIF metadata of many entries, which Pillow reads in Python."""
+    entries = b"".join(struct.pack("<HHII", 1 + number % 60_000, 3, 1, 1) for number in range(num_entries))
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", num_entries) + entries + bytes(4)
+    return encoded(picture(64, 48), file_format, exif=exif)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(with_exif("PNG", 60_000), id="PNG of many EXIF entries"),
+        pytest.param(with_exif("WEBP", 60_000), id="WebP of many EXIF entries"),
+        pytest.param(JPEG[:2] + segments(3, 65_000, b"\xe1", b"Exif") + JPEG[2:], id="JPEG of a large EXIF"),
+        pytest.param(png(64, 64, more=chunk(b"zTXt", b"Raw profile type exif\0\0x")), id="PNG of EXIF as text"),
+        pytest.param(gif_of_comments(picture(64, 48)), id="GIF of many comments"),
+        pytest.param(encoded(picture(64, 48), "GIF")[:20], id="GIF without a picture"),
+        pytest.param(rle_bmp(640, 480), id="RLE BMP"),
+        pytest.param(png(64, 64, more=chunk(b"tEXt", b"a\0b") * 1000), id="PNG of many chunks"),
+        pytest.param(png(64, 64, more=chunk(b"zzzz", b"") * 1000), id="PNG of empty chunks of an unknown kind"),
+        pytest.param(PNG[:-12] + chunk(b"IDAT", b"") * 1000 + PNG[-12:], id="PNG of many chunks of pixels"),
+        pytest.param(PNG[:-12] + chunk(b"tEXt", b"a\0b") * 1000 + PNG[-12:], id="PNG of many chunks at the end"),
+        pytest.param(JPEG[:2] + segments(1000) + JPEG[2:], id="JPEG of many comments"),
+        pytest.param(JPEG[:2] + segments(1000, 8, b"\xed") + JPEG[2:], id="JPEG of many Photoshop segments"),
+        pytest.param(JPEG[:2] + segments(100, 65_000, b"\xe1") + JPEG[2:], id="JPEG of a large header"),
+        pytest.param(JPEG[:-2] + segments(1000) + JPEG[-2:], id="JPEG of many comments at the end"),
+        pytest.param(jpeg_of_scans(picture(64, 64), 40), id="JPEG of many scans"),
+        pytest.param(JPEG[:40], id="JPEG without a scan"),
+    ],
+)
+def test_picture_that_could_hold_the_interpreter_needs_a_process(data: bytes) -> None:
+    assert not is_bounded(data)
+    assert needed(data) == 0
+
+
+@pytest.mark.parametrize("size", [10**5, 2 * 10**7])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
+def test_structure_of_any_file_is_checked_in_a_bounded_time(kind: str, size: int) -> None:
+    start = {"JPEG": JPEG[:2], "PNG": PNG[:8], "GIF": b"GIF89a" + bytes(7)}[kind]
+    for repeated in (
+        b"\xff\xfe\0\2",
+        b"!\xfe\0",
+        chunk(b"tEXt", b""),
+        b"\xff\xda\0\2",
+        random.Random(0).randbytes(1000),
+    ):
+        data = start + repeated * (size // len(repeated))
+        begin = time.thread_time()
+        is_bounded(data)
+        assert time.thread_time() - begin < 0.2
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options", "megapixels"),
+    [("JPEG", {}, 18), ("JPEG", {"progressive": True, "subsampling": 2}, 13), ("WEBP", {}, 7), ("PNG", {}, 18)],
+)
+def test_large_picture_needs_a_process_with_its_memory(
+    file_format: str, options: dict[str, Any], megapixels: int
+) -> None:
+    data = io.BytesIO()
+    PIL.Image.new("RGB", (1000 * megapixels, 1000)).save(data, file_format, **options)
+    num_bytes = needed(data.getvalue())
+    assert num_bytes is not None
+    assert THREAD_BYTES < num_bytes < 30_000_000 * megapixels
+
+
+def test_clip_always_needs_a_process() -> None:
+    with pytest.raises(NeedsProcess):
+        ThreadDecoder().open_clip(b"GIF89a", SETTINGS, time.monotonic() + 60)
