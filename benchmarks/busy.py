@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -16,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import get_context
 
 from benchmarks import report
 
@@ -83,7 +83,8 @@ def measure(seconds: float) -> dict[str, float]:
 @contextmanager
 def busy_loops(count: int, max_s: float) -> Iterator[None]:
     """Processes that compute without a pause until the block ends, or for `max_s`."""
-    loops = [multiprocessing.Process(target=spin, args=(max_s,), daemon=True) for _ in range(count)]
+    context = get_context("spawn")  # the caller's libraries may not survive a fork
+    loops = [context.Process(target=spin, args=(max_s,), daemon=True) for _ in range(count)]
     for loop in loops:
         loop.start()
     try:

@@ -9,7 +9,7 @@ are described by hand; tests compare the description with the parsers.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -23,6 +23,7 @@ from embedder.http.dialects.openai_models import ModelsResponse
 from embedder.http.dialects.tokens import ROUTES as TOKEN_ROUTES
 from embedder.http.dialects.tokens import TokenRoute
 from embedder.http.error_forms import ErrorForm, error_form
+from embedder.http.request_body import RequestBody
 from embedder.http.response import ErrorResponse
 from embedder.inputs.items import EXAMPLE_IMAGE
 from embedder.settings import Settings
@@ -124,8 +125,16 @@ def _schemas(dialects: Sequence[Dialect[Any]], settings: Settings) -> dict[str, 
         for name, clients in ACCEPTED.items():
             if "properties" in schemas[request.__name__]:
                 schemas[request.__name__]["properties"].setdefault(name, {"description": f"No effect. {clients}."})
-        _allow_nulls(schemas[request.__name__])
+    for body in {*requests, *_subclasses(RequestBody)}:  # also those that are fields of others
+        if body.__name__ in schemas:
+            _allow_nulls(schemas[body.__name__])
     return schemas
+
+
+def _subclasses(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for subclass in model.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 def _allow_nulls(schema: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
@@ -101,6 +102,15 @@ class Serving:
     reranker: ServedModel | None = None
 
 
+class ModelName(PathConvertor):
+    """A model's name in a path: also a hub id, which has a slash. It leaves `/infer` to the route that ends so."""
+
+    regex = ".+(?<!/infer)"
+
+
+register_url_convertor("model", ModelName())
+
+
 class Routes:
     """ASGI app: this service's routes, and `default` for every other path. Routes raise; they render no errors."""
 
@@ -124,7 +134,7 @@ class Routes:
             "/v2": self._page(kserve.server_metadata),
             "/v2/health/live": self._live,
             "/v2/health/ready": self._health,
-            "/v2/models/{model:path}/ready": self._health,
+            "/v2/models/{model:model}/ready": self._health,
             "/info": self._info,
             "/metrics": self._metrics,
             "/openapi.json": self._openapi,
@@ -142,7 +152,7 @@ class Routes:
         get_routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
         post_routes = [Route(_any_model(path), endpoint, methods=["POST"]) for path, endpoint in post.items()]
         # last, because its path takes any rest
-        metadata = Route("/v2/models/{model:path}", self._page(kserve.model_metadata), methods=["GET"])
+        metadata = Route("/v2/models/{model:model}", self._page(kserve.model_metadata), methods=["GET"])
         self._router = Router([*get_routes, *post_routes, metadata])
 
     def over(self, default: ASGIApp) -> ASGIApp:
@@ -278,8 +288,7 @@ class Routes:
 
 
 def _any_model(path: str) -> str:
-    """Let `{model}` in a path be a hub id, which has a slash."""
-    return path.replace("{model}", "{model:path}")
+    return path.replace("{model}", "{model:model}")
 
 
 async def not_found(scope: Scope, receive: Receive, send: Send) -> None:

@@ -339,6 +339,29 @@ def test_response_to_get_matches_the_document(path: str, client: httpx.Client, d
     assert_is_as_described(document, client.get(path), path, "get")
 
 
+@pytest.mark.parametrize("model", ["any", "Qwen/Qwen3-VL-Embedding-2B"])
+def test_path_of_inference_is_no_model_name(model: str, client: httpx.Client) -> None:
+    assert client.get(f"/v2/models/{model}").json()["name"]
+    assert client.get(f"/v2/models/{model}/ready").status_code == 200
+    refused = client.get(f"/v2/models/{model}/infer")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/decode", {"ids": [True]}),
+        ("/decode", {"ids": [[1], [False]]}),
+        ("/decode", {"ids": ["1"]}),
+        ("/detokenize", {"tokens": [True]}),
+        ("/detokenize", {"tokens": ["1"]}),
+        ("/v2/models/any/infer", {"inputs": [{"name": "text", "shape": ["1"], "datatype": "BYTES", "data": ["a"]}]}),
+    ],
+)
+def test_other_types_are_no_numbers(path: str, body: dict[str, Any], client: httpx.Client) -> None:
+    assert client.post(path, json=body).status_code == 400
+
+
 def test_every_error_under_v1_has_openais_form(client: httpx.Client) -> None:
     for response, status, code in [
         (client.get("/v1/embeddings"), 405, "method_not_allowed"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictInt
 
 from embedder.engine.postprocess import Embedding
 from embedder.errors import InvalidRequest
@@ -30,7 +30,7 @@ class Tensor(RequestBody):
     """An input tensor."""
 
     name: Literal["text", "image", "input"]
-    shape: list[int]
+    shape: list[StrictInt]
     datatype: Literal["BYTES"]
     data: list[Any]
     parameters: dict[str, Any] | None = None

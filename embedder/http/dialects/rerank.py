@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import AliasChoices, BaseModel, Field, RootModel, StrictBool
+from pydantic import AliasChoices, BaseModel, Field, RootModel, StrictBool, StrictInt
 
 from embedder.engine.postprocess import Embedding
 from embedder.engine.ranking import best_first, sigmoid
@@ -35,12 +35,12 @@ class RerankRequest(RequestBody):
         validation_alias=AliasChoices("instruction", "instruct"),
         description="The task; default: the reference's for search queries.",
     )
-    top_n: int | None = Field(
+    top_n: StrictInt | None = Field(
         None, ge=0, validation_alias=AliasChoices("top_n", "top_k"), description="Results returned; 0 or absent: all."
     )
     return_documents: StrictBool = Field(False, description="Repeat each document in its result.")
     raw_scores: StrictBool = Field(False, description="Log-odds instead of probabilities.")
-    max_tokens_per_doc: int | None = Field(None, ge=1, description="Tokens to which each document's text is cut.")
+    max_tokens_per_doc: StrictInt | None = Field(None, ge=1, description="Tokens to which each document's text is cut.")
     truncate: StrictBool = Field(True, description="Whether text over the limit is cut; if not, it is an error.")
 
 

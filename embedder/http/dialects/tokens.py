@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, Field, RootModel, StrictBool
+from pydantic import BaseModel, Field, RootModel, StrictBool, StrictInt
 
 from embedder.errors import DeadlineExceeded, InvalidRequest, attributed_to_item
 from embedder.http.dialects.embed import parse_embed
@@ -58,7 +58,7 @@ class TokenizeResponse(RootModel[Any]):
 class DetokenizeRequest(RequestBody):
     """Body of vLLM's `POST /detokenize`."""
 
-    tokens: list[int] = Field(description="Token ids.")
+    tokens: list[StrictInt] = Field(description="Token ids.")
 
 
 class DetokenizeResponse(BaseModel):
@@ -70,7 +70,7 @@ class DetokenizeResponse(BaseModel):
 class DecodeRequest(RequestBody):
     """Body of TEI's `POST /decode`."""
 
-    ids: list[int] | list[list[int]] = Field(description="Token ids of one text, or of several.")
+    ids: list[StrictInt] | list[list[StrictInt]] = Field(description="Token ids of one text, or of several.")
     skip_special_tokens: StrictBool = True
 
 
