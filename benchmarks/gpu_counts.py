@@ -22,8 +22,9 @@ from benchmarks.checkpoints import random_folder
 from benchmarks.fake_cuda import PRODUCTS, FakeCuda, KernelCounter, fake_cuda, missing_requirement
 from benchmarks.workloads import make_items, read_words
 from embedder.inputs.items import item_from_fields
-from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer
+from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.inputs.processor_config import read_vision_config
+from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model import cuda_graphs
 from embedder.model.cuda_graphs import graph_size
 from embedder.model.forward import Forward

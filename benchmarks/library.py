@@ -26,8 +26,9 @@ from benchmarks.compare import Comparison, compare
 from benchmarks.limits import Weights, matrix_rate
 from benchmarks.workloads import WORKLOADS, read_words
 from embedder.inputs.items import item_from_fields
-from embedder.inputs.preprocess import Preprocessor, load_tokenizer
+from embedder.inputs.preprocess import Preprocessor
 from embedder.inputs.processor_config import read_vision_config
+from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.settings import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -19,8 +19,8 @@ import torch
 
 from embedder.errors import EmbedderError
 from embedder.http.api_keys import ApiKeys
-from embedder.inputs.preprocess import load_tokenizer
 from embedder.inputs.processor_config import read_vision_config
+from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model.attention import choose_attention
 from embedder.model.checkpoint import BUNDLED, find_checkpoint, find_reranker, is_on_this_machine
 from embedder.model.execution import choose_execution

@@ -15,8 +15,9 @@ from embedder.engine.device import WaitForRows
 from embedder.errors import DeviceOutOfMemory, ModelUnavailable
 from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text
 from embedder.inputs.pairs import DEFAULT_INSTRUCTION, PairPreprocessor
-from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer
+from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.inputs.processor_config import read_vision_config
+from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model.checkpoint import Checkpoint
 from embedder.model.cuda_graphs import TextGraphs, graph_size
 from embedder.model.device_errors import device_errors

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from embedder import Embedder
-from embedder.inputs.preprocess import load_tokenizer
 from embedder.inputs.prompt import QUERY_INSTRUCTION
+from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model.weights import load_model
 from embedder.verify import published
 from embedder.verify.__main__ import main

@@ -22,6 +22,7 @@ The modules, in the order in which an item passes them:
     frames      the sampled frames of one video, resized and collected
     video       an encoded video or a list of frames -> sampled RGB frames, resized, with their times
     processor_config  the checkpoint's processor files
+    tokenizer_files   the checkpoint's tokenizer, as transformers reads it
     prompt      instruction and parts -> the chat prompt, as pieces to tokenize
     preprocess  all of these -> `ModelInput`: token ids, positions and patches
     pairs       a query and its documents -> the `ModelInput`s that a reranker scores

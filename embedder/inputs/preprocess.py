@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -316,23 +315,6 @@ def patchify(frames: NDArray[np.uint8], patch_size: int, merge_size: int) -> Pat
     rows = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
     pixels = np.ascontiguousarray(rows).reshape(grid_t * grid_h * grid_w, -1)
     return Patches(pixels, (grid_t, grid_h, grid_w), num_frames)
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the checkpoint's tokenizer from `tokenizer.json`, without the truncation and padding saved in it.
-
-    Training tools save both, and they would cut or pad every text. transformers ignores them by default, too.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ModelUnavailable(f"{folder} has no tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers has no class of its own
-        raise ModelUnavailable(f"{path} is not a tokenizer file: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _merge_adjacent_ids(runs: Sequence[list[int] | Placeholders]) -> list[list[int] | Placeholders]:

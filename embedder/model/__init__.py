@@ -3,6 +3,7 @@
 checkpoint     settings to a checkpoint folder, downloaded from the hub if needed
 gpus           the number of GPUs, without torch where there is none
 progress       downloads and loads in log lines
+weight_files   which safetensors files are read, and whether their shapes are those of config.json
 memory         check that the weights fit the device, before they are loaded
 weights        checkpoint folder to transformers' Qwen3VLModel on the device
 products       linear layers of one input joined, and packed for oneDNN where that is faster

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from embedder.errors import ModelUnavailable
+from embedder.model.weight_files import read_shapes
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -17,10 +17,7 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 def check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Raise `ModelUnavailable` if the weights in `dtype` need more than the device's free memory."""
-    try:
-        needed = weights_bytes(folder, dtype)
-    except (OSError, SafetensorError) as error:
-        raise ModelUnavailable(f"cannot read the weights of {folder}: {error}") from error
+    needed = weights_bytes(folder, dtype)
     free = free_bytes(device)
     if free is not None and needed > free:
         raise ModelUnavailable(
@@ -31,12 +28,8 @@ def check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None
 
 
 def weights_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of all weights of the folder in `dtype`. Reads only the headers of the files."""
-    num_values = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            num_values += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no dict
-    return num_values * dtype.itemsize
+    """Bytes of all weights of the files that are read, in `dtype`. Reads only their headers."""
+    return sum(map(math.prod, read_shapes(folder).values())) * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from embedder.errors import ModelUnavailable
+from embedder.model.weight_files import weight_files
 
 YES, NO = "yes", "no"  # entries of the vocabulary, without a space before them
 
@@ -43,7 +44,7 @@ def load_score_head(folder: Path, model: Any, tokenizer: Tokenizer) -> Tensor:
 
 def _read_rows(folder: Path, name: str, rows: list[int]) -> Tensor | None:
     """Some rows of one weight of the checkpoint's files; None if it is in none of them."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             if name in file.keys():  # noqa: SIM118 - no dict
                 weight = file.get_slice(name)

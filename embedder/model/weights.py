@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from embedder.errors import ModelUnavailable
 from embedder.model.memory import check_memory, weights_bytes
 from embedder.model.progress import LoggedProgress
+from embedder.model.weight_files import INDEX, Shape, check_shapes, weight_files
 from embedder.settings import Settings
 from embedder.torchvision_shim import declare_torchvision_operators
 
@@ -35,7 +36,6 @@ transformers_logging.set_tqdm_hook(lambda _, args, kwargs: LoggedProgress(*args,
 
 logger = logging.getLogger(__name__)
 
-_INDEX = "model.safetensors.index.json"
 _OLDER_FIELDS = frozenset({"rope_scaling", "rope_theta"})  # of `rope_parameters`, before transformers 5
 
 
@@ -104,13 +104,16 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     """Weights in `dtype` on `device`, in eval mode and without gradients.
 
     Accepts keys with and without the prefix of the conditional-generation class. Raises `ModelUnavailable` if a file or
-    a weight is missing (transformers would continue with random numbers), or if the weights do not fit the device.
+    a weight is missing (transformers would continue with random numbers), if a shape is not the one that config.json
+    describes, or if the weights do not fit the device. All of this is known before memory is allocated.
     """
+    config = read_config(folder)
+    if unexpected := check_shapes(folder, _shapes(folder, config)):
+        logger.warning("%s has %d weights that are not used, e.g. %s", folder, len(unexpected), unexpected[0])
     check_memory(folder, dtype, device)
     size, dtype_name = weights_bytes(folder, dtype), str(dtype).removeprefix("torch.")
     logger.info("loading %s: %.1f GB of weights as %s, to %s", folder, size / 1e9, dtype_name, device)
-    config = read_config(folder)
-    with only_safetensors(folder) as weights:
+    with only_safetensors(folder) as weights, _without_warnings():
         try:
             loaded: Any = Qwen3VLModel.from_pretrained(
                 weights,
@@ -132,6 +135,29 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     return model
 
 
+def _shapes(folder: Path, config: Qwen3VLConfig) -> dict[str, Shape]:
+    """The shape of each weight of the model that `config` describes. Allocates none of them."""
+    try:
+        with torch.device("meta"):
+            model = Qwen3VLModel(config)
+    except (ValueError, RuntimeError, KeyError, TypeError, ZeroDivisionError) as error:  # a name or a size in it
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelUnavailable(f"cannot use {folder / 'config.json'}: {reason}") from error
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence transformers' tables of unused weights; `check_shapes` has told what matters."""
+    report = logging.getLogger("transformers")
+    level = report.level
+    report.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        report.setLevel(level)
+
+
 def read_config(folder: Path) -> Qwen3VLConfig:
     """The fields of config.json that describe the architecture; all others are dropped.
 
@@ -142,8 +168,11 @@ def read_config(folder: Path) -> Qwen3VLConfig:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if fields.get("quantization_config") is not None:
             raise ValueError("quantization_config: quantized weights are not supported; allowed: float weights")
+        for name in ("text_config", "vision_config"):
+            if not isinstance(fields.get(name), dict):  # transformers would take the sizes of another model
+                raise ValueError(f"{name} is {fields.get(name)!r}; allowed: an object with the sizes of the tower")
         towers = {
-            name: _architecture(fields.get(name) or {}, tower)
+            name: _architecture(fields[name], tower)
             for name, tower in (("text_config", Qwen3VLTextConfig), ("vision_config", Qwen3VLVisionConfig))
         }
         return Qwen3VLConfig(**{**_architecture(fields, Qwen3VLConfig), **towers})
@@ -159,18 +188,14 @@ def _architecture(fields: Mapping[str, Any], kind: type[PreTrainedConfig]) -> di
 
 @contextmanager
 def only_safetensors(folder: Path) -> Iterator[Path]:
-    """A temporary folder with links to the safetensors files of `folder` and to their index, and nothing else.
+    """A temporary folder with links to the weight files of `folder` and to their index, and nothing else.
 
     transformers also reads pickled weights, and an adapter's base model from the hub, if it finds their files.
-    Raises `ModelUnavailable` if there is no such file.
+    Raises `ModelUnavailable` if a file is missing.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelUnavailable(
-            f"cannot load {folder}: it has no .safetensors file; other formats are not read, because they can hold code"
-        )
+    files = weight_files(folder)
     with tempfile.TemporaryDirectory(prefix="qwen3-vl-embedding-weights-") as links:
-        for file in (*files, folder / _INDEX):
+        for file in (*files, folder / INDEX):
             if file.is_file():
                 (Path(links) / file.name).symlink_to(file.resolve())
         yield Path(links)

@@ -11,7 +11,7 @@ import numpy as np
 
 from embedder.embedder import Embedder
 from embedder.inputs.items import item_from_fields
-from embedder.inputs.preprocess import load_tokenizer
+from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.verify.http_service import Service, ServiceFault
 from embedder.verify.probes import NUM_TEXT_PROBES, PROBES, TEXT_PROBES, Vector
 from embedder.verify.published import check_published_values

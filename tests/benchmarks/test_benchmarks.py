@@ -39,7 +39,7 @@ from benchmarks.peers import Peer
 from benchmarks.protocols import VLLMProtocol
 from benchmarks.workloads import WORKLOADS, Item, make_items
 from embedder.inputs.items import item_from_fields
-from embedder.inputs.preprocess import load_tokenizer
+from embedder.inputs.tokenizer_files import load_tokenizer
 
 # of sentence-transformers, LitServe and what they bring
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

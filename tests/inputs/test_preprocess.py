@@ -22,8 +22,9 @@ from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLModel, Qwen3VLProc
 
 from embedder.errors import InputTooLong, MediaTooLarge, ModelUnavailable
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
-from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer, patchify
+from embedder.inputs.preprocess import ModelInput, Preprocessor, patchify
 from embedder.inputs.processor_config import read_vision_config
+from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.settings import Settings
 from tests.conftest import encoded, picture, words
 

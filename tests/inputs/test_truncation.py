@@ -13,8 +13,9 @@ from transformers import Qwen3VLProcessor
 from embedder import Embedder
 from embedder.errors import InputTooLong
 from embedder.inputs.items import EmbeddingItem, Image, Text, Truncate, Video, item_from_fields
-from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer
+from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.inputs.processor_config import read_vision_config
+from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.settings import Settings
 from tests.conftest import picture, words
 from tests.model.test_parity import assert_equal

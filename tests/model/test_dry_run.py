@@ -31,8 +31,9 @@ from benchmarks.fake_cuda import (
     recorded_kernels,
 )
 from embedder.inputs.items import EmbeddingItem, Image, Part, Text, Video
-from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer
+from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.inputs.processor_config import read_vision_config
+from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model import cuda_graphs
 from embedder.model.attention import flash_attention, sdpa_attention, varlen_attention
 from embedder.model.cuda_graphs import TextGraphs, graph_size

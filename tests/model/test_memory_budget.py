@@ -11,8 +11,9 @@ import torch
 
 from embedder import Embedder
 from embedder.errors import DeviceOutOfMemory, ModelUnavailable
-from embedder.inputs.preprocess import ModelInput, Preprocessor, load_tokenizer
+from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.inputs.processor_config import read_vision_config
+from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model.memory_budget import find_budget
 from embedder.settings import Settings
 

@@ -23,10 +23,11 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 from embedder import Embedder
 from embedder.errors import InputTooLong, InvalidMedia
 from embedder.inputs.items import item_from_fields
-from embedder.inputs.preprocess import Preprocessor, load_tokenizer
+from embedder.inputs.preprocess import Preprocessor
 from embedder.inputs.processor_config import read_vision_config
 from embedder.inputs.regimes import CheckpointRegime, ReferenceRegime, Regime, Resize
 from embedder.inputs.resample import resize
+from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.settings import Settings
 from tests.conftest import picture
 from tests.inputs.test_video import clip
