@@ -16,21 +16,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import hypothesis
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 from numpy.typing import NDArray
 
-from benchmarks.random_checkpoint import build_reranker_tokenizer, build_tokenizer, shape_config, write_checkpoint
-from embedder import Embedder, Reranker
-from embedder.engine.postprocess import finish_vectors
-from embedder.errors import EngineFailed
-from tests.fake_model import FakeModel
+if TYPE_CHECKING:  # see `pytest_collection`
+    from embedder import Embedder, Reranker
+    from tests.fake_model import FakeModel
 
 # the same examples in every run, and no folder that remembers them
 hypothesis.settings.register_profile("house", database=None, derandomize=True, deadline=None)
@@ -70,8 +67,24 @@ def processes_of_this_run() -> dict[int, str]:
     return found
 
 
+def pytest_collection(session: pytest.Session) -> None:
+    """Before any test file imports transformers, import what it needs.
+
+    The process of `pytest -n` that runs no test is spared the seconds that this takes, and the fixtures import what
+    they need when they run.
+    """
+    if IS_XDIST_WORKER or not session.config.getoption("numprocesses", None):
+        import embedder.model.weights  # noqa: F401
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none."""
+    """Put tests of one service, else of one file, into one process; skip those marked `gpu` where there is none."""
+    import torch
+
+    for item in items:
+        services = {"server", "small_server"} & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group(min(services, default=str(item.path))))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -81,6 +94,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def write_random(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function that writes a random checkpoint of the `tiny` shape with fields overridden -> its folder."""
+    from benchmarks.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
+
     tokenizer = build_tokenizer(TEXTS[:40], vocab_size=1500)
 
     def write(
@@ -106,6 +121,8 @@ def random_checkpoint(write_random: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def float32_on_every_processor() -> Iterator[None]:
     """The default data type of a processor without bfloat16, so that vectors are compared in float32 everywhere."""
+    import torch
+
     capabilities = {**torch.cpu.get_capabilities(), "avx512_bf16": False, "amx_bf16": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
@@ -115,6 +132,8 @@ def float32_on_every_processor() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def write_reranker(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function that writes a random reranker of the `tiny` shape -> its folder."""
+    from benchmarks.random_checkpoint import build_reranker_tokenizer, shape_config, write_checkpoint
+
     tokenizer = build_reranker_tokenizer(TEXTS[:40], vocab_size=1500)
 
     def write(tied: bool = True, **options: Any) -> Path:
@@ -135,6 +154,8 @@ def random_reranker(write_reranker: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def reranker(random_reranker: Path) -> Iterator[Reranker]:
     """Random weights, float32, CPU."""
+    from embedder import Reranker
+
     with Reranker(str(random_reranker), device="cpu") as reranker:
         yield reranker
 
@@ -142,6 +163,8 @@ def reranker(random_reranker: Path) -> Iterator[Reranker]:
 @pytest.fixture(scope="session")
 def embedder(random_checkpoint: Path) -> Iterator[Embedder]:
     """Random weights, float32, CPU."""
+    from embedder import Embedder
+
     with Embedder(str(random_checkpoint), device="cpu") as embedder:
         yield embedder
 
@@ -161,6 +184,9 @@ def encoded(image: PIL.Image.Image, file_format: str = "PNG", **options: Any) ->
 
 def finish(row: NDArray[np.float32], dimensions: int | None, *, normalize: bool) -> NDArray[np.float32]:
     """One finite row, as the engine finishes it."""
+    from embedder.engine.postprocess import finish_vectors
+    from embedder.errors import EngineFailed
+
     (vector,) = finish_vectors(row[None], [(dimensions, normalize)])
     assert not isinstance(vector, EngineFailed)
     return vector
@@ -266,6 +292,8 @@ def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def model() -> FakeModel:
     """A fake model that does not wait."""
+    from tests.fake_model import FakeModel
+
     model = FakeModel()
     model.gate.set()
     return model

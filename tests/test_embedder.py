@@ -144,6 +144,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(available_cores() < 2 or not Path("/proc/self/task").is_dir(), reason="needs two cores, and Linux")
 def test_threads_that_load_the_model_end() -> None:
     """Otherwise OpenMP has more threads than cores and becomes slow. Embedding starts its own threads."""

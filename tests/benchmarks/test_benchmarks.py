@@ -273,6 +273,7 @@ def test_variant_with_other_vectors_ends_the_run(monkeypatch: pytest.MonkeyPatch
         choices._forward_times(folder, rounds=1)
 
 
+@pytest.mark.slow
 def test_frozen_heap_is_not_walked() -> None:
     uncompiled, frozen = choices._pauses_ms().values()
     assert frozen < uncompiled

@@ -12,7 +12,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import av
@@ -235,16 +235,17 @@ def bodies() -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
             yield f"{path}: {name}", path, body, headers
 
 
-def large_bodies() -> Iterator[tuple[str, bytes]]:
-    """Bodies of nearly the largest allowed size, for any route."""
-    yield "deep", b'{"input":' + b"[" * (MANY - 20)
-    yield "a list of many", b'{"input":[' + b'"a",' * (MANY // 4) + b'"a"]}'
-    yield "a list of many numbers", b'{"input":[' + b"1," * (MANY // 2 - 20) + b"1]}"
-    yield "the same key", b"{" + b'"input":"a",' * (MANY // 12 - 20) + b'"input":5}'
-    yield "one string", b'{"input":"' + b"a" * (MANY - 20) + b'"}'
-    yield "one string of commas", b'{"input":"' + b",\\n" * (MANY // 3 - 20) + b'"}'
-    yield "one number", b'{"input":' + b"9" * (MANY - 20) + b"}"
-    yield "blanks", b'{"input":' + b" " * (MANY - 20) + b"5}"
+# Bodies of nearly the largest allowed size, for any route
+LARGE_BODIES: dict[str, Callable[[], bytes]] = {
+    "deep": lambda: b'{"input":' + b"[" * (MANY - 20),
+    "a list of many": lambda: b'{"input":[' + b'"a",' * (MANY // 4) + b'"a"]}',
+    "a list of many numbers": lambda: b'{"input":[' + b"1," * (MANY // 2 - 20) + b"1]}",
+    "the same key": lambda: b"{" + b'"input":"a",' * (MANY // 12 - 20) + b'"input":5}',
+    "one string": lambda: b'{"input":"' + b"a" * (MANY - 20) + b'"}',
+    "one string of commas": lambda: b'{"input":"' + b",\\n" * (MANY // 3 - 20) + b'"}',
+    "one number": lambda: b'{"input":' + b"9" * (MANY - 20) + b"}",
+    "blanks": lambda: b'{"input":' + b" " * (MANY - 20) + b"5}",
+}
 
 
 def _broken(good: bytes) -> Iterator[tuple[str, bytes]]:

@@ -6,6 +6,7 @@ import io
 import random
 import struct
 from collections.abc import Callable
+from functools import cache
 
 import av
 import numpy as np
@@ -140,6 +141,12 @@ def many_pictures_in_a_packet(count: int, side: int, container_format: str = "ma
             packet.is_keyframe = not number
             container.mux(packet)
     return buffer.getvalue()
+
+
+@cache
+def hanging_clip() -> bytes:
+    """A clip of which one call of FFmpeg takes hours."""
+    return many_pictures_in_a_packet(40_000, 1024)
 
 
 def random_clip(chooser: random.Random, scale: float = 1.0) -> tuple[str, bytes]:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ from embedder.settings import Settings
 from tests.conftest import ROOT, encoded, picture
 from tests.inputs import hostile_clips
 from tests.inputs.hostile import chunk, gif_of_comments, jpeg_of_scans, png, rle_bmp
+from tests.inputs.hostile_clips import hanging_clip
 from tests.inputs.test_video import KINDS, clip
 
 REGIME = CheckpointRegime()
 SETTINGS = Settings(decode_timeout_s=60)
 GOOD = clip(num_frames=20)
-HANGS = hostile_clips.many_pictures_in_a_packet(40_000, 1024)  # hours in one call of FFmpeg
 
 
 class Decoding:
@@ -149,14 +150,17 @@ def test_frames_of_a_list_are_decoded_where_each_belongs(kinds: tuple[str | None
 
 
 @pytest.mark.parametrize(
-    "data",
+    "make",
     [
-        pytest.param(HANGS, id="pictures in a packet"),
-        pytest.param(hostile_clips.many_tags(200_000), id="tags"),
-        pytest.param(hostile_clips.many_metadata(200_000), id="metadata"),
+        pytest.param(hanging_clip, id="pictures in a packet"),
+        pytest.param(partial(hostile_clips.many_tags, 200_000), id="tags"),
+        pytest.param(partial(hostile_clips.many_metadata, 200_000), id="metadata"),
     ],
 )
-def test_clip_that_holds_ffmpeg_is_cut_off_at_the_deadline(data: bytes, good: Any, decoding: Decoding) -> None:
+def test_clip_that_holds_ffmpeg_is_cut_off_at_the_deadline(
+    make: Callable[[], bytes], good: Any, decoding: Decoding
+) -> None:
+    data = make()
     pid = decoding.pid
     decoding.limit(Settings(decode_timeout_s=1))
     with pytest.raises(MediaTooLarge, match=r"^decoding took more than 1 s \(decode_timeout_s\)"):
@@ -169,16 +173,19 @@ def test_clip_that_holds_ffmpeg_is_cut_off_at_the_deadline(data: bytes, good: An
 
 
 @pytest.mark.parametrize(
-    "data",
+    "make",
     [
-        pytest.param(hostile_clips.encrypted_samples(100_000_000), id="encrypted samples"),
-        pytest.param(hostile_clips.encrypted_samples(100_000_000, 4), id="encrypted samples of four tracks"),
-        pytest.param(hostile_clips.many_attachments(5_000_000), id="attachments"),
-        pytest.param(hostile_clips.many_chapters(5_000_000), id="chapters"),
-        pytest.param(hostile_clips.many_cues(5_000_000), id="cues"),
+        pytest.param(partial(hostile_clips.encrypted_samples, 100_000_000), id="encrypted samples"),
+        pytest.param(partial(hostile_clips.encrypted_samples, 100_000_000, 4), id="encrypted samples of four tracks"),
+        pytest.param(partial(hostile_clips.many_attachments, 5_000_000), id="attachments"),
+        pytest.param(partial(hostile_clips.many_chapters, 5_000_000), id="chapters"),
+        pytest.param(partial(hostile_clips.many_cues, 5_000_000), id="cues"),
     ],
 )
-def test_clip_that_takes_gigabytes_is_refused_within_its_memory(data: bytes, good: Any, decoding: Decoding) -> None:
+def test_clip_that_takes_gigabytes_is_refused_within_its_memory(
+    make: Callable[[], bytes], good: Any, decoding: Decoding
+) -> None:
+    data = make()
     idle = peak_bytes(decoding.pid)
     pid = decoding.pid
     with pytest.raises((NeedsProcess, InvalidMedia, MediaTooLarge)):
@@ -220,7 +227,7 @@ def test_item_says_how_much_memory_it_needs(decoding: Decoding) -> None:
 def test_process_that_dies_fails_its_own_item_only(number: int, good: Any, decoding: Decoding) -> None:
     threading.Timer(0.3, os.kill, (decoding.pid, number)).start()
     with pytest.raises(InvalidMedia, match=r"^the decoder failed on this file \(status -\d+\)"):
-        decoding.load(HANGS)
+        decoding.load(hanging_clip())
     assert decoding.ended == ["crash"]
     assert np.array_equal(decoding.load(GOOD), good)
 
@@ -247,7 +254,7 @@ def test_close_ends_a_process_that_hangs() -> None:
 
     def load() -> None:
         try:
-            decoding.load(HANGS)
+            decoding.load(hanging_clip())
         except EmbedderError as error:
             failed.append(error)
 
@@ -358,7 +365,7 @@ load_video(Video(data), CheckpointRegime(), Settings(), decoder=ProcessDecoder(p
 
 def test_process_dies_with_its_parent_even_while_it_hangs(tmp_path: Path) -> None:
     path = tmp_path / "clip"
-    path.write_bytes(HANGS)
+    path.write_bytes(hanging_clip())
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     run = subprocess.run(

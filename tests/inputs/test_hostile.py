@@ -32,7 +32,7 @@ from tests.inputs import hostile
 
 TOLERANCE = 1e-6  # of a value in float32; batches differ
 MAX_GROWN_BYTES = 600 * 2**20  # bodies of 64 MiB not collected yet, and allocators; measured: 350 MB
-MAX_PARSE_S = 0.3  # of CPU for the largest body; it blocks the event loop
+MAX_PARSE_S = 1.0  # of CPU for the largest body, which blocks the event loop; 0.15 on an idle machine
 SETTINGS = Settings()
 MAX_VALUES = max_values(SETTINGS.max_items_per_request)
 GOOD: list[Any] = [f"good item {number}" for number in range(12)] + [
@@ -139,13 +139,14 @@ def test_bad_body_is_refused_on_every_route(client: httpx.Client) -> None:
 
 
 def test_large_body_is_refused(client: httpx.Client) -> None:
-    for name, body in hostile.large_bodies():
-        assert_refused(client.post("/txt/embed", content=body, headers={"content-type": "application/json"}), name)
+    for name, body in hostile.LARGE_BODIES.items():
+        assert_refused(client.post("/txt/embed", content=body(), headers={"content-type": "application/json"}), name)
 
 
+@pytest.mark.slow
 def test_memory_of_a_large_body_is_reused(server: Server, client: httpx.Client) -> None:
     process = psutil.Process(server.process.pid)
-    body = dict(hostile.large_bodies())["one string"]
+    body = hostile.LARGE_BODIES["one string"]()
     num_bytes = []
     for _ in range(10):
         assert_refused(client.post("/txt/embed", content=body, headers={"content-type": "application/json"}), "again")
@@ -196,9 +197,10 @@ def parse_s(body: bytes) -> float:
     return max(min(once(parse) for _ in range(3)) for parse in parsers)
 
 
-@pytest.mark.parametrize("body", [pytest.param(body, id=name) for name, body in hostile.large_bodies()])
-def test_largest_body_blocks_the_event_loop_briefly(body: bytes) -> None:
+@pytest.mark.parametrize("name", hostile.LARGE_BODIES)
+def test_largest_body_blocks_the_event_loop_briefly(name: str) -> None:
     """Parsing holds the GIL. Counting values does not: it runs in a thread and releases the GIL."""
+    body = hostile.LARGE_BODIES[name]()
     assert exceeds_value_count(body, MAX_VALUES) or parse_s(body) < MAX_PARSE_S
 
 

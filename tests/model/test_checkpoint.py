@@ -20,7 +20,7 @@ def test_folder_is_taken_as_it_is(random_checkpoint: Path) -> None:
     assert find_checkpoint(Settings(model=name)) == Checkpoint(random_checkpoint, name, "", is_bundled=False)
 
 
-@pytest.mark.parametrize("model", ["no-such-folder", "./a/b", "/no/such", "~/model", "a/b/c", "../x"])
+@pytest.mark.parametrize("model", ["no-such-folder", "./a/b", "/no/such", "~/model", "a/b/c", "../no-such"])
 def test_name_that_is_neither_folder_nor_hub_id_is_refused(model: str) -> None:
     with pytest.raises(ModelUnavailable) as caught:
         find_checkpoint(Settings(model=model))

@@ -138,6 +138,7 @@ def test_bfloat16_stays_near_float32(random_checkpoint: Path, oracle: Oracle) ->
     assert cosines(vectors, oracle.embed(items)).min() >= 0.999
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_to_float32_as_transformers_own(random_checkpoint: Path, oracle: Oracle) -> None:
     items = list(ITEMS.values())
     exact = oracle.embed(items)

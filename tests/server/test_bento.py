@@ -31,6 +31,7 @@ def bento_tag(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{home}|qwen3-vl-embedding:{folders[0].name}"
 
 
+@pytest.mark.slow
 def test_bento_serves_from_another_folder(bento_tag: str, random_checkpoint: Path, tmp_path: Path) -> None:
     home, tag = bento_tag.split("|")
     with pytest.MonkeyPatch.context() as patch:

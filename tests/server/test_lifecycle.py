@@ -49,7 +49,17 @@ def without_its_end(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("fault", ["variable", "key file", "model", "port", "usual port", "device", "weights"])
+SLOW = pytest.mark.slow  # found by the worker, which loads torch first
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *("variable", "key file", "model", "port", "usual port"),
+        pytest.param("device", marks=SLOW),
+        pytest.param("weights", marks=SLOW),
+    ],
+)
 def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path, tmp_path: Path) -> None:
     settings, reason = {"model": str(random_checkpoint), "device": "cpu"}, ""
     options: list[str] = ["--port", "0"]
@@ -184,6 +194,7 @@ def test_after_sigterm_accepted_requests_finish_and_new_ones_are_refused(lone: S
     assert "Traceback" not in lone.log.read_text()
 
 
+@pytest.mark.slow
 def test_sigterm_under_load_leaves_no_request_without_an_outcome(lone: Server) -> None:
     """Each request gets a response or a 503, or its connection is closed."""
 
