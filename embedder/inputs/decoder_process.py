@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from embedder.errors import EmbedderError, InvalidMedia, MediaTooLarge, ShuttingDown
 from embedder.inputs.decoder import NeedsProcess, OpenImage, ThreadDecoder
 from embedder.inputs.limits import FixedLimits, MediaLimits, decoding_took_too_long
+from embedder.inputs.process_connection import MAX_MESSAGE
 from embedder.settings import decoder_environment
 
 logger = logging.getLogger(__name__)
@@ -43,14 +44,13 @@ START_BYTES = 192 * 2**20
 RETRY_BYTES = 2**29  # for an item whose need is unknown, and more than that at the start
 START_TIMEOUT_S = 60.0
 GRACE_S = 0.25  # after the deadline, in which the process may end the item by itself
-MAX_MESSAGE = 2**16
 RGB_BYTES_PER_PIXEL = 3
 
 EndReason = Literal["deadline", "memory", "crash"]
 
 _PROGRAM = (
-    "import json, sys; sys.path[:], descriptor, parent, limits = json.loads(sys.argv[1]); "
-    "from embedder.inputs.decoder_worker import main; main(descriptor, parent, limits)"
+    "import importlib, json, sys; sys.path[:], module, descriptor, parent, limits = json.loads(sys.argv[1]); "
+    "importlib.import_module(module).main(descriptor, parent, limits)"
 )
 
 
@@ -64,10 +64,17 @@ class DecoderProcess:
 
     Only one thread may use it, which calls `stop` at its end: the process ends with the thread that has started it.
     `close` may be called by any thread. `on_end` is called with the reason when the process was killed or has died.
+    `program`: the module whose `main` runs in the process.
     """
 
-    def __init__(self, limits: MediaLimits, on_end: Callable[[EndReason], None]) -> None:
+    def __init__(
+        self,
+        limits: MediaLimits,
+        on_end: Callable[[EndReason], None],
+        program: str = "embedder.inputs.decoder_worker",
+    ) -> None:
         self.limits = FixedLimits.of(limits)
+        self._program = program
         self._on_end = on_end
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -90,7 +97,7 @@ class DecoderProcess:
         with theirs:
             root = str(Path(__file__).parents[2])
             paths = [os.path.abspath(path) for path in (*sys.path, root) if path]
-            arguments = json.dumps([paths, theirs.fileno(), os.getpid(), asdict(self.limits)])
+            arguments = json.dumps([paths, self._program, theirs.fileno(), os.getpid(), asdict(self.limits)])
             self._process = subprocess.Popen(  # noqa: S603 - the arguments are ours
                 [sys.executable, "-I", "-S", "-c", _PROGRAM, arguments],
                 env=decoder_environment(),
@@ -231,7 +238,7 @@ class ProcessDecoder(ThreadDecoder):
             self._number = self.process.next_item()
             self.deadline = max(deadline + time.monotonic() - begin, self.deadline)
         self._num_opened += 1
-        with _memory_file(len(data)) as descriptor:
+        with memory_file(len(data)) as descriptor:
             os.pwrite(descriptor, data, 0)
             self.process.send(
                 descriptor,
@@ -277,7 +284,7 @@ class ProcessDecoder(ThreadDecoder):
     def _share_buffer(self, message: dict[str, Any]) -> None:
         number = self._integer(message, "buffer", 1)
         num_bytes = self._integer(message, "num_bytes", RGB_BYTES_PER_PIXEL * self.process.limits.max_image_pixels)
-        with _memory_file(num_bytes) as descriptor:
+        with memory_file(num_bytes) as descriptor:
             self._buffers[number] = mmap.mmap(descriptor, num_bytes)
             self.process.send(descriptor, type="buffer", item=self._number)
 
@@ -376,7 +383,7 @@ class ProcessClip:
 
 
 @contextmanager
-def _memory_file(num_bytes: int) -> Iterator[int]:
+def memory_file(num_bytes: int) -> Iterator[int]:
     """A descriptor of memory that both processes can map, and neither can make smaller or larger."""
     descriptor = os.memfd_create("decoding", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import json
 import mmap
 import os
 import signal
@@ -37,8 +36,8 @@ from embedder.inputs.clip import OpenClip, open_clip
 from embedder.inputs.formats import IMAGE_FORMATS
 from embedder.inputs.limits import FixedLimits, TooLittleMemory
 from embedder.inputs.picture import decode_image, decode_peak_bytes, open_image
+from embedder.inputs.process_connection import Connection, Ended
 
-MAX_MESSAGE = 2**16
 NUM_BUFFERS = 2  # one is filled while the parent reads the other
 WORN_BYTES = 2**26  # of address space that items have left behind; then the parent replaces the process
 OWN_BYTES = WORN_BYTES + 2**25  # of memory for the interpreter's own needs, in addition to what decoding may use
@@ -47,38 +46,14 @@ PARENT_BYTES_PER_PIXEL = 4  # of a decoded image, in Pillow's form
 STRIP_BYTES = 2**20  # of an image that is copied to a buffer
 
 
-class _Ended(Exception):
-    """The parent has no more items, or is gone."""
-
-
 class _Refused(Exception):
     """The parent does not grant the memory now."""
-
-
-class _Connection:
-    """The socket to the parent."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
-
-    def send(self, **message: Any) -> None:
-        try:
-            self._socket.send(json.dumps(message).encode())
-        except OSError as error:
-            raise _Ended from error
-
-    def receive(self) -> tuple[dict[str, Any], int | None]:
-        """The next message, and its file descriptor."""
-        data, descriptors, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, 1)
-        if not data:
-            raise _Ended
-        return json.loads(data), descriptors[0] if descriptors else None
 
 
 class _Item:
     """One item: what is open, the memory that it may use, and the buffers."""
 
-    def __init__(self, connection: _Connection, limits: FixedLimits, address_space: int) -> None:
+    def __init__(self, connection: Connection, limits: FixedLimits, address_space: int) -> None:
         self._connection = connection
         self._limits = limits
         self._address_space = address_space  # of the process without an item
@@ -181,7 +156,7 @@ def main(descriptor: int, parent: int, limits: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     sandbox.die_with_parent(parent)
     _import_everything()
-    connection = _Connection(socket.socket(fileno=descriptor))
+    connection = Connection(socket.socket(fileno=descriptor))
     with open("/dev/null", "wb") as nothing:
         os.dup2(nothing.fileno(), 2)  # a library's message could hold what callers sent
     sandbox.limit_resources()
@@ -189,7 +164,7 @@ def main(descriptor: int, parent: int, limits: dict[str, Any]) -> None:
     address_space = sandbox.address_space(memory_file)
     is_confined = sandbox.refuse_system_calls()
     connection.send(type="ready", is_confined=is_confined)
-    with contextlib.suppress(_Ended):
+    with contextlib.suppress(Ended):
         while True:
             answer = _serve(connection, FixedLimits(**limits), address_space + OWN_BYTES)
             if sandbox.address_space(memory_file) > address_space + WORN_BYTES:
@@ -198,7 +173,7 @@ def main(descriptor: int, parent: int, limits: dict[str, Any]) -> None:
             connection.send(**answer, is_worn=is_worn)
 
 
-def _serve(connection: _Connection, limits: FixedLimits, address_space: int) -> dict[str, str]:
+def _serve(connection: Connection, limits: FixedLimits, address_space: int) -> dict[str, str]:
     """Serve one item. Returns the last answer."""
     item = _Item(connection, limits, address_space)
     try:

@@ -20,7 +20,7 @@ import pytest
 from embedder import Embedder
 from embedder.errors import EmbedderError, InvalidMedia, MediaTooLarge
 from embedder.inputs.decoder import NeedsProcess
-from embedder.inputs.decoder_process import RETRY_BYTES, START_BYTES, DecoderProcess, ProcessDecoder, _memory_file
+from embedder.inputs.decoder_process import RETRY_BYTES, START_BYTES, DecoderProcess, ProcessDecoder, memory_file
 from embedder.inputs.image import load_image
 from embedder.inputs.items import EmbeddingItem, Image, Video
 from embedder.inputs.limits import FixedLimits
@@ -275,7 +275,7 @@ def test_item_that_is_given_up_while_it_is_decoded_leaves_the_process_usable(goo
 
 
 def test_shared_memory_cannot_be_taken_away() -> None:
-    with _memory_file(4096) as descriptor:
+    with memory_file(4096) as descriptor:
         for size in (0, 8192):
             with pytest.raises(PermissionError):
                 os.ftruncate(descriptor, size)
