@@ -1,0 +1,147 @@
+"""A file -> its pages as pictures. The file is opened and rendered in a process that can be killed, never here.
+
+A page counts as a scan of `pdf.DOTS_PER_INCH`, and is rendered at once in the size to which the model would reduce that
+scan. So it uses the model's pixel budget, and no pixel is computed that is not embedded.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import PIL.Image
+
+from embedder.documents.page_worker import MAX_PAGES, MAX_TEXT_BYTES, RGB_BYTES_PER_PIXEL
+from embedder.errors import InvalidMedia, MediaTooLarge
+from embedder.inputs.decoder_process import DecoderProcess, memory_file
+from embedder.inputs.limits import MediaLimits
+from embedder.inputs.regimes import Regime
+
+DOCUMENT_SUFFIXES = (".pdf", ".tif", ".tiff")
+MAX_DOCUMENT_BYTES = 2**30
+DOCUMENTS_PER_PROCESS = 50  # then a new one takes over, without what the documents have left in memory
+MAX_LOST_PAGES = 3  # pages on which the process was killed or has died; then no more pages of the document are tried
+
+_PROGRAM = "embedder.documents.page_worker"
+_ERRORS = {one.__name__: one for one in (InvalidMedia, MediaTooLarge)}
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page as a picture in the size that is embedded, and its text layer."""
+
+    image: PIL.Image.Image
+    text: str
+
+
+class DocumentReader:
+    """Opens documents one after another, in one process that is replaced when a document has ended it.
+
+    Use it in a `with` block, in one thread. All methods raise `InvalidMedia` and `MediaTooLarge`.
+    """
+
+    def __init__(self, limits: MediaLimits) -> None:
+        self._process = DecoderProcess(limits, lambda _: self._forget(), _PROGRAM)
+        self._limits = limits
+        self._path: Path | None = None  # what is open in the process
+        self._num_pages = self._num_opened = 0
+        self._lost: dict[Path, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.stop()
+
+    def count_pages(self, path: Path) -> int:
+        """Open the document -> its number of pages, at least 1."""
+        if path != self._path:
+            self._open(path)
+        return self._num_pages
+
+    def render(self, path: Path, number: int, regime: Regime) -> Page:
+        """Page `number`, from 1, in the size that `regime` gives to a scan of it."""
+        if self._lost.get(path, 0) >= MAX_LOST_PAGES:
+            raise InvalidMedia(f"not rendered: {MAX_LOST_PAGES} pages of this document took too long or failed")
+        if not 1 <= number <= self.count_pages(path):
+            raise InvalidMedia(f"page {number}; the document has pages 1 to {self._num_pages}")
+        try:
+            return self._render(number, regime)
+        finally:
+            if self._path is None:
+                self._lost[path] = self._lost.get(path, 0) + 1
+
+    def _open(self, path: Path) -> None:
+        if self._num_opened % DOCUMENTS_PER_PROCESS == 0:
+            self._process.stop()
+        self._num_opened += 1
+        self._forget()
+        descriptor, num_bytes = _open_file(path)
+        try:
+            self._process.start()
+            opened = self._ask(descriptor, "opened", type="open", num_bytes=num_bytes)
+        finally:
+            os.close(descriptor)
+        self._num_pages = self._integer(opened, "num_pages", 1, MAX_PAGES)
+        self._path = path
+
+    def _render(self, number: int, regime: Regime) -> Page:
+        scan = self._ask(None, "size", type="size", page=number)
+        height, width = (self._integer(scan, side, 1, 2**20) for side in ("height", "width"))
+        step = regime.resize_image(height, width)
+        num_values = RGB_BYTES_PER_PIXEL * step.height * step.width
+        with memory_file(num_values + MAX_TEXT_BYTES) as descriptor:
+            page = self._ask(descriptor, "page", type="render", page=number, height=step.height, width=step.width)
+            num_text = self._integer(page, "num_text_bytes", 0, MAX_TEXT_BYTES)
+            with mmap.mmap(descriptor, num_values + MAX_TEXT_BYTES) as memory:
+                pixels, text = memory[:num_values], memory[num_values : num_values + num_text]
+        image = PIL.Image.frombytes("RGB", (step.width, step.height), pixels)
+        return Page(image, text.decode("utf-8", "ignore").replace("\0", ""))
+
+    def _ask(self, descriptor: int | None, expected: str, **message: Any) -> dict[str, Any]:
+        self._process.send(descriptor, **message)
+        answer = self._process.receive(time.monotonic() + self._limits.decode_timeout_s)
+        if answer.get("type") == "error":
+            raise _ERRORS.get(str(answer.get("error")), InvalidMedia)(str(answer.get("message"))[:1000])
+        if answer.get("type") != expected:
+            raise self._wrong_answer()
+        return answer
+
+    def _integer(self, message: dict[str, Any], name: str, minimum: int, maximum: int) -> int:
+        value = message.get(name)
+        if not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self._wrong_answer()
+        return value
+
+    def _wrong_answer(self) -> InvalidMedia:
+        self._process.replace("crash", "it gave an impossible answer")
+        return InvalidMedia("the document is damaged: it makes its reader fail")
+
+    def _forget(self) -> None:
+        self._path, self._num_pages = None, 0
+
+
+def _open_file(path: Path) -> tuple[int, int]:
+    """A descriptor of the file, and its size."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise InvalidMedia(f"the document cannot be read: {error.strerror}") from error
+    status = os.fstat(descriptor)
+    try:
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:
+            raise InvalidMedia("the document is empty (0 bytes)" if not status.st_size else "the document is no file")
+        if status.st_size > MAX_DOCUMENT_BYTES:
+            raise MediaTooLarge(f"document of {status.st_size} bytes; allowed: up to {MAX_DOCUMENT_BYTES}")
+    except (InvalidMedia, MediaTooLarge):
+        os.close(descriptor)
+        raise
+    return descriptor, status.st_size
