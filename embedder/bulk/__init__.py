@@ -3,7 +3,7 @@
 The modules, in the order in which a row passes them:
 
     formats     input files -> parts, the same in every run; a part -> its records
-    source      records and column names -> rows to embed
+    source      records and column names -> rows to embed; a document -> a row for each page
     worker      the rows of a part through the engine of `Embedder`; one worker per device
     writer      the vectors of a part -> one Parquet file or Lance fragment, complete or absent
     __main__    the command: distributes the missing parts over Ray actors and shows the progress

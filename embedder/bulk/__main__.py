@@ -39,6 +39,8 @@ from embedder.model.checkpoint import Checkpoint, find_checkpoint
 from embedder.settings import Settings
 
 OBJECT_STORE_BYTES = 80 * 2**20  # about Ray's minimum; only counts pass through it
+ROWS_PER_PART = 4096
+PAGES_PER_PART = 16  # a page takes seconds on a CPU, and a run that is killed loses its unfinished parts
 ALL_EMBEDDED, PARTS_MISSING, ROWS_WITH_ERRORS = 0, 1, 3  # exit status; argparse exits with 2
 
 
@@ -52,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hidden_size = json.loads((checkpoint.folder / "config.json").read_text())["text_config"]["hidden_size"]
         check_dimensions(job.dimensions, hidden_size)
         source = Source(job.input, job.columns, job.settings)
-        parts = source.parts(options.rows_per_part)
+        parts = source.parts(options.rows_per_part or (PAGES_PER_PART if source.has_documents else ROWS_PER_PART))
         writer = Writer(job.output, job.output_format)
-        state_file = _lock_output(writer, _identity(job, checkpoint, source, parts))
+        identity = _identity(job, checkpoint, source, parts)
+        state_file = _lock_output(writer, identity, {"folder": str(source.folder)})
     except (ValueError, OSError, ModelUnavailable, UnsupportedDimensions) as error:
         parser.error(str(error))
     if source.num_left_out:
@@ -63,14 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with state_file:
         writer.remove_unfinished()
         try:
-            is_complete = _embed(job, parts, writer, options.address)
+            unit = "page" if source.has_documents else "row"
+            is_complete = _embed(job, parts, writer, options.address, unit)
         except (ray.exceptions.RayError, ConnectionError) as error:
             print(f"stopped: {error}\nrun the same command again to resume", file=sys.stderr)
             return PARTS_MISSING
         if not is_complete:
             return PARTS_MISSING
         numbers = [part.number for part in parts]
-        writer.commit(output_schema(source.id_type, job.dimensions or hidden_size, job.output_dtype), numbers)
+        dimensions = job.dimensions or hidden_size
+        schema = output_schema(source.id_type, dimensions, job.output_dtype, has_text=source.has_documents)
+        writer.commit(schema, numbers)
         return ROWS_WITH_ERRORS if writer.count_errors(numbers) else ALL_EMBEDDED
 
 
@@ -79,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m embedder.bulk", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "input", type=Path, help="Parquet, JSONL, WebDataset tar, a folder of one of these, or a folder of images"
+        "input",
+        type=Path,
+        help="Parquet, JSONL, WebDataset tar, a folder of one of these, or a folder of images and PDFs",
     )
     parser.add_argument("output", type=Path, help="folder (on a cluster: on a file system that all nodes share)")
     parser.add_argument("--format", choices=get_args(OutputFormat), default="parquet")
@@ -94,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dimensions", type=int, help="size of the vectors (default: the model's)")
     parser.add_argument("--output-dtype", choices=get_args(OutputDtype), default="float32")
     parser.add_argument(
-        "--rows-per-part", type=int, default=4096, help="rows per file of OUTPUT (default: %(default)s)"
+        "--rows-per-part",
+        type=int,
+        help=f"rows per file of OUTPUT (default: {ROWS_PER_PART}, of a folder with documents {PAGES_PER_PART})",
     )
     parser.add_argument("--address", help="address of a Ray cluster (default: this machine)")
     return parser
@@ -107,7 +117,7 @@ def _job(options: argparse.Namespace) -> Job:
         raise ValueError(
             f"EMBEDDER_DEVICE: got {settings.device}; allowed: auto, cpu, cuda (choose GPUs with CUDA_VISIBLE_DEVICES)"
         )
-    if options.rows_per_part < 1:
+    if options.rows_per_part is not None and options.rows_per_part < 1:
         raise ValueError(f"--rows-per-part: got {options.rows_per_part}; allowed: 1 and more")
     source, output = options.input.resolve(), options.output.resolve()
     if output.is_relative_to(source):
@@ -138,8 +148,10 @@ def _identity(job: Job, checkpoint: Checkpoint, source: Source, parts: Sequence[
     }
 
 
-def _lock_output(writer: Writer, identity: dict[str, Any]) -> TextIO:
+def _lock_output(writer: Writer, identity: dict[str, Any], notes: dict[str, Any]) -> TextIO:
     """Open and lock the state file. Closing it, or the end of this process, releases the lock.
+
+    The file also keeps `notes` for programs that read the output.
 
     Raises `ValueError` if another run holds the lock, or if the output was started with other options.
     """
@@ -158,19 +170,19 @@ def _lock_output(writer: Writer, identity: dict[str, Any]) -> TextIO:
                 "use the same options and input, or another OUTPUT"
             )
         if not started:
-            state_file.write(json.dumps(identity, indent=1))
+            state_file.write(json.dumps({**identity, **notes}, indent=1))
             state_file.flush()
         on_error.pop_all()
     return state_file
 
 
-def _embed(job: Job, parts: Sequence[Part], writer: Writer, address: str | None) -> bool:
+def _embed(job: Job, parts: Sequence[Part], writer: Writer, address: str | None, unit: str) -> bool:
     """Embed the missing parts. Returns whether all parts are written."""
     missing = [part for part in parts if not writer.is_written(part.number)]
     total = sum(part.num_rows for part in parts)
     num_done = total - sum(part.num_rows for part in missing)
     num_rows, num_errors, faults = 0, 0, []
-    with tqdm(total=total or None, initial=num_done, unit="row", smoothing=0.1) as bar:
+    with tqdm(total=total or None, initial=num_done, unit=unit, smoothing=0.1) as bar:
         for counts in _run(job, missing, address) if missing else ():
             num_rows, num_errors = num_rows + counts["rows"], num_errors + counts["errors"]
             bar.update(counts["rows"])
@@ -179,7 +191,7 @@ def _embed(job: Job, parts: Sequence[Part], writer: Writer, address: str | None)
                 faults.append(counts["fault"])
                 bar.write(f"part not written: {counts['fault']}", file=sys.stderr)
     num_written = len(missing) - len(faults)
-    print(f"{num_rows} rows, {num_errors} with errors; {num_written} parts written, {len(faults)} not written")
+    print(f"{num_rows} {unit}s, {num_errors} with errors; {num_written} parts written, {len(faults)} not written")
     return not faults
 
 

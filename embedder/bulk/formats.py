@@ -19,6 +19,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedder.documents.pages import DOCUMENT_SUFFIXES
 from embedder.errors import EmbedderError, InvalidRequest, MediaTooLarge
 from embedder.inputs.formats import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
@@ -37,9 +38,10 @@ Record = tuple[str, Mapping[str, Any] | EmbedderError]  # name of the row, and i
 
 @dataclass(frozen=True)
 class Part:
-    """`num_rows` rows of the file `path` from `first_row` on (in JSONL at byte `offset`); or the image files `names`.
+    """`num_rows` rows of the file `path` from `first_row` on (in JSONL at byte `offset`), or image files and pages.
 
-    A tar is one part of 0 rows: their number is known only after reading it. Paths are relative to the input folder.
+    `names`: of the image files and pages. Paths are relative to the input folder. A tar is one part of 0 rows: their
+    number is known only after reading it.
     """
 
     number: int
@@ -212,11 +214,11 @@ def plan_folder(folder: Path, names: Sequence[str], rows_per_part: int) -> Itera
 
 
 def read_folder(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]:
-    """Each image file is a row. Its path is the row's name and its column `image`."""
+    """Each image file, and each page of a document, is a row. Its path is the row's name and its column `image`."""
     return ((name, {"image": name}) for name in part.names)
 
 
 PARQUET = Format((".parquet",), plan_parquet, read_parquet)
 JSONL = Format((".jsonl", ".ndjson"), plan_jsonl, read_jsonl)
 TAR = Format((".tar",), plan_tar, read_tar)
-FOLDER = Format(IMAGE_SUFFIXES, plan_folder, read_folder)
+FOLDER = Format((*IMAGE_SUFFIXES, *DOCUMENT_SUFFIXES), plan_folder, read_folder)

@@ -14,10 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedder.bulk.formats import FOLDER, JSONL, PARQUET, Part, find_files, find_jsonl_columns
+from embedder.documents.pages import DOCUMENT_SUFFIXES, DocumentReader
 from embedder.errors import EmbedderError, InvalidMedia, InvalidRequest, MediaTooLarge
+from embedder.inputs.regimes import CheckpointRegime, Regime
 from embedder.settings import Settings
 
 CONTENT = ("text", "image", "video")
+PAGE = "#page="  # between the path of a document and the number of a page, as in links to a page of a PDF
+_PUBLISHED = CheckpointRegime()
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,15 @@ class Columns:
 
 @dataclass(frozen=True)
 class Row:
-    """`fields`: those of `item_from_fields`, or the error of the row."""
+    """`fields`: those of `item_from_fields`, or the error of the row. `text`: the text layer of a page."""
 
     id: Any
     fields: dict[str, Any] | EmbedderError
+    text: str | None = None
 
 
 class Source:
-    """A Parquet or JSONL file, a WebDataset tar, a folder of one of these, or a folder of images.
+    """A Parquet or JSONL file, a WebDataset tar, a folder of one of these, or a folder of images and documents.
 
     `id_type`: type of the id column in Parquet, otherwise string. Raises `ValueError` if the input is none of these, or
     if a column is missing.
@@ -59,22 +64,62 @@ class Source:
         self.columns, self.settings = columns, settings
         files = find_files(path, self.folder)
         self.format, self.names, self.num_left_out = files.format, files.names, files.num_left_out
+        self.has_documents = self.format is FOLDER and any(map(is_document, self.names))
         self.id_type = pa.string()
         self._read = {*columns.item_columns().values(), *filter(None, [columns.id])}
         self._check_columns()
 
     def parts(self, rows_per_part: int) -> list[Part]:
         """All rows in parts of at most `rows_per_part`, in the order of the file names. A tar is one part."""
-        planned = self.format.plan(self.folder, self.names, rows_per_part)
+        names = list(self._names_of_pages()) if self.has_documents else self.names
+        planned = self.format.plan(self.folder, names, rows_per_part)
         return [Part(number, **fields) for number, fields in enumerate(planned)]
 
-    def rows(self, part: Part) -> Iterator[Row]:
-        """The rows of a part, in order. Raises one of `FILE_ERRORS` if the file is broken."""
+    def rows(self, part: Part, regime: Regime = _PUBLISHED) -> Iterator[Row]:
+        """The rows of a part, in order. Raises one of `FILE_ERRORS` if the file is broken.
+
+        `regime`: of the model, which gives the size of a document's pages.
+        """
+        if self.has_documents:
+            yield from self._rows_of_folder(part, regime)
+            return
         for name, record in self.format.read(self.folder, part, self._read):
             row_id = _valid_unicode(name)
             if self.columns.id and isinstance(record, Mapping):
                 row_id = self._id(record.get(self.columns.id))
             yield Row(row_id, self._fields(record))
+
+    def _names_of_pages(self) -> Iterator[str]:
+        """The names of the input's rows. A document that cannot be opened is one row, which gets its error."""
+        with DocumentReader(self.settings) as reader:
+            for name in self.names:
+                if not is_document(name):
+                    yield name
+                    continue
+                try:
+                    num_pages = reader.count_pages(self.folder / name)
+                except EmbedderError:
+                    yield name
+                else:
+                    yield from (f"{name}{PAGE}{number}" for number in range(1, num_pages + 1))
+
+    def _rows_of_folder(self, part: Part, regime: Regime) -> Iterator[Row]:
+        with DocumentReader(self.settings) as reader:
+            for name in part.names:
+                row_id = _valid_unicode(name)
+                document, number = split_page(name)
+                if not number and not is_document(name):
+                    yield Row(row_id, self._fields({"image": name}))
+                    continue
+                try:
+                    path = self._path(document)
+                    if not number:
+                        reader.count_pages(path)
+                        raise InvalidMedia("the document could not be opened when the run started, but can be now")
+                    page = reader.render(path, number, regime)
+                    yield Row(row_id, {"image": page.image}, page.text)
+                except EmbedderError as error:
+                    yield Row(row_id, error)
 
     def _id(self, value: Any) -> Any:
         if value is None or not pa.types.is_string(self.id_type):
@@ -106,6 +151,16 @@ class Source:
         return value
 
     def _read_file(self, name: str, max_bytes: int) -> bytes:
+        path = self._path(name)
+        try:
+            if path.stat().st_size > max_bytes:
+                raise MediaTooLarge(f"file of {path.stat().st_size} bytes; allowed: up to {max_bytes}")
+            return path.read_bytes()
+        except OSError as error:
+            raise InvalidMedia(f"path {name[:80]!r} cannot be read: {type(error).__name__}") from error
+
+    def _path(self, name: str) -> Path:
+        """The file of this name. Raises `InvalidMedia` if it is not inside the input folder."""
         short_name = repr(name[:80])
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise InvalidMedia(f"path {short_name} is absolute or has '..'; allowed: relative, inside the input folder")
@@ -113,9 +168,7 @@ class Source:
             path = (self.folder / name).resolve(strict=True)
             if not path.is_relative_to(self.folder) or not path.is_file():
                 raise InvalidMedia(f"path {short_name} leads outside or to no file; allowed: files in the input folder")
-            if path.stat().st_size > max_bytes:
-                raise MediaTooLarge(f"file of {path.stat().st_size} bytes; allowed: up to {max_bytes}")
-            return path.read_bytes()
+            return path
         except (OSError, RuntimeError, ValueError) as error:  # missing; a cycle of links; a NUL character
             raise InvalidMedia(f"path {short_name} cannot be read: {type(error).__name__}") from error
 
@@ -141,6 +194,17 @@ class Source:
             raise ValueError(f"{where} has no column {', '.join(missing)}; its columns: {existing}")
         if not set(self.columns.item_columns().values()) & found:
             raise ValueError(f"{where} has no column text, image or video; its columns: {existing}")
+
+
+def is_document(name: str) -> bool:
+    """Whether the file has pages."""
+    return PurePosixPath(name).suffix.lower() in DOCUMENT_SUFFIXES
+
+
+def split_page(row_id: str) -> tuple[str, int]:
+    """`a.pdf#page=3` -> path and number of the page; 0 of a file without pages."""
+    path, separator, number = row_id.rpartition(PAGE)
+    return (path, int(number)) if separator and is_document(path) and number.isdecimal() else (row_id, 0)
 
 
 def _text(value: Any, field: str) -> Any:

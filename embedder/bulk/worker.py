@@ -28,7 +28,7 @@ PARTS_AT_ONCE = 4  # of one worker: the device has work while a part ends or a f
 OUTPUT_BATCH_ROWS = 512
 QUEUED_BATCHES = 4  # limit of the engine's queue, in full batches
 
-Submitted = tuple[Any, Future[Embedding] | EmbedderError]  # id of the row, and its embedding or error
+Submitted = tuple[Any, str | None, Future[Embedding] | EmbedderError]  # id and text of the row, its embedding or error
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class Worker:
         self.source = Source(job.input, job.columns, job.settings)
         self.embedder = Embedder(settings=job.settings.model_copy(update={"max_queued_tokens": queued}))
         dimensions = job.dimensions or self.embedder.engine.hidden_size
-        self.schema = output_schema(self.source.id_type, dimensions, job.output_dtype)
+        self.schema = output_schema(
+            self.source.id_type, dimensions, job.output_dtype, has_text=self.source.has_documents
+        )
         self.writer = Writer(job.output, job.output_format)
 
     def __call__(self, row: dict[str, str]) -> dict[str, Any]:
@@ -69,8 +71,8 @@ class Worker:
     def _batches(self, part: Part, counts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
         """Batches of the part's rows. The rows of the next batch are submitted before a batch is awaited."""
         submitted: list[Submitted] = []
-        for row in self.source.rows(part):
-            submitted.append((row.id, self._submit(row)))
+        for row in self.source.rows(part, self.embedder.preprocessor.vision.regime):
+            submitted.append((row.id, row.text, self._submit(row)))
             if len(submitted) == 2 * OUTPUT_BATCH_ROWS:
                 yield self._batch(submitted[:OUTPUT_BATCH_ROWS], counts)
                 del submitted[:OUTPUT_BATCH_ROWS]
@@ -87,7 +89,7 @@ class Worker:
             return error
 
     def _batch(self, submitted: Sequence[Submitted], counts: dict[str, Any]) -> pa.RecordBatch:
-        results = [_result(one) for _, one in submitted]
+        results = [_result(one) for _, _, one in submitted]
         failed = [one for one in results if isinstance(one, EmbedderError)]
         if any(isinstance(one, EngineFailed) for one in failed):
             self.embedder.embed(["ready?"])  # raises if the engine fails for every input
@@ -95,12 +97,14 @@ class Worker:
         counts["errors"] += len(failed)
         embedded = [one if isinstance(one, Embedding) else None for one in results]
         columns = [
-            pa.array([row_id for row_id, _ in submitted], self.schema.field("id").type),
+            pa.array([row_id for row_id, _, _ in submitted], self.schema.field("id").type),
             self._vectors(embedded),
             pa.array([one and one.num_tokens for one in embedded], pa.int32()),
             pa.array([one and one.num_cut_tokens for one in embedded], pa.int32()),
             pa.array([_error_text(one) if isinstance(one, EmbedderError) else None for one in results], pa.string()),
         ]
+        if self.source.has_documents:
+            columns.append(pa.array([text for _, text, _ in submitted], pa.string()))
         return pa.record_batch(columns, schema=self.schema)
 
     def _vectors(self, embedded: Sequence[Embedding | None]) -> pa.Array:

@@ -31,8 +31,10 @@ _VALUES: dict[str, pa.DataType] = {
 }
 
 
-def output_schema(id_type: pa.DataType, dimensions: int, output_dtype: OutputDtype) -> pa.Schema:
-    """Columns of the output. Of `embedding` and `error` one is null."""
+def output_schema(
+    id_type: pa.DataType, dimensions: int, output_dtype: OutputDtype, *, has_text: bool = False
+) -> pa.Schema:
+    """Columns of the output. Of `embedding` and `error` one is null. `text`: the text layer of a document's page."""
     num_values = (dimensions + 7) // 8 if output_dtype in ("binary", "ubinary") else dimensions
     return pa.schema(
         {
@@ -41,6 +43,7 @@ def output_schema(id_type: pa.DataType, dimensions: int, output_dtype: OutputDty
             "num_tokens": pa.int32(),
             "num_cut_tokens": pa.int32(),
             "error": pa.string(),
+            **({"text": pa.string()} if has_text else {}),
         }
     )
 

@@ -1,0 +1,134 @@
+"""Search an output of `python -m embedder.bulk` by a question, by a picture, or by both.
+
+The query is embedded by the model that EMBEDDER_MODEL names, which must be the one that has embedded the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+try:
+    from embedder.search.collection import Collection, Hit
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"{missing.name} is not installed: pip install -e '.[bulk]'") from None
+
+from embedder.documents.pages import DocumentReader
+from embedder.embedder import Embedder
+from embedder.errors import EmbedderError
+from embedder.inputs.prompt import QUERY_INSTRUCTION
+from embedder.model.checkpoint import find_checkpoint
+from embedder.reranker import Reranker
+from embedder.search.snippet import find_snippet
+from embedder.settings import Settings
+
+RERANKED_PER_RESULT = 3  # candidates that a reranker judges for each result that is shown
+MIN_SNIPPET_CHARS, MAX_SNIPPET_CHARS = 20, 200
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        if not options.question and not options.image:
+            raise ValueError("got no query; allowed: a question, --image, or both")
+        if options.limit < 1:
+            raise ValueError(f"--limit: got {options.limit}; allowed: 1 and more")
+        hits = _find(options, Settings.from_environment())
+    except (ValueError, OSError, EmbedderError) as error:
+        parser.error(str(error))
+    if options.json:
+        print(orjson.dumps([_fields(hit, options.question) for hit in hits]).decode())
+    else:
+        print("\n".join(_table(hits, options.question, shutil.get_terminal_size((120, 24)).columns)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m embedder.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path, help="OUTPUT of embedder.bulk")
+    parser.add_argument("question", nargs="?", default="", help="what to search for")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture to search by")
+    parser.add_argument("--limit", type=int, default=10, help="number of results (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    parser.add_argument(
+        "--rerank", action="store_true", help="let the model that EMBEDDER_RERANKER names judge the best results again"
+    )
+    return parser
+
+
+def _find(options: argparse.Namespace, settings: Settings) -> list[Hit]:
+    """Embed the query and search. Raises `ValueError` and `EmbedderError`."""
+    collection = Collection(options.output)
+    if options.rerank and not settings.reranker:
+        raise ValueError("--rerank needs EMBEDDER_RERANKER: a reranker's checkpoint folder or hub id")
+    if options.rerank and collection.folder is None:
+        raise ValueError("--rerank: the output does not say which folder it was made of; it is of an older version")
+    checkpoint = find_checkpoint(settings)
+    model = f"{checkpoint.name} {checkpoint.revision}".strip()
+    if model != collection.model:
+        raise ValueError(f"the output was embedded by {collection.model}, but EMBEDDER_MODEL names {model}")
+    query: dict[str, Any] = {"text": options.question} if options.question else {}
+    if options.image:
+        query["image"] = options.image
+    limit = options.limit * RERANKED_PER_RESULT if options.rerank else options.limit
+    hits = collection.search(_embed(query, collection, settings), limit)
+    return _rerank(query, hits, collection, settings)[: options.limit] if options.rerank else hits
+
+
+def _embed(query: dict[str, Any], collection: Collection, settings: Settings) -> NDArray[np.float32]:
+    """The vector of the query. A picture by itself is embedded as the pictures of the output are."""
+    instruction = QUERY_INSTRUCTION if "text" in query else collection.default_instruction
+    with Embedder(settings=settings.model_copy(update={"reranker": ""})) as embedder:
+        return embedder.embed([query], instruction=instruction, dimensions=collection.dimensions)[0]
+
+
+def _rerank(query: dict[str, Any], hits: list[Hit], collection: Collection, settings: Settings) -> list[Hit]:
+    assert collection.folder is not None
+    with Reranker(settings=settings) as reranker, DocumentReader(settings) as reader:
+        loaded = reranker.models.reranker
+        assert loaded is not None
+        regime = loaded.preprocessor.vision.regime
+        documents = []
+        for hit in hits:
+            path = collection.folder / hit.file
+            documents.append({"image": reader.render(path, hit.page, regime).image if hit.page else path})
+        return [replace(hits[one.index], score=one.score) for one in reranker.rank(query, documents)]
+
+
+def _fields(hit: Hit, question: str) -> dict[str, Any]:
+    snippet = find_snippet(hit.text, question, MAX_SNIPPET_CHARS)
+    return {"id": hit.id, "file": hit.file, "page": hit.page or None, "score": round(hit.score, 4), "snippet": snippet}
+
+
+def _table(hits: Sequence[Hit], question: str, width: int) -> list[str]:
+    """Aligned lines: score, file, page, snippet."""
+    rows = [("score", "file", "page")]
+    rows += [(f"{hit.score:.4f}", _printable(hit.file), str(hit.page or "")) for hit in hits]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    num_chars = max(MIN_SNIPPET_CHARS, width - sum(widths) - 6)
+    snippets = ["text", *(find_snippet(hit.text, question, num_chars) for hit in hits)]
+    return [
+        "  ".join([row[0].rjust(widths[0]), row[1].ljust(widths[1]), row[2].rjust(widths[2]), snippet]).rstrip()
+        for row, snippet in zip(rows, snippets, strict=True)
+    ]
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
