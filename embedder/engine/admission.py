@@ -118,7 +118,7 @@ class Admission:
     def _add_tokens(self, num_tokens: int) -> None:
         if not self.has_capacity(num_tokens):
             raise Overloaded(
-                f"the queue is full: {self.pending_tokens} tokens wait; "
+                f"the queue is full: {self.pending_tokens} tokens wait, and this request has about {num_tokens}; "
                 f"allowed: up to {self._settings.max_queued_tokens} (EMBEDDER_MAX_QUEUED_TOKENS)",
                 retry_after_s=self._retry_after_s(),
             )

@@ -171,7 +171,10 @@ class RequestGuard:
         else:
             is_over = await asyncio.to_thread(exceeds_value_count, body, allowed)
         if is_over:
-            raise RequestTooLarge(f"the request body holds more than {allowed} JSON values, the limit")
+            raise RequestTooLarge(
+                f"the request body holds more than {allowed} JSON values, the limit, which grows with "
+                "EMBEDDER_MAX_ITEMS_PER_REQUEST"
+            )
 
 
 def _check_content_type(scope: Scope) -> str:

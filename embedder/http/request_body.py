@@ -39,6 +39,7 @@ AnyDimensions = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "mi
 _Entry = TypeVar("_Entry")
 _Parsed = TypeVar("_Parsed")
 # Reading stops at the first bad entry: explaining a million of them would take seconds.
+_Location = tuple[int | str, ...]
 NonEmptyList = Annotated[list[_Entry], Field(min_length=1, fail_fast=True)]
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -193,25 +194,72 @@ def validate_body(model: type[Body], body: bytes | Mapping[str, Any]) -> Body:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise InvalidRequest(_explain(error, known_names(model))) from error
+        raise InvalidRequest(_explain(error, model)) from error
 
 
-def _explain(error: ValidationError, known: frozenset[str]) -> str:
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first fault in words: the value received, and what is allowed."""
     faults = error.errors(include_url=False)
-    unknown = [str(fault["loc"][0]) for fault in faults if fault["type"] == "extra_forbidden"]
-    if unknown:
-        return unknown_fields_message(unknown, known)
+    if unknown := [fault["loc"] for fault in faults if fault["type"] == "extra_forbidden"]:
+        missing = [_place(fault["loc"], model)[0] for fault in faults if fault["type"] == "missing"]
+        return _explain_unknown(unknown, missing, model)
     if not faults[0]["loc"]:  # pydantic cannot name it
         return "a field's name holds a lone surrogate, which is not Unicode text"
     # the deepest fault of a union names the item, and an empty list is called one
     fault = max(faults, key=lambda fault: (len(fault["loc"]), fault["type"] == "too_short"))
-    place = "".join(f"[{key}]" for key in fault["loc"] if isinstance(key, int))
-    name = f"{fault['loc'][0]}{place}"
+    name, _, value_model = _place(fault["loc"], model)
     if fault["type"] == "missing":
         return f"{name}: missing"
     if fault["type"] == "too_short":
         return f"{name}: got an empty list; allowed: at least one item"
+    got = f"{name}: got {describe_value(fault['input'])}"
+    if fault["type"] in ("model_type", "model_attributes_type") and value_model:
+        return f"{got}; allowed: an object with {', '.join(sorted(known_names(value_model)))}"
     if name == "input":
-        return f"input: got {describe_value(fault['input'])}; allowed: a string or a list of strings"
-    return f"{name}: got {describe_value(fault['input'])}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
+        return f"{got}; allowed: a string or a list of strings"
+    return f"{got}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _explain_unknown(unknown: list[_Location], missing: list[str], model: type[BaseModel]) -> str:
+    """The unknown fields of one object. The only unknown field of a body is taken for its only missing one."""
+    *_, holder, _ = _place(unknown[0], model)
+    names = [str(location[-1]) for location in unknown if location[:-1] == unknown[0][:-1]]
+    message = unknown_fields_message(names, known_names(holder))
+    if "did you mean" in message or not missing:
+        return message
+    return (
+        f"{message} (did you mean {missing[0]}?)"
+        if len(names) == len(missing) == 1
+        else f"{message}; missing: {', '.join(missing)}"
+    )
+
+
+def _place(location: _Location, model: type[BaseModel]) -> tuple[str, type[BaseModel], type[BaseModel] | None]:
+    """Where a fault is, such as `input.contents[3]`; the model of the object there, and that of the value, if any.
+
+    Names of a union's branches, which pydantic puts into the location, are left out.
+    """
+    place, holder = "", model
+    value_model: type[BaseModel] | None = model
+    for index, key in enumerate(location):
+        if isinstance(key, int):
+            place += f"[{key}]"
+        elif value_model and (key in known_names(value_model) or index == len(location) - 1):
+            place += f".{key}" if place else key
+            holder, value_model = value_model, _model_of_field(value_model, key)
+    return place, holder, value_model
+
+
+def _model_of_field(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The model of the objects that a field holds, also in a list or a union; None if it holds no such objects."""
+    for key, field in model.model_fields.items():
+        if name in _aliases(key, field):
+            return next(_models(field.annotation), None)
+    return None
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)

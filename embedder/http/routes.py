@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,6 +81,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {  # bodies by path and name
     **{route.path: dict(route.examples) for route in tokens.ROUTES},
     **ROW_EXAMPLES,
 }
+_POST_PATHS = (*EXAMPLES, *(path for path in RERANKING_PATHS if path not in EXAMPLES))
 OPEN_PATHS = frozenset({"/playground", "/playground/", *(f"/playground/{name}" for name in PAGE)})  # need no key
 
 WATCH_AFTER_S = 0.1  # after which a request without a response starts to watch for its caller's disconnect
@@ -289,6 +291,17 @@ class Routes:
 
 def _any_model(path: str) -> str:
     return path.replace("{model}", "{model:model}")
+
+
+def path_hint(path: str) -> str:
+    """The path of a POST route that a caller of an unknown path may mean; empty if there is none.
+
+    A misspelled path is like one of them; one with a base URL that has a part too many ends in one.
+    """
+    nearest = difflib.get_close_matches(path, _POST_PATHS, 1, 0.75)
+    if nearest and difflib.SequenceMatcher(None, path, nearest[0]).ratio() > 0.85:
+        return nearest[0]
+    return max((known for known in _POST_PATHS if path.endswith(known)), key=len, default="".join(nearest))
 
 
 async def not_found(scope: Scope, receive: Receive, send: Send) -> None:

@@ -202,12 +202,13 @@ def _video_stream(container: InputContainer, limits: MediaLimits) -> VideoStream
     width, height = stream.width, stream.height
     if width * height > limits.max_image_pixels:
         raise MediaTooLarge(
-            f"video of {width}x{height} = {width * height} pixels; allowed: up to {limits.max_image_pixels}"
+            f"video of {width}x{height} = {width * height} pixels; "
+            f"allowed: up to {limits.max_image_pixels} (EMBEDDER_MAX_IMAGE_PIXELS)"
         )
     if not width or not height:
         raise MediaTooLarge(
             f"video with an unreadable frame size, or over {PROBE_PIXELS_FACTOR * limits.max_image_pixels} pixels; "
-            f"allowed: up to {limits.max_image_pixels}"
+            f"allowed: up to {limits.max_image_pixels} (EMBEDDER_MAX_IMAGE_PIXELS)"
         )
     return stream
 
@@ -227,7 +228,8 @@ def _read_packets(
             raise MediaTooLarge(f"video of more than {MAX_CODED_FRAMES} frames; allowed: up to {MAX_CODED_FRAMES}")
         if num_bytes > limits.max_video_bytes:
             raise MediaTooLarge(
-                f"video of more than {num_bytes} bytes when unpacked; allowed: up to {limits.max_video_bytes}"
+                f"video of more than {num_bytes} bytes when unpacked; "
+                f"allowed: up to {limits.max_video_bytes} (EMBEDDER_MAX_VIDEO_BYTES)"
             )
     for index, packet in enumerate(packets):
         if packet.is_corrupt or packet.pts is None:

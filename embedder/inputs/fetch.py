@@ -193,7 +193,8 @@ async def _read(response: httpcore.Response, name: str, max_bytes: int) -> bytes
     def check(num_bytes: int) -> None:
         if num_bytes > max_bytes:
             raise MediaTooLarge(
-                f"{name}: more than {max_bytes} bytes, the limit of one file or what is left for the item"
+                f"{name}: more than {max_bytes} bytes, the limit of one file or what is left for the item "
+                "(EMBEDDER_MAX_IMAGE_BYTES, EMBEDDER_MAX_VIDEO_BYTES)"
             )
 
     check(int(_header(response, b"content-length") or 0))  # h11 accepts numbers only

@@ -66,5 +66,6 @@ def check_deadline(deadline: float, limits: MediaLimits) -> None:
 
 def decoding_took_too_long(limits: MediaLimits) -> MediaTooLarge:
     return MediaTooLarge(
-        f"decoding took more than {limits.decode_timeout_s:g} s (decode_timeout_s); send smaller or fewer images"
+        f"decoding took more than {limits.decode_timeout_s:g} s (EMBEDDER_DECODE_TIMEOUT_S); "
+        "send smaller or fewer images"
     )

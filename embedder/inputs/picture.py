@@ -49,7 +49,7 @@ def open_image(source: Media, limits: MediaLimits, deadline: float | None = None
     if image.width * image.height > limits.max_image_pixels:
         raise MediaTooLarge(
             f"image of {image.width}x{image.height} = {image.width * image.height} pixels; "
-            f"allowed: up to {limits.max_image_pixels}"
+            f"allowed: up to {limits.max_image_pixels} (EMBEDDER_MAX_IMAGE_PIXELS)"
         )
     return image
 
@@ -60,14 +60,20 @@ def encoded_bytes(source: bytes | str, kind: MediaKind, max_bytes: int) -> bytes
     if not data:
         raise InvalidMedia(f"{kind} is empty (0 bytes)")
     if len(data) > max_bytes:
-        raise MediaTooLarge(f"{kind} of {len(data)} bytes; allowed: up to {max_bytes}")
+        raise MediaTooLarge(f"{kind} of {len(data)} bytes; allowed: up to {_named(max_bytes, kind)}")
     return data
+
+
+def _named(max_bytes: int, kind: MediaKind) -> str:
+    """The limit, and the setting that has it."""
+    return f"{max_bytes} (EMBEDDER_MAX_{kind.upper()}_BYTES)"
 
 
 def _decode_base64(text: str, kind: MediaKind, max_bytes: int) -> bytes:
     """Decode base64, bare or as a data URI; whitespace and missing padding are no errors."""
     if len(text) // 4 * 3 > max_bytes + max_bytes // 16 + MAX_HEADER_CHARS:  # with its line breaks and header
-        raise MediaTooLarge(f"{kind} of about {len(text) // 4 * 3} bytes; allowed: up to {max_bytes}")
+        num_bytes = len(text) // 4 * 3
+        raise MediaTooLarge(f"{kind} of about {num_bytes} bytes; allowed: up to {_named(max_bytes, kind)}")
     if (parts := split_data_uri(text)) is not None:
         header, comma, text = parts
         if not comma or not is_base64(header):
@@ -100,7 +106,9 @@ def _read_header(data: bytes, limits: MediaLimits, deadline: float) -> PIL.Image
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # max_image_pixels limits
             return PIL.Image.open(_DeadlineBytes(data, limits, deadline), formats=_PILLOW_FORMATS)
     except PIL.Image.DecompressionBombError as error:
-        raise MediaTooLarge(f"{error}; allowed: up to {limits.max_image_pixels} pixels") from error
+        raise MediaTooLarge(
+            f"{error}; allowed: up to {limits.max_image_pixels} pixels (EMBEDDER_MAX_IMAGE_PIXELS)"
+        ) from error
     except PIL.UnidentifiedImageError as error:
         raise InvalidMedia(unsupported_format("image", data)) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:

@@ -20,6 +20,7 @@ from embedder.errors import (
     RequestTooLarge,
     UnsupportedContentType,
 )
+from embedder.http.routes import path_hint
 
 RAISED = "embedder.error"  # key of an ASGI message that carries an exception out through BentoML's middlewares
 
@@ -83,7 +84,10 @@ def error_from_response(scope: Scope, start: Message, body: bytes) -> EmbedderEr
     status: int = start["status"]
     match status:
         case 404:
-            return NotFound(f"no such path: {scope['path'][:100]}; /openapi.json lists the paths")
+            path = scope["path"][:100]
+            nearest = path_hint(path)
+            hint = f" (did you mean {nearest}?)" if nearest not in ("", path) else ""
+            return NotFound(f"no such path: {path}{hint}; /openapi.json lists the paths")
         case 405:
             allow = dict(start.get("headers", ())).get(b"allow", b"").decode("latin-1")
             return MethodNotAllowed(f"{scope['path'][:100]} does not take {scope['method'][:20]}", allow=allow)

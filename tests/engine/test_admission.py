@@ -85,7 +85,7 @@ def test_queue_is_full_when_the_limit_would_be_exceeded() -> None:
     admission = Admission(SETTINGS)
     admission.admit(600, None, 0.0)
     admission.admit(400, None, 0.0)
-    with pytest.raises(Overloaded, match="the queue is full: 1000 tokens wait; allowed: up to 1000"):
+    with pytest.raises(Overloaded, match="1000 tokens wait, and this request has about 1; allowed: up to 1000"):
         admission.admit(1, None, 0.0)
     assert admission.pending_tokens == 1000
     admission.release(1, 600, num_cancelled_tokens=0, now_s=1.0)

@@ -84,7 +84,7 @@ def test_pictures_and_texts_do_not_wait_for_clips_that_hang(two_threads: Embedde
         future.result(60)
     assert not any(future.done() for future in hanging)
     for future in hanging:
-        with pytest.raises(MediaTooLarge, match=r"^decoding took more than 3 s \(decode_timeout_s\)"):
+        with pytest.raises(MediaTooLarge, match=r"^decoding took more than 3 s \(EMBEDDER_DECODE_TIMEOUT_S\)"):
             future.result(60)
 
 

@@ -229,17 +229,21 @@ def test_groups_without_a_sampled_frame_are_skipped(kind: str, group: int, max_p
 def test_video_over_the_limit_of_bytes_is_refused_before_decoding() -> None:
     data = clip()
     settings = Settings(max_video_bytes=len(data) - 1)
-    message = rf"^video of {len(data)} bytes; allowed: up to {len(data) - 1}$"
+    message = rf"^video of {len(data)} bytes; allowed: up to {len(data) - 1} \(EMBEDDER_MAX_VIDEO_BYTES\)$"
     with pytest.raises(MediaTooLarge, match=message):
         load(data, settings=settings)
-    with pytest.raises(MediaTooLarge, match=r"^video of (about )?\d+ bytes; allowed: up to \d+$"):
+    with pytest.raises(
+        MediaTooLarge, match=r"^video of (about )?\d+ bytes; allowed: up to \d+ \(EMBEDDER_MAX_VIDEO_BYTES\)$"
+    ):
         load(base64.b64encode(data).decode(), settings=settings)
     assert len(load(data, settings=Settings(max_video_bytes=len(data))).frames) == 4
 
 
 def test_video_over_the_limit_of_pixels_is_refused_by_its_header() -> None:
     for kind in KINDS:
-        with pytest.raises(MediaTooLarge, match=r"^video of 128x96 = 12288 pixels; allowed: up to 12287$"):
+        with pytest.raises(
+            MediaTooLarge, match=r"^video of 128x96 = 12288 pixels; allowed: up to 12287 \(EMBEDDER_MAX_IMAGE_PIXELS\)$"
+        ):
             load(clip(kind, 4), settings=Settings(max_image_pixels=12287))
 
 
@@ -253,7 +257,9 @@ def test_frames_larger_than_their_header_says_are_refused() -> None:
 
 
 def test_time_to_decode_is_limited() -> None:
-    with pytest.raises(MediaTooLarge, match=r"^decoding took more than 1e-09 s \(decode_timeout_s\); send smaller"):
+    with pytest.raises(
+        MediaTooLarge, match=r"^decoding took more than 1e-09 s \(EMBEDDER_DECODE_TIMEOUT_S\); send smaller"
+    ):
         load(clip(), settings=Settings(decode_timeout_s=1e-9))
 
 

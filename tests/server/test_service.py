@@ -147,7 +147,7 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str, str]] = {
     "batch with a field next to the rows": ("/embed_texts", {"texts": ["a"], "foo": 1}, 400, "invalid_request", "foo: Extra inputs are not permitted"),
     "batch not a list": ("/embed_texts", {"texts": "a"}, 400, "invalid_request", "texts: Input should be a valid array"),
     "batch image broken": ("/embed_images", {"images": [PNG, "!"]}, 400, "invalid_media", "item 1: image is not valid base64"),
-    "unknown route": ("/text/embed", {"input": "a"}, 404, "not_found", "no such path: /text/embed"),
+    "unknown route": ("/text/embed", {"input": "a"}, 404, "not_found", "no such path: /text/embed (did you mean /txt/embed?)"),
 }  # fmt: skip
 
 
