@@ -77,14 +77,10 @@ def pytest_collection(session: pytest.Session) -> None:
         import embedder.model.weights  # noqa: F401
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests of one service, else of one file, into one process; skip those marked `gpu` where there is none."""
+    """Tests marked `gpu` are skipped where there is none."""
     import torch
 
-    for item in items:
-        services = {"server", "small_server"} & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group(min(services, default=str(item.path))))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
