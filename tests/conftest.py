@@ -77,6 +77,11 @@ def pytest_collection(session: pytest.Session) -> None:
         import embedder.model.weights  # noqa: F401
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out a file that takes long to collect and has only slow tests, if those do not run."""
+    return (collection_path.name == "test_long_contract.py" and config.option.markexpr == "not slow") or None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where there is none."""
     import torch

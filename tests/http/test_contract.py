@@ -1,18 +1,16 @@
 """The running service keeps its OpenAPI document, whatever the document allows or forbids to be sent.
 
-Schemathesis makes the requests: the document's examples and random bodies, good and bad; in the long version also the
-borders of each schema, undeclared methods and content types. The same ones in every run (conftest's profile).
+Schemathesis makes the requests: the document's examples and random bodies, good and bad. The same ones in every run
+(conftest's profile). `test_long_contract.py` makes many more.
 """
 
 from __future__ import annotations
 
 import hypothesis
-import pytest
 import schemathesis
 from schemathesis.checks import not_a_server_error
 from schemathesis.config import SchemathesisConfig
 from schemathesis.openapi import from_dict
-from schemathesis.schemas import BaseSchema
 from schemathesis.specs.openapi.checks import (
     allow_header_conformance,
     content_type_conformance,
@@ -33,7 +31,6 @@ DOCUMENT = openapi_document(DIALECTS, Settings(), "0")
 MAIN = ("/txt/embed", "/img/embed", "/embed", "/v1/embeddings", "/v2/embed", "/embed_texts", "/embed_images", "/info")
 SHORT_DOCUMENT = {**DOCUMENT, "paths": {path: DOCUMENT["paths"][path] for path in MAIN}}
 SHORT = SchemathesisConfig.from_dict({"checks": REFUSED, "phases": {"coverage": {"enabled": False}}})
-LONG = SchemathesisConfig.from_dict({"checks": REFUSED})
 
 # `positive_data_acceptance` is not among them: no schema tells base64 of a picture from other strings.
 CHECKS = [
@@ -58,18 +55,4 @@ def check(case: schemathesis.Case, server: Server) -> None:
 @from_dict(SHORT_DOCUMENT, config=SHORT).parametrize()
 @hypothesis.settings(max_examples=25)
 def test_responses_match_the_document(case: schemathesis.Case, server: Server) -> None:
-    check(case, server)
-
-
-@pytest.fixture(params=DOCUMENT["paths"])
-def schema(request: pytest.FixtureRequest) -> BaseSchema:
-    """The document of one path. Read while its test runs: its cases take seconds to prepare."""
-    return from_dict({**DOCUMENT, "paths": {request.param: DOCUMENT["paths"][request.param]}}, config=LONG)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("schema")
-@schemathesis.pytest.from_fixture("schema").parametrize()
-@hypothesis.settings(max_examples=100)
-def test_responses_to_many_more_requests_match_the_document(case: schemathesis.Case, server: Server) -> None:
     check(case, server)
