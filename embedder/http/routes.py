@@ -107,7 +107,7 @@ class Serving:
 class ModelName(PathConvertor):
     """A model's name in a path: also a hub id, which has a slash. It leaves `/infer` to the route that ends so."""
 
-    regex = ".+(?<!/infer)"
+    regex = r"[\s\S]+(?<!/infer)"
 
 
 register_url_convertor("model", ModelName())

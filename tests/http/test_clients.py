@@ -339,10 +339,12 @@ def test_response_to_get_matches_the_document(path: str, client: httpx.Client, d
     assert_is_as_described(document, client.get(path), path, "get")
 
 
-@pytest.mark.parametrize("model", ["any", "Qwen/Qwen3-VL-Embedding-2B"])
+@pytest.mark.parametrize("model", ["any", "Qwen/Qwen3-VL-Embedding-2B", "a%0Ab"])
 def test_path_of_inference_is_no_model_name(model: str, client: httpx.Client) -> None:
     assert client.get(f"/v2/models/{model}").json()["name"]
     assert client.get(f"/v2/models/{model}/ready").status_code == 200
+    body = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["red"]}]}
+    assert client.post(f"/v2/models/{model}/infer", json=body).status_code == 200
     refused = client.get(f"/v2/models/{model}/infer")
     assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
 
