@@ -84,7 +84,7 @@ def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path
                 settings["device"], reason = "cuda:99", "EMBEDDER_DEVICE='cuda:99', but this machine has "
             case "weights":
                 settings["model"] = str(without_its_end(random_checkpoint, tmp_path))
-                reason = f"cannot read the weights of {tmp_path}: "
+                reason = f"cannot read {tmp_path}/model.safetensors: "
         run = serve(tmp_path, *options, **settings)
     output = run.stdout + run.stderr
     assert run.returncode == 1, output
