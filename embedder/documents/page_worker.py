@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import signal
-import socket
 from typing import Any
 
 import numpy as np
@@ -25,12 +23,11 @@ from embedder.errors import EmbedderError, InvalidMedia, MediaTooLarge
 from embedder.inputs import sandbox
 from embedder.inputs.formats import find_format
 from embedder.inputs.limits import FixedLimits
-from embedder.inputs.process_connection import Connection, Ended
+from embedder.inputs.process_connection import RGB_BYTES_PER_PIXEL, Ended, confine
 
 MAX_PAGES = 20_000
 MAX_TEXT_BYTES = 2**20  # of a page's text layer in UTF-8; more is cut
 DOCUMENT_BYTES = 2**29  # of memory for an open document and one page
-RGB_BYTES_PER_PIXEL = 3
 
 Document = pdf.PdfDocument | tiff.TiffDocument
 
@@ -65,22 +62,13 @@ class _Worker:
 
 def main(descriptor: int, parent: int, limits: dict[str, Any]) -> None:
     """Serve documents until the socket `descriptor` is closed. `parent`: process id. `limits`: of FixedLimits."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    sandbox.die_with_parent(parent)
-    pdf.import_everything()
-    tiff.import_everything()
-    connection = Connection(socket.socket(fileno=descriptor))
-    with open("/dev/null", "wb") as nothing:
-        os.dup2(nothing.fileno(), 2)  # a library's message could hold a document's content
-    sandbox.limit_resources()
-    memory_file = sandbox.open_memory_file()
-    address_space = sandbox.address_space(memory_file) + DOCUMENT_BYTES
-    connection.send(type="ready", is_confined=sandbox.refuse_system_calls())
+    process = confine(descriptor, parent, _import_everything)
+    address_space = process.address_space + DOCUMENT_BYTES
     fixed = FixedLimits(**limits)
     worker, num_file_bytes = _Worker(fixed), 0
     with contextlib.suppress(Ended):
         while True:
-            message, file = connection.receive()
+            message, file = process.connection.receive()
             num_file_bytes = message.get("num_bytes", num_file_bytes)
             sandbox.limit_task(address_space + num_file_bytes, fixed.decode_timeout_s)
             try:
@@ -90,7 +78,12 @@ def main(descriptor: int, parent: int, limits: dict[str, Any]) -> None:
                 answer = _error(MediaTooLarge(f"the page takes more than {limit} of memory; allowed: up to that"))
             except EmbedderError as error:
                 answer = _error(error)
-            connection.send(**answer)
+            process.connection.send(**answer)
+
+
+def _import_everything() -> None:
+    pdf.import_everything()
+    tiff.import_everything()
 
 
 def _error(error: EmbedderError) -> dict[str, Any]:

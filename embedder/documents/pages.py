@@ -17,10 +17,11 @@ from typing import Any, Self
 
 import PIL.Image
 
-from embedder.documents.page_worker import MAX_PAGES, MAX_TEXT_BYTES, RGB_BYTES_PER_PIXEL
+from embedder.documents.page_worker import MAX_PAGES, MAX_TEXT_BYTES
 from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.decoder_process import DecoderProcess, memory_file
 from embedder.inputs.limits import MediaLimits
+from embedder.inputs.process_connection import RGB_BYTES_PER_PIXEL
 from embedder.inputs.regimes import Regime
 
 DOCUMENT_SUFFIXES = (".pdf", ".tif", ".tiff")

@@ -10,8 +10,8 @@ import PIL.Image
 import PIL.TiffImagePlugin
 from numpy.typing import NDArray
 
-from embedder.errors import InvalidMedia, MediaTooLarge
-from embedder.inputs.limits import FixedLimits
+from embedder.errors import InvalidMedia
+from embedder.inputs.limits import FixedLimits, check_num_pixels
 from embedder.inputs.picture import decode_image
 
 _ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, TypeError, OverflowError)
@@ -37,10 +37,7 @@ class TiffDocument:
         except _ERRORS as error:
             raise InvalidMedia(f"page {number} is damaged: {error}") from error
         width, height = self._image.size
-        if width * height > self._limits.max_image_pixels:
-            raise MediaTooLarge(
-                f"page of {width}x{height} = {width * height} pixels; allowed: up to {self._limits.max_image_pixels}"
-            )
+        check_num_pixels("page", width, height, self._limits)
         return height, width
 
     def render(self, number: int, height: int, width: int) -> NDArray[np.uint8]:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.formats import VIDEO_CODECS, find_format, unsupported_format
-from embedder.inputs.limits import MediaLimits, TooLittleMemory, check_deadline
+from embedder.inputs.limits import MediaLimits, TooLittleMemory, check_deadline, check_num_pixels
 from embedder.inputs.orientation import UPRIGHT, matrix_orientation, turn_values
 
 MAX_CODED_FRAMES = 100_000  # 55 minutes at 30 frames per second
@@ -200,11 +200,7 @@ def _video_stream(container: InputContainer, limits: MediaLimits) -> VideoStream
     if codec not in VIDEO_CODECS:
         raise InvalidMedia(f"video of codec {codec}; allowed: {', '.join(VIDEO_CODECS)}")
     width, height = stream.width, stream.height
-    if width * height > limits.max_image_pixels:
-        raise MediaTooLarge(
-            f"video of {width}x{height} = {width * height} pixels; "
-            f"allowed: up to {limits.max_image_pixels} (EMBEDDER_MAX_IMAGE_PIXELS)"
-        )
+    check_num_pixels("video", width, height, limits)
     if not width or not height:
         raise MediaTooLarge(
             f"video with an unreadable frame size, or over {PROBE_PIXELS_FACTOR * limits.max_image_pixels} pixels; "

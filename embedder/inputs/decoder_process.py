@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from embedder.errors import EmbedderError, InvalidMedia, MediaTooLarge, ShuttingDown
 from embedder.inputs.decoder import NeedsProcess, OpenImage, ThreadDecoder
 from embedder.inputs.limits import FixedLimits, MediaLimits, decoding_took_too_long
-from embedder.inputs.process_connection import MAX_MESSAGE
+from embedder.inputs.process_connection import MAX_MESSAGE, RGB_BYTES_PER_PIXEL
 from embedder.settings import decoder_environment
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,6 @@ START_BYTES = 192 * 2**20
 RETRY_BYTES = 2**29  # for an item whose need is unknown, and more than that at the start
 START_TIMEOUT_S = 60.0
 GRACE_S = 0.25  # after the deadline, in which the process may end the item by itself
-RGB_BYTES_PER_PIXEL = 3
 
 EndReason = Literal["deadline", "memory", "crash"]
 

@@ -21,8 +21,6 @@ import ctypes
 import io
 import mmap
 import os
-import signal
-import socket
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -36,12 +34,11 @@ from embedder.inputs.clip import OpenClip, open_clip
 from embedder.inputs.formats import IMAGE_FORMATS
 from embedder.inputs.limits import FixedLimits, TooLittleMemory
 from embedder.inputs.picture import decode_image, decode_peak_bytes, open_image
-from embedder.inputs.process_connection import Connection, Ended
+from embedder.inputs.process_connection import RGB_BYTES_PER_PIXEL, Connection, Ended, confine
 
 NUM_BUFFERS = 2  # one is filled while the parent reads the other
 WORN_BYTES = 2**26  # of address space that items have left behind; then the parent replaces the process
 OWN_BYTES = WORN_BYTES + 2**25  # of memory for the interpreter's own needs, in addition to what decoding may use
-RGB_BYTES_PER_PIXEL = 3
 PARENT_BYTES_PER_PIXEL = 4  # of a decoded image, in Pillow's form
 STRIP_BYTES = 2**20  # of an image that is copied to a buffer
 
@@ -153,24 +150,15 @@ class _Item:
 
 def main(descriptor: int, parent: int, limits: dict[str, Any]) -> None:
     """Serve items until the socket `descriptor` is closed. `parent`: process id. `limits`: fields of FixedLimits."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    sandbox.die_with_parent(parent)
-    _import_everything()
-    connection = Connection(socket.socket(fileno=descriptor))
-    with open("/dev/null", "wb") as nothing:
-        os.dup2(nothing.fileno(), 2)  # a library's message could hold what callers sent
-    sandbox.limit_resources()
-    memory_file = sandbox.open_memory_file()
-    address_space = sandbox.address_space(memory_file)
-    is_confined = sandbox.refuse_system_calls()
-    connection.send(type="ready", is_confined=is_confined)
+    process = confine(descriptor, parent, _import_everything)
+    worn_address_space = process.address_space + WORN_BYTES
     with contextlib.suppress(Ended):
         while True:
-            answer = _serve(connection, FixedLimits(**limits), address_space + OWN_BYTES)
-            if sandbox.address_space(memory_file) > address_space + WORN_BYTES:
+            answer = _serve(process.connection, FixedLimits(**limits), process.address_space + OWN_BYTES)
+            if sandbox.address_space(process.memory_file) > worn_address_space:
                 _return_free_memory()
-            is_worn = sandbox.address_space(memory_file) > address_space + WORN_BYTES
-            connection.send(**answer, is_worn=is_worn)
+            is_worn = sandbox.address_space(process.memory_file) > worn_address_space
+            process.connection.send(**answer, is_worn=is_worn)
 
 
 def _serve(connection: Connection, limits: FixedLimits, address_space: int) -> dict[str, str]:

@@ -53,6 +53,15 @@ class FixedLimits:
         )
 
 
+def check_num_pixels(what: str, width: int, height: int, limits: MediaLimits) -> None:
+    """Raises `MediaTooLarge` if `what`, an image, a video or a page, has more pixels than `max_image_pixels`."""
+    if width * height > limits.max_image_pixels:
+        raise MediaTooLarge(
+            f"{what} of {width}x{height} = {width * height} pixels; "
+            f"allowed: up to {limits.max_image_pixels} (EMBEDDER_MAX_IMAGE_PIXELS)"
+        )
+
+
 def decode_deadline(limits: MediaLimits) -> float:
     """The time at which decoding that starts now must be finished, on the clock of `time.monotonic`."""
     return time.monotonic() + limits.decode_timeout_s

@@ -17,7 +17,7 @@ from embedder.inputs.data_uri import MAX_HEADER_CHARS, decode_base64, is_base64,
 from embedder.inputs.formats import IMAGE_FORMATS, MediaKind, unsupported_format
 from embedder.inputs.items import Media
 from embedder.inputs.jpeg import coefficient_bytes_per_pixel, count_scans
-from embedder.inputs.limits import MediaLimits, check_deadline, decode_deadline
+from embedder.inputs.limits import MediaLimits, check_deadline, check_num_pixels, decode_deadline
 from embedder.inputs.orientation import exif_orientation, turn_upright
 
 MAX_JPEG_SCANS = 100  # a camera's progressive JPEG has 10; each takes 60 bytes and can cost a pass over all pixels
@@ -46,11 +46,7 @@ def open_image(source: Media, limits: MediaLimits, deadline: float | None = None
         raise InvalidMedia(
             f"image of {image.width}x{image.height} pixels; allowed: at least {MIN_SIDE_PIXELS} on each side"
         )
-    if image.width * image.height > limits.max_image_pixels:
-        raise MediaTooLarge(
-            f"image of {image.width}x{image.height} = {image.width * image.height} pixels; "
-            f"allowed: up to {limits.max_image_pixels} (EMBEDDER_MAX_IMAGE_PIXELS)"
-        )
+    check_num_pixels("image", image.width, image.height, limits)
     return image
 
 

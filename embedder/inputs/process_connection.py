@@ -1,12 +1,22 @@
-"""The socket of a process for untrusted bytes: one JSON object a message, with at most one file descriptor."""
+"""A process for untrusted bytes: its start, and its socket.
+
+A message is one JSON object, with at most one file descriptor.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from embedder.inputs import sandbox
+
 MAX_MESSAGE = 2**16
+RGB_BYTES_PER_PIXEL = 3  # of the pixels in memory that both processes map
 
 
 class Ended(Exception):
@@ -32,3 +42,30 @@ class Connection:
         if not data:
             raise Ended
         return json.loads(data), descriptors[0] if descriptors else None
+
+
+@dataclass(frozen=True)
+class Confined:
+    """What `confine` has set up. `address_space`: bytes that this process uses without a task."""
+
+    connection: Connection
+    address_space: int
+    memory_file: int  # of `sandbox.address_space`
+
+
+def confine(descriptor: int, parent: int, import_everything: Callable[[], None]) -> Confined:
+    """Confine this process, and tell the parent that it is ready.
+
+    `descriptor`: of the socket. `parent`: process id. `import_everything` uses whatever needs files when first used.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    sandbox.die_with_parent(parent)
+    import_everything()
+    connection = Connection(socket.socket(fileno=descriptor))
+    with open("/dev/null", "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)  # a library's message could hold what callers sent
+    sandbox.limit_resources()
+    memory_file = sandbox.open_memory_file()
+    address_space = sandbox.address_space(memory_file)
+    connection.send(type="ready", is_confined=sandbox.refuse_system_calls())
+    return Confined(connection, address_space, memory_file)
