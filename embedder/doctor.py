@@ -25,7 +25,7 @@ from embedder.model.attention import choose_attention
 from embedder.model.checkpoint import BUNDLED, find_checkpoint, find_reranker, is_on_this_machine
 from embedder.model.execution import choose_execution
 from embedder.model.gpus import count_gpus
-from embedder.model.memory import check_memory, free_bytes, weights_bytes
+from embedder.model.memory import check_memory, free_bytes
 from embedder.model.weights import choose_device, choose_dtype
 from embedder.server.lifecycle import check_address
 from embedder.settings import PREFIX, Settings, available_cores
@@ -156,10 +156,10 @@ def _describe_device(device: torch.device) -> str:
 
 def _describe_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> str:
     """Raises `ModelUnavailable` if the weights cannot be read or do not fit."""
-    check_memory(folder, dtype, device)
+    needed = check_memory(folder, dtype, device)
     free = free_bytes(device)
     rest = "" if free is None else f", {free / 2**30:.1f} GiB free"
-    return f"{weights_bytes(folder, dtype) / 2**30:.1f} GiB of weights{rest}"
+    return f"{needed / 2**30:.1f} GiB of weights{rest}"
 
 
 if __name__ == "__main__":

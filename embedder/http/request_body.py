@@ -38,8 +38,8 @@ EncodingFormat = Literal["float", "base64"]
 AnyDimensions = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})]
 _Entry = TypeVar("_Entry")
 _Parsed = TypeVar("_Parsed")
-# Reading stops at the first bad entry: explaining a million of them would take seconds.
 _Location = tuple[int | str, ...]
+# Reading stops at the first bad entry: explaining a million of them would take seconds.
 NonEmptyList = Annotated[list[_Entry], Field(min_length=1, fail_fast=True)]
 Body = TypeVar("Body", bound=BaseModel)
 

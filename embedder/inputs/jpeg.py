@@ -20,14 +20,14 @@ def count_scans(data: bytes, max_scans: int) -> int:
     """
     num_scans = 0
     for marker, _ in segments(data):
-        num_scans += marker == _SCAN
+        num_scans += is_scan(marker)
         if num_scans >= max_scans:
             break
     return num_scans
 
 
 def segments(data: bytes) -> Iterator[tuple[bytes, int]]:
-    """The segments of the first picture of a JPEG file: marker, and position after it. none in other files."""
+    """The segments of the first picture of a JPEG file: marker, and position after it. None in other files."""
     if not data.startswith(_START):
         return
     position = len(_START)
@@ -50,7 +50,7 @@ def coefficient_bytes_per_pixel(image: PIL.Image.Image, data: bytes) -> float:
     """
     if not isinstance(image, JpegImageFile):
         return 0.0
-    start = next((position for marker, position in segments(data) if marker == _SCAN), len(data))
+    start = next((position for marker, position in segments(data) if is_scan(marker)), len(data))
     num_in_first_scan = int.from_bytes(data[start + 2 : start + 3])
     samples = [(horizontal, vertical) for _, horizontal, vertical, _ in image.layer]
     if not samples or not (image.info.get("progressive") or num_in_first_scan < len(samples)):

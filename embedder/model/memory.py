@@ -15,8 +15,8 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise `ModelUnavailable` if the weights in `dtype` need more than the device's free memory."""
+def check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of the weights in `dtype`. Raises `ModelUnavailable` if that is more than the device's free memory."""
     needed = weights_bytes(folder, dtype)
     free = free_bytes(device)
     if free is not None and needed > free:
@@ -25,6 +25,7 @@ def check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None
             f"{free / 2**30:.1f} GiB free. Serve a smaller checkpoint, set EMBEDDER_DTYPE=bfloat16, or use a device "
             "with more memory"
         )
+    return needed
 
 
 def weights_bytes(folder: Path, dtype: torch.dtype) -> int:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from embedder.errors import ModelUnavailable
-from embedder.model.memory import check_memory, weights_bytes
+from embedder.model.memory import check_memory
 from embedder.model.progress import LoggedProgress
 from embedder.model.weight_files import INDEX, Shape, check_shapes, weight_files
 from embedder.settings import Settings
@@ -110,8 +110,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     config = read_config(folder)
     if unexpected := check_shapes(folder, _shapes(folder, config)):
         logger.warning("%s has %d weights that are not used, e.g. %s", folder, len(unexpected), unexpected[0])
-    check_memory(folder, dtype, device)
-    size, dtype_name = weights_bytes(folder, dtype), str(dtype).removeprefix("torch.")
+    size, dtype_name = check_memory(folder, dtype, device), str(dtype).removeprefix("torch.")
     logger.info("loading %s: %.1f GB of weights as %s, to %s", folder, size / 1e9, dtype_name, device)
     with only_safetensors(folder) as weights, _without_warnings():
         try:

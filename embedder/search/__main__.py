@@ -28,7 +28,7 @@ from embedder.errors import EmbedderError
 from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.model.checkpoint import find_checkpoint
 from embedder.reranker import Reranker
-from embedder.search.snippet import find_snippet
+from embedder.search.snippet import find_snippet, printable
 from embedder.settings import Settings
 
 RERANKED_PER_RESULT = 3  # candidates that a reranker judges for each result that is shown
@@ -116,7 +116,7 @@ def _fields(hit: Hit, question: str) -> dict[str, Any]:
 def _table(hits: Sequence[Hit], question: str, width: int) -> list[str]:
     """Aligned lines: score, file, page, snippet."""
     rows = [("score", "file", "page")]
-    rows += [(f"{hit.score:.4f}", _printable(hit.file), str(hit.page or "")) for hit in hits]
+    rows += [(f"{hit.score:.4f}", printable(hit.file), str(hit.page or "")) for hit in hits]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     num_chars = max(MIN_SNIPPET_CHARS, width - sum(widths) - 6)
     snippets = ["text", *(find_snippet(hit.text, question, num_chars) for hit in hits)]
@@ -124,10 +124,6 @@ def _table(hits: Sequence[Hit], question: str, width: int) -> list[str]:
         "  ".join([row[0].rjust(widths[0]), row[1].ljust(widths[1]), row[2].rjust(widths[2]), snippet]).rstrip()
         for row, snippet in zip(rows, snippets, strict=True)
     ]
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 if __name__ == "__main__":

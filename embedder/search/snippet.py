@@ -15,5 +15,10 @@ def find_snippet(text: str, question: str, max_chars: int) -> str:
         return ""
     # the first of several equal ones
     best = max(lines, key=lambda line: len(wanted & {word.lower() for word in _WORD.findall(line)}))
-    shown = "".join(character if character.isprintable() else "?" for character in best)
+    shown = printable(best)
     return shown if len(shown) <= max_chars else f"{shown[: max_chars - 1]}…"
+
+
+def printable(text: str) -> str:
+    """The text with a question mark for each character that a terminal could obey."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -7,11 +7,9 @@ import fcntl
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from embedder import Embedder
 from embedder.engine.postprocess import quantize
 from embedder.errors import EngineFailed
 from embedder.settings import Settings
+from tests.bulk.interrupted import run_and_kill
 from tests.conftest import ROOT, encoded, picture, words
 
 pytest.importorskip("ray", reason="comes with the `bulk` extra")
@@ -414,12 +413,7 @@ def test_every_row_is_written_once_after_a_kill(tmp_path: Path, embedder: Embedd
     path, output = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts]), tmp_path / "out"
     command = [sys.executable, "-m", "embedder.bulk", str(path), str(output), "--rows-per-part", "5"]
     environment = {**os.environ, "EMBEDDER_MODEL": str(embedder.checkpoint.folder), "EMBEDDER_WORKERS": "2"}
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        while process.poll() is None and len(list(output.glob("*.parquet"))) < 5:
-            time.sleep(0.01)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    run_and_kill(command, environment, output, 5)
     before = {one.name: one.stat().st_mtime_ns for one in output.glob("*.parquet")}
     assert 5 <= len(before) < 60
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

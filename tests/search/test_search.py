@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from benchmarks.demo_documents import write_documents
 from embedder import Embedder
 from embedder.search.snippet import find_snippet
 from embedder.settings import Settings
+from tests.bulk.interrupted import run_and_kill
 from tests.conftest import ROOT
 
 pytest.importorskip("ray", reason="comes with the `bulk` extra")
@@ -156,12 +155,7 @@ def test_two_commands_find_pages_among_200_and_a_kill_costs_no_page(tmp_path: Pa
     output = tmp_path / "vectors"
     command = [sys.executable, "-m", "embedder.bulk", str(tmp_path / "documents"), str(output)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        while process.poll() is None and len(list(output.glob("*.parquet"))) < 3:
-            time.sleep(0.01)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    run_and_kill(command, environment, output, 3)
     assert len(list(output.glob("*.parquet"))) < 13
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
