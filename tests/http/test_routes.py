@@ -248,7 +248,6 @@ def other_ways(
     how = options.get("truncate", "end")
     size = {"dimensions": options["dimensions"]} if "dimensions" in options else {}
     found = {
-        "infinity": post("/embeddings", {"input": value, "modality": kind, **options}),
         "SageMaker": post("/invocations", {"input": [value], **options}),
         "pooling": post("/pooling", {"input": value, "task": "embed", **options}),
         "KServe": post(
@@ -261,6 +260,8 @@ def other_ways(
     direction = "Left" if how == "start" else "Right"
     tei = {"inputs": value, "truncate": how != "none", "truncation_direction": direction, **size}
     found["TEI"] = post("/embed", tei)
+    if options.get("dimensions") != 0:  # infinity's clients send 0 for all dimensions
+        found["infinity"] = post("/embeddings", {"input": value, "modality": kind, **options})
     if how != "start":
         found["Ollama"] = post("/api/embed", {"model": "any", "input": [value], "truncate": how != "none", **size})
     if not options:

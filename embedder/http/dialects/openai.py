@@ -83,9 +83,11 @@ class EmbeddingsResponse(BaseModel):
     warnings: list[str] | None = Field(None, description=CUT_TEXTS)
 
 
-def parse_embeddings(body: bytes | Mapping[str, Any], settings: Settings) -> EncodedRequest:
+def parse_embeddings(
+    body: bytes | Mapping[str, Any], settings: Settings, *, body_model: type[EmbeddingsRequest] = EmbeddingsRequest
+) -> EncodedRequest:
     """Body of `/v1/embeddings` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
-    request = validate_body(EmbeddingsRequest, body)
+    request = validate_body(body_model, body)
     if (request.input is None) == (request.messages is None):
         raise InvalidRequest(f"give either `input` or `messages`; got {'neither' if request.input is None else 'both'}")
     entries = _inputs(request.input) if request.messages is None else conversations(request.messages)
@@ -187,6 +189,5 @@ EMBEDDINGS = Dialect(
         },
     },
 )
-# infinity's clients, and SageMaker's: its contract names the path, vLLM's the body
-INFINITY = dataclasses.replace(EMBEDDINGS, path="/embeddings", summary="Embed, in the format of infinity's clients")
+# SageMaker's contract names the path, vLLM's the body
 INVOCATIONS = dataclasses.replace(EMBEDDINGS, path="/invocations", summary="Embed, on the path of SageMaker")
