@@ -1,0 +1,1 @@
+"""Real clients of other servers' APIs, unchanged, against the running service."""

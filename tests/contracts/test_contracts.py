@@ -1,0 +1,25 @@
+"""The contracts whose clients are in the `test` extra; `python -m tests.contracts` checks all of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import Server
+from tests.contracts.checks import CHECKS, Check, run
+
+CHEAP = {"openai", "langchain_openai", "cohere", "huggingface_hub"}
+
+
+@pytest.mark.parametrize("row", [row for row in CHECKS if row.needs in CHEAP], ids=lambda row: row.run.__name__)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Cohere's client leaves its connections open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_client_gets_the_vectors_of_the_native_route(row: Check, server: Server) -> None:
+    assert run(row, server.url).error == ""
+
+
+def test_outcome_of_a_check_that_fails_has_the_reason() -> None:
+    def fail(url: str) -> None:
+        raise AssertionError(f"no vectors from {url}")
+
+    outcome = run(Check("OpenAI", "a check", "a client", "openai", fail), "http://nowhere")
+    assert outcome.error == "AssertionError: no vectors from http://nowhere"
