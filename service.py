@@ -26,7 +26,7 @@ from embedder.http.content_coding import CompressedResponses
 from embedder.http.dialects.dialect import ServedModel
 from embedder.http.drain import Drain
 from embedder.http.guard import RequestGuard
-from embedder.http.routes import EMBEDDING_PATHS, OPEN_PATHS, RERANKING_PATHS, Routes, Serving
+from embedder.http.routes import EMBEDDING_PATHS, OPEN_PATHS, RERANKING_PATHS, UPLOAD_PATHS, Routes, Serving
 from embedder.model.checkpoint import find_models
 from embedder.model.gpus import count_gpus
 from embedder.playground.collection import Collection
@@ -175,7 +175,13 @@ def with_routes(bento_app: ASGIApp) -> ASGIApp:
     """The whole service: our routes and middlewares around BentoML's app."""
     app: ASGIApp = RaisingErrors(ROUTES.over(bento_app))
     app = RequestGuard(
-        app, SETTINGS, keys=KEYS, drain=DRAIN, open_paths=OPEN_PATHS, count_held_bytes=METRICS.held_bytes.inc
+        app,
+        SETTINGS,
+        keys=KEYS,
+        drain=DRAIN,
+        open_paths=OPEN_PATHS,
+        upload_paths=UPLOAD_PATHS,
+        count_held_bytes=METRICS.held_bytes.inc,
     )
     app = CompressedResponses(MetricsMiddleware(app, METRICS))
     app = RequestBoundary(app, drain=DRAIN, is_logged=SETTINGS.access_log)

@@ -153,11 +153,14 @@ class RequestTooLarge(InvalidRequest):
 
 
 class UnsupportedContentType(InvalidRequest):
-    """The body is declared to be something other than JSON in UTF-8, or is compressed in an unknown way."""
+    """The body is declared to be of a type that the path does not take, or is compressed in an unknown way."""
 
     status = 415
     code = "unsupported_content_type"
-    remedy = "Send `Content-Type: application/json`, and `Content-Encoding` gzip, deflate, zstd or none."
+    remedy = (
+        "Send `Content-Type: application/json` in UTF-8, and `Content-Encoding` gzip, deflate, zstd or none. "
+        "`/img/embed` also takes files."
+    )
 
 
 class HeadTooLarge(InvalidRequest):

@@ -1,4 +1,4 @@
-"""What a request must satisfy before a route sees it: a key, plain JSON, and limits on bytes, time and values.
+"""What a request must satisfy before a route sees it: a key, plain JSON or files, and limits on bytes, time and values.
 
 BentoML checks no keys and does not limit bodies. It also parses forms; a malformed one gives status 500 (1.4.40).
 """
@@ -27,6 +27,7 @@ from embedder.http.boundary import METHODS_WITH_BODY, PROBES
 from embedder.http.content_coding import decompress, request_coding
 from embedder.http.drain import Drain
 from embedder.http.json_limits import exceeds_value_count, max_values
+from embedder.http.uploads import TYPES, is_upload
 from embedder.settings import Settings
 
 SMALL_BODY_BYTES = 2**16  # a body up to this size is accepted even when `max_held_bytes` is used up
@@ -40,8 +41,9 @@ class RequestGuard:
 
     Each body is limited, and so is the sum of all from their first byte to their response: decoding an image takes
     about three times the memory of its body. Probes and `open_paths` can be read without a key; probes also respond
-    while the worker drains. Raises `ShuttingDown`, `MissingKey`, `InvalidKey`, `UnsupportedContentType`,
-    `RequestTooLarge`, `Overloaded`, `DeadlineExceeded` and `ClientDisconnect`.
+    while the worker drains. `upload_paths` also take files.
+    Raises `ShuttingDown`, `MissingKey`, `InvalidKey`, `UnsupportedContentType`, `RequestTooLarge`, `Overloaded`,
+    `DeadlineExceeded` and `ClientDisconnect`.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class RequestGuard:
         keys: ApiKeys,
         drain: Drain,
         open_paths: frozenset[str] = frozenset(),
+        upload_paths: frozenset[str] = frozenset(),
         count_held_bytes: Callable[[int], object] = lambda _: None,
     ) -> None:
         self.app = app
@@ -59,6 +62,7 @@ class RequestGuard:
         self.keys = keys
         self.drain = drain
         self.open_paths = open_paths | PROBES
+        self.upload_paths = upload_paths
         self.count_held_bytes = count_held_bytes
         self.held_bytes = 0
 
@@ -70,13 +74,15 @@ class RequestGuard:
         if scope["method"] not in METHODS_WITH_BODY:
             await self.app(scope, receive, send)
             return
-        coding = _check_content_type(scope)
+        takes_files = scope["path"] in self.upload_paths
+        coding, is_json = _check_content_type(scope, takes_files=takes_files)
         with self._holding() as hold:
             body = await self._read(receive, hold)
             if coding:
                 body = await self._decompress(coding, body, hold)
-            body = _without_byte_order_mark(body)
-            await self._check_values(body)
+            if is_json:
+                body = _without_byte_order_mark(body)
+                await self._check_values(body)
             await self.app(scope, _replay(body, receive), send)
 
     def _check_access(self, scope: Scope) -> None:
@@ -177,22 +183,36 @@ class RequestGuard:
             )
 
 
-def _check_content_type(scope: Scope) -> str:
-    """The coding that has to be undone, or an empty string. Raises `UnsupportedContentType`."""
-    coding = ""
+def _check_content_type(scope: Scope, *, takes_files: bool) -> tuple[str, bool]:
+    """The coding that has to be undone, or an empty string, and whether the body is JSON.
+
+    Raises `UnsupportedContentType`.
+    """
+    coding, is_json, num_types = "", True, 0
     for name, value in scope["headers"]:  # all of them: BentoML reads the first of several
         given = value.decode("latin-1").strip().lower()
         if name.lower() == b"content-type":
-            content_type, *parameters = (part.strip() for part in given.split(";"))
-            if content_type != "application/json" and not content_type.endswith("+json"):
-                raise UnsupportedContentType(f"content type: got {content_type[:60]}; allowed: application/json")
-            for parameter in parameters:
-                _check_charset(parameter)
+            num_types += 1
+            is_json &= not (takes_files and is_upload(given))
+            if not is_json and num_types > 1:
+                raise UnsupportedContentType(f"content type: got {given[:60]} and another one; allowed: one")
+            if is_json:
+                _check_json_type(given, takes_files=takes_files)
         elif name.lower() == b"content-encoding":
             if coding:
                 raise UnsupportedContentType(f"content encoding: got {given[:60]} after {coding}; allowed: one coding")
             coding = request_coding(given)
-    return coding
+    return coding, is_json
+
+
+def _check_json_type(given: str, *, takes_files: bool) -> None:
+    content_type, *parameters = (part.strip() for part in given.split(";"))
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        others = f", {', '.join(TYPES)}" if takes_files else ""
+        hint = "; POST /img/embed takes files" if is_upload(content_type) and not takes_files else ""
+        raise UnsupportedContentType(f"content type: got {content_type[:60]}; allowed: application/json{others}{hint}")
+    for parameter in parameters:
+        _check_charset(parameter)
 
 
 def _check_charset(parameter: str) -> None:

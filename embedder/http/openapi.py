@@ -25,6 +25,7 @@ from embedder.http.dialects.tokens import TokenRoute
 from embedder.http.error_forms import ErrorForm, error_form
 from embedder.http.request_body import RequestBody
 from embedder.http.response import ErrorResponse
+from embedder.http.uploads import BYTES, FORM
 from embedder.inputs.items import EXAMPLE_IMAGE
 from embedder.settings import Settings
 
@@ -34,6 +35,8 @@ KEYS = {  # the ways to send an API key, if the service needs one
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
+
+_FILE = {"type": "string", "format": "binary"}
 
 ROW_EXAMPLES: dict[str, dict[str, Any]] = {  # bodies of BentoML's APIs, each answered with 200
     "/embed_texts": {"texts": {"texts": ["red", {"text": "green", "dimensions": 64}]}},
@@ -83,7 +86,8 @@ def openapi_document(
 
 def _schemas(dialects: Sequence[Dialect[Any]], settings: Settings) -> dict[str, Any]:
     routes: list[Dialect[Any] | TokenRoute] = [*dialects, *TOKEN_ROUTES]
-    requests: list[type[BaseModel]] = list(dict.fromkeys(route.request for route in routes))
+    uploads = [one.upload.request for one in dialects if one.upload]
+    requests: list[type[BaseModel]] = list(dict.fromkeys([*(route.request for route in routes), *uploads]))
     forms: list[type[BaseModel]] = [ErrorResponse, *(form.schema for route in routes for form in _error_forms([route]))]
     responses: list[type[BaseModel]] = [*(route.response for route in routes), ModelsResponse, *forms]
     _, document = models_json_schema(
@@ -96,6 +100,8 @@ def _schemas(dialects: Sequence[Dialect[Any]], settings: Settings) -> dict[str, 
     )
     schemas: dict[str, Any] = {**document["$defs"], **_items()}
     fields = {model.__name__: schemas[model.__name__]["properties"] for model in requests}
+    for upload in (one.upload for one in dialects if one.upload):
+        fields[upload.request.__name__][upload.name]["items"] = _FILE
     fields["EmbedRequest"]["items"]["items"] = {"anyOf": [{"type": "string"}, _ref("NamedItem")]}
     for model in ("EmbeddingsRequest", "PoolingRequest"):
         kind = {name: fields[model]["truncate"].pop(name) for name in ("enum", "type")}
@@ -112,6 +118,7 @@ def _schemas(dialects: Sequence[Dialect[Any]], settings: Settings) -> dict[str, 
     for model, name in [
         ("TextRequest", "input"),
         ("ImageRequest", "input"),
+        ("ImageForm", "image"),
         ("EmbedRequest", "items"),
         ("EmbeddingsRequest", "input"),
         ("CohereEmbedRequest", "texts"),
@@ -216,7 +223,27 @@ def _post(routes: Sequence[Dialect[Any] | TokenRoute]) -> dict[str, Any]:
     body = _one_of([_ref(route.request.__name__) for route in routes])
     examples = {name: example for route in routes for name, example in route.examples.items()}
     errors = _one_of([_ref(form.schema.__name__) for form in _error_forms(routes)])
-    return _operation(path, "; ".join(route.summary for route in routes), body, response, examples, errors)
+    operation = _operation(path, "; ".join(route.summary for route in routes), body, response, examples, errors)
+    for upload in (route.upload for route in routes if isinstance(route, Dialect) and route.upload):
+        form = {"schema": _ref(upload.request.__name__)}
+        request = operation["post"]["requestBody"]
+        request["content"] |= {FORM: form, BYTES: {"schema": _FILE}}
+        request["description"] = (  # generators of clients refuse image/* as a key
+            f"A body of type {BYTES} or image/* is an image; its options are in the query of the URL."
+        )
+        operation["post"]["parameters"] = _query_options(upload.request, upload.name)
+    return operation
+
+
+def _query_options(model: type[BaseModel], file: str) -> list[dict[str, Any]]:
+    """The fields of a form but its files, as parameters of the URL. Without defaults: fields of a body come first."""
+    parameters = []
+    for name, schema in model.model_json_schema()["properties"].items():
+        kinds = [one for one in schema.get("anyOf", [schema]) if one != {"type": "null"}]
+        kept = {key: value for key, value in kinds[0].items() if key in ("type", "enum", "minimum")}
+        if name != file:
+            parameters.append({"name": name, "in": "query", "schema": kept, "description": schema["description"]})
+    return parameters
 
 
 def _error_forms(routes: Sequence[Dialect[Any] | TokenRoute]) -> list[ErrorForm]:

@@ -36,12 +36,13 @@ from embedder.http.dialects import (
     tokens,
     voyage,
 )
-from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, by_path, choose_dialect
+from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, Upload, by_path, choose_dialect
 from embedder.http.dialects.tokens import TokenRoute
 from embedder.http.openapi import ROW_EXAMPLES, openapi_document
 from embedder.http.request_body import read_json
 from embedder.http.response import to_json
 from embedder.http.timing import timing_headers, traced_items
+from embedder.http.uploads import is_upload, upload_fields
 from embedder.playground.collection import HEADERS, PAGE, Collection, page_file
 from embedder.settings import Settings
 from embedder.telemetry.log import count_items
@@ -74,6 +75,7 @@ DIALECTS: tuple[Dialect[Any], ...] = (
 )
 EMBEDDING_PATHS = tuple(by_path(DIALECTS))
 RERANKING_PATHS = tuple(by_path(rerank.RERANKING))
+UPLOAD_PATHS = frozenset(one.path for one in DIALECTS if one.upload)  # take files, too
 EXAMPLES: dict[str, dict[str, Any]] = {  # bodies by path and name
     **{
         path: {name: body for one in dialects for name, body in one.examples.items()}
@@ -181,10 +183,18 @@ class Routes:
     async def _embed(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
         started_s = time.monotonic()
         model = self._served("embedder")
-        fields = read_json((await request.receive())["body"])  # the guard has read all of it
+        body = (await request.receive())["body"]  # the guard has read all of it
+        upload = dialects[0].upload
+        is_file = upload is not None and is_upload(request.headers.get("content-type", ""))
+        fields: Mapping[str, Any] = {} if is_file else read_json(body)
+        if upload and not is_file and request.url.query:
+            fields = {**upload.options(request.query_params), **fields}
         dialect = choose_dialect(dialects, fields)
         try:
-            parsed = dialect.parse(fields, self.settings)
+            if upload and is_file:
+                parsed = await self._parse_upload(upload, request, body)
+            else:
+                parsed = dialect.parse(fields, self.settings)
             embed_items = self._embed_each if dialect.fails_per_item else self._embed_all
             with traced_items() as traces:
                 outcomes = await unless_disconnected(embed_items(parsed.items), request.receive)
@@ -194,6 +204,16 @@ class Routes:
             raise
         headers = {**timing_headers(started_s, traces), **(self._cache_headers(outcomes) or {})}
         return _with_headers(response, headers)
+
+    async def _parse_upload(self, upload: Upload[Any], request: Request, body: bytes) -> Any:
+        values = await upload_fields(
+            request.headers["content-type"],
+            body,
+            request.url.query,
+            name=upload.name,
+            max_items=self.settings.max_items_per_request,
+        )
+        return upload.parse(values, self.settings)
 
     async def _rerank(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
         started_s = time.monotonic()

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import urllib.request
@@ -22,6 +23,11 @@ from typing import Any
 import numpy as np
 
 TEXTS = ["red", "a green circle"]
+EXAMPLE_IMAGE = (  # a red square of 32x32 pixels; the environment of the clients lacks the package
+    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgCAIAAAD8GO2jAAAAKklEQVR42mN4JqdBU8"
+    "QwasGoBaMWjFowasGoBaMWjFowasGoBaMWDBULAK6hsD0HQA3uAAAAAElFTkSuQmCC"
+)
+PNG = base64.b64decode(EXAMPLE_IMAGE)
 SAME = 1e-6  # float32
 
 
@@ -64,9 +70,9 @@ def check(
     return add
 
 
-def expected(url: str, texts: Sequence[str] = TEXTS, **options: Any) -> list[Any]:
+def expected(url: str, items: Sequence[Any] = TEXTS, **options: Any) -> list[Any]:
     """The vectors that the native route gives."""
-    body = json.dumps({"items": list(texts), **options}).encode()
+    body = json.dumps({"items": list(items), **options}).encode()
     request = urllib.request.Request(f"{url}/embed", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as response:
         return [result["embedding"] for result in json.load(response)["results"]]
@@ -174,6 +180,23 @@ def curl_http2(url: str) -> None:
     command = ["curl", "-sf", "--http2", f"{url}/v1/embeddings", "--json", json.dumps(fields)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert_same([one["embedding"] for one in json.loads(done.stdout)["data"]], expected(url))
+
+
+@check("files", "curl -F image=@cat.png, two files and an option", source="curl", needs="curl")
+def curl_form(url: str) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        file.write(PNG)
+        file.flush()
+        form = ["-F", f"image=@{file.name}", "-F", f"image=@{file.name}", "-F", "dimensions=64"]
+        done = subprocess.run(["curl", "-sf", f"{url}/img/embed", *form], capture_output=True, timeout=60, check=True)
+    assert_same(json.loads(done.stdout)["embedding"], expected(url, [{"image": EXAMPLE_IMAGE}] * 2, dimensions=64))
+
+
+@check("files", "curl --data-binary @cat.png", source="curl", needs="curl")
+def curl_body(url: str) -> None:
+    command = ["curl", "-sf", f"{url}/img/embed", "-H", "content-type: image/png", "--data-binary", "@-"]
+    done = subprocess.run(command, input=PNG, capture_output=True, timeout=60, check=True)
+    assert_same([json.loads(done.stdout)["embedding"]], expected(url, [{"image": EXAMPLE_IMAGE}]))
 
 
 @check(

@@ -33,6 +33,7 @@ def guard(app: ASGIApp, *, api_key: str | None = None, drain: Drain | None = Non
         keys=ApiKeys(Settings(api_key=api_key)),
         drain=drain or Drain(),
         open_paths=frozenset({"/page"}),
+        upload_paths=frozenset({"/img/embed"}),
     )
 
 

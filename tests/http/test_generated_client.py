@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -108,3 +109,13 @@ def test_error_is_a_typed_object(generated_client: Any) -> None:
     answer = module("api.default.txt_embed").sync(client=generated_client, body=body)
     assert isinstance(answer, models.ErrorResponse)
     assert (answer.error.code, answer.error.item) == ("invalid_request", 1)
+
+
+def test_image_can_be_sent_as_a_file(generated_client: Any, embedder: Embedder) -> None:
+    file, img_embed = module("types").File, module("api.default.img_embed")
+    expected = embedder.embed([{"image": base64.b64encode(PNG).decode()}], dimensions=64)
+    body = file(BytesIO(PNG), "a.png", "image/png")
+    answer = img_embed.sync(client=generated_client, body=body, dimensions=64)
+    assert_same([answer.embedding], expected)
+    form = module("models.image_form").ImageForm(image=[body], dimensions=64, normalize=True)
+    assert_same([img_embed.sync(client=generated_client, body=form).embedding], expected)

@@ -159,7 +159,7 @@ def test_other_content_types_are_refused_before_the_app_sees_them(content_type: 
     app = Echo()
     status, error = status_and_error(call(app, chunks(b"{}"), headers=[(b"Content-Type", content_type)]))
     assert (status, error["code"], error["type"]) == (415, "unsupported_content_type", "invalid_request")
-    assert error["message"].endswith("; allowed: application/json")
+    assert "; allowed: application/json" in error["message"]
     assert app.calls == 0
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from embedder.errors import InvalidRequest
 from embedder.http.accepted_fields import ACCEPTED
-from embedder.http.dialects.local import ImageRequest, TextRequest
+from embedder.http.dialects.local import ImageForm, ImageRequest, TextRequest
 from embedder.http.error_forms import error_form
 from embedder.http.openapi import error_meanings, openapi_document
 from embedder.http.routes import DIALECTS, EXAMPLES
@@ -294,3 +294,15 @@ def merged(under: Any, over: Any) -> Any:
     if isinstance(under, list) and isinstance(over, list):
         return [merged(one, other) for one, other in zip(under, over, strict=True)]
     return under if over is None else over
+
+
+def test_form_and_file_are_described_where_they_are_taken() -> None:
+    for path, methods in DOCUMENT["paths"].items():
+        content = methods.get("post", {}).get("requestBody", {}).get("content", {})
+        assert (set(content) > {"application/json"}) == (path == "/img/embed")
+    content = DOCUMENT["paths"]["/img/embed"]["post"]["requestBody"]["content"]
+    form = resolve(content["multipart/form-data"]["schema"])
+    assert form["required"] == ["image"]
+    assert set(form["properties"]) == set(ImageForm.model_fields) | set(ACCEPTED)
+    assert form["properties"]["image"]["items"] == content["application/octet-stream"]["schema"]
+    assert form["properties"]["image"]["maxItems"] == 7

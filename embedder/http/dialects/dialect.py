@@ -46,6 +46,19 @@ Outcomes = Sequence[Outcome]
 
 
 @dataclass(frozen=True)
+class Upload(Generic[Parsed]):
+    """How a route takes files. `name`: of the form's field with the files; `request` describes the others.
+
+    `parse` gets all values of each field, in order. `options` makes fields of a JSON body of the URL's query.
+    """
+
+    name: str
+    request: type[BaseModel]
+    parse: Callable[[Mapping[str, list[bytes | str]], Settings], Parsed]
+    options: Callable[[Mapping[str, str]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Dialect(Generic[Parsed]):
     """A route that embeds, in the format of one family of clients.
 
@@ -53,7 +66,7 @@ class Dialect(Generic[Parsed]):
     response body, or a whole response. Unless `fails_per_item`, the first item that fails fails the request, and
     `respond` gets embeddings only. `request`, `response` and `examples` (bodies by name, each answered with 200) are
     for the OpenAPI document. Of dialects with the same path, the one whose field `given` the body has is used; then
-    `errors` is the form of its errors, which otherwise the path decides.
+    `errors` is the form of its errors, which otherwise the path decides. With `upload` it also takes files.
     """
 
     path: str
@@ -66,6 +79,7 @@ class Dialect(Generic[Parsed]):
     fails_per_item: bool = False
     given: str = ""
     errors: ErrorForm | None = None
+    upload: Upload[Parsed] | None = None
 
 
 def by_path(dialects: Sequence[Dialect[Any]]) -> dict[str, list[Dialect[Any]]]:

@@ -1,19 +1,21 @@
-"""The `local` provider schema: `POST /txt/embed` and `POST /img/embed`."""
+"""The `local` provider schema: `POST /txt/embed` and `POST /img/embed`, which also takes files."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import AliasChoices, BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field, ValidationInfo, field_validator
 
 from embedder.engine.postprocess import Embedding, check_output_dtype, quantize
-from embedder.http.dialects.dialect import Dialect, ServedModel
+from embedder.http.dialects.dialect import Dialect, ServedModel, Upload
 from embedder.http.request_body import (
     EmbeddingRequest,
     NonEmptyList,
     Options,
     check_item_count,
+    known_names,
     parse_each,
     validate_body,
 )
@@ -21,6 +23,7 @@ from embedder.http.response import CUT_TEXTS, Usage, Vector, encode_vector, to_j
 from embedder.inputs.items import EXAMPLE_DATA_URI, EXAMPLE_IMAGE, EmbeddingItem, Image, Text
 from embedder.settings import Settings
 
+_SIZES = ("dimensions", "dim", "dimension", "output_dimension")
 _INPUT_NAMES = AliasChoices("input", "inputs", "content", "contents")
 
 
@@ -44,6 +47,23 @@ class ImageRequest(Options):
     )
 
 
+class ImageForm(Options):
+    """Fields of a form that is sent to `POST /img/embed`. Options are texts."""
+
+    image: NonEmptyList[Any] = Field(
+        validation_alias=AliasChoices("image", "images", "file", "files", "input", "inputs"),
+        description="The files; of one the response has one vector, of several a list. A text is base64 or a URL.",
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _single_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Values arrive in lists."""
+        if info.field_name == "image" or not isinstance(value, list) or len(value) != 1:
+            return value
+        return _value_of_text(str(info.field_name), value[0])
+
+
 class EmbeddingResponse(BaseModel):
     """Response of `/txt/embed` and `/img/embed`. `embedding` has the shape of `input`."""
 
@@ -56,20 +76,44 @@ class EmbeddingResponse(BaseModel):
 
 def parse_text_request(body: bytes | Mapping[str, Any], settings: Settings) -> EmbeddingRequest:
     """Body of `/txt/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
-    return _request(validate_body(TextRequest, body), Text, settings)
+    request = validate_body(TextRequest, body)
+    return _request(request, request.input, Text, settings)
 
 
 def parse_image_request(body: bytes | Mapping[str, Any], settings: Settings) -> EmbeddingRequest:
     """Body of `/img/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
-    return _request(validate_body(ImageRequest, body), Image, settings)
+    request = validate_body(ImageRequest, body)
+    return _request(request, request.input, Image, settings)
 
 
-def _request(body: TextRequest | ImageRequest, part: type[Text] | type[Image], settings: Settings) -> EmbeddingRequest:
-    inputs = body.input if isinstance(body.input, list) else [body.input]
+def parse_image_form(fields: Mapping[str, list[bytes | str]], settings: Settings) -> EmbeddingRequest:
+    """Form of `/img/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
+    form = validate_body(ImageForm, fields)
+    return _request(form, form.image if len(form.image) > 1 else form.image[0], Image, settings)
+
+
+def query_options(query: Mapping[str, str]) -> dict[str, Any]:
+    """The options among the parameters of a URL, as a JSON body has them."""
+    return {
+        "dimensions" if name in _SIZES else name: _value_of_text(name, text)
+        for name, text in query.items()
+        if name in known_names(Options)
+    }
+
+
+def _value_of_text(name: str, text: Any) -> Any:
+    """An option that was sent as text, with the type that it has in JSON; unchanged if it cannot have that type."""
+    if name in _SIZES and isinstance(text, str) and re.fullmatch("[0-9]{1,9}", text):
+        return int(text)
+    return {"true": True, "false": False}.get(text.lower(), text) if name == "normalize" else text
+
+
+def _request(options: Options, given: Any, part: type[Text] | type[Image], settings: Settings) -> EmbeddingRequest:
+    inputs = given if isinstance(given, list) else [given]
     check_item_count(len(inputs), settings)
-    check_output_dtype(body.output_dtype, body.normalize)
-    items = parse_each(inputs, lambda value: EmbeddingItem((part(value),), **body.item_options()))
-    return EmbeddingRequest(items, isinstance(body.input, list), body.encoding_format, body.output_dtype)
+    check_output_dtype(options.output_dtype, options.normalize)
+    items = parse_each(inputs, lambda value: EmbeddingItem((part(value),), **options.item_options()))
+    return EmbeddingRequest(items, isinstance(given, list), options.encoding_format, options.output_dtype)
 
 
 def embedding_response(request: EmbeddingRequest, embeddings: Sequence[Embedding], model: ServedModel) -> bytes:
@@ -108,4 +152,5 @@ IMAGES = Dialect(
         "one image": {"input": EXAMPLE_IMAGE},
         "several": {"input": [EXAMPLE_IMAGE, EXAMPLE_DATA_URI]},
     },
+    upload=Upload("image", ImageForm, parse_image_form, query_options),
 )
