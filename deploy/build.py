@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import embedder
+from deploy.lock import CPU_LOCK, locked_versions
 
 ROOT = Path(__file__).parents[1]
 NAME = "qwen3-vl-embedding"
@@ -40,18 +40,12 @@ def check_bentoml() -> None:
 
     BentoML adds `bentoml==<its own version>` to the requirements of every image, next to those of the lock file.
     """
-    locked = locked_bentoml()
+    locked = locked_versions(CPU_LOCK)["bentoml"]
     if (running := version("bentoml")) != locked:
         raise SystemExit(
             f"BentoML {running} is installed, but deploy/requirements.txt has {locked}, so the requirements of the "
             f"image would conflict. Install bentoml=={locked}, or write a new lock file with `python -m deploy.lock`."
         )
-
-
-def locked_bentoml() -> str:
-    """The BentoML version in `deploy/requirements.txt`."""
-    (line,) = re.findall(r"^bentoml==(\S+)", (ROOT / "deploy" / "requirements.txt").read_text(), re.MULTILINE)
-    return str(line)
 
 
 def revision(root: Path) -> str:

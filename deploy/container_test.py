@@ -21,7 +21,7 @@ import httpx
 import embedder
 from deploy.build import ROOT, build, revision
 from deploy.podman import RUN, missing, podman, prepare_build, workspace
-from deploy.sbom import bill_of_materials
+from deploy.sbom import bill_of_image
 from embedder.http.routes import EXAMPLES
 from embedder.model.checkpoint import BUNDLED, PUBLISHED, PUBLISHED_REVISION
 
@@ -159,7 +159,7 @@ def check_death() -> None:
 
 
 def check_sbom() -> None:
-    parts = bill_of_materials(IMAGE, ["podman", *RUN])["components"]
+    parts = bill_of_image(IMAGE, ["podman", *RUN])["components"]
     by_name = {part["name"]: part for part in parts}
     require({"torch", "bentoml", "libc6"} <= by_name.keys(), f"the bill of materials lists {len(parts)} packages")
     require(

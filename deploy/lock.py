@@ -16,6 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 UV = Path(sys.executable).with_name("uv")
+CPU_LOCK, CUDA_LOCK = "requirements.txt", "requirements-cuda.txt"
 OPTIONS = "--python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate -q"
 
 
@@ -27,6 +28,12 @@ def compile_lock(*options: str) -> dict[str, list[str]]:
     return {pin[0].partition("==")[0]: pin for pin in pins}
 
 
+def locked_versions(*names: str) -> dict[str, str]:
+    """The version of each package in the lock files `names`."""
+    texts = [(HERE / name).read_text(encoding="utf-8") for name in names]
+    return {name: version for text in texts for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cpu_wheels")
@@ -35,8 +42,8 @@ def main() -> None:
     cuda = compile_lock("--constraint", arguments.constraint)
     both = compile_lock("--constraint", arguments.constraint, "--find-links", arguments.cpu_wheels)
     both["torch"] = cuda["torch"] + both["torch"][1:]
-    write("requirements.txt", both)
-    write("requirements-cuda.txt", {name: pin for name, pin in cuda.items() if name not in both})
+    write(CPU_LOCK, both)
+    write(CUDA_LOCK, {name: pin for name, pin in cuda.items() if name not in both})
 
 
 def write(name: str, pins: dict[str, list[str]]) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Embedder", "Reranker", "__version__"]
 
 

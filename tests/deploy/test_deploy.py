@@ -17,6 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import embedder
+from deploy import version
 from deploy.container_test import UNLISTED
 from embedder.model.checkpoint import PUBLISHED, PUBLISHED_REVISION
 from embedder.settings import PREFIX, Settings
@@ -151,11 +152,21 @@ def test_autoscaler_waits_for_a_second_full_batch(overlay: dict[str, Object]) ->
 def test_images_have_the_packages_version(overlay: dict[str, Object]) -> None:
     image = f"qwen3-vl-embedding:{embedder.__version__}"
     assert {container["image"] for pod in pod_specs(overlay) for container in pod["containers"]} == {image}
-    deploy_page = ROOT / "docs" / "operations" / "deploy.md"
-    for path in (deploy_page, DEPLOY / "README.md", DEPLOY / "Containerfile.model", DEPLOY / "compose.yaml"):
-        text = path.read_text(encoding="utf-8")
-        assert set(re.findall(r"qwen3-vl-embedding:[\d.]+\d", text)) == {image}, path
+
+
+def test_every_file_states_the_packages_version() -> None:
+    for path, text in version.stated(ROOT, embedder.__version__).items():
+        assert path.read_text(encoding="utf-8") == text, "run python -m deploy.version"
     assert f"## [{embedder.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_no_other_file_states_the_version() -> None:
+    """A version of 0.x is that of this project where the line names it."""
+    known = {path.relative_to(ROOT).as_posix() for path in version.stated(ROOT, embedder.__version__)}
+    command = ["git", "grep", "-lE", rf"(qwen3-vl-embedding|version|newTag).*\b{re.escape(embedder.__version__)}\b"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    elsewhere = {"embedder/__init__.py", "CHANGELOG.md", "deploy/requirements.txt", "pyproject.toml"}
+    assert {path for path in found if not path.startswith(("benchmarks/results/", "tests/"))} <= known | elsewhere
 
 
 def test_compose_file_is_valid_and_names_known_settings() -> None:

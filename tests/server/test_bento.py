@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.build import check_bentoml, locked_bentoml
+from deploy.build import check_bentoml
+from deploy.lock import CPU_LOCK, locked_versions
 from embedder.model.checkpoint import PUBLISHED
 from tests.conftest import ROOT, start_server
 
@@ -84,7 +85,7 @@ def test_build_refuses_another_bentoml_than_the_lock_has(monkeypatch: pytest.Mon
 
 def test_pyproject_and_lock_have_the_same_bentoml() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert f"bentoml=={locked_bentoml()}" in project["dependencies"]
+    assert f"bentoml=={locked_versions(CPU_LOCK)['bentoml']}" in project["dependencies"]
 
 
 def test_bento_contains_the_page_and_no_bundled_model(bento_tag: str) -> None:
