@@ -112,7 +112,7 @@ class Source:
                     yield Row(row_id, self._fields({"image": name}))
                     continue
                 try:
-                    path = self._path(document)
+                    path = path_inside(self.folder, document)
                     if not number:
                         reader.count_pages(path)
                         raise InvalidMedia("the document could not be opened when the run started, but can be now")
@@ -147,30 +147,8 @@ class Source:
             value = value["bytes"] or value["path"]
         if isinstance(value, str) and "." in value and not value.startswith(("data:", "http://", "https://")):
             limit = self.settings.max_image_bytes if field == "image" else self.settings.max_video_bytes
-            return self._read_file(value, limit)
+            return read_inside(self.folder, value, limit)
         return value
-
-    def _read_file(self, name: str, max_bytes: int) -> bytes:
-        path = self._path(name)
-        try:
-            if path.stat().st_size > max_bytes:
-                raise MediaTooLarge(f"file of {path.stat().st_size} bytes; allowed: up to {max_bytes}")
-            return path.read_bytes()
-        except OSError as error:
-            raise InvalidMedia(f"path {name[:80]!r} cannot be read: {type(error).__name__}") from error
-
-    def _path(self, name: str) -> Path:
-        """The file of this name. Raises `InvalidMedia` if it is not inside the input folder."""
-        short_name = repr(name[:80])
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise InvalidMedia(f"path {short_name} is absolute or has '..'; allowed: relative, inside the input folder")
-        try:
-            path = (self.folder / name).resolve(strict=True)
-            if not path.is_relative_to(self.folder) or not path.is_file():
-                raise InvalidMedia(f"path {short_name} leads outside or to no file; allowed: files in the input folder")
-            return path
-        except (OSError, RuntimeError, ValueError) as error:  # missing; a cycle of links; a NUL character
-            raise InvalidMedia(f"path {short_name} cannot be read: {type(error).__name__}") from error
 
     def _check_columns(self) -> None:
         """Raises `ValueError` if the columns that are named, or all columns of content, are missing."""
@@ -194,6 +172,31 @@ class Source:
             raise ValueError(f"{where} has no column {', '.join(missing)}; its columns: {existing}")
         if not set(self.columns.item_columns().values()) & found:
             raise ValueError(f"{where} has no column text, image or video; its columns: {existing}")
+
+
+def read_inside(folder: Path, name: str, max_bytes: int) -> bytes:
+    """The bytes of a file inside the folder. Raises `InvalidMedia` and `MediaTooLarge`."""
+    path = path_inside(folder, name)
+    try:
+        if path.stat().st_size > max_bytes:
+            raise MediaTooLarge(f"file of {path.stat().st_size} bytes; allowed: up to {max_bytes}")
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidMedia(f"path {name[:80]!r} cannot be read: {type(error).__name__}") from error
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """The file of this name. Raises `InvalidMedia` if it is not inside the folder, which must be resolved."""
+    short_name = repr(name[:80])
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise InvalidMedia(f"path {short_name} is absolute or has '..'; allowed: relative, inside the input folder")
+    try:
+        path = (folder / name).resolve(strict=True)
+        if not path.is_relative_to(folder) or not path.is_file():
+            raise InvalidMedia(f"path {short_name} leads outside or to no file; allowed: files in the input folder")
+        return path
+    except (OSError, RuntimeError, ValueError) as error:  # missing; a cycle of links; a NUL character
+        raise InvalidMedia(f"path {short_name} cannot be read: {type(error).__name__}") from error
 
 
 def is_document(name: str) -> bool:

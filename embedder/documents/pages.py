@@ -44,7 +44,8 @@ class Page:
 class DocumentReader:
     """Opens documents one after another, in one process that is replaced when a document has ended it.
 
-    Use it in a `with` block, in one thread. All methods raise `InvalidMedia` and `MediaTooLarge`.
+    Use it in one thread, and close it, or use it in a `with` block. All methods raise `InvalidMedia` and
+    `MediaTooLarge`.
     """
 
     def __init__(self, limits: MediaLimits) -> None:
@@ -60,6 +61,10 @@ class DocumentReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
         self._process.stop()
 
     def count_pages(self, path: Path) -> int:

@@ -133,6 +133,10 @@ async function embed(entries, instruction, signal) {
   return outcomes;
 }
 
+function encodeVector(vector) {
+  return btoa(String.fromCharCode(...new Uint8Array(vector.buffer, vector.byteOffset, vector.byteLength)));
+}
+
 /** The first `dimensions` values, normalized: equal to the service's vector for this `dimensions`. */
 function truncate(vector) {
   const part = vector.subarray(0, dimensions);
@@ -357,7 +361,7 @@ async function loadCollection() {
       setTimeout(() => tab === "search" && loadCollection(), 1000);
       return;
     }
-    for (const picture of answer.pictures) picture.vector = decodeVector(picture.vector);
+    for (const picture of answer.pictures ?? []) picture.vector = decodeVector(picture.vector);
     collection = answer;
     drawCollection();
     drawResults();
@@ -378,6 +382,15 @@ function drawBuilding(answer) {
 }
 
 function drawCollection() {
+  if (collection.has_pages) {
+    byId("search-label").textContent = `Search ${counted(collection.num_pictures, "page")}${collection.title && ` of ${collection.title}`}`;
+    byId("query").placeholder = "a question about the pages";
+    byId("search-instruction").placeholder = collection.query_instruction;
+    byId("results").className = "pages";
+    byId("api-reference").hidden = true; // a page of BentoML's
+    byId("results").ariaLabel = "Pages, most similar first";
+    return;
+  }
   const { title, license, pictures, skipped, num_left_out } = collection;
   byId("search-label").textContent = `Search ${counted(pictures.length, "image")} of ${title}`;
   if (license) {
@@ -403,6 +416,12 @@ function searchText(text) {
   searchFor(text);
 }
 
+/** The instruction of the query: pages were embedded to be found by the one for questions. */
+function searchInstruction() {
+  const usual = query?.file ? collection?.default_instruction : collection?.query_instruction;
+  return instructionFor("search") || usual || "";
+}
+
 /** Start a search with a new query: a text or a file. */
 function searchFor(source) {
   if (query?.url) URL.revokeObjectURL(query.url);
@@ -420,7 +439,7 @@ async function searchAgain() {
   drawRequest();
   showProgress(state, "Embedding the query…", () => run.abort());
   try {
-    const [outcome] = await embed([query], instructionFor("search"), run.signal);
+    const [outcome] = await embed([query], searchInstruction(), run.signal);
     if (searching !== run) return;
     if (outcome.error) throw new ServiceError(`${query.name}: ${outcome.error}`);
     query.vector = outcome.vector;
@@ -440,13 +459,18 @@ async function searchAgain() {
 function drawResults() {
   drawRequest();
   if (!collection) return;
+  if (collection.has_pages) return void searchPages();
   const ranked = rank();
   byId("results").replaceChildren(...ranked.slice(0, numShown).map(drawResult));
   byId("more-results").hidden = numShown >= ranked.length;
+  drawAsked(counted(ranked.length, "image"));
+}
+
+function drawAsked(found) {
   const asked = byId("asked");
   asked.hidden = !query?.vector;
   if (asked.hidden) return;
-  const words = make("p", {}, `${counted(ranked.length, "image")} by similarity to `, make("strong", { textContent: query.name }), `, ${dimensions} dimensions`);
+  const words = make("p", {}, `${found} by similarity to `, make("strong", { textContent: query.name }), `, ${dimensions} dimensions`);
   asked.replaceChildren(...(query.url ? [thumb(query)] : []), words);
 }
 
@@ -470,15 +494,132 @@ function drawResult({ picture, score }, index) {
 }
 
 /** Load a thumbnail. Retry, because another worker may not have it yet. With a key use `fetch`: `img` sends no header. */
-async function showThumbnail(image, picture, tries = 0) {
-  image.onerror = () => tries < 5 && setTimeout(() => showThumbnail(image, picture, tries + 1), 1000);
-  const path = `playground/${picture.thumbnail}${tries ? `?${tries}` : ""}`;
+async function showThumbnail(image, picture, maxTries = 6, tries = 1) {
+  image.onerror = () => tries < maxTries && setTimeout(() => showThumbnail(image, picture, maxTries, tries + 1), 1000);
+  const path = `playground/${picture.thumbnail}${tries > 1 ? `?${tries}` : ""}`;
   if (key && !picture.url) {
     const response = await send(path).catch(() => null);
     if (!response?.ok) return image.onerror();
     picture.url = URL.createObjectURL(await response.blob());
   }
   image.src = picture.url ?? path;
+}
+
+// --- pages of documents: the service ranks them and renders their pictures
+
+const MAX_PAGES_SHOWN = 500; // the service's limit
+
+let pages = []; // the results: {row, file, page, score, lines, url?}
+let ranking = null;
+let viewed = -1; // index in `pages`
+
+/** Rank the pages by the query; before the first query, show them in their own order. */
+async function searchPages() {
+  ranking?.abort();
+  const run = (ranking = new AbortController());
+  const state = byId("search-state");
+  const limit = Math.min(numShown, MAX_PAGES_SHOWN);
+  try {
+    if (query && !query.vector) return drawPages([]);
+    const asked = query ? { vector: encodeVector(truncate(query.vector.subarray(0, collection.dimensions))), question: query.text ?? "" } : {};
+    const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ ...asked, limit }), signal: run.signal };
+    const answer = await ask("playground/search", options);
+    drawPages(answer.results);
+    byId("more-results").hidden = answer.results.length < limit || limit === MAX_PAGES_SHOWN;
+    drawAsked(`The best ${counted(answer.results.length, "page")}`);
+  } catch (error) {
+    if (ranking === run) showFailure(state, error, () => (hideState(state), searchPages()));
+  }
+}
+
+function drawPages(found) {
+  for (const { url } of pages) if (url) URL.revokeObjectURL(url);
+  pages = found;
+  byId("more-results").hidden = true;
+  byId("asked").hidden = true;
+  byId("results").replaceChildren(...pages.map(drawPage));
+}
+
+function pageName({ file, page }) {
+  return `${file}${page ? `, page ${page}` : ""}`;
+}
+
+function drawPage(hit, index) {
+  const image = make("img", { alt: "", loading: "lazy" });
+  showThumbnail(image, Object.assign(hit, { thumbnail: `thumbnails/${hit.row}` }), 1);
+  const name = make("span", { className: "name", textContent: hit.file.split("/").at(-1), title: hit.file });
+  const open = make("button", { type: "button", className: "open", ariaLabel: `Show ${pageName(hit)}`, onclick: () => viewPage(index) }, image);
+  const words = make("div", { className: "words" }, name);
+  if (hit.page) words.append(make("span", { className: "muted small", textContent: `Page ${hit.page}` }));
+  if (hit.score !== null) {
+    const meter = make("meter", { min: 0, max: 1, value: Math.max(0, hit.score), ariaHidden: "true" });
+    words.append(make("span", { className: "score" }, meter, make("span", { className: "value", textContent: hit.score.toFixed(3) })));
+  }
+  words.append(make("ul", { className: "lines small" }, ...hit.lines.map(drawLine)));
+  return make("li", { className: "page" }, open, words);
+}
+
+/** A line of the text layer, with the words of the question marked. */
+function drawLine(line) {
+  const wanted = new Set((query?.text ?? "").toLowerCase().match(/[\p{L}\p{N}_]+/gu));
+  const parts = line.split(/([\p{L}\p{N}_]+)/u);
+  return make("li", {}, ...parts.map((part) => (wanted.has(part.toLowerCase()) ? make("mark", { textContent: part }) : part)));
+}
+
+/** Show a page large, or the reason why it cannot be shown. */
+async function viewPage(index) {
+  viewed = index;
+  const hit = pages[index];
+  byId("viewer-name").textContent = pageName(hit);
+  byId("viewer-lines").replaceChildren(...hit.lines.map(drawLine));
+  byId("viewer-previous").disabled = index === 0;
+  byId("viewer-next").disabled = index === pages.length - 1;
+  const file = byId("viewer-file");
+  file.textContent = hit.page ? `Open at page ${hit.page}` : "Open the file";
+  file.href = `playground/files/${hit.row}${hit.page ? `#page=${hit.page}` : ""}`;
+  file.onclick = (event) => key && (event.preventDefault(), openFile(hit)); // a link sends no key
+  const image = byId("viewer-image");
+  image.hidden = true;
+  byId("viewer-state").textContent = "Rendering the page…";
+  if (!byId("viewer").open) byId("viewer").showModal();
+  try {
+    const url = await load(`playground/pages/${hit.row}`);
+    if (viewed !== index) return URL.revokeObjectURL(url);
+    URL.revokeObjectURL(image.src);
+    Object.assign(image, { src: url, alt: pageName(hit), hidden: false });
+    byId("viewer-state").textContent = "";
+  } catch (error) {
+    if (viewed === index) byId("viewer-state").textContent = error.message;
+  }
+}
+
+async function openFile(hit) {
+  try {
+    open(`${await load(`playground/files/${hit.row}`)}${hit.page ? `#page=${hit.page}` : ""}`);
+  } catch (error) {
+    byId("viewer-state").textContent = error.message;
+  }
+}
+
+/** A URL of the bytes at `path`. Throws the service's error. */
+async function load(path) {
+  const response = await send(path).catch(() => null);
+  if (response?.ok) return URL.createObjectURL(await response.blob());
+  const body = await response?.json().catch(() => null);
+  throw new ServiceError(body?.error?.message ?? "The service does not respond. Check that it is running.");
+}
+
+function listenToViewer() {
+  const viewer = byId("viewer");
+  byId("viewer-close").onclick = () => viewer.close();
+  byId("viewer-previous").onclick = () => viewPage(viewed - 1);
+  byId("viewer-next").onclick = () => viewPage(viewed + 1);
+  viewer.onclose = () => (viewed = -1);
+  viewer.onclick = (event) => event.target === viewer && viewer.close(); // the area around it
+  viewer.onkeydown = ({ key: pressed }) => {
+    if (pressed === "ArrowLeft" && viewed > 0) viewPage(viewed - 1);
+    if (pressed === "ArrowRight" && viewed < pages.length - 1) viewPage(viewed + 1);
+  };
 }
 
 // --- the same request as code
@@ -488,7 +629,8 @@ function drawRequest() {
   byId("request").hidden = !entries.length || !info;
   if (!entries.length || !info) return;
   const options = {};
-  if (instructionFor(tab)) options.instruction = instructionFor(tab);
+  const instruction = tab === "search" ? searchInstruction() : instructionFor(tab);
+  if (instruction) options.instruction = instruction;
   if (dimensions < info.hidden_size) options.dimensions = dimensions;
   const language = document.querySelector("input[name=language]:checked").value;
   const url = new URL("embed", document.baseURI).href;
@@ -607,6 +749,7 @@ function listen() {
   byId("copy").onclick = copyCode;
   for (const input of document.querySelectorAll("input[name=language]")) input.onchange = drawRequest;
   listenForDrops();
+  listenToViewer();
 }
 
 function listenForDrops() {
@@ -654,5 +797,6 @@ async function start() {
   openTab(tab);
 }
 
+if (location.hash === "#search") tab = "search";
 listen();
 start();

@@ -1,6 +1,8 @@
 """Search what `python -m embedder.bulk` has embedded: `python -m embedder.search OUTPUT "a question"`.
 
 collection  an output -> the rows whose vectors are nearest to a query
-snippet     a page's text layer and a question -> the line to show
+index       the same for many searches, in two stages
+snippet     a page's text layer and a question -> the lines to show
+serve       the playground on an output; page_images makes its pictures
 __main__    the command: embeds the query, searches, reranks, prints
 """

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 try:
     from embedder.search.collection import Collection, Hit
+    from embedder.search.serve import serve
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: pip install -e '.[bulk]'") from None
 
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        if options.serve:
+            serve(_open(options, Settings.from_environment()), Settings.from_environment(), options.host, options.port)
+            return 0
         if not options.question and not options.image:
             raise ValueError("got no query; allowed: a question, --image, or both")
         if options.limit < 1:
@@ -66,20 +70,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rerank", action="store_true", help="let the model that EMBEDDER_RERANKER names judge the best results again"
     )
+    parser.add_argument("--serve", action="store_true", help="serve a page in which to search and look at the results")
+    parser.add_argument("--host", default="127.0.0.1", help="address that --serve listens on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=3000, help="port of --serve (default: %(default)s)")
     return parser
 
 
-def _find(options: argparse.Namespace, settings: Settings) -> list[Hit]:
-    """Embed the query and search. Raises `ValueError` and `EmbedderError`."""
+def _open(options: argparse.Namespace, settings: Settings) -> Collection:
+    """The collection, which the model of the settings has embedded. Raises `ValueError` and `EmbedderError`."""
     collection = Collection(options.output)
-    if options.rerank and not settings.reranker:
-        raise ValueError("--rerank needs EMBEDDER_RERANKER: a reranker's checkpoint folder or hub id")
-    if options.rerank and collection.folder is None:
-        raise ValueError("--rerank: the output does not say which folder it was made of; it is of an older version")
     checkpoint = find_checkpoint(settings)
     model = f"{checkpoint.name} {checkpoint.revision}".strip()
     if model != collection.model:
         raise ValueError(f"the output was embedded by {collection.model}, but EMBEDDER_MODEL names {model}")
+    return collection
+
+
+def _find(options: argparse.Namespace, settings: Settings) -> list[Hit]:
+    """Embed the query and search. Raises `ValueError` and `EmbedderError`."""
+    if options.rerank and not settings.reranker:
+        raise ValueError("--rerank needs EMBEDDER_RERANKER: a reranker's checkpoint folder or hub id")
+    collection = _open(options, settings)
+    if options.rerank and collection.folder is None:
+        raise ValueError("--rerank: the output does not say which folder it was made of; it is of an older version")
     query: dict[str, Any] = {"text": options.question} if options.question else {}
     if options.image:
         query["image"] = options.image

@@ -1,14 +1,15 @@
 """An output of `embedder.bulk` -> the rows whose vectors are nearest to a query.
 
 Every vector is compared: a single search reads all of them from the disk anyway, so an index or smaller vectors would
-save nothing. Rows are read in batches, and only the best are kept.
+save nothing. Rows are read in batches, and only the best are kept. For many searches there is `index`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +22,17 @@ from embedder.bulk.source import split_page
 from embedder.bulk.writer import STATE_FOLDER
 from embedder.engine.postprocess import OutputDtype, dequantize
 
+Batch = tuple[list[str], NDArray[np.float32], list[str]]  # ids, vectors (num_rows, num_values), and texts
+
 
 @dataclass(frozen=True)
 class Hit:
-    """A row that was found. `page`: 0 of a file without pages. `text`: the page's text layer, if it has one."""
+    """A row that was found. `page`: 0 of a file without pages. `text`: the page's text layer, if it has one.
 
+    `row`: its number among the rows that have a vector.
+    """
+
+    row: int
     id: str
     file: str
     page: int
@@ -44,7 +51,8 @@ class Collection:
         if not state.is_file():
             raise ValueError(f"{output} is no output of embedder.bulk: it has no {STATE_FOLDER}/job.json")
         job = json.loads(state.read_text())
-        self.model, self.dimensions = str(job["model"]), job["dimensions"]
+        self.model = str(job["model"])
+        self.dimensions: int | None = job["dimensions"]
         self.default_instruction, self.output_dtype = (
             str(job["default_instruction"]),
             cast(OutputDtype, job["output_dtype"]),
@@ -53,27 +61,76 @@ class Collection:
         self._dataset = _open_lance(output) if job["format"] == "lance" else _open_parquet(output)
         self._has_text = "text" in self._dataset.schema.names
 
+    @property
+    def num_values(self) -> int:
+        """Number of values that a vector stands for."""
+        size: int = self._dataset.schema.field("embedding").type.list_size
+        return self.dimensions or (8 * size if self.output_dtype in ("binary", "ubinary") else size)
+
     def search(self, query: NDArray[np.float32], limit: int) -> list[Hit]:
         """The `limit` rows of the largest cosine to `query`, the best first. Rows with an error are left out."""
         found: list[tuple[float, int, str, str]] = []
         num_rows = 0
-        for ids, values, texts in self._batches():
-            vectors = dequantize(values, self.output_dtype, len(query))
-            scores = (vectors @ query) / (np.linalg.norm(vectors, axis=1) * np.linalg.norm(query) + 1e-12)
+        for ids, vectors, texts in self.batches(has_text=True):
+            scores = cosines(vectors, query)
             best = np.argsort(-scores, kind="stable")[:limit]
-            found += [(-float(scores[row]), num_rows + int(row), ids[row], texts[row] or "") for row in best]
+            found += [(-float(scores[row]), num_rows + int(row), ids[row], texts[row]) for row in best]
             found = sorted(found)[:limit]
             num_rows += len(ids)
-        return [Hit(row_id, *split_page(row_id), -score, text) for score, _, row_id, text in found]
+        return [Hit(row, row_id, *split_page(row_id), -score, text) for score, row, row_id, text in found]
 
-    def _batches(self) -> Iterator[tuple[list[str], NDArray[Any], list[Any]]]:
-        columns = ["id", "embedding", *(["text"] if self._has_text else [])]
+    def batches(self, *, has_text: bool = False) -> Iterator[Batch]:
+        """All rows that have a vector, in order. The texts are empty unless `has_text`."""
+        columns = self._columns(has_text=has_text)
         for batch in self._dataset.to_batches(columns=columns, batch_size=8192):
-            embedded = batch.filter(batch.column("embedding").is_valid())
-            column = embedded.column("embedding")
-            values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
-            texts = embedded.column("text").to_pylist() if self._has_text else [""] * len(column)
-            yield [str(one) for one in embedded.column("id").to_pylist()], values, texts
+            yield self._batch(batch)
+
+    def take(self, places: Sequence[int]) -> Batch:
+        """The rows at these places in the output, ascending and with a vector."""
+        columns = self._columns(has_text=True)
+        if isinstance(self._groups, list):
+            tables, first, rest = [], 0, np.asarray(places)
+            for group, num_rows in self._groups:
+                inside, rest = rest[rest < first + num_rows], rest[rest >= first + num_rows]
+                if len(inside):
+                    tables.append(group.to_table(columns=columns).take(pa.array(inside - first)))
+                first += num_rows
+            table = pa.concat_tables(tables)
+        else:
+            table = self._dataset.take(list(places), columns=columns)
+        return self._batch(table.combine_chunks().to_batches()[0])
+
+    def places(self) -> NDArray[np.int64]:
+        """Where in the output the rows with a vector are, for `take`."""
+        is_valid = self._dataset.to_table(columns=["error"]).column(0).is_null().to_numpy(zero_copy_only=False)
+        return np.flatnonzero(is_valid)
+
+    @cached_property
+    def _groups(self) -> list[tuple[Any, int]] | None:
+        """Parquet's row groups and their numbers of rows; None of a Lance data set, which reads single rows."""
+        if not isinstance(self._dataset, pyarrow.dataset.FileSystemDataset):
+            return None
+        groups = [group for file in self._dataset.get_fragments() for group in file.split_by_row_group()]
+        return [(group, group.row_groups[0].num_rows) for group in groups]  # `count_rows` counts the whole file
+
+    def _columns(self, *, has_text: bool) -> list[str]:
+        return ["id", "embedding", *(["text"] if has_text and self._has_text else [])]
+
+    def _batch(self, batch: pa.RecordBatch) -> Batch:
+        embedded = batch.filter(batch.column("embedding").is_valid())
+        column = embedded.column("embedding")
+        values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+        has_text = "text" in embedded.schema.names
+        texts = [text or "" for text in embedded.column("text").to_pylist()] if has_text else [""] * len(column)
+        vectors = dequantize(values, self.output_dtype, self.num_values)
+        return [str(one) for one in embedded.column("id").to_pylist()], vectors, texts
+
+
+def cosines(vectors: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The cosine of each row's first values, as many as the query has, to the query."""
+    first = vectors[:, : len(query)]
+    scores: NDArray[np.float32] = (first @ query) / (np.linalg.norm(first, axis=1) * np.linalg.norm(query) + 1e-12)
+    return scores
 
 
 def _open_parquet(output: Path) -> Any:

@@ -9,11 +9,10 @@ import base64
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,13 @@ import PIL.Image
 import pytest
 from numpy.typing import NDArray
 from selenium import webdriver
-from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.conftest import Server, encoded, start_server
+from tests.playground.browser import LOOKS, Page, fits, needs_chromium, open_chromium, screenshot
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium with its driver (apt: chromium-driver)")
+pytestmark = needs_chromium
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1200,900"
-)
 DROP = """
     const bytes = Uint8Array.from(atob(arguments[0]), (character) => character.charCodeAt(0));
     const files = new DataTransfer();
@@ -44,14 +36,6 @@ DROP = """
     for (const type of ["dragover", "drop"]) {
         document.body.dispatchEvent(new DragEvent(type, {dataTransfer: files, bubbles: true, cancelable: true}));
     }
-"""
-FAKE_ANSWERS = """
-    const [path, answers] = [%s, %s];
-    const real = window.fetch;
-    window.fetch = (url, options) => {
-        const answer = String(url) === path ? answers.shift() : undefined;
-        return answer ? Promise.resolve(new Response(JSON.stringify(answer.body), answer)) : real(url, options);
-    };
 """
 SHARES = """
     return [...document.querySelectorAll("td.heat")].map((cell) => cell.style.getPropertyValue("--share"));
@@ -63,68 +47,8 @@ FIRST_PICTURES_ARE_SEEN = """
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
-    yield driver
-    driver.quit()
-
-
-class Page:
-    """The open playground."""
-
-    def __init__(self, driver: webdriver.Chrome, url: str) -> None:
-        self.driver = driver
-        self.url = url
-
-    def open(self) -> None:
-        self.driver.get(f"{self.url}/playground")
-        self.wait(lambda: self.all("#dimensions label"))
-
-    def wait(self, condition: Callable[[], Any], seconds: float = 30) -> Any:
-        return WebDriverWait(self.driver, seconds, 0.05).until(lambda _: condition())
-
-    def one(self, selector: str) -> WebElement:
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
-
-    def all(self, selector: str) -> list[WebElement]:
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def texts(self, selector: str) -> list[str]:
-        script = "return [...document.querySelectorAll(arguments[0])].map((node) => node.innerText.trim())"
-        found: list[str] = self.driver.execute_script(script, selector)
-        return found
-
-    def answer(self, path: str, *answers: dict[str, Any]) -> None:
-        """Respond to the next requests to `path` with `answers`; later ones reach the service."""
-        self.driver.execute_script(FAKE_ANSWERS % (json.dumps(path), json.dumps(answers)))
-
-    def add_text(self, text: str) -> None:
-        self.one("#text").send_keys(text, Keys.ENTER)
-
-    def matrix(self, size: int) -> NDArray[np.float64]:
-        """The similarities; NaN on the diagonal, which the page leaves blank."""
-        self.wait(lambda: len(self.texts("#matrix tbody td")) == size**2)
-        cells = self.texts("#matrix tbody td")
-        return np.array([cell or "nan" for cell in cells], np.float64).reshape(size, size)
-
-    def open_search(self) -> None:
-        self.one("#tab-search").click()
-        self.wait(lambda: self.one("#search-box").is_displayed(), 120)
-
-    def ranking(self) -> list[tuple[str, float]]:
-        self.wait(lambda: self.texts(".result .value") and not self.one("#search-state").is_displayed())
-        return list(zip(self.texts(".result .name"), map(float, self.texts(".result .value")), strict=True))
-
-    def choose_dimensions(self, size: int) -> None:
-        self.one(f"#dimensions label:has(> input[value='{size}'])").click()
-
-    def code(self, language: str) -> str:
-        self.one(f"label:has(> input[value={language}])").click()
-        return str(self.driver.execute_script("return document.getElementById('code').textContent"))
+    with open_chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture
@@ -364,24 +288,9 @@ def test_tabs_and_dimensions_work_from_the_keyboard(page: Page) -> None:
     assert page.one("#dimensions input:checked").get_attribute("value") == "128"
 
 
-def screenshot(page: Page, path: Path) -> None:
-    """The whole page."""
-    options = {"captureBeyondViewport": True}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(base64.b64decode(page.driver.execute_cdp_cmd("Page.captureScreenshot", options)["data"]))
-
-
-LOOKS = {"desktop-light": (1200, 900, "light"), "desktop-dark": (1200, 900, "dark"), "phone": (390, 844, "light")}
-
-
 @pytest.mark.parametrize("look", LOOKS)
 def test_page_fits_every_screen_in_light_and_dark(look: str, page: Page, screenshots: Path) -> None:
-    width, height, scheme = LOOKS[look]
-    command = page.driver.execute_cdp_cmd
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-    command("Emulation.setDeviceMetricsOverride", metrics)
-    command("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-    try:
+    with page.looking(look) as (width, scheme):
         page.open()
         screenshot(page, screenshots / f"{look}-empty.png")
         page.one("#example").click()
@@ -396,16 +305,8 @@ def test_page_fits_every_screen_in_light_and_dark(look: str, page: Page, screens
         time.sleep(0.5)  # thumbnails
         fits(page, width)
         screenshot(page, screenshots / f"{look}-search.png")
-    finally:
-        command("Emulation.clearDeviceMetricsOverride", {})
-        command("Emulation.setEmulatedMedia", {"features": []})
     shown = PIL.Image.open(io.BytesIO((screenshots / f"{look}-search.png").read_bytes())).convert("L")
     assert (np.asarray(shown)[:, :8].mean() > 128) == (scheme == "light")
-
-
-def fits(page: Page, width: int) -> None:
-    """Only the matrix, in its own scroll box, may be wider than the screen."""
-    assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 def test_key_form_looks_like_an_error_only_after_a_rejected_key(page: Page) -> None:

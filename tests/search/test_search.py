@@ -6,29 +6,23 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 
 from benchmarks.demo_documents import write_documents
 from embedder import Embedder
 from embedder.search.snippet import find_snippet
-from embedder.settings import Settings
 from tests.bulk.interrupted import run_and_kill
 from tests.conftest import ROOT
+from tests.search.conftest import Indexed
 
 pytest.importorskip("ray", reason="comes with the `bulk` extra")
 
 import pyarrow.dataset
 
-from embedder.bulk.__main__ import _identity, _lock_output
-from embedder.bulk.source import Columns
-from embedder.bulk.worker import Job, Worker
-from embedder.model.checkpoint import find_checkpoint
 from embedder.search.__main__ import main
 from embedder.search.collection import Collection
 
@@ -36,32 +30,6 @@ QUESTIONS = [
     "cactus", "pineapple", "strawberry", "banana", "grapes",
     "watermelon", "guitar", "violin", "ferris wheel", "rainbow",
 ]  # fmt: skip
-
-
-@dataclass
-class Indexed:
-    folder: Path
-    output: Path
-    subjects: list[list[str]]
-
-
-@pytest.fixture(scope="module")
-def indexed(tmp_path_factory: pytest.TempPathFactory) -> Indexed:
-    """Two reports of four pages, a picture and a broken PDF, embedded by the bundled model without Ray."""
-    base = tmp_path_factory.mktemp("search")
-    folder, output = base / "documents", base / "vectors"
-    subjects = write_documents(folder / "reports", 2, 4)
-    PIL.Image.new("RGB", (96, 96), "red").save(folder / "red.png")
-    (folder / "broken.pdf").write_bytes(b"%PDF-1.7\n")
-    job = Job(folder, output, "parquet", Columns(), None, "float32", Settings(device="cpu"))
-    worker = Worker(job)
-    parts = worker.source.parts(3)
-    identity = _identity(job, find_checkpoint(job.settings), worker.source, parts)
-    _lock_output(worker.writer, identity, {"folder": str(worker.source.folder)}).close()
-    for part in parts:
-        worker({"part": part.to_json()})
-    worker.embedder.close()
-    return Indexed(folder, output, subjects)
 
 
 def search(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:

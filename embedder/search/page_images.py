@@ -1,0 +1,82 @@
+"""The pictures of a collection's rows as JPEG, made from the source files when they are asked for.
+
+The files are opened in processes that can be killed, as everywhere. They can change and disappear after they were
+embedded; then the error says so.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import PIL.Image
+
+from embedder.bulk.formats import FOLDER
+from embedder.bulk.source import path_inside, read_inside, split_page
+from embedder.documents.pages import DocumentReader
+from embedder.errors import InvalidMedia
+from embedder.inputs.decoder_process import decoder_for_one_item
+from embedder.inputs.image import load_image
+from embedder.inputs.regimes import CheckpointRegime
+from embedder.settings import Settings
+
+THUMBNAIL_PIXELS = 256 * 256
+PAGE_PIXELS = 2_000_000  # an A4 page in 144 dots per inch
+CACHE_BYTES = 64 * 2**20
+JPEG_QUALITY = 90
+
+
+class PageImages:
+    """Renders one row at a time, in a thread of its own. `folder`: the input of the collection. Close it at the end."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self._folder = folder.resolve()
+        self._settings = settings
+        self._reader = DocumentReader(settings)
+        self._thread = ThreadPoolExecutor(1, "pages")  # the reader's process ends with the thread that has started it
+        self._cache: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._num_bytes = 0
+
+    def render(self, row_id: str, max_pixels: int) -> bytes:
+        """The picture of a row as JPEG, of at most `max_pixels`. Raises `InvalidMedia` and `MediaTooLarge`."""
+        return self._thread.submit(self._cached, row_id, max_pixels).result()
+
+    def source(self, row_id: str) -> Path:
+        """The file that a row was made of. Raises `InvalidMedia`, also for a row that was no file of a folder."""
+        name = split_page(row_id)[0]
+        if PurePosixPath(name).suffix.lower() not in FOLDER.suffixes:
+            raise InvalidMedia(f"row {row_id[:80]!r} was made of no picture or document of a folder")
+        return path_inside(self._folder, name)
+
+    def close(self) -> None:
+        """End the process and the thread."""
+        self._thread.submit(self._reader.close).result()
+        self._thread.shutdown()
+
+    def _cached(self, row_id: str, max_pixels: int) -> bytes:
+        key = row_id, max_pixels
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        data = _jpeg(self._image(row_id, CheckpointRegime(max_pixels=max_pixels)))
+        self._cache[key] = data
+        self._num_bytes += len(data)
+        while self._num_bytes > CACHE_BYTES and len(self._cache) > 1:
+            self._num_bytes -= len(self._cache.popitem(last=False)[1])
+        return data
+
+    def _image(self, row_id: str, regime: CheckpointRegime) -> PIL.Image.Image:
+        path, (file, page) = self.source(row_id), split_page(row_id)
+        if page:
+            return self._reader.render(path, page, regime).image
+        data = read_inside(self._folder, file, self._settings.max_image_bytes)
+        with decoder_for_one_item(self._settings) as decoder:
+            return PIL.Image.fromarray(load_image(data, regime, self._settings, decoder=decoder))
+
+
+def _jpeg(image: PIL.Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()

@@ -1,0 +1,220 @@
+"""The playground on a collection, served by this process: `python -m embedder.search OUTPUT --serve`.
+
+The routes of the service embed the query, and the routes here search the collection and show its pages. A row is named
+by its number only, never by a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mimetypes
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import uvicorn
+from numpy.typing import NDArray
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import FileResponse, RedirectResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import embedder
+from embedder.embedder import Embedder
+from embedder.errors import InvalidRequest, NotFound
+from embedder.http.api_keys import ApiKeys
+from embedder.http.boundary import RequestBoundary
+from embedder.http.dialects.dialect import ServedModel
+from embedder.http.drain import Drain
+from embedder.http.guard import RequestGuard
+from embedder.http.request_body import RequestBody, validate_body
+from embedder.http.response import to_json
+from embedder.http.routes import OPEN_PATHS, Routes, Serving, json_response, not_found
+from embedder.inputs.data_uri import decode_base64
+from embedder.inputs.prompt import QUERY_INSTRUCTION
+from embedder.playground.collection import HEADERS
+from embedder.playground.collection import Collection as Pictures
+from embedder.search.collection import Collection, Hit
+from embedder.search.index import Index
+from embedder.search.page_images import PAGE_PIXELS, THUMBNAIL_PIXELS, PageImages
+from embedder.search.snippet import find_lines, find_snippet
+from embedder.settings import Settings
+from embedder.telemetry.metrics import Metrics
+
+MAX_RESULTS = 500
+MAX_LINES, MAX_LINE_CHARS = 3, 200
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+class SearchRequest(RequestBody):
+    """Body of `POST /playground/search`. Without a vector, the first rows are returned."""
+
+    vector: str | None = Field(None, description="The query's vector, float32 in base64.")
+    question: str = Field("", max_length=100_000, description="Its words choose the lines of the text layer.")
+    limit: int = Field(10, ge=1, le=MAX_RESULTS)
+
+
+class CollectionRoutes:
+    """ASGI app: what the playground asks about a collection, and `default` for every other path."""
+
+    def __init__(self, collection: Collection, settings: Settings, default: ASGIApp) -> None:
+        self._collection = collection
+        self._index = Index(collection)
+        self._images = PageImages(collection.folder, settings) if collection.folder else None
+        get: dict[str, Callable[[Request], Awaitable[Response]]] = {
+            "/": self._start,
+            "/playground/collection": self._fields,
+            "/playground/thumbnails/{row}": self._thumbnail,
+            "/playground/pages/{row}": self._page,
+            "/playground/files/{row}": self._file,
+        }
+        routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
+        self._router = Router([*routes, Route("/playground/search", self._search, methods=["POST"])], default=default)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._router(scope, receive, send)
+
+    def close(self) -> None:
+        """End the process that renders pages."""
+        if self._images:
+            self._images.close()
+
+    async def _start(self, _: Request) -> Response:
+        return RedirectResponse("playground#search")
+
+    async def _fields(self, _: Request) -> Response:
+        folder = self._collection.folder
+        fields = {
+            "status": "ready" if self._index.ids else "none",
+            "title": folder.name if folder else "",
+            "has_pages": True,
+            "num_pictures": len(self._index.ids),
+            "num_done": len(self._index.ids),
+            "dimensions": self._collection.num_values,
+            "query_instruction": QUERY_INSTRUCTION,
+            "default_instruction": self._collection.default_instruction,
+        }
+        return json_response(to_json(fields), HEADERS)
+
+    async def _search(self, request: Request) -> Response:
+        asked = validate_body(SearchRequest, (await request.receive())["body"])
+        if asked.vector is None:
+            hits = await asyncio.to_thread(self._index.first_rows, asked.limit)
+        else:
+            query = _vector(asked.vector, self._collection.num_values)
+            hits = await asyncio.to_thread(self._index.search, query, asked.limit)
+        return json_response(to_json({"results": [_fields(hit, asked) for hit in hits]}), HEADERS)
+
+    async def _thumbnail(self, request: Request) -> Response:
+        return await self._picture(request, THUMBNAIL_PIXELS)
+
+    async def _page(self, request: Request) -> Response:
+        return await self._picture(request, PAGE_PIXELS)
+
+    async def _picture(self, request: Request, max_pixels: int) -> Response:
+        row_id, images = self._row_id(request)
+        data = await asyncio.to_thread(images.render, row_id, max_pixels)
+        return Response(data, headers={**HEADERS, "cache-control": "no-cache"}, media_type="image/jpeg")
+
+    async def _file(self, request: Request) -> Response:
+        row_id, images = self._row_id(request)
+        path = images.source(row_id)
+        headers = {"x-content-type-options": "nosniff", "x-frame-options": "DENY", "referrer-policy": "no-referrer"}
+        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        return FileResponse(path, 200, headers, kind, filename=path.name, content_disposition_type="inline")
+
+    def _row_id(self, request: Request) -> tuple[str, PageImages]:
+        """The id of the row that the path names, and what renders it. Raises `NotFound`."""
+        number = request.path_params["row"]
+        is_number = number.isdecimal() and number.isascii() and len(number) < 10
+        if not is_number or int(number) >= len(self._index.ids):
+            raise NotFound("the collection has no such row")
+        if self._images is None:
+            raise NotFound("the output does not say which folder it was made of; it is of an older version")
+        return self._index.ids[int(number)], self._images
+
+
+class LocalOnly:
+    """ASGI middleware: refuses a `Host` that does not name this machine.
+
+    The page of another site could let its own name lead to this machine, and so read the collection (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+            if host.rpartition("]")[0].lstrip("[") not in _LOCAL_NAMES and host.partition(":")[0] not in _LOCAL_NAMES:
+                raise InvalidRequest(f"host: got {host[:80]!r}; allowed: {', '.join(_LOCAL_NAMES)}")
+        await self._app(scope, receive, send)
+
+
+def serve(collection: Collection, settings: Settings, host: str, port: int) -> None:
+    """Serve until a signal ends it. Raises `OSError` if the port is taken, and `ModelUnavailable`."""
+    settings = settings.model_copy(update={"reranker": "", "demo_folder": ""})
+    listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    with listening, Embedder(settings=settings) as loaded:
+        app = CollectionRoutes(collection, settings, _service_routes(loaded, settings))
+        shown = f"[{host}]" if ":" in host else host
+        print(f"search {len(app._index.ids)} rows at http://{shown}:{listening.getsockname()[1]}/", flush=True)
+        guarded = with_guards(app, settings, is_local=host in _LOCAL_NAMES)
+        server = uvicorn.Server(uvicorn.Config(guarded, log_level="warning", lifespan="off", server_header=False))
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                server.run(sockets=[listening])
+        finally:
+            app.close()
+
+
+def with_guards(app: ASGIApp, settings: Settings, *, is_local: bool) -> ASGIApp:
+    """The app within the limits and the keys of the service."""
+    drain = Drain()
+    guarded: ASGIApp = RequestGuard(
+        app, settings, keys=ApiKeys(settings), drain=drain, open_paths=OPEN_PATHS | frozenset({"/"})
+    )
+    return RequestBoundary(LocalOnly(guarded) if is_local else guarded, drain=drain, is_logged=False)
+
+
+def _service_routes(loaded: Embedder, settings: Settings) -> ASGIApp:
+    """The service's routes over the model."""
+    version = embedder.__version__
+    routes = Routes(settings, Metrics(()), version=version, needs_key=ApiKeys(settings).are_needed)
+    info = {**loaded.info(), "version": version}
+    model = ServedModel(loaded.checkpoint.name, settings.max_input_tokens, info)
+    pictures = Pictures(settings, is_bundled_model=False)
+    routes.serving = Serving(
+        loaded.engine, loaded.preprocessor, model, info, pictures, time.monotonic(), lambda: True, None
+    )
+    return routes.over(not_found)
+
+
+def _vector(base64: str, max_values: int) -> NDArray[np.float32]:
+    """The query's vector. Raises `InvalidRequest`."""
+    try:
+        data = decode_base64(base64)
+    except ValueError as error:
+        raise InvalidRequest(f"vector is not valid base64: {error}") from error
+    num_values, rest = divmod(len(data), 4)
+    if rest or not 1 <= num_values <= max_values:
+        raise InvalidRequest(f"vector of {len(data)} bytes; allowed: 1 to {max_values} values of 4 bytes")
+    vector = np.frombuffer(data, "<f4").astype(np.float32)
+    if not np.isfinite(vector).all() or not np.linalg.norm(vector):
+        raise InvalidRequest("vector has values that are not finite, or only zeros")
+    return vector
+
+
+def _fields(hit: Hit, asked: SearchRequest) -> dict[str, Any]:
+    lines = find_lines(hit.text, asked.question, MAX_LINES, MAX_LINE_CHARS)
+    return {
+        "row": hit.row,
+        "file": hit.file,
+        "page": hit.page or None,
+        "score": round(hit.score, 4) if asked.vector else None,
+        "lines": lines or [one for one in [find_snippet(hit.text, "", MAX_LINE_CHARS)] if one],
+    }

@@ -1,0 +1,46 @@
+"""A small collection: what `embedder.bulk` makes of it, without Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+from benchmarks.demo_documents import write_documents
+
+
+@dataclass
+class Indexed:
+    """The input, the output, and the subject of each page of each report."""
+
+    folder: Path
+    output: Path
+    subjects: list[list[str]]
+
+
+@pytest.fixture(scope="session")
+def indexed(tmp_path_factory: pytest.TempPathFactory) -> Indexed:
+    """Two reports of four pages, a picture and a broken PDF, embedded by the bundled model without Ray."""
+    pytest.importorskip("ray", reason="comes with the `bulk` extra")
+    from embedder.bulk.__main__ import _identity, _lock_output
+    from embedder.bulk.source import Columns
+    from embedder.bulk.worker import Job, Worker
+    from embedder.model.checkpoint import find_checkpoint
+    from embedder.settings import Settings
+
+    base = tmp_path_factory.mktemp("search")
+    folder, output = base / "documents", base / "vectors"
+    subjects = write_documents(folder / "reports", 2, 4)
+    PIL.Image.new("RGB", (96, 96), "red").save(folder / "red.png")
+    (folder / "broken.pdf").write_bytes(b"%PDF-1.7\n")
+    job = Job(folder, output, "parquet", Columns(), None, "float32", Settings(device="cpu"))
+    worker = Worker(job)
+    parts = worker.source.parts(3)
+    identity = _identity(job, find_checkpoint(job.settings), worker.source, parts)
+    _lock_output(worker.writer, identity, {"folder": str(worker.source.folder)}).close()
+    for part in parts:
+        worker({"part": part.to_json()})
+    worker.embedder.close()
+    return Indexed(folder, output, subjects)
