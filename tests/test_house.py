@@ -42,7 +42,7 @@ MAY_IMPORT = {  # folder or module of the package -> which others it may import
         *{"__init__", "bulk", "documents", "embedder", "engine", "http", "inputs", "model", "playground", "reranker"},
         "telemetry",
     },
-    "verify": {"embedder", "engine", "http", "inputs", "model"},
+    "verify": {"embedder", "engine", "http", "inputs", "model", "reranker"},
     "doctor": {"http", "inputs", "model", "server"},
     "__init__": {"embedder", "reranker"},
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import base64
+import itertools
 import json
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,17 +23,24 @@ import torch
 from numpy.typing import NDArray
 
 from embedder import Embedder
-from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model.weights import load_model
 from embedder.verify import checks, published
 from embedder.verify.__main__ import main
 from embedder.verify.checks import verify
+from embedder.verify.examples import Examples, Input
 from embedder.verify.http_service import Service, ServiceFault
-from tests.conftest import ROOT, Server, encoded, picture
+from embedder.verify.published import FirstValues
+from embedder.verify.published_checks import check_published_embeddings
+from tests.conftest import ROOT, Server, encoded, picture, words
 
 Vector = NDArray[np.float32]
 Answer = Callable[[str, list[Any], int | None], list[Vector]]  # of path, items and dimensions
+Score = Callable[[Any, Any, str | None], float]  # of query, document and instruction
+
+
+def no_score(*_: Any) -> float:
+    raise AssertionError("this service has no reranker")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, str]]:
@@ -42,7 +51,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[
     verdicts = {re.split("  +", row)[0]: row[start:] for row in rows}
     assert len(verdicts) == len(rows)
     counts = [int(count) for count in re.findall(r"\d+", total)]
-    kinds = ("ok", "FAILED", "not checked")
+    kinds = ("ok", "FAILED", "differs", "not run", "not checked")
     assert counts == [sum(one.startswith(kind) for one in verdicts.values()) for kind in kinds]
     return status, verdicts
 
@@ -51,14 +60,20 @@ def failed(verdicts: dict[str, str]) -> set[str]:
     return {name for name, verdict in verdicts.items() if verdict == "FAILED"}
 
 
+def not_run(verdicts: dict[str, str]) -> dict[str, str]:
+    return {
+        name: verdict.removeprefix("not run: ") for name, verdict in verdicts.items() if verdict.startswith("not run: ")
+    }
+
+
 def unchecked(verdicts: dict[str, str]) -> dict[str, str]:
     found = {name: verdict.removeprefix("not checked: ") for name, verdict in verdicts.items()}
     return {name: why for name, why in found.items() if why != verdicts[name]}
 
 
 @contextmanager
-def stub(answer: Answer, **info: Any) -> Iterator[str]:
-    """Run a server with the three routes and yield its URL; `answer` makes the vectors."""
+def stub(answer: Answer, score: Score = no_score, **info: Any) -> Iterator[str]:
+    """Run a server with the four routes and yield its URL; `answer` makes the vectors, `score` the scores."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -66,6 +81,10 @@ def stub(answer: Answer, **info: Any) -> Iterator[str]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if self.path == "/rerank":
+                scores = [score(body["query"], document, body["instruction"]) for document in body["documents"]]
+                self._send({"results": [{"index": index, "score": one} for index, one in enumerate(scores)]})
+                return
             items = body["items"] if self.path == "/embed" else [{"text": text} for text in body["input"]]
             vectors = [vector.tolist() for vector in answer(self.path, items, body.get("dimensions"))]
             results = [{"index": index, "embedding": vector} for index, vector in enumerate(vectors)]
@@ -91,19 +110,16 @@ def stub(answer: Answer, **info: Any) -> Iterator[str]:
             thread.join()
 
 
-PUBLISHED = {
-    *(f"published: {' * '.join(pair)}" for pair in published.SIMILARITIES),
-    "published: first values of image",
-}
+PUBLISHED = [f"published: {one.name}" for one in (*published.EMBEDDINGS, *published.SCORES)]
 NEEDS_A_FOLDER = {"prompt end", "token ids", "library = transformers", "service = library"}
-NOT_THE_2B = dict.fromkeys(PUBLISHED, "not the published 2B")
+NOT_WANTED = dict.fromkeys(PUBLISHED, "needs --examples FOLDER")
 
 
 def test_bundled_model_passes_as_a_command() -> None:
     command = [sys.executable, "-m", "embedder.verify", "bundled", "--device", "cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "12 ok, 0 failed, 8 not checked" in done.stdout
+    assert "12 ok, 0 failed, 0 differs, 0 not run, 16 not checked" in done.stdout
     assert re.search(r"^library = transformers, image +[01]\.\d+ +>= 0\.99999 +ok$", done.stdout, re.MULTILINE)
 
 
@@ -111,7 +127,8 @@ def test_random_checkpoint_passes(random_checkpoint: Path, capsys: pytest.Captur
     status, verdicts = run(capsys, str(random_checkpoint), "--device", "cpu")
     assert status == 0
     assert not failed(verdicts)
-    assert unchecked(verdicts) == {**NOT_THE_2B, "service = library": "no --url was given"}
+    assert not_run(verdicts) == NOT_WANTED
+    assert unchecked(verdicts) == {"service = library": "no --url was given"}
 
 
 def test_checkpoint_in_bfloat16_passes_with_the_bfloat16_thresholds(random_checkpoint: Path) -> None:
@@ -139,7 +156,8 @@ def test_running_service_passes_and_is_compared_with_its_folder(
     status, verdicts = run(capsys, str(random_checkpoint), "--url", f"{server.url}/", "--device", "cpu")
     assert status == 0
     assert not failed(verdicts)
-    assert unchecked(verdicts) == NOT_THE_2B
+    assert not_run(verdicts) == NOT_WANTED
+    assert not unchecked(verdicts)
     assert {f"service = {other}, {kind}" for other in ("library", "transformers") for kind in ("text", "image")} <= set(
         verdicts
     )
@@ -150,10 +168,8 @@ def test_service_without_its_folder_is_checked_over_http_only(
 ) -> None:
     status, verdicts = run(capsys, random_checkpoint.name, "--url", server.url)
     assert status == 0
-    assert unchecked(verdicts) == {
-        **NOT_THE_2B,
-        **dict.fromkeys(NEEDS_A_FOLDER, "MODEL is not a folder on this machine"),
-    }
+    assert not_run(verdicts) == NOT_WANTED
+    assert unchecked(verdicts) == dict.fromkeys(NEEDS_A_FOLDER, "MODEL is not a folder on this machine")
 
 
 def test_service_of_another_model_fails(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,51 +304,161 @@ def test_vectors_of_another_size_than_info_says_fail(
         assert failed(run(capsys, "stub", "--url", url)[1]) == {"hidden_size"}
 
 
-def published_vectors() -> dict[str, Vector]:
-    """Four unit vectors that have the published similarities; the image's vector starts with the published values."""
-    names = ["image", "query", "text", "both"]
-    gram = np.eye(4)
-    for pair, similarity in published.SIMILARITIES.items():
-        one, other = (names.index(name) for name in pair)
-        gram[one, other] = gram[other, one] = similarity
-    axes = np.random.default_rng(0).normal(size=(4, 2048))
-    rest = axes[0, len(published.IMAGE_VALUES) :]
-    axes[0] = [*published.IMAGE_VALUES, *(rest / np.linalg.norm(rest) * np.sqrt(1 - (published.IMAGE_VALUES**2).sum()))]
-    basis = np.linalg.qr(axes.T)[0].T
-    basis[0] *= np.sign(basis[0] @ axes[0])
-    return dict(zip(names, (np.linalg.cholesky(gram) @ basis).astype(np.float32), strict=True))
+# The published values
 
 
-def test_published_values_pass_or_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    vectors = published_vectors()
-    demo = tmp_path / "demo.jpeg"
-    demo.write_bytes(encoded(picture(64, 64), "JPEG"))
-    image = base64.b64encode(demo.read_bytes()).decode()
-    names = {
-        json.dumps({"text": published.PUBLISHED_QUERY, "instruction": QUERY_INSTRUCTION}): "query",
-        json.dumps({"text": published.PUBLISHED_TEXT}): "text",
-        json.dumps({"image": image}): "image",
-        json.dumps({"text": published.PUBLISHED_TEXT, "image": image}): "both",
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the form of the authors' `examples/`, with other texts and pictures."""
+    folder = tmp_path_factory.mktemp("examples")
+    results = folder / "retrieval_results"
+    (results / "images").mkdir(parents=True)
+    for index in range(10):
+        (results / "images" / f"img_{index}.jpg").write_bytes(encoded(picture(64, 64, index), "JPEG"))
+    for seed, name in enumerate(("demo.jpeg", "car.jpg", "bee.jpg"), 10):
+        (folder / name).write_bytes(encoded(picture(64, 64, seed), "JPEG"))
+    captions = {"results": [{"caption": f"the colors of picture {index} "} for index in (0, 9)]}
+    passages = {
+        "corpus": [f"passage {index}: {words(8, index)}" for index in range(821)],
+        "results": [{"query": "red or blue"}, {"query": "how green"}],
+    }
+    for name, content in (("image", captions), ("text", passages)):
+        (results / f"{name}_retrieval_results.pkl").write_bytes(pickle.dumps(content, protocol=4))
+    return folder
+
+
+def key(item: Any) -> str:
+    return json.dumps(item, sort_keys=True)
+
+
+def vectors_with_the_published_values(examples: Path) -> dict[str, Vector]:
+    """Unit vectors of all inputs, by `key`, that have every published similarity, and the first values.
+
+    Each group of inputs has axes of its own, which the first values do not touch.
+    """
+    read = Examples(examples)
+    num_first = 13
+    axes = itertools.count(num_first)
+    vectors: dict[str, Vector] = {}
+    gram: dict[tuple[str, str], float] = {}
+    for example in published.EMBEDDINGS:
+        if isinstance(example, published.Similarities):
+            for left, right, value in example.values:
+                gram[key(read.item(left)), key(read.item(right))] = value
+    names = list(dict.fromkeys(name for pair in gram for name in pair))
+    neighbors = {name: {a if b == name else b for a, b in gram if name in (a, b)} for name in names}
+    # Inputs that are compared with many others are chosen first; the others are built on their axes.
+    demo = key(read.item(Input(image="demo.jpeg")))
+    for name in sorted(names, key=lambda name: (name != demo, -len(neighbors[name]))):
+        known = [other for other in neighbors[name] if other in vectors]
+        basis = np.stack([vectors[other] for other in known]) if known else np.zeros((0, 2048))
+        wanted = np.array([gram.get((name, other), gram.get((other, name))) for other in known])
+        vector = np.linalg.lstsq(basis, wanted, rcond=None)[0] if known else np.zeros(2048)
+        if name == demo:
+            vector[:num_first] = next(one for one in published.EMBEDDINGS if isinstance(one, FirstValues)).values
+        vector[next(axes)] = np.sqrt(1 - vector @ vector)
+        vectors[name] = vector
+    return vectors
+
+
+def published_scores(examples: Path) -> dict[str, float]:
+    read = Examples(examples)
+    return {
+        key([read.item(example.query), read.item(document), example.instruction]): score
+        for example in published.SCORES
+        for document, score in example.values
     }
 
-    def answer(path: str, items: list[Any], dimensions: int | None) -> list[Vector]:
-        found = [vectors[names.get(json.dumps(item), "text")] for item in items]
-        return [unit(vector[:dimensions]) for vector in found]
 
-    with stub(answer, model="Qwen/Qwen3-VL-Embedding-2B", hidden_size=2048) as url:
-        command = ("Qwen/Qwen3-VL-Embedding-2B", "--url", url)
-        right = run(capsys, *command, "--image", str(demo))[1]
-        assert {name for name in PUBLISHED if right[name] == "ok"} == PUBLISHED
-        blind = run(capsys, *command)[1]
-        assert blind["published: query * text"] == "ok"
-        assert {name: why for name, why in unchecked(blind).items() if name in PUBLISHED} == dict.fromkeys(
-            PUBLISHED - {"published: query * text"}, "needs --image, the demo.jpeg of the Qwen-VL assets"
-        )
-        vectors["image"] = np.roll(vectors["image"], 1)
-        vectors["query"] = vectors["image"]
-        status, wrong = run(capsys, *command, "--image", str(demo))
+@pytest.mark.parametrize("preprocessing", ["checkpoint", "reference"])
+def test_model_with_the_published_values_passes(
+    preprocessing: str, examples: Path, embedder: Embedder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vectors, scores = vectors_with_the_published_values(examples), published_scores(examples)
+
+    def answer(path: str, items: list[Any], dimensions: int | None) -> list[Vector]:
+        if all(key(item) in vectors for item in items):
+            return [vectors[key(item)] for item in items]
+        return [unit(np.pad(vector, (0, 2048 - 192))[:dimensions]) for vector in embedder.embed(items)]
+
+    def score(*pair: Any) -> float:
+        return scores[key(pair)]
+
+    info = {"model": "Qwen/Qwen3-VL-Embedding-2B", "hidden_size": 2048, "preprocessing": preprocessing}
+    judge = {"roles": ["embedder", "reranker"], "reranker": {"preprocessing": preprocessing}}
+    with stub(answer, score, **info, **judge) as url:
+        status, verdicts = run(capsys, "Qwen/Qwen3-VL-Embedding-2B", "--url", url, "--examples", str(examples))
+        assert status == 0
+        found = {name: verdicts[name] for name in PUBLISHED}
+        assert set(found.values()) <= {
+            "ok",
+            f"not checked: the service has EMBEDDER_PREPROCESSING={preprocessing}; published with the other",
+        }
+        others = [one for one in (*published.EMBEDDINGS, *published.SCORES) if one.origin.regime != preprocessing]
+        with_pictures = {f"published: {one.name}" for one in others if any(i.image for i in published.inputs_of(one))}
+        assert {name for name in PUBLISHED if found[name] != "ok"} == with_pictures
+        for name in scores:
+            scores[name] += 0.04
+        for name in vectors:
+            vectors[name] = vectors[name] + 0.02
+        status, wrong = run(capsys, "Qwen/Qwen3-VL-Embedding-2B", "--url", url, "--examples", str(examples))
         assert status == 1
-        assert {name for name in PUBLISHED if wrong[name] == "ok"} == {"published: text * both"}
+        assert {name for name in PUBLISHED if wrong[name] == "differs"} == set(PUBLISHED) - with_pictures
+
+
+def test_random_checkpoints_differ_from_every_published_value(
+    random_checkpoint: Path, random_reranker: Path, examples: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(random_checkpoint), "--device", "cpu", "--examples", str(examples)]
+    status, verdicts = run(capsys, *command, "--reranker", str(random_reranker))
+    assert status == 1
+    assert {name: verdicts[name] for name in PUBLISHED} == dict.fromkeys(PUBLISHED, "differs")
+    assert not failed(verdicts)
+
+
+def test_published_model_without_its_examples_is_no_success(
+    embedder: Embedder, raw_text: Callable[[str], Vector], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with stub(wrong_answer("nothing", embedder, raw_text), model="Qwen/Qwen3-VL-Embedding-2B") as url:
+        status, verdicts = run(capsys, "Qwen/Qwen3-VL-Embedding-2B", "--url", url)
+    embeddings = PUBLISHED[: len(published.EMBEDDINGS)]
+    needs = {name for name in embeddings if verdicts[name].startswith("not run: needs --examples FOLDER with ")}
+    assert needs == set(embeddings) - {"published: matrix: query, text"}
+    assert status == 1  # of random weights
+    assert verdicts["published: matrix: query, text"] == "differs"
+
+
+class ConstantModel:
+    """Embeds everything alike."""
+
+    def embed(self, items: list[Any]) -> list[Vector]:
+        return [np.ones(192, np.float32)] * len(items)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("demo.jpeg", None, "demo.jpeg does not exist"),
+        ("demo.jpeg", b"no picture", "demo.jpeg: "),
+        ("retrieval_results/text_retrieval_results.pkl", b"cos\nsystem\n(S'false'\ntR.", "holds os.system; allowed: "),
+        ("retrieval_results/text_retrieval_results.pkl", b"version https://git-lfs", "is not a file of the examples"),
+        ("retrieval_results/text_retrieval_results.pkl", pickle.dumps({"corpus": []}), "has nothing at ['"),
+        ("retrieval_results/text_retrieval_results.pkl", pickle.dumps({"results": 3}), "has nothing at ['"),
+    ],
+)
+def test_examples_that_cannot_be_read_are_named_and_no_success(
+    name: str, content: bytes | None, message: str, examples: Path, tmp_path: Path, embedder: Embedder
+) -> None:
+    folder = Path(shutil.copytree(examples, tmp_path / "examples"))
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    model: Any = embedder if content == b"no picture" else ConstantModel()
+    rows = check_published_embeddings(model, {"dtype": "float32"}, Examples(folder))
+    reasons = {row: check.verdict for row, check in rows.items() if check.verdict.startswith("not run: ")}
+    kind = "picture" if name == "demo.jpeg" else "passages"
+    assert {row for row in rows if kind in row and "ten pictures" not in row} == set(reasons)
+    assert all(message in reason for reason in reasons.values()), reasons
 
 
 def test_service_with_other_response_shapes_fails(capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,6 +485,7 @@ def test_error_response_of_the_service_is_quoted(server: Server) -> None:
     [
         (),
         ("bundled", "--image", "/nowhere/demo.jpeg"),
+        ("bundled", "--examples", "/nowhere"),
         ("/nowhere/model",),
         ("bundled", "--url", "localhost:3000"),
         ("any", "--url", "http://127.0.0.1:9"),

@@ -12,9 +12,10 @@ import numpy as np
 from embedder.embedder import Embedder
 from embedder.inputs.items import item_from_fields
 from embedder.inputs.tokenizer_files import load_tokenizer
+from embedder.verify.examples import Examples
 from embedder.verify.http_service import Service, ServiceFault
 from embedder.verify.probes import NUM_TEXT_PROBES, PROBES, TEXT_PROBES, Vector
-from embedder.verify.published import check_published_values
+from embedder.verify.published_checks import Published, wants_published
 from embedder.verify.results import (
     MIN_FLOAT32_COSINE,
     MIN_IMAGE_COSINE,
@@ -57,30 +58,33 @@ def verify(
     url: str = "",
     key: str = "",
     image: bytes | None = None,
-    max_pixels: int | None = None,
+    examples: Path | None = None,
+    reranker: str = "",
     **options: Any,
 ) -> list[Check]:
-    """Run all checks. Those that cannot run are listed as not checked, with the reason.
+    """Run all checks. Those that cannot run are listed with the reason.
 
     `model`: a checkpoint folder, a hub id, or `bundled`. `url`, `key`: a running service and its API key.
-    `image`: demo.jpeg of the Qwen-VL assets. `options`: `device` and `dtype` of the Embedder.
+    `image`: demo.jpeg of the Qwen-VL assets. `examples`: `examples/` of the authors' repository. `reranker`: a
+    checkpoint to compare with the published scores. `options`: `device`, `dtype` and `max_pixels` of the models.
 
-    Raises `ModelUnavailable` and `ServiceUnreachable`, and `InvalidRequest` if `image` is not an image.
+    Raises `ModelUnavailable`, `ServiceUnreachable`, and `InvalidRequest` if `examples` is not a folder.
     """
     checks: list[Check] = []
     reference = None
+    published = Published(Examples(examples, image), wants_published(model, reranker, image, examples))
     if not url or model == "bundled" or Path(model).is_dir():
-        with Embedder("" if model == "bundled" else model, max_pixels=max_pixels, **options) as embedder:
+        with Embedder("" if model == "bundled" else model, **options) as embedder:
             if not url:
                 checks += _check_properties(embedder, embedder.info())
-                checks += check_published_values(embedder, f"{model} {embedder.checkpoint.folder}", image)
             info, folder, vectors = embedder.info(), embedder.checkpoint.folder, embedder.embed(PROBES)
             inputs = [embedder.preprocessor(item_from_fields(item)) for item in PROBES]
         del embedder  # frees its weights before transformers loads them again
         token_ids = [[int(token_id) for token_id in item.input_ids] for item in inputs]
         reference = _reference(folder, info, token_ids, vectors)
     if url:
-        return _check_service(Service(url, key), model, reference, image)
+        return _check_service(Service(url, key), model, reference, published)
+    checks += published.check_loaded(model, reranker, options)
     return [*checks, *_compare(None, reference), not_checked("service = library", "no --url was given")]
 
 
@@ -95,7 +99,7 @@ def _reference(folder: Path, info: Mapping[str, Any], token_ids: list[list[int]]
     return Reference(info, token_ids, prompt_end, vectors, *by_transformers, error="")
 
 
-def _check_service(service: Service, model: str, reference: Reference | None, image: bytes | None) -> list[Check]:
+def _check_service(service: Service, model: str, reference: Reference | None, published: Published) -> list[Check]:
     checks: list[Check] = []
     try:
         info = service.info()
@@ -106,7 +110,7 @@ def _check_service(service: Service, model: str, reference: Reference | None, im
         items = [item for item in TEXT_PROBES if "instruction" not in item]
         lowest = lowest_cosine(service.embed_texts([item["text"] for item in items]), service.embed(items))
         checks.append(cosine_check("/txt/embed = /embed", lowest, min_cosine_for(MIN_TEXT_COSINE, info)))
-        checks += check_published_values(service, f"{model} {served}", image)
+        checks += published.check_service(service, info)
         checks += _compare((service.embed(PROBES), info), reference)
     except ServiceFault as fault:
         checks.append(Check("responses", fault.message, "as in /openapi.json", "FAILED"))

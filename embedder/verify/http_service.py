@@ -25,7 +25,7 @@ class ServiceFault(EmbedderError):
 
 
 class Service:
-    """A client of the service at `url`, with the same `info` and `embed` as `Embedder`."""
+    """A client of the service at `url`, with the same `info` and `embed` as `Embedder`, and `score` as `Reranker`."""
 
     def __init__(self, url: str, key: str = "") -> None:
         self.url = url.rstrip("/")
@@ -49,6 +49,16 @@ class Service:
         """Embed `texts` with `POST /txt/embed`."""
         body = self._request("/txt/embed", {"input": texts})
         return _vectors("/txt/embed", body, lambda: body["embedding"], len(texts))
+
+    def score(self, query: Any, documents: Iterable[Any], *, instruction: str | None = None) -> list[float]:
+        """Score `documents` with `POST /rerank`, in their order."""
+        documents = list(documents)
+        body = self._request("/rerank", {"query": query, "documents": documents, "instruction": instruction})
+        try:
+            scores = {row["index"]: float(row["score"]) for row in body["results"]}
+            return [scores[index] for index in range(len(documents))]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServiceFault(f"/rerank returned {shorten(body)}; expected one score per document") from error
 
     def _request(self, path: str, fields: Mapping[str, Any] | None = None) -> Any:
         data = None if fields is None else json.dumps(fields).encode()

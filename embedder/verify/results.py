@@ -16,7 +16,11 @@ MIN_FLOAT32_COSINE, MIN_TEXT_COSINE, MIN_IMAGE_COSINE = 0.99999, 0.9997, 0.997
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the table. `verdict` is `ok`, `FAILED`, or `not checked: ` followed by the reason."""
+    """One row of the table.
+
+    `verdict`: `ok`, `FAILED`, `differs` (from a published value), `not run: ` with what the user has to give for a
+    comparison with published values, or `not checked: ` with the reason why the check does not apply.
+    """
 
     name: str
     value: str
@@ -30,6 +34,18 @@ def check(name: str, is_met: bool, value: str, expected: str) -> Check:
 
 def cosine_check(name: str, value: float, minimum: float) -> Check:
     return check(name, value >= minimum, f"{value:.7f}", f">= {minimum}")
+
+
+def compared(name: str, pairs: Sequence[tuple[float, float]], max_error: float, origin: str) -> Check:
+    """Values and what was published for them: equal if no difference is above `max_error`."""
+    value, published = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
+    is_equal = abs(value - published) <= max_error  # false for NaN
+    shown = f"{value:.5f} for {published:.5f}" + (f", worst of {len(pairs)}" if len(pairs) > 1 else "")
+    return Check(name, shown, f"± {max_error}, {origin}", "ok" if is_equal else "differs")
+
+
+def not_run(name: str, reason: str) -> Check:
+    return Check(name, "", "", f"not run: {reason}")
 
 
 def not_checked(name: str, reason: str) -> Check:
@@ -67,5 +83,6 @@ def format_table(checks: Sequence[Check]) -> str:
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]) for row in rows
     ]
-    num_ok, num_failed = (sum(row.verdict == verdict for row in checks) for verdict in ("ok", "FAILED"))
-    return "\n".join([*lines, f"{num_ok} ok, {num_failed} failed, {len(checks) - num_ok - num_failed} not checked"])
+    kinds = ("ok", "failed", "differs", "not run", "not checked")
+    counts = [sum(row.verdict.lower().startswith(kind) for row in checks) for kind in kinds]
+    return "\n".join([*lines, ", ".join(f"{count} {kind}" for count, kind in zip(counts, kinds, strict=True))])
