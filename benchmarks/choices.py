@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from benchmarks import contenders, report
 from benchmarks.checkpoints import random_folder
@@ -150,7 +151,7 @@ def _without_prefixes(embedder: Embedder) -> Run:
 
 
 def _with_norm_modules(embedder: Embedder) -> Run:
-    return _patched(embedder, _rms_norm=lambda norm, states: norm(states))
+    return _patched(embedder, _rms_norm=Qwen3VLTextRMSNorm.forward)
 
 
 def _patched(embedder: Embedder, **functions: Callable[..., Tensor]) -> Run:

@@ -32,15 +32,12 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from benchmarks.checkpoints import tokenizer
 from benchmarks.random_checkpoint import shape_config
 from embedder.inputs.processor_config import VisionConfig
+from embedder.model.architecture import Architecture
 from embedder.model.attention import Attention, flash_attn_import_error, num_splits_argument
 from embedder.model.forward import Forward
+from embedder.model.modules import Towers
 from embedder.model.packing import Sequences
 from embedder.model.products import arrange_products
-from embedder.torchvision_shim import declare_torchvision_operators
-
-declare_torchvision_operators()
-
-from transformers import Qwen3VLModel  # noqa: E402 - after the declaration
 
 CUDA = torch.device("cuda", 0)
 
@@ -254,11 +251,10 @@ class FakeCuda:
         self._counter: KernelCounter | None = None
 
     def make_model(self, shape: str) -> Any:
-        """Qwen3VLModel of `shape` in bfloat16, arranged for the forward pass."""
-        config = shape_config(shape, tokenizer())
+        """Both towers of `shape` in bfloat16, arranged for the forward pass."""
+        config = Architecture.model_validate_json(shape_config(shape, tokenizer()).to_json_string(use_diff=False))
         with unset_fake_temporarily(), torch.device("meta"):  # its initialization draws random numbers
-            model = Qwen3VLModel._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-        model = model.eval().requires_grad_(False)
+            model = Towers(config).to(torch.bfloat16).eval().requires_grad_(False)
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA))
         arrange_products(model)
         return model

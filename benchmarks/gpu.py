@@ -45,6 +45,8 @@ from benchmarks.limits import Weights, copy_rate, matrix_rate
 from benchmarks.random_checkpoint import SHAPES, shape_config
 from benchmarks.workloads import WORKLOADS, make_items, read_words
 from embedder.inputs.preprocess import Preprocessor
+from embedder.model.architecture import Architecture
+from embedder.model.modules import Towers
 from embedder.torchvision_shim import declare_torchvision_operators
 from tests.oracle import Oracle
 
@@ -314,7 +316,8 @@ def _load(
     part: PartFile, folder: Path, shape: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[peers.Peer], Weights, int]:
     """The engine in each configuration, and its peers, which have a copy of the weights of their own."""
-    model, theirs = _make_model(shape, device, dtype), _make_model(shape, device, dtype)
+    theirs = _make_transformers(shape, device, dtype)
+    model = _copy(theirs)
     makers: dict[str, Callable[[], peers.Peer]] = {
         name: partial(_make_ours, name, folder, dtype, device, model, options)
         for name, options in CONFIGURATIONS[device.type].items()
@@ -345,7 +348,7 @@ def _make_ours(
     return replace(peer, name=peers.OURS if is_first else f"{peers.OURS}, {name}")
 
 
-def _make_model(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
+def _make_transformers(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Qwen3VLModel with random weights like those of `random_checkpoint`, made on the device."""
     config = shape_config(shape, tokenizer())
     with torch.device(device):
@@ -357,6 +360,14 @@ def _make_model(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
         if parameter.ndim == 1 and name.endswith("weight"):
             parameter.data += 1
     return model.eval().requires_grad_(False)
+
+
+def _copy(model: Any) -> Towers:
+    """The engine's own modules with copies of the weights of transformers' Qwen3VLModel."""
+    with torch.device("meta"):
+        towers = Towers(Architecture.model_validate_json(model.config.to_json_string(use_diff=False)))
+    towers.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
+    return towers.eval().requires_grad_(False)
 
 
 # The report

@@ -68,13 +68,15 @@ def processes_of_this_run() -> dict[int, str]:
 
 
 def pytest_collection(session: pytest.Session) -> None:
-    """Before any test file imports transformers, import what it needs.
+    """Before any test file imports transformers, declare what it needs.
 
     The process of `pytest -n` that runs no test is spared the seconds that this takes, and the fixtures import what
     they need when they run.
     """
     if IS_XDIST_WORKER or not session.config.getoption("numprocesses", None):
-        import embedder.model.weights  # noqa: F401
+        from embedder.torchvision_shim import declare_torchvision_operators
+
+        declare_torchvision_operators()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

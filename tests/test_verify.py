@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from transformers import Qwen3VLModel
 
 from embedder import Embedder
 from embedder.inputs.tokenizer_files import load_tokenizer
-from embedder.model.weights import load_model
 from embedder.verify import checks, published
 from embedder.verify.__main__ import main
 from embedder.verify.checks import verify
@@ -186,7 +186,7 @@ def test_service_of_another_model_fails(server: Server, capsys: pytest.CaptureFi
 def raw_text(random_checkpoint: Path) -> Callable[[str], Vector]:
     """Embed a text without the prompt: the most common fault of other servers."""
     tokenizer = load_tokenizer(random_checkpoint)
-    model = load_model(random_checkpoint, torch.float32, torch.device("cpu"))
+    model = Qwen3VLModel.from_pretrained(random_checkpoint, dtype=torch.float32)
 
     @torch.no_grad()
     def embed(text: str) -> Vector:

@@ -5,7 +5,9 @@ gpus           the number of GPUs, without torch where there is none
 progress       downloads and loads in log lines
 weight_files   which safetensors files are read, and whether their shapes are those of config.json
 memory         check that the weights fit the device, before they are loaded
-weights        checkpoint folder to transformers' Qwen3VLModel on the device
+architecture   the sizes of both towers in config.json
+modules        the layers of both towers, by the names of their weights
+weights        checkpoint folder to both towers on the device
 products       linear layers of one input joined, and packed for oneDNN where that is faster
 packing        preprocessed items to one packed batch (no padding) on the device
 positions      coordinates to rotary angles and interpolated position embeddings
@@ -20,7 +22,7 @@ pooling        hidden states to float32 rows on the host
 memory_budget  the largest batch that fits the GPU's memory
 device_errors  torch's errors to DeviceOutOfMemory and DeviceFailed
 
-transformers loads the weights; the forward pass is this package's own. It computes packed sequences without padding,
-KV cache or lm_head, and computes the last layer only for the pooled tokens. Each step is tested against transformers'
-own forward pass (tests/model/test_parity.py).
+The forward pass computes packed sequences without padding, KV cache or lm_head, and the last layer only for the pooled
+tokens. Each step is tested against transformers' own forward pass (tests/model/test_parity.py). The service does not
+import transformers, which takes seconds.
 """

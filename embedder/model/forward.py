@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from embedder.inputs.processor_config import VisionConfig
 from embedder.model.attention import choose_attention
 from embedder.model.language import Language
+from embedder.model.modules import Towers
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedVision, pack_prefixes
 from embedder.model.vision import Vision
 
 
 class Forward:
-    """The forward pass of a loaded checkpoint (transformers' Qwen3VLModel) on its device.
+    """The forward pass of a loaded checkpoint on its device.
 
     `attention` is a setting's value: auto, flash_attn, varlen or sdpa. With `is_compiled` the layers go through
     torch.compile at their first call. `max_shared_tokens`: of the prefixes that a batch shares, as `pack` is given it.
@@ -23,7 +22,7 @@ class Forward:
 
     def __init__(
         self,
-        model: Any,
+        model: Towers,
         vision: VisionConfig,
         attention: str,
         *,

@@ -18,10 +18,10 @@ from torch import Tensor
 from embedder.model.attention import Attention
 from embedder.model.execution import compile_if
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, PackedVision, Prefix
-from embedder.model.positions import apply_rotary
+from embedder.model.positions import apply_rotary, interleaved_axes, rotary_frequencies, text_rotary
 from embedder.model.products import add_product
 
-Module = Any  # transformers' modules, whose attributes torch leaves untyped
+Module = Any  # of `modules`, whose attributes torch leaves untyped
 KeyAndValue = tuple[Tensor, Tensor]  # each (tokens, num_kv_heads, head_dim), keys rotated
 
 MAX_CACHED_TOKENS = 4096  # of all cached prefixes together: 470 MB for the 2B, 600 MB for the 8B, in bfloat16
@@ -40,6 +40,9 @@ class Language:
     ) -> None:
         self.tower = tower
         self.attention = attention
+        rope, device = tower.config.rope_parameters, tower.norm.weight.device
+        self._frequencies = rotary_frequencies(tower.config.head_dim, rope.rope_theta).to(device)
+        self._axes = interleaved_axes(tower.config.head_dim, rope.mrope_section).to(device)
         self._query_key_value = compile_if(is_compiled, _query_key_value)
         self._output_and_mlp = compile_if(is_compiled, _output_and_mlp)
         self._max_shared_tokens = max_shared_tokens
@@ -155,8 +158,8 @@ class Language:
 
     def _rotary(self, hidden_states: Tensor, batch: PackedBatch | PackedPrefixes) -> tuple[Tensor, Tensor]:
         """Cos and sin of the M-RoPE angles, each (total_tokens, head_dim)."""
-        cos, sin = self.tower.rotary_emb(hidden_states, batch.position_ids[:, None])
-        return cos[0], sin[0]
+        cos, sin = text_rotary(batch.position_ids, self._frequencies, self._axes)
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
 def _add_deepstack(hidden_states: Tensor, vision: PackedVision | None, deepstack: Sequence[Tensor], layer: int) -> None:

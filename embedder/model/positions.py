@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,36 @@ def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotated_first.addcmul_(second, sin_first, value=-1)  # in place: 2.3 times as fast as `rotate_half` on a CPU
     rotated_second.addcmul_(first, sin_second)
     return rotated
+
+
+def rotary_frequencies(head_dim: int, theta: float) -> Tensor:
+    """The angle by which each pair of values turns from one position to the next: (head_dim / 2,) float32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies: Tensor = 1.0 / theta**exponents
+    return frequencies
+
+
+def interleaved_axes(head_dim: int, sections: Sequence[int]) -> Tensor:
+    """The axis (0 time, 1 height, 2 width) that each pair of values follows: (head_dim / 2,) int64.
+
+    `sections`: the number of pairs of each axis. They take turns (t, h, w, t, h, w, ...) until the pairs of height and
+    width are used up; all others follow time.
+    """
+    axes = torch.zeros(head_dim // 2, dtype=torch.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = axis
+    return axes
+
+
+def text_rotary(position_ids: Tensor, frequencies: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
+    """M-RoPE positions, (3, tokens), to cos and sin, each (tokens, head_dim) float32.
+
+    `frequencies` and `axes`, each (head_dim / 2,), as `rotary_frequencies` and `interleaved_axes` return them
+    (`Qwen3VLTextRotaryEmbedding` in transformers).
+    """
+    angles = position_ids.float().index_select(0, axes).t() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
 
 
 def vision_rotary(coordinates: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -36,9 +36,8 @@ _LAST_STEP = 256
 
 
 def arrange_products(model: Any, *, is_compiled: bool = False) -> str:
-    """Join and pack the linear layers of transformers' Qwen3VLModel. Returns the product's name: torch or oneDNN.
+    """Join and pack the linear layers of a loaded model. Returns the product's name: torch or oneDNN.
 
-    `model` then computes only through `Language` and `Vision`; its own forward pass lacks the layers that were joined.
     Compiled layers use torch's product, because oneDNN's would be compiled again for each number of rows.
     """
     join_layers(model.language_model.layers)

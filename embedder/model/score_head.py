@@ -6,7 +6,6 @@ The probability of "yes" against "no" is sigmoid(state . (W[yes] - W[no])), wher
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,13 +13,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from embedder.errors import ModelUnavailable
+from embedder.model.modules import Towers
 from embedder.model.weight_files import weight_files
 
 YES, NO = "yes", "no"  # entries of the vocabulary, without a space before them
 
 
-def load_score_head(folder: Path, model: Any, tokenizer: Tokenizer) -> Tensor:
-    """The direction, (hidden_size,) float32 on the model's device. `model`: the loaded Qwen3VLModel of the folder.
+def load_score_head(folder: Path, model: Towers, tokenizer: Tokenizer) -> Tensor:
+    """The direction, (hidden_size,) float32 on the model's device. `model`: the folder's weights.
 
     From `score.weight` if the checkpoint was saved for classification with one label; else from the head's rows of
     "yes" and "no", which are those of the token embedding if the two are tied. Raises `ModelUnavailable`.

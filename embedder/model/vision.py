@@ -15,7 +15,7 @@ from embedder.model.packing import PackedVision
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 from embedder.model.products import add_product
 
-Module = Any  # transformers' modules, whose attributes torch leaves untyped
+Module = Any  # of `modules`, whose attributes torch leaves untyped
 
 ROPE_THETA = 10_000.0  # of Qwen3VLVisionRotaryEmbedding in transformers
 

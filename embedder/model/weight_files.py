@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads: `model.safetensors`, else those of the index.
+    """The files that are read, the same as by transformers: `model.safetensors`, else those of the index.
 
     Other files next to them, such as a consolidated copy of the same weights, are not read. Raises `ModelUnavailable`,
     with the name of the missing file.
@@ -48,6 +48,11 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def trunk_name(name: str) -> str:
+    """The name of a weight without the prefix of the conditional-generation class."""
+    return name.removeprefix(_PREFIX)
+
+
 def read_shapes(folder: Path) -> dict[str, Shape]:
     """The shape of each weight in the files that are read. Raises `ModelUnavailable`."""
     shapes: dict[str, Shape] = {}
@@ -66,7 +71,7 @@ def check_shapes(folder: Path, expected: Mapping[str, Shape]) -> list[str]:
     `expected`: by the trunk's names. The heads in `HEADS` are not reported. Raises `ModelUnavailable` if a weight is
     missing or has another shape.
     """
-    found = {name.removeprefix(_PREFIX): shape for name, shape in read_shapes(folder).items()}
+    found = {trunk_name(name): shape for name, shape in read_shapes(folder).items()}
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys() - HEADS)
     if missing:

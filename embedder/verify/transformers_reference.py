@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,26 @@ import numpy as np
 import PIL.Image
 import torch
 
-from embedder.model.weights import only_safetensors, read_config
+from embedder.model.weight_files import INDEX, weight_files
 from embedder.torchvision_shim import declare_torchvision_operators
 from embedder.verify.probes import PROBES, Item, Vector
 
 declare_torchvision_operators()
 
 from qwen_vl_utils.vision_process import process_vision_info  # noqa: E402 - after the declaration
-from transformers import Qwen3VLModel, Qwen3VLProcessor  # noqa: E402 - after the declaration
+from transformers import (  # noqa: E402 - after the declaration
+    PreTrainedConfig,
+    Qwen3VLConfig,
+    Qwen3VLModel,
+    Qwen3VLProcessor,
+)
 from transformers.image_utils import load_image  # noqa: E402 - after the declaration
+from transformers.models.qwen3_vl.configuration_qwen3_vl import (  # noqa: E402 - after the declaration
+    Qwen3VLTextConfig,
+    Qwen3VLVisionConfig,
+)
+
+_OLDER_FIELDS = frozenset({"rope_scaling", "rope_theta"})  # of `rope_parameters`, before transformers 5
 
 
 @torch.no_grad()
@@ -33,10 +47,10 @@ def embed_with_transformers(folder: Path, info: Mapping[str, Any]) -> tuple[list
     processor = Qwen3VLProcessor.from_pretrained(
         folder, padding_side="right", local_files_only=True, trust_remote_code=False
     )
-    with only_safetensors(folder) as weights:
+    with _only_safetensors(folder) as weights:
         model = Qwen3VLModel.from_pretrained(  # already in eval mode
             weights,
-            config=read_config(folder),
+            config=_read_config(folder),
             dtype=dtype,
             device_map={"": device},
             attn_implementation="sdpa",
@@ -72,3 +86,36 @@ def _conversation(item: Item, info: Mapping[str, Any]) -> list[dict[str, Any]]:
     instruction = item.get("instruction", info["default_instruction"])
     system = {"role": "system", "content": [{"type": "text", "text": instruction}]}
     return [system, {"role": "user", "content": content}]
+
+
+def _read_config(folder: Path) -> Qwen3VLConfig:
+    """The fields of config.json that describe the architecture.
+
+    Some of the others name things for transformers to fetch or import: `attn_implementation`, `auto_map`,
+    `transformers_weights`.
+    """
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    towers = {
+        name: _architecture(fields[name], tower)
+        for name, tower in (("text_config", Qwen3VLTextConfig), ("vision_config", Qwen3VLVisionConfig))
+    }
+    return Qwen3VLConfig(**{**_architecture(fields, Qwen3VLConfig), **towers})
+
+
+def _architecture(fields: Mapping[str, Any], kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Those of the fields that `kind` itself declares, or declared in older versions."""
+    known = (set(kind.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)) | _OLDER_FIELDS
+    return {name: value for name, value in fields.items() if name in known}
+
+
+@contextmanager
+def _only_safetensors(folder: Path) -> Iterator[Path]:
+    """A temporary folder with links to the weight files of `folder` and to their index, and nothing else.
+
+    transformers also reads pickled weights, and an adapter's base model from the hub, if it finds their files.
+    """
+    with tempfile.TemporaryDirectory(prefix="qwen3-vl-embedding-weights-") as links:
+        for file in (*weight_files(folder), folder / INDEX):
+            if file.is_file():
+                (Path(links) / file.name).symlink_to(file.resolve())
+        yield Path(links)
