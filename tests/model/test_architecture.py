@@ -68,7 +68,10 @@ def test_heads_of_keys_are_those_of_queries_if_null(tmp_path: Path) -> None:
         ({"text": ["a"]}, r"text_config: .*object"),
         ({"vision": {"deepstack_visual_indexes": [1, "2"]}}, r"deepstack_visual_indexes\.1: .* \(found: '2'\)"),
         ({"vision": {"patch_size": [16, 16]}}, r"vision_config\.patch_size: .* integer"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config: .*quantized weights are not supported"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            r"quantization_config: .*quantized weights are not supported",
+        ),
     ],
     ids=str,
 )

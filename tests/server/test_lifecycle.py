@@ -16,13 +16,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
 import uvicorn
+from circus.watcher import Watcher
 
 from embedder.http.drain import Drain
-from embedder.server.lifecycle import drain_at_sigterm, worker_server
+from embedder.server.lifecycle import drain_at_sigterm, replace_dead_workers_at_once, worker_server
 from tests.conftest import ROOT, Server, start_server
 
 NUM_CLIENTS = 6
@@ -371,6 +374,32 @@ def test_killed_worker_fails_its_requests_at_once(lone: Server) -> None:
     assert line.endswith(
         f"a worker (process {worker}) was ended by signal 9 (out of memory? see the kernel's log); a new one starts"
     )
+
+
+@pytest.mark.parametrize(("hook", "respawn"), [("before_spawn", True), ("before_stop", False)])
+def test_worker_that_circus_drops_without_reaping_it_is_logged(
+    hook: str, respawn: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Watcher, "call_hook", lambda *_, **__: True)
+    handler = signal.getsignal(signal.SIGCHLD)
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    watcher: Any = Mock(processes={worker.pid: worker}, respawn=respawn)
+    try:
+        replace_dead_workers_at_once()
+        Watcher.call_hook(watcher, "after_spawn", pid=worker.pid)
+        Watcher.call_hook(watcher, hook)
+        assert not caplog.records
+        worker.kill()
+        watcher.processes.clear()  # as `Watcher.manage_processes` does with a process that is a zombie
+        Watcher.call_hook(watcher, hook)
+        Watcher.call_hook(watcher, hook)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+        worker.wait()
+    consequence = "a new one starts" if respawn else "in a container it is not replaced"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"a worker (process {worker.pid}) was ended by signal 9 (out of memory? see the kernel's log); {consequence}"
+    ]
 
 
 @pytest.mark.slow
