@@ -172,7 +172,7 @@ class RMSNorm(nn.Module):
 
 def embedding(num_rows: int, size: int) -> nn.Embedding:
     """A table without random numbers, for which torch would import its compiler: 1.7 s."""
-    return nn.Embedding.from_pretrained(torch.empty(num_rows, size))
+    return nn.Embedding(num_rows, size, _weight=torch.empty(num_rows, size), _freeze=True)
 
 
 def activation(name: Activation) -> nn.Module:
