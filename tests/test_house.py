@@ -204,3 +204,14 @@ def test_light_imports_load_neither_torch_nor_transformers(modules: str) -> None
     code = f"import sys, {modules}; print(sorted({{'torch', 'transformers', 'torchvision'}} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.strip() == "[]"
+
+
+def test_loading_a_model_imports_neither_transformers_nor_torchs_compiler(random_checkpoint: Path) -> None:
+    """Each takes seconds of every start."""
+    code = (
+        "import sys, torch; from pathlib import Path; from embedder.model.weights import load_model; "
+        f"load_model(Path({str(random_checkpoint)!r}), torch.float32, torch.device('cpu')); "
+        "print(sorted({'transformers', 'torchvision', 'torch._dynamo'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]"
