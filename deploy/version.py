@@ -20,6 +20,7 @@ STATED = {  # what is before the version, by the files that state it
         "docs/operations/deploy.md",
     ),
     r"newTag: ": ("deploy/kubernetes/base/kustomization.yaml",),
+    r'^(?:appVersion: "|version: )': ("deploy/helm/qwen3-vl-embedding/Chart.yaml",),
     r'^  "version": "': ("docs/api/probes-and-info.md",),
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import compose_spec
 import kubernetes_validate
+import promql_parser
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -32,14 +33,22 @@ COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))[
 Object = dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=OVERLAYS)
-def objects(request: pytest.FixtureRequest) -> list[Object]:
+def render_overlay(name: str) -> list[Object]:
     """The objects of an overlay, rendered by kubectl."""
+    return kustomize(DEPLOY / "kubernetes" / "overlays" / name)
+
+
+def kustomize(folder: Path) -> list[Object]:
     kubectl = Path(sys.executable).with_name("kubectl")
-    folder = DEPLOY / "kubernetes" / "overlays" / request.param
     run = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, check=True)
     assert not run.stderr, "kustomize warns about deprecated fields"
     return list(yaml.safe_load_all(run.stdout))
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def objects(request: pytest.FixtureRequest) -> list[Object]:
+    """The objects of an overlay."""
+    return render_overlay(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +68,10 @@ def container_of(overlay: dict[str, Object]) -> Object:
 
 
 def test_objects_are_valid_kubernetes(objects: list[Object]) -> None:
-    """Unknown fields are errors. ServiceMonitor is skipped, because the validator has no schema for it."""
+    """Unknown fields are errors. The validator has no schemas for the kinds of the Prometheus operator and KEDA."""
     assert len(objects) >= 8
     for thing in objects:
-        if thing["kind"] != "ServiceMonitor":
+        if thing["kind"] not in ("ServiceMonitor", "ScaledObject"):
             kubernetes_validate.validate(thing, "1.32", strict=True)
 
 
@@ -77,13 +86,40 @@ def test_selectors_find_the_pods(overlay: dict[str, Object]) -> None:
     selectors = [overlay["Deployment"]["spec"]["selector"], overlay["PodDisruptionBudget"]["spec"]["selector"]]
     selectors += [{"matchLabels": overlay["Service"]["spec"]["selector"]}]
     for selector in selectors:
-        assert len(selector["matchLabels"]) == 2, "the component's label is not unique in a namespace"
+        assert "app.kubernetes.io/instance" in selector["matchLabels"], "a namespace may have several models"
         assert selector["matchLabels"].items() <= labels.items()
         assert not selector["matchLabels"].items() <= overlay["Job"]["spec"]["template"]["metadata"]["labels"].items()
     if "ServiceMonitor" in overlay:
         monitor = overlay["ServiceMonitor"]["spec"]
         assert monitor["selector"]["matchLabels"].items() <= overlay["Service"]["metadata"]["labels"].items()
         assert [(endpoint["port"], endpoint["path"]) for endpoint in monitor["endpoints"]] == [("http", "/metrics")]
+
+
+def test_two_models_never_answer_one_service(overlay: dict[str, Object]) -> None:
+    """A Deployment's selector cannot be changed, so another revision needs another name."""
+    deployment, service = overlay["Deployment"], overlay["Service"]
+    assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
+    revision = overlay["ConfigMap"]["data"]["EMBEDDER_REVISION"]
+    assert service["spec"]["selector"]["qwen3-vl-embedding/revision"] == revision
+
+
+def test_overlays_can_run_next_to_each_other() -> None:
+    names = [(thing["kind"], thing["metadata"]["name"]) for name in OVERLAYS for thing in render_overlay(name)]
+    assert len(names) == len(set(names))
+
+
+def test_live_service_selects_the_pods_of_one_overlay() -> None:
+    by_kind = {thing["kind"]: thing for thing in kustomize(DEPLOY / "kubernetes" / "live")}
+    for thing in by_kind.values():
+        kubernetes_validate.validate(thing, "1.32", strict=True)
+    selector = by_kind["Service"]["spec"]["selector"]
+    pods = {
+        name: {thing["kind"]: thing for thing in render_overlay(name)}["Deployment"]["spec"]["template"]["metadata"]
+        for name in OVERLAYS
+    }
+    assert [name for name in OVERLAYS if selector.items() <= pods[name]["labels"].items()] == ["2b"]
+    (rule,) = by_kind["Ingress"]["spec"]["rules"]
+    assert rule["http"]["paths"][0]["backend"]["service"]["name"] == by_kind["Service"]["metadata"]["name"]
 
 
 def test_settings_ports_and_paths_match_the_service(overlay: dict[str, Object]) -> None:
@@ -140,13 +176,24 @@ def test_pods_are_as_hardened_as_the_container_test(overlay: dict[str, Object]) 
 
 
 def test_autoscaler_waits_for_a_second_full_batch(overlay: dict[str, Object]) -> None:
-    if "HorizontalPodAutoscaler" not in overlay:
+    if "HorizontalPodAutoscaler" in overlay:
+        (metric,) = overlay["HorizontalPodAutoscaler"]["spec"]["metrics"]
+        name, tokens = metric["pods"]["metric"]["name"], metric["pods"]["target"]["averageValue"]
+    elif "ScaledObject" in overlay:
+        scaled = overlay["ScaledObject"]["spec"]
+        assert scaled["scaleTargetRef"]["name"] == overlay["Deployment"]["metadata"]["name"]
+        (trigger,) = scaled["triggers"]
+        query = trigger["metadata"]["query"]
+        promql_parser.parse(query)
+        name, service = re.findall(r'sum\((\w+)\{service="([^"]+)"\}\)', query)[0]
+        assert service == overlay["Service"]["metadata"]["name"]
+        tokens = trigger["metadata"]["threshold"]
+    else:
         assert overlay["Deployment"]["spec"]["replicas"] == 1
         return
     assert "replicas" not in overlay["Deployment"]["spec"], "applying it again would reset the autoscaler's number"
-    (metric,) = overlay["HorizontalPodAutoscaler"]["spec"]["metrics"]
-    assert int(metric["pods"]["target"]["averageValue"]) == 2 * Settings().max_batch_tokens
-    assert f"`{metric['pods']['metric']['name']}`" in Metrics(()).table()
+    assert int(tokens) == 2 * Settings().max_batch_tokens
+    assert f"`{name}`" in Metrics(()).table()
 
 
 def test_images_have_the_packages_version(overlay: dict[str, Object]) -> None:

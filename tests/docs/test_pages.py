@@ -17,7 +17,7 @@ from tests.docs.markdown import DOCS, PAGES, anchors, blocks, prose
 
 SOURCES = [ROOT / "service.py", *sorted((ROOT / "embedder").rglob("*.py"))]
 FOLDERS = {  # paths in prose that are no routes
-    *("/cache", "/tmp", "/model", "/models", "/keys", "/v1", "/dev"),
+    *("/cache", "/tmp", "/model", "/models", "/keys", "/v1", "/dev", "/opt"),
 }
 
 

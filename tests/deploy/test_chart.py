@@ -1,0 +1,146 @@
+"""The Helm chart makes the same objects as the kustomize overlays. Helm's own code renders it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+
+from embedder.settings import Settings
+from tests.deploy.test_deploy import DEPLOY, Object, render_overlay
+
+CHART = DEPLOY / "helm" / "qwen3-vl-embedding"
+HELM_LABELS = ("app.kubernetes.io/managed-by", "helm.sh/chart", "checksum/settings")
+VALUES = {  # of the chart, that make the objects of an overlay
+    "2b": {},
+    "8b": {"files": ["values-8b.yaml"]},
+    "8b-scaled": {"files": ["values-8b.yaml", "values-scaled.yaml"]},
+    "8b-keda": {"files": ["values-8b.yaml", "values-scaled.yaml"], "autoscaling": {"kind": "keda"}},
+    "2b-mig": {"gpu": {"resource": "nvidia.com/mig-2g.20gb"}},
+}
+
+
+def merged(base: Object, more: Object) -> Object:
+    return base | {
+        key: merged(base[key], value) if isinstance(value, dict) and key in base else value
+        for key, value in more.items()
+    }
+
+
+def render_chart(release: str, values: Object) -> list[Object]:
+    """The objects of a release, after a check of the values against the chart's schema."""
+    chosen: Object = {}
+    for name in values.get("files", []):
+        chosen = merged(chosen, yaml.safe_load((CHART / name).read_text(encoding="utf-8")))
+    chosen = merged(chosen, {key: value for key, value in values.items() if key != "files"})
+    with helm_python.Chart.load(CHART) as chart:
+        chart.validate_schema(chosen)
+        rendered = chart.render(chosen, name=release, namespace="default")
+    texts = [text for path, text in rendered.items() if path.endswith(".yaml")]
+    return [thing for text in texts for thing in yaml.safe_load_all(text) if thing]
+
+
+def comparable(objects: list[Object], names: dict[str, str]) -> dict[str, Any]:
+    """The objects by kind and name, with `names` in place of theirs and without the labels that Helm adds."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            kept = {key: replaced(one) for key, one in value.items() if key not in HELM_LABELS}
+            return {key: one for key, one in kept.items() if one != {} or value[key] == {}}
+        if isinstance(value, list):
+            return [replaced(one) for one in value]
+        if isinstance(value, str):
+            return names.get(value) or re.sub(r'(?<=service=")[^"]+', lambda match: names[match[0]], value)
+        return value
+
+    things = [replaced(thing) for thing in objects]
+    for thing in things:
+        if thing["kind"] in ("ServiceMonitor", "ScaledObject", "HorizontalPodAutoscaler"):
+            del thing["metadata"]["labels"]  # of interest to nobody
+    return {f"{thing['kind']} {thing['metadata']['name']}": thing for thing in things}
+
+
+@pytest.mark.parametrize("overlay", VALUES)
+def test_chart_makes_the_objects_of_the_overlay(overlay: str) -> None:
+    wanted = render_overlay(overlay)
+    (settings,) = [thing["metadata"]["name"] for thing in wanted if thing["kind"] == "ConfigMap"]
+    parts = ("settings", "model-cache", "fetch-model", "service")
+    in_overlay = {f"{part}-{overlay}": part for part in parts} | {settings: "settings"}
+    in_chart = {f"one-{part}": part for part in parts}
+    got = comparable(render_chart("one", VALUES[overlay]), in_chart | {"one": "release"})
+    assert got == comparable(wanted, in_overlay | {f"qwen3-vl-embedding-{overlay}": "release"})
+
+
+def test_every_overlay_has_values_of_the_chart() -> None:
+    assert {path.name for path in (DEPLOY / "kubernetes" / "overlays").iterdir()} == VALUES.keys()
+
+
+def test_ingress_of_the_chart_is_that_of_the_live_service() -> None:
+    values = {"ingress": {"enabled": True, "tlsSecret": "tls"}}
+    (ingress,) = [thing for thing in render_chart("one", values) if thing["kind"] == "Ingress"]
+    kubernetes_validate.validate(ingress, "1.32", strict=True)
+    assert ingress["spec"].pop("tls") == [{"hosts": ["embeddings.example.com"], "secretName": "tls"}]
+    live = yaml.safe_load((DEPLOY / "kubernetes" / "live" / "ingress.yaml").read_text(encoding="utf-8"))
+    assert ingress["metadata"]["annotations"] == live["metadata"]["annotations"]
+    assert comparable([ingress], {"one": "qwen3-vl-embedding"}).popitem()[1]["spec"] == live["spec"]
+
+
+def test_ingress_allows_what_the_service_allows() -> None:
+    live = yaml.safe_load((DEPLOY / "kubernetes" / "live" / "ingress.yaml").read_text(encoding="utf-8"))
+    limits = {key.rpartition("/proxy-")[2]: value for key, value in live["metadata"]["annotations"].items()}
+    assert int(limits["body-size"].removesuffix("m")) * 2**20 == Settings().max_body_bytes
+    longest_s = 2 * Settings().request_timeout_s  # for the body, and again for its items
+    assert min(int(limits["read-timeout"]), int(limits["send-timeout"])) >= longest_s + 10
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"modle": {"name": "owner/name"}},
+        {"model": {"name": "owner/name", "revision": "main"}},  # not pinned: replicas could differ
+        {"settings": {"EMBEDDER_MODEL": "owner/name"}},  # would not be in the selectors
+        {"settings": {"MAX_PIXELS": "1000000"}},
+        {"settings": {"EMBEDDER_MAX_PIXELS": 1000000}},  # Helm would write 1e+06
+        {"autoscaling": {"kind": "HPA"}},
+        {"replicas": 0},
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(values: Object) -> None:
+    with pytest.raises(helm_python.HelmError):
+        render_chart("one", values)
+
+
+def test_other_settings_reach_the_service_and_replace_its_pods() -> None:
+    plain, changed = (render_chart("one", values) for values in ({}, {"settings": {"EMBEDDER_MAX_PIXELS": "1000000"}}))
+    (settings,) = [thing for thing in changed if thing["kind"] == "ConfigMap"]
+    assert settings["data"]["EMBEDDER_MAX_PIXELS"] == "1000000"
+    checksums = [
+        thing["spec"]["template"]["metadata"]["annotations"]["checksum/settings"]
+        for objects in (plain, changed)
+        for thing in objects
+        if thing["kind"] == "Deployment"
+    ]
+    assert len(set(checksums)) == 2
+
+
+def test_another_revision_changes_the_selectors() -> None:
+    """So Kubernetes refuses it in the same release, and a Service never has pods of two models."""
+    revision = "0123456789" * 4
+    selectors = []
+    for values in ({}, {"model": {"name": "owner/name", "revision": revision}}):
+        by_kind = {thing["kind"]: thing for thing in render_chart("one", values)}
+        deployment, service = by_kind["Deployment"]["spec"], by_kind["Service"]["spec"]["selector"]
+        assert deployment["selector"]["matchLabels"] == service
+        assert service["qwen3-vl-embedding/revision"] == by_kind["ConfigMap"]["data"]["EMBEDDER_REVISION"]
+        selectors.append(service)
+    assert selectors[0] != selectors[1]
+
+
+def test_chart_has_no_faults_for_helm_lint() -> None:
+    report = helm_python.lint(CHART, strict=True, kube_version="v1.30.0")
+    faults = [message for message in report["messages"] if message["severity"] > 1]
+    assert (faults, report["errors"]) == ([], [])
