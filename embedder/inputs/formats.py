@@ -16,7 +16,7 @@ class FileFormat:
     """One row of the table.
 
     `signature`: regular expression that the first bytes match. `pillow`: Pillow's name where the format is decoded as
-    an image. `ffmpeg`: name of FFmpeg's demuxer where it is decoded as a video.
+    an image. `ffmpeg`: name of FFmpeg's demuxer where it is decoded as a video. `reason`: why it is not decoded.
     """
 
     name: str
@@ -25,6 +25,7 @@ class FileFormat:
     suffixes: tuple[str, ...] = ()
     pillow: str = ""
     ffmpeg: str = ""
+    reason: str = ""
 
 
 _FORMATS = (  # the first that matches counts
@@ -33,13 +34,21 @@ _FORMATS = (  # the first that matches counts
     FileFormat("WebP", "a WebP image", rb"RIFF.{4}WEBP", (".webp",), pillow="WEBP"),
     FileFormat("GIF", "a GIF image", rb"GIF8[79]a", (".gif",), pillow="GIF", ffmpeg="gif"),
     FileFormat("BMP", "a BMP image", rb"BM.{12}[\x0c\x28\x38\x40\x6c\x7c]\0\0\0", (".bmp",), pillow="BMP"),
-    FileFormat("HEIF", "a HEIF or AVIF image", rb".{4}ftyp(avif|avis|heic|heix|mif1|msf1)"),
+    FileFormat("AVIF", "an AVIF image", rb".{4}ftyp(avi[fs]|m[is]f1.{4}(.{4})*?avi[fs])", (".avif",), pillow="AVIF"),
+    # A file named .tif is a document with pages, see `embedder.documents`; as an item, it is its first page.
+    FileFormat("TIFF", "a TIFF image", rb"II[*+]\0|MM\0[*+]", pillow="TIFF"),
+    FileFormat("ICO", "an ICO image", rb"\0\0\x01\0[^\0]", (".ico",), pillow="ICO"),
+    FileFormat(
+        "HEIC",
+        "a HEIC image",
+        rb".{4}ftyp(hei[cxms]|hev[cx]|m[is]f1)",
+        reason="its decoders start threads, which a confined decoding process may not; convert it to JPEG or AVIF",
+    ),
     FileFormat("MP4", "an MP4 video", rb".{4}ftyp(?!qt)", (".mp4",), ffmpeg="mov"),
     FileFormat("MOV", "a MOV video", rb".{4}(ftyp|moov|mdat|wide|free|skip)", (".mov",), ffmpeg="mov"),
     FileFormat("WebM", "a WebM video", rb"\x1aE\xdf\xa3.{,64}webm", (".webm",), ffmpeg="matroska"),
     FileFormat("Matroska", "a Matroska video", rb"\x1aE\xdf\xa3", (".mkv",), ffmpeg="matroska"),
     FileFormat("AVI", "an AVI video", rb"RIFF.{4}AVI "),
-    FileFormat("TIFF", "a TIFF image", rb"II\*\0|MM\0\*"),
     FileFormat("PDF", "a PDF document", rb"\s*%PDF"),
     FileFormat("SVG", "an SVG drawing", rb"\s*<svg"),
     FileFormat("XML", "an XML or SVG document", rb"\s*<\?xml"),
@@ -64,9 +73,12 @@ def find_format(data: bytes) -> FileFormat | None:
 def unsupported_format(kind: MediaKind, data: bytes) -> str:
     """Error message for bytes that are not in a format of this kind: what is allowed, and what the bytes are."""
     found = find_format(data)
+    if found in (IMAGE_FORMATS if kind == "image" else VIDEO_FORMATS):
+        return f"{kind}: {found.description} that is damaged, or of a variant that is not decoded"
     found_instead = f", but {found.description}" if found else ""
+    reason = f"; {found.reason}" if found and found.reason else ""
     start = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in data[:12])
-    return f"{kind}: not a {_allowed_names(kind)} file{found_instead} (starts with {start!r})"
+    return f"{kind}: not a {_allowed_names(kind)} file{found_instead} (starts with {start!r}){reason}"
 
 
 def _allowed_names(kind: MediaKind) -> str:

@@ -7,9 +7,11 @@ others are decoded in a process that can be killed, see `decoder_process`.
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 
 import numpy as np
+import PIL.AvifImagePlugin
 import PIL.Image
 
 from embedder.errors import InvalidMedia, MediaTooLarge
@@ -23,16 +25,30 @@ from embedder.inputs.orientation import exif_orientation, turn_upright
 MAX_JPEG_SCANS = 100  # a camera's progressive JPEG has 10; each takes 60 bytes and can cost a pass over all pixels
 MIN_SIDE_PIXELS = 2  # a 1-pixel side would reach the model as one color, enlarged 64 times
 
+PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a decoding process may start no threads
+_BYTES_PER_PIXEL = {"WEBP": 20.0, "AVIF": 24.0}
+_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+)
 _PILLOW_FORMATS = tuple(one.pillow for one in IMAGE_FORMATS)
 
 
 def decode_peak_bytes(image: PIL.Image.Image, data: bytes) -> int:
     """Approximate peak memory of decoding the file `data`, in bytes.
 
-    Bytes per pixel as measured with Pillow 12: RGB takes 4 and its upright copy 4, WebP's decoder holds three copies,
-    and converting any other mode to RGB holds several. A JPEG of several scans also holds all its coefficients.
+    Bytes per pixel as measured with Pillow 13: RGB takes 4 and its upright copy 4, the decoders of WebP and AVIF hold
+    several copies, and so does converting any other mode to RGB. A JPEG of several scans also holds all its
+    coefficients.
     """
-    bytes_per_pixel = 20.0 if image.format == "WEBP" else 8.0 if image.mode == "RGB" else 13.0
+    bytes_per_pixel = _BYTES_PER_PIXEL.get(image.format or "", 8.0 if image.mode == "RGB" else 13.0)
     return int((bytes_per_pixel + coefficient_bytes_per_pixel(image, data)) * image.width * image.height)
 
 
@@ -107,7 +123,7 @@ def _read_header(data: bytes, limits: MediaLimits, deadline: float) -> PIL.Image
         ) from error
     except PIL.UnidentifiedImageError as error:
         raise InvalidMedia(unsupported_format("image", data)) from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except _ERRORS as error:
         raise InvalidMedia(f"image header cannot be read: {error}") from error
 
 
@@ -128,13 +144,13 @@ def _decode_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
             return opaque
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")  # `convert` copies: 200 MB for 50 million pixels
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+    except _ERRORS as error:
         raise InvalidMedia(f"image cannot be decoded: {error}") from error
 
 
 def _to_8_bit_gray(image: PIL.Image.Image) -> PIL.Image.Image:
     """Scale 16-bit gray to 8 bits. PIL would clip values to 255, and the transparent value too."""
-    if image.mode in ("I", "F"):  # only from PIL, not from a file
+    if image.mode in ("I", "F"):
         raise InvalidMedia(f"image of mode {image.mode}, whose value range is unknown; allowed: 8 bits, or 16-bit gray")
     values = np.asarray(image)
     if (transparent := image.info.get("transparency")) is not None:

@@ -33,7 +33,7 @@ def is_bounded(data: bytes) -> bool:
         return _has_few_blocks(data)
     if data.startswith(_BMP):
         return int.from_bytes(data[14:18], "little") >= 40 and not any(data[30:34])  # not run-length encoded
-    return data[8:12] == _WEBP and _has_few_webp_chunks(data)
+    return data[8:12] == _WEBP and _has_few_webp_chunks(data)  # not AVIF, TIFF and ICO: read in Python, or unbounded
 
 
 def _has_few_segments(data: bytes) -> bool:

@@ -67,7 +67,7 @@ def check_request(data: bytes) -> None:
         assert 1 <= len(items) <= SETTINGS.max_items_per_request
 
 
-IMAGES = {kind: encoded(picture(40, 36), kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF")}
+IMAGES = {kind: encoded(picture(40, 36), kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "AVIF", "TIFF", "ICO")}
 CHECKS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     "media": (check_image, list(IMAGES.values())),
     "video": (check_video, list(hostile.videos().values())),

@@ -104,15 +104,15 @@ def jpeg_of_scans(image: PIL.Image.Image, num_scans: int) -> bytes:
 def pictures() -> Iterator[tuple[str, bytes | str]]:
     """Encoded pictures, or strings in place of their base64."""
     image = picture(64, 48)
-    files = {kind: encoded(image, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF")}
+    files = {kind: encoded(image, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "AVIF", "TIFF", "ICO")}
     files["progressive JPEG"] = encoded(image, "JPEG", progressive=True)
     yield from _cut(files)
     for kind, data in files.items():
-        yield f"{kind} with a wrong first byte", b"\x00" + data[1:]
+        yield f"{kind} with a wrong first byte", b"\xfe" + data[1:]
         yield f"{kind} after the first line of a PDF", b"%PDF-1.7\n" + data
         yield f"{kind} in base64 twice", base64.b64encode(base64.b64encode(data)).decode()
         yield f"{kind} by a path", f"/tmp/picture.{kind}"
-    for kind in ("PPM", "TGA", "ICO", "PCX", "DDS", "SGI", "JPEG2000", "TIFF", "PDF", "EPS", "ICNS"):
+    for kind in ("PPM", "TGA", "PCX", "DDS", "SGI", "JPEG2000", "PDF", "EPS", "ICNS"):
         yield f"a {kind}", encoded(image, kind)
     large = zlib.compress(b"x" * 10**8)
     yield from {

@@ -131,6 +131,11 @@ def test_every_kind_of_clip_has_the_frames_of_a_thread(decoding: Decoding) -> No
         pytest.param(jpeg_of_scans(picture(300, 200), 40), id="JPEG of many scans"),
         pytest.param(encoded(picture(4200, 4200), "JPEG"), id="large JPEG"),
         pytest.param(encoded(picture(2700, 2700), "WEBP"), id="large WebP"),
+        pytest.param(encoded(picture(300, 200), "AVIF"), id="AVIF"),
+        pytest.param(encoded(picture(300, 200).convert("CMYK"), "TIFF", compression="tiff_lzw"), id="TIFF"),
+        pytest.param(encoded(picture(300, 200).convert("1"), "TIFF", compression="group4"), id="fax"),
+        pytest.param(encoded(picture(128, 128), "ICO"), id="ICO"),
+        pytest.param(encoded(picture(128, 128), "ICO", bitmap_format="bmp"), id="ICO of a bitmap"),
     ],
 )
 def test_image_has_the_pixels_of_a_thread(data: bytes, decoding: Decoding) -> None:

@@ -22,6 +22,7 @@ from qwen_vl_utils.vision_process import fetch_image
 
 from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.image import load_image
+from embedder.inputs.orientation import turn_upright
 from embedder.inputs.regimes import CheckpointRegime, ReferenceRegime, Regime
 from embedder.settings import Settings
 from tests.conftest import ROOT, encoded, picture
@@ -139,7 +140,9 @@ def test_base64_in_short_lines_costs_little_memory() -> None:
     text = "AB\n" * 3_000_000
     tracemalloc.start()
     try:
-        with pytest.raises(InvalidMedia, match=r"^image: not a JPEG, PNG, WebP, GIF or BMP file \(starts with"):
+        with pytest.raises(
+            InvalidMedia, match=r"^image: not a JPEG, PNG, WebP, GIF, BMP, AVIF, TIFF or ICO file \(starts with"
+        ):
             load_image(text, CHECKPOINT, SETTINGS.model_copy(update={"max_image_bytes": len(text)}))
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -207,7 +210,6 @@ def test_path_of_an_existing_image_is_not_opened(tmp_path: Any) -> None:
 
 # What is refused
 
-TIFF = encoded(picture(40, 40), "TIFF")
 MP4 = b"\x00\x00\x00\x20ftypisom" + b"\x00" * 100
 
 
@@ -219,9 +221,7 @@ MP4 = b"\x00\x00\x00\x20ftypisom" + b"\x00" * 100
         (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "an SVG drawing"),
         (b'\n <?xml version="1.0"?><svg/>', "an XML or SVG document"),
         (b"<!DOCTYPE html><html></html>", "an HTML page"),
-        (TIFF, "a TIFF image"),
         (MP4, "an MP4 video"),
-        (b"\x00\x00\x00\x1cftypavif" + bytes(20), "a HEIF or AVIF image"),
         (b"RIFF\x00\x00\x00\x00AVI LIST", "an AVI video"),
         (b"\x1aE\xdf\xa3\x9fB\x86\x81\x01B\x82\x84webm" + b"x" * 100, "a WebM video"),
         (b"\x1aE\xdf\xa3" + b"x" * 100, "a Matroska video"),
@@ -236,17 +236,82 @@ def test_bytes_of_another_format_are_named_in_the_error(data: bytes, description
     found_instead = f", but {description}" if description else ""
     start = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in data[:12])
     assert str(caught.value) == (
-        f"image: not a JPEG, PNG, WebP, GIF or BMP file{found_instead} (starts with {start!r})"
+        f"image: not a JPEG, PNG, WebP, GIF, BMP, AVIF, TIFF or ICO file{found_instead} (starts with {start!r})"
     )
 
 
-@pytest.mark.parametrize("file_format", ["PPM", "TGA", "ICO", "PCX", "DDS", "SGI", "JPEG2000"])
+@pytest.mark.parametrize("file_format", ["PPM", "TGA", "PCX", "DDS", "SGI", "JPEG2000"])
 def test_other_formats_that_pil_reads_are_refused(file_format: str) -> None:
-    with pytest.raises(InvalidMedia, match=r"^image: not a JPEG, PNG, WebP, GIF or BMP file \(starts with"):
+    with pytest.raises(
+        InvalidMedia, match=r"^image: not a JPEG, PNG, WebP, GIF, BMP, AVIF, TIFF or ICO file \(starts with"
+    ):
         load(encoded(picture(32, 32), file_format))
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP"])
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"hevc", b"mif1"])
+def test_heic_is_refused_with_the_reason(brand: bytes) -> None:
+    with pytest.raises(InvalidMedia, match=r"but a HEIC image \(starts with .*\); .*convert it to JPEG or AVIF$"):
+        load(b"\0\0\0\x1cftyp" + brand + b"\0\0\0\0mif1heic" + bytes(40))
+
+
+@pytest.mark.parametrize("start", [b"\0\0\0\x1cftypavif", b"\0\0\0\x1cftypmif1\0\0\0\0miafavif", b"II*\0"])
+def test_file_of_an_allowed_format_that_cannot_be_read_says_so(start: bytes) -> None:
+    with pytest.raises(InvalidMedia, match=r"^image: an? (AVIF|TIFF) image that is damaged, or of a variant"):
+        load(start + bytes(60))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "1", "P", "CMYK", "I;16"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
+def test_tiff_has_the_pixels_of_the_same_png(mode: str, compression: str | None) -> None:
+    image = with_alpha() if mode == "RGBA" else picture(40, 36)
+    gray = PIL.Image.fromarray(np.arange(1440, dtype=np.uint16).reshape(36, 40) * 40)
+    image = gray if mode == "I;16" else image.convert(mode)
+    png = encoded(image.convert("RGB") if mode == "CMYK" else image)
+    assert np.array_equal(
+        load(encoded(image, "TIFF", **({"compression": compression} if compression else {}))), load(png)
+    )
+
+
+def test_only_the_first_page_of_a_tiff_is_used() -> None:
+    pages = [picture(40, 36, seed) for seed in range(3)]
+    assert np.array_equal(load(encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])), load(pages[0]))
+
+
+@pytest.mark.parametrize("bitmap_format", ["png", "bmp"])
+def test_largest_picture_of_an_icon_is_used(bitmap_format: str) -> None:
+    icon = encoded(with_alpha(64, 64), "ICO", sizes=[(16, 16), (64, 64), (32, 32)], bitmap_format=bitmap_format)
+    assert np.array_equal(load(icon), load(encoded(with_alpha(64, 64))))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.IcoImagePlugin")
+def test_limits_apply_to_the_real_size_of_an_icon() -> None:
+    def icon(width: int, height: int) -> bytes:
+        data = encoded(PIL.Image.new("RGB", (width, height), "red"))
+        return struct.pack("<HHHBBBBHHII", 0, 1, 1, 32, 32, 0, 0, 1, 32, len(data), 22) + data
+
+    assert np.array_equal(load(icon(50, 40)), load(PIL.Image.new("RGB", (50, 40), "red")))
+    with pytest.raises(MediaTooLarge, match="1001x1000 = 1001000 pixels"):
+        load(icon(1001, 1000))
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 6, 8])
+def test_avif_and_tiff_are_upright(orientation: int) -> None:
+    image = picture(64, 48)
+    upright = load(turn_upright(image, orientation)).astype(int)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data = exif.tobytes()
+    assert np.array_equal(load(encoded(image, "TIFF", exif=data)), upright)
+    assert np.abs(load(encoded(image, "AVIF", quality=95, exif=data)) - upright).mean() < 3
+
+
+def test_transparent_avif_is_composited_on_white() -> None:
+    image = with_alpha(64, 64)
+    assert np.abs(load(encoded(image, "AVIF", quality=95)) - load(encoded(image)).astype(int)).mean() < 3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about what the cut-off end of a TIFF held
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP", "AVIF", "TIFF", "ICO"])
 def test_image_cut_off_anywhere_is_refused(file_format: str) -> None:
     data = encoded(picture(64, 48), file_format)
     last = len(data) - (20 if file_format == "PNG" else 2)  # without its end marker an image is still complete
@@ -255,7 +320,9 @@ def test_image_cut_off_anywhere_is_refused(file_format: str) -> None:
             load(data[:length])
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP", "BMP"])
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")  # decoded in a process without a log
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.IcoImagePlugin")
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "AVIF", "TIFF", "ICO"])
 def test_damaged_bytes_give_an_image_or_an_error_and_no_warning(file_format: str) -> None:
     data = encoded(picture(48, 48).convert("P") if file_format == "GIF" else picture(48, 48), file_format)
     generator = random.Random(2)
@@ -327,7 +394,7 @@ def test_32_bit_gray_of_a_pil_image_is_refused_because_its_range_is_unknown(mode
         load(picture(40, 40).convert(mode))
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "ICO"])
 def test_decoding_ends_at_the_deadline(file_format: str) -> None:
     data = encoded(picture(40, 40), file_format)
     load_image(data, CHECKPOINT, Settings(decode_timeout_s=60))
@@ -394,6 +461,9 @@ SIDE = 3000  # pixels
         ("I;16", {"format": "PNG"}),
         ("RGBA", {"format": "WEBP", "lossless": True}),
         ("P", {"format": "GIF"}),
+        ("RGB", {"format": "AVIF", "speed": 10, "subsampling": "4:4:4"}),
+        ("CMYK", {"format": "TIFF", "compression": "tiff_lzw"}),
+        ("RGBA", {"format": "TIFF"}),
     ],
     ids=lambda value: str(value),
 )

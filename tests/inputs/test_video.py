@@ -382,8 +382,8 @@ def test_missing_frames_are_noticed_with_the_index_first() -> None:
         (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1\nfile:///etc/hostname\n", ""),
         (b"ffconcat version 1.0\nfile /etc/hostname\n", ""),
         (b"RIFF\x00\x00\x00\x00AVI LIST", ", but an AVI video"),
-        (b"\x00\x00\x00\x1cftypavif" + bytes(20), ", but a HEIF or AVIF image"),
-        (b"\x00\x00\x00\x1cftypheic" + bytes(20), ", but a HEIF or AVIF image"),
+        (b"\x00\x00\x00\x1cftypavif" + bytes(20), ", but an AVIF image"),
+        (b"\x00\x00\x00\x1cftypheic" + bytes(20), ", but a HEIC image"),
     ],
 )
 def test_other_formats_are_refused_by_their_first_bytes(data: bytes, found: str) -> None:
