@@ -149,6 +149,7 @@ class Qwen3VLEmbedding:
     def close(self) -> None:
         """Finish the admitted items."""
         self.is_ready = False
+        ROUTES.close()
         self.models.close()
 
     def _exit(self, _: str) -> None:

@@ -124,7 +124,7 @@ class MethodNotAllowed(InvalidRequest):
 
 
 class InvalidMedia(InvalidRequest):
-    """The bytes are not a usable image or video."""
+    """The bytes are not a usable image, video or document."""
 
     code = "invalid_media"
     remedy = "Send another file or another format; `message` says what was found."
@@ -172,7 +172,7 @@ class HeadTooLarge(InvalidRequest):
 
 
 class MediaTooLarge(InvalidRequest):
-    """An image or video exceeds a limit on bytes, pixels or decoding time."""
+    """An image, video or page exceeds a limit on bytes, pixels, memory or decoding time."""
 
     status = 413
     code = "media_too_large"

@@ -38,6 +38,7 @@ LIMITS = (  # settings that `info` reports
     "max_image_pixels",
     "max_video_bytes",
     "max_video_frames",
+    "max_document_pages",
     "max_queued_tokens",
     "url_hosts",
     "url_timeout_s",

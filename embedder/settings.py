@@ -128,6 +128,9 @@ class Settings(BaseModel):
         description="Frames of a video that are used; empty: the number of `EMBEDDER_PREPROCESSING` "
         "(`reference`: 64, published checkpoints: 768).",
     )
+    max_document_pages: int = Field(
+        0, ge=0, le=1000, description="Pages of a document in one request to `/embed`; 0: documents are refused."
+    )
     decode_timeout_s: float = Field(20.0, gt=0, description="Seconds to decode one item's images and videos.")
     url_hosts: str = Field(
         "",

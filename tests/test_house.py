@@ -34,7 +34,7 @@ MAY_IMPORT = {  # folder or module of the package -> which others it may import
     "embedder": {"engine", "inputs", "models"},
     "reranker": {"engine", "inputs", "models"},
     "playground": {"engine", "inputs"},
-    "http": {"engine", "inputs", "playground", "telemetry"},
+    "http": {"documents", "engine", "inputs", "playground", "telemetry"},
     "server": {"http", "inputs", "telemetry"},
     "documents": {"inputs"},
     "bulk": {"documents", "embedder", "engine", "inputs", "model"},

@@ -1,6 +1,6 @@
 """Documents as pages: each page is a picture of the size that the model embeds, with its text layer.
 
-pages        a file -> its pages; this side of the process that opens the file
+pages        a file, or its bytes -> its pages; this side of the process that opens the file
 page_worker  the other side: a process that can be killed, confined as decoding processes are
 pdf          PDF files, by PDFium
 tiff         TIFF files, by Pillow

@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 
 from embedder.documents import pdf, tiff
+from embedder.documents.limits import MAX_PAGES, MAX_TEXT_BYTES
 from embedder.errors import EmbedderError, InvalidMedia, MediaTooLarge
 from embedder.inputs import sandbox
 from embedder.inputs.formats import find_format
 from embedder.inputs.limits import FixedLimits
 from embedder.inputs.process_connection import RGB_BYTES_PER_PIXEL, Ended, confine
 
-MAX_PAGES = 20_000
-MAX_TEXT_BYTES = 2**20  # of a page's text layer in UTF-8; more is cut
 DOCUMENT_BYTES = 2**29  # of memory for an open document and one page
 
 Document = pdf.PdfDocument | tiff.TiffDocument
@@ -44,7 +43,7 @@ class _Worker:
             if self._document is not None:
                 self._document.close()
                 self._document = None
-            self._document = _open(_map(descriptor, message["num_bytes"]), self._limits)
+            self._document = _open(_map(descriptor, message["num_bytes"], mmap.MAP_PRIVATE), self._limits)
             return {"type": "opened", "num_pages": self._document.num_pages}
         assert self._document is not None
         if message["type"] == "size":
@@ -52,7 +51,7 @@ class _Worker:
             return {"type": "size", "height": height, "width": width}
         assert descriptor is not None
         num_values = RGB_BYTES_PER_PIXEL * message["height"] * message["width"]
-        with _map(descriptor, num_values + MAX_TEXT_BYTES) as memory:
+        with _map(descriptor, num_values + MAX_TEXT_BYTES, mmap.MAP_SHARED) as memory:
             pixels = self._document.render(message["page"], message["height"], message["width"])
             memory[:num_values] = np.ascontiguousarray(pixels).tobytes()
             text = self._document.text(message["page"]).encode("utf-8", "replace")[:MAX_TEXT_BYTES]
@@ -90,11 +89,10 @@ def _error(error: EmbedderError) -> dict[str, Any]:
     return {"type": "error", "error": type(error).__name__, "message": error.message[:1000]}
 
 
-def _map(descriptor: int, num_bytes: int) -> mmap.mmap:
-    """The file's bytes in memory; a document's are copied when written to. Closes the descriptor."""
+def _map(descriptor: int, num_bytes: int, flags: int) -> mmap.mmap:
+    """The file's bytes in memory; private ones are copied when written to. Closes the descriptor."""
     try:
-        is_document = os.fstat(descriptor).st_nlink > 0
-        return mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_PRIVATE if is_document else mmap.MAP_SHARED)
+        return mmap.mmap(descriptor, num_bytes, flags=flags)
     finally:
         os.close(descriptor)
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import PIL.Image
 
-from embedder.documents.page_worker import MAX_PAGES, MAX_TEXT_BYTES
+from embedder.documents.limits import MAX_PAGES, MAX_TEXT_BYTES
 from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.decoder_process import DecoderProcess, memory_file
 from embedder.inputs.limits import MediaLimits
@@ -41,6 +41,16 @@ class Page:
     text: str
 
 
+@dataclass(frozen=True, eq=False)
+class EncodedDocument:
+    """A document as bytes. Two objects are different documents."""
+
+    data: bytes
+
+
+Source = Path | EncodedDocument
+
+
 class DocumentReader:
     """Opens documents one after another, in one process that is replaced when a document has ended it.
 
@@ -51,9 +61,9 @@ class DocumentReader:
     def __init__(self, limits: MediaLimits) -> None:
         self._process = DecoderProcess(limits, lambda _: self._forget(), _PROGRAM)
         self._limits = limits
-        self._path: Path | None = None  # what is open in the process
+        self._opened: Source | None = None  # in the process
         self._num_pages = self._num_opened = 0
-        self._lost: dict[Path, int] = {}
+        self._lost: dict[Source, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -67,37 +77,43 @@ class DocumentReader:
         """End the process."""
         self._process.stop()
 
-    def count_pages(self, path: Path) -> int:
+    def count_pages(self, source: Source) -> int:
         """Open the document -> its number of pages, at least 1."""
-        if path != self._path:
-            self._open(path)
+        if source != self._opened:
+            self._open(source)
         return self._num_pages
 
-    def render(self, path: Path, number: int, regime: Regime) -> Page:
+    def render(self, source: Source, number: int, regime: Regime) -> Page:
         """Page `number`, from 1, in the size that `regime` gives to a scan of it."""
-        if self._lost.get(path, 0) >= MAX_LOST_PAGES:
+        if self._lost.get(source, 0) >= MAX_LOST_PAGES:
             raise InvalidMedia(f"not rendered: {MAX_LOST_PAGES} pages of this document took too long or failed")
-        if not 1 <= number <= self.count_pages(path):
+        if not 1 <= number <= self.count_pages(source):
             raise InvalidMedia(f"page {number}; the document has pages 1 to {self._num_pages}")
         try:
             return self._render(number, regime)
         finally:
-            if self._path is None:
-                self._lost[path] = self._lost.get(path, 0) + 1
+            if self._opened is None:
+                self._lost[source] = self._lost.get(source, 0) + 1
 
-    def _open(self, path: Path) -> None:
+    def forget(self, source: Source) -> None:
+        """Keep nothing of a document that will not be asked for again."""
+        self._lost.pop(source, None)
+        if self._opened is source:
+            self._forget()
+
+    def _open(self, source: Source) -> None:
         if self._num_opened % DOCUMENTS_PER_PROCESS == 0:
             self._process.stop()
         self._num_opened += 1
         self._forget()
-        descriptor, num_bytes = _open_file(path)
+        descriptor, num_bytes = _open_file(source) if isinstance(source, Path) else _share(source.data)
         try:
             self._process.start()
             opened = self._ask(descriptor, "opened", type="open", num_bytes=num_bytes)
         finally:
             os.close(descriptor)
         self._num_pages = self._integer(opened, "num_pages", 1, MAX_PAGES)
-        self._path = path
+        self._opened = source
 
     def _render(self, number: int, regime: Regime) -> Page:
         scan = self._ask(None, "size", type="size", page=number)
@@ -132,7 +148,7 @@ class DocumentReader:
         return InvalidMedia("the document is damaged: it makes its reader fail")
 
     def _forget(self) -> None:
-        self._path, self._num_pages = None, 0
+        self._opened, self._num_pages = None, 0
 
 
 def _open_file(path: Path) -> tuple[int, int]:
@@ -151,3 +167,14 @@ def _open_file(path: Path) -> tuple[int, int]:
         os.close(descriptor)
         raise
     return descriptor, status.st_size
+
+
+def _share(data: bytes) -> tuple[int, int]:
+    """A descriptor of memory with these bytes, and their number."""
+    if not data:
+        raise InvalidMedia("the document is empty (0 bytes)")
+    with memory_file(len(data)) as descriptor:
+        position = 0
+        while position < len(data):
+            position += os.pwrite(descriptor, memoryview(data)[position:], position)
+        return os.dup(descriptor), len(data)

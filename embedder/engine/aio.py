@@ -50,7 +50,7 @@ async def embed_each(engine: Engine, items: Sequence[EmbeddingItem | EmbedderErr
     Raises the errors that concern the whole request, as `embed_all` does.
     """
     async with _submitted(engine, items, timeout_s) as futures:
-        return [await _outcome(future) for future in futures]
+        return [await outcome(future) for future in futures]
 
 
 async def score_each(
@@ -62,10 +62,10 @@ async def score_each(
     Raises the errors of the query, and those that concern the whole request, as `embed_all` does.
     """
     async with _submitted(engine, documents, timeout_s, query) as futures:
-        return [await _outcome(future) for future in futures]
+        return [await outcome(future) for future in futures]
 
 
-async def _outcome(future: Future[Embedding]) -> Outcome:
+async def outcome(future: Future[Embedding]) -> Outcome:
     try:
         embedding: Embedding = await _result(future)
     except ITEM_ERRORS as error:

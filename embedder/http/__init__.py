@@ -9,6 +9,7 @@ accepted_fields     fields that clients send and that change nothing
 error_forms         the bodies in which each route's clients read errors
 wire_types          vectors as bytes of vLLM's number types
 timing              response headers that say where the time went
+document_pages      a document in a request -> the embeddings of its pages
 uploads             images sent as files: forms, and bodies that are an image
 request_body        options and error messages of all request bodies
 response            vectors, usage and errors in response bodies

@@ -23,6 +23,7 @@ from embedder.errors import EmbedderError, NotFound, NotReady
 from embedder.http.dialects import (
     cohere,
     dashscope,
+    document,
     embed,
     infinity,
     kserve,
@@ -38,6 +39,7 @@ from embedder.http.dialects import (
 )
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, Upload, by_path, choose_dialect
 from embedder.http.dialects.tokens import TokenRoute
+from embedder.http.document_pages import DocumentPages
 from embedder.http.openapi import ROW_EXAMPLES, openapi_document
 from embedder.http.request_body import read_json
 from embedder.http.response import to_json
@@ -124,9 +126,11 @@ class Routes:
         self.metrics = metrics
         self.serving: Serving | None = None
         self._default: ASGIApp = not_found
-        served = DIALECTS + (rerank.RERANKING if settings.reranker else ())
+        self._document_pages = DocumentPages(settings)
+        optional = (document.EMBED,) if settings.max_document_pages else ()
+        served = (*optional, *DIALECTS, *(rerank.RERANKING if settings.reranker else ()))
         self._document = to_json(openapi_document(served, settings, version, needs_key=needs_key))
-        self._dialects = by_path(DIALECTS)
+        self._dialects = by_path((document.EMBED, *DIALECTS))
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # one: counting may not take the cores from embedding
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/v1/models": self._models,
@@ -165,6 +169,10 @@ class Routes:
         self._default = self._router.default = default
         return self
 
+    def close(self) -> None:
+        """End the processes of the routes."""
+        self._document_pages.close()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._default(scope, receive, send)
@@ -195,15 +203,22 @@ class Routes:
                 parsed = await self._parse_upload(upload, request, body)
             else:
                 parsed = dialect.parse(fields, self.settings)
-            embed_items = self._embed_each if dialect.fails_per_item else self._embed_all
             with traced_items() as traces:
-                outcomes = await unless_disconnected(embed_items(parsed.items), request.receive)
+                outcomes = await unless_disconnected(self._outcomes(dialect, parsed), request.receive)
             response = dialect.respond(parsed, outcomes, model)
         except EmbedderError as error:
             error.render = dialect.errors.render if dialect.errors else None
             raise
         headers = {**timing_headers(started_s, traces), **(self._cache_headers(outcomes) or {})}
         return _with_headers(response, headers)
+
+    async def _outcomes(self, dialect: Dialect[Any], parsed: Any) -> Outcomes:
+        if isinstance(parsed, document.DocumentPagesRequest):
+            regime = self._serving.preprocessor.vision.regime
+            outcomes: Outcomes = await self._document_pages.embed(parsed, self._serving.engine, regime)
+            _count_for_log(outcomes)
+            return outcomes
+        return await (self._embed_each(parsed.items) if dialect.fails_per_item else self._embed_all(parsed.items))
 
     async def _parse_upload(self, upload: Upload[Any], request: Request, body: bytes) -> Any:
         values = await upload_fields(

@@ -160,7 +160,8 @@ def serve(collection: Collection, settings: Settings, host: str, port: int) -> N
     settings = settings.model_copy(update={"reranker": "", "demo_folder": ""})
     listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     with listening, Embedder(settings=settings) as loaded:
-        app = CollectionRoutes(collection, settings, _service_routes(loaded, settings))
+        routes = _service_routes(loaded, settings)
+        app = CollectionRoutes(collection, settings, routes.over(not_found))
         shown = f"[{host}]" if ":" in host else host
         print(f"search {len(app._index.ids)} rows at http://{shown}:{listening.getsockname()[1]}/", flush=True)
         guarded = with_guards(app, settings, is_local=host in _LOCAL_NAMES)
@@ -170,6 +171,7 @@ def serve(collection: Collection, settings: Settings, host: str, port: int) -> N
                 server.run(sockets=[listening])
         finally:
             app.close()
+            routes.close()
 
 
 def with_guards(app: ASGIApp, settings: Settings, *, is_local: bool) -> ASGIApp:
@@ -181,7 +183,7 @@ def with_guards(app: ASGIApp, settings: Settings, *, is_local: bool) -> ASGIApp:
     return RequestBoundary(LocalOnly(guarded) if is_local else guarded, drain=drain, is_logged=False)
 
 
-def _service_routes(loaded: Embedder, settings: Settings) -> ASGIApp:
+def _service_routes(loaded: Embedder, settings: Settings) -> Routes:
     """The service's routes over the model."""
     version = embedder.__version__
     routes = Routes(settings, Metrics(()), version=version, needs_key=ApiKeys(settings).are_needed)
@@ -191,7 +193,7 @@ def _service_routes(loaded: Embedder, settings: Settings) -> ASGIApp:
     routes.serving = Serving(
         loaded.engine, loaded.preprocessor, model, info, pictures, time.monotonic(), lambda: True, None
     )
-    return routes.over(not_found)
+    return routes
 
 
 def _vector(base64: str, max_values: int) -> NDArray[np.float32]:

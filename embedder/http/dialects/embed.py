@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel, Field
 
@@ -58,6 +58,15 @@ class EmbedResponse(BaseModel):
     warnings: list[str] | None = Field(None, description=CUT_TEXTS)
 
 
+class Encoding(Protocol):
+    """How the vectors of a response are written."""
+
+    @property
+    def encoding_format(self) -> EncodingFormat: ...
+    @property
+    def output_dtype(self) -> OutputDtype: ...
+
+
 @dataclass(frozen=True)
 class EmbedItemsRequest:
     """`items`: each entry as an item, or the error that it caused. `ids`: the caller's names for them."""
@@ -79,9 +88,17 @@ def parse_embed(body: bytes | Mapping[str, Any], settings: Settings) -> EmbedIte
 
 def embed_response(request: EmbedItemsRequest, outcomes: Outcomes, model: ServedModel) -> bytes:
     """Outcomes -> response body. If every item failed, raises the first error, with the whole body as its details."""
+    names = [{} if name is None else {"id": name} for name in request.ids]
+    return results_response(names, request, outcomes, model)
+
+
+def results_response(
+    names: Sequence[Mapping[str, Any]], request: Encoding, outcomes: Outcomes, model: ServedModel
+) -> bytes:
+    """As `embed_response`. `names`: the fields of each result that say what it is of."""
     results = []
-    for index, (name, outcome) in enumerate(zip(request.ids, outcomes, strict=True)):
-        result: dict[str, Any] = {"index": index} if name is None else {"index": index, "id": name}
+    for index, (name, outcome) in enumerate(zip(names, outcomes, strict=True)):
+        result: dict[str, Any] = {"index": index, **name}
         if isinstance(outcome, EmbedderError):
             result["error"] = {"code": outcome.code, "message": outcome.message}
         else:
