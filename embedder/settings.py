@@ -129,7 +129,7 @@ class Settings(BaseModel):
         "(`reference`: 64, published checkpoints: 768).",
     )
     max_document_pages: int = Field(
-        0, ge=0, le=1000, description="Pages of a document in one request to `/embed`; 0: documents are refused."
+        0, ge=0, le=20_000, description="Pages of a document in one request to `/embed`; 0: documents are refused."
     )
     decode_timeout_s: float = Field(20.0, gt=0, description="Seconds to decode one item's images and videos.")
     url_hosts: str = Field(
