@@ -102,7 +102,7 @@ def test_query_that_leaves_nothing_for_a_document_is_an_error(random_reranker: P
             reranker.score("red", [{"image": picture(400, 400)}])
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_both_pixel_regimes_and_both_kinds_of_head_equal_the_reference(
     tied: bool, write_reranker: Callable[..., Path]
 ) -> None:

@@ -115,6 +115,7 @@ NEEDS_A_FOLDER = {"prompt end", "token ids", "library = transformers", "service 
 NOT_WANTED = dict.fromkeys(PUBLISHED, "needs --examples FOLDER")
 
 
+@pytest.mark.slow
 def test_bundled_model_passes_as_a_command() -> None:
     command = [sys.executable, "-m", "embedder.verify", "bundled", "--device", "cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -131,6 +132,7 @@ def test_random_checkpoint_passes(random_checkpoint: Path, capsys: pytest.Captur
     assert unchecked(verdicts) == {"service = library": "no --url was given"}
 
 
+@pytest.mark.slow
 def test_checkpoint_in_bfloat16_passes_with_the_bfloat16_thresholds(random_checkpoint: Path) -> None:
     (library,) = [
         check
@@ -172,6 +174,7 @@ def test_service_without_its_folder_is_checked_over_http_only(
     assert unchecked(verdicts) == dict.fromkeys(NEEDS_A_FOLDER, "MODEL is not a folder on this machine")
 
 
+@pytest.mark.slow
 def test_service_of_another_model_fails(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     status, verdicts = run(capsys, "owner/another", "--url", server.url)
     assert (status, failed(verdicts)) == (1, {"model served"})

@@ -155,6 +155,7 @@ def test_gpu_goal_is_that_of_the_fastest_configuration(tmp_path: Path) -> None:
     assert goal.row(tmp_path) == (goal.what, "<= 2 ms", "1.9 ms", "yes")
 
 
+@pytest.mark.slow
 def test_preprocessing_says_how_many_cores_feed_a_gpu(tmp_path: Path) -> None:
     preprocessing.main(["--rounds", "1", "--results", str(tmp_path)])
     data = saved(tmp_path, "preprocessing")

@@ -33,6 +33,8 @@ from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.settings import Settings
 from tests.conftest import ROOT, Server, encoded, picture
 
+pytestmark = pytest.mark.slow
+
 FEW = ["--count", "24"]
 MAX_ITEMS = Settings().max_items_per_request
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import fcntl
+import importlib.util
 import io
 import json
 import os
@@ -24,7 +25,8 @@ from embedder.settings import Settings
 from tests.bulk.interrupted import run_and_kill
 from tests.conftest import ROOT, encoded, picture, words
 
-pytest.importorskip("ray", reason="comes with the `bulk` extra")
+if importlib.util.find_spec("ray") is None:  # its import takes seconds
+    pytest.skip("ray comes with the `bulk` extra", allow_module_level=True)
 pytest.importorskip("lance", reason="comes with the `bulk` extra")
 
 import lance

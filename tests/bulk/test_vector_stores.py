@@ -52,7 +52,12 @@ def expected(small_server: Server, drawings: Path) -> dict[str, list[tuple[str, 
     }
 
 
-@pytest.fixture(scope="module", params=["qdrant", "lancedb", "pgvector"])
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param("qdrant", marks=SLOW), "lancedb", pytest.param("pgvector", marks=SLOW)]
+)
 def search(
     request: pytest.FixtureRequest, small_server: Server, drawings: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Search]:

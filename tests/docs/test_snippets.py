@@ -52,7 +52,14 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+SLOW_PAGES = {ROOT / "docs/operations/troubleshooting.md", ROOT / "docs/guides/search-your-pictures.md"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow) if page in SLOW_PAGES else page for page in PAGES],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_blocks_of_a_page_do_what_it_says(
     page: Path, clone: Path, small_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,10 +15,11 @@ from schemathesis.openapi import from_dict
 from tests.conftest import Server
 from tests.http.test_contract import DOCUMENT, REFUSED, check
 
+pytestmark = pytest.mark.slow
+
 LONG = SchemathesisConfig.from_dict({"checks": REFUSED})
 
 
-@pytest.mark.slow
 @from_dict(DOCUMENT, config=LONG).parametrize()
 @hypothesis.settings(max_examples=100)
 def test_responses_to_many_more_requests_match_the_document(case: schemathesis.Case, server: Server) -> None:

@@ -138,6 +138,7 @@ def test_bad_body_is_refused_on_every_route(client: httpx.Client) -> None:
         assert_refused(client.post(path, content=body, headers={"content-type": "application/json", **headers}), name)
 
 
+@pytest.mark.slow
 def test_large_body_is_refused(client: httpx.Client) -> None:
     for name, body in hostile.LARGE_BODIES.items():
         assert_refused(client.post("/txt/embed", content=body(), headers={"content-type": "application/json"}), name)
@@ -197,6 +198,7 @@ def parse_s(body: bytes) -> float:
     return max(min(once(parse) for _ in range(3)) for parse in parsers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", hostile.LARGE_BODIES)
 def test_largest_body_blocks_the_event_loop_briefly(name: str) -> None:
     """Parsing holds the GIL. Counting values does not: it runs in a thread and releases the GIL."""
@@ -204,6 +206,7 @@ def test_largest_body_blocks_the_event_loop_briefly(name: str) -> None:
     assert exceeds_value_count(body, MAX_VALUES) or parse_s(body) < MAX_PARSE_S
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["input", "items", "texts"])
 @pytest.mark.parametrize("entry", [1, [], {"a": {}}], ids=str)
 def test_largest_number_of_values_is_parsed_quickly(field: str, entry: Any) -> None:
@@ -213,5 +216,6 @@ def test_largest_number_of_values_is_parsed_quickly(field: str, entry: Any) -> N
     assert parse_s(body) < MAX_PARSE_S
 
 
+@pytest.mark.slow
 def test_largest_number_of_unknown_fields_is_parsed_quickly() -> None:
     assert parse_s(json.dumps({f"field {number}": 1 for number in range(MAX_VALUES - 1)}).encode()) < MAX_PARSE_S

@@ -73,6 +73,7 @@ def decoders() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_pictures_and_texts_do_not_wait_for_clips_that_hang(two_threads: Embedder) -> None:
     hanging = [submit(two_threads, Video(hanging_clip())) for _ in range(3)]
     good = [
@@ -129,6 +130,7 @@ def test_processes_are_few_and_end_with_the_embedder(random_checkpoint: Path) ->
     assert {one.pid for one in decoders()} == before
 
 
+@pytest.mark.slow
 def test_close_does_not_wait_for_a_cancelled_clip_that_hangs(random_checkpoint: Path) -> None:
     embedder = Embedder(str(random_checkpoint), device="cpu", preprocess_threads=1, decode_timeout_s=1000)
     embedder.embed([{"image": gif_of_comments(picture(64, 64))}])

@@ -79,8 +79,14 @@ def inputs_of(preprocessor: Preprocessor, batch: str) -> list[ModelInput]:
 
 COMBINATIONS = [
     pytest.param(shape, attention, version, marks=marks, id=f"{shape}-{attention}-torch-{version}")
-    for shape, marks in (("2b", ()), ("8b", pytest.mark.slow))
-    for attention, version in (("varlen", "2.11"), ("varlen", "2.13"), ("flash_attn", "2.13"))
+    for shape, attention, version, marks in (
+        ("2b", "varlen", "2.11", ()),
+        ("2b", "varlen", "2.13", pytest.mark.slow),
+        ("2b", "flash_attn", "2.13", pytest.mark.slow),
+        ("8b", "varlen", "2.11", pytest.mark.slow),
+        ("8b", "varlen", "2.13", pytest.mark.slow),
+        ("8b", "flash_attn", "2.13", pytest.mark.slow),
+    )
 ]
 
 

@@ -288,7 +288,9 @@ def test_tabs_and_dimensions_work_from_the_keyboard(page: Page) -> None:
     assert page.one("#dimensions input:checked").get_attribute("value") == "128"
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize(
+    "look", [look if look == "phone" else pytest.param(look, marks=pytest.mark.slow) for look in LOOKS]
+)
 def test_page_fits_every_screen_in_light_and_dark(look: str, page: Page, screenshots: Path) -> None:
     with page.looking(look) as (width, scheme):
         page.open()

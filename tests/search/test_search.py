@@ -96,6 +96,7 @@ def test_what_cannot_be_searched_is_said_in_a_line(
     assert reason in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_reranker_orders_pages_and_pictures(
     indexed: Indexed, random_reranker: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ def test_checkpoint_is_small_enough_for_a_repository() -> None:
     assert sum(file.stat().st_size for file in (PACKAGE / "demo").iterdir()) <= 3_000_000
 
 
+@pytest.mark.slow
 def test_color_names_find_their_swatches(embedder: Embedder) -> None:
     rows, loss_at_64_dimensions = color_rows(Meter(embedder))
     at_1, at_5 = rows[0].values
@@ -60,12 +61,14 @@ def test_color_names_find_their_swatches(embedder: Embedder) -> None:
     assert loss_at_64_dimensions <= 0.03
 
 
+@pytest.mark.slow
 def test_red_is_nearest_to_the_red_swatch(embedder: Embedder) -> None:
     swatches = [Image.new("RGB", (64, 64), tuple(int(value) for value in color)) for color in COLORS]
     red, *vectors = embedder.embed(["red", *swatches])
     assert COLOR_NAMES[int(np.argmax(np.stack(vectors) @ red))] == "red"
 
 
+@pytest.mark.slow
 def test_demo_names_find_their_drawings(
     name_vectors: NDArray[np.float32], drawing_vectors: NDArray[np.float32]
 ) -> None:
@@ -81,6 +84,7 @@ def test_64_dimensions_lose_little(name_vectors: NDArray[np.float32], drawing_ve
     assert recall(*cut, 5) > 0.99 * recall(name_vectors, drawing_vectors, 5)
 
 
+@pytest.mark.slow
 def test_drawings_are_found_at_other_sizes(
     embedder: Embedder, tiles: list[Image.Image], name_vectors: NDArray[np.float32]
 ) -> None:
