@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script has its own folder there
 
 import embedder.server  # noqa: E402
-from benchmarks import output_types  # noqa: E402 - after the path
+from benchmarks import invariance, output_types  # noqa: E402 - after the path
 from embedder.errors import errors_table  # noqa: E402
 from embedder.settings import settings_table  # noqa: E402
 from embedder.telemetry.metrics import Metrics  # noqa: E402
@@ -125,6 +125,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "speed": speed_table,
     "latency": latency_table,
     "output_types": output_types_table,
+    "invariance": lambda _: invariance.table(record("invariance")["rows"]),
     "ledger": ledger_table,
 }
 
