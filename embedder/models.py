@@ -23,6 +23,7 @@ from embedder.inputs.pairs import Pair, Query
 from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.loaded_model import EmbeddingModel, RerankingModel
 from embedder.model.checkpoint import find_checkpoint, find_reranker
+from embedder.model.speed import warn_if_slow
 from embedder.model.weights import choose_device
 from embedder.settings import Settings, available_cores
 
@@ -89,6 +90,9 @@ class Models:
             stuck_after_s=settings.stuck_after_s or (STUCK_AFTER_S if is_cuda else math.inf),
             on_failure=on_failure,
         )
+        if not is_cuda:  # there a launch computes, for seconds or minutes; work whose callers are gone is dropped
+            for model in self._loaded:
+                model.forward.call_between_layers(self.engine.stop_if_abandoned)
 
     def info(self) -> dict[str, Any]:
         """The models, their sizes, the device and the limits, as `/info` reports them.
@@ -123,10 +127,12 @@ class Models:
         return self._first.preprocessor
 
     @property
+    def _loaded(self) -> list[EmbeddingModel]:
+        return [model for model in (self.embedder, self.reranker) if model]
+
+    @property
     def _first(self) -> EmbeddingModel:
-        first = self.embedder or self.reranker
-        assert first is not None
-        return first
+        return self._loaded[0]
 
     def _load(self) -> None:
         if self.settings.has_embedder:
@@ -139,6 +145,9 @@ class Models:
         if self.settings.reranker:
             checkpoint = find_reranker(self.settings)
             self.reranker = RerankingModel(checkpoint, self.settings, self.device, self.embedder)
+        if self.device.type != "cuda":
+            for model in self._loaded:
+                warn_if_slow(model.forward, model.preprocessor)
 
     def _limit_torch_threads(self) -> None:
         """Use this worker's share of the cores. By default torch uses all of the machine's, whatever the CPU quota."""
@@ -147,7 +156,7 @@ class Models:
 
     def _limit_batches_to_memory(self) -> Settings:
         """The settings with `max_batch_tokens` lowered to what fits the GPU next to all models."""
-        budget = min(model.find_budget() for model in (self.embedder, self.reranker) if model)
+        budget = min(model.find_budget() for model in self._loaded)
         return self.settings.model_copy(update={"max_batch_tokens": budget})
 
     def _preprocess(self, item: EmbeddingItem, decoder: Decoder) -> ModelInput:

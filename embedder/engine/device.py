@@ -24,6 +24,10 @@ Launch = Callable[[list[ModelInput]], WaitForRows]
 INITIAL_SECONDS_PER_TOKEN = 0.0002  # until a batch was measured
 
 
+class BatchAbandoned(Exception):
+    """Nobody waits for an item of the batch anymore."""
+
+
 @dataclass(frozen=True)
 class InFlightBatch:
     """A batch that was launched. `wait_for_rows` raises the error if the launch failed."""
@@ -34,14 +38,16 @@ class InFlightBatch:
 
 
 class Device:
-    """Calls `launch`, in the engine's device thread only.
+    """Calls `launch`, in the engine's device thread only. `is_wanted`: whether somebody waits for a job.
 
     `busy_since_s` is when the batch that now computes started, or infinity; the watchdog reads it from its thread.
     """
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, is_wanted: Callable[[Job], bool]) -> None:
         self.busy_since_s = math.inf
         self._launch = launch
+        self._launching: list[Job] = []
+        self._is_wanted = is_wanted
         self._rate = Rate(INITIAL_SECONDS_PER_TOKEN)
         self._num_in_flight = 0
         self._last_end_s = 0.0
@@ -56,11 +62,22 @@ class Device:
         launched_s = time.monotonic()
         self.busy_since_s = min(self.busy_since_s, launched_s)
         self._num_in_flight += 1
+        self._launching = jobs
         try:
             wait_for_rows = self._launch([job.model_input for job in jobs])
         except Exception as error:
             wait_for_rows = partial(_raise, error)
+        finally:
+            self._launching = []
         return InFlightBatch(jobs, wait_for_rows, launched_s)
+
+    def stop_if_abandoned(self) -> None:
+        """Raise `BatchAbandoned` if a batch is being launched and nobody waits for any of its items.
+
+        For a `launch` that computes: it calls this between two layers. One wanted item keeps the batch.
+        """
+        if self._launching and not any(map(self._is_wanted, self._launching)):
+            raise BatchAbandoned
 
     def wait(self, in_flight: InFlightBatch) -> tuple[Rows, Batch]:
         """Wait for a batch: a row for each item, and its measurements. Raises whatever made it fail."""
@@ -76,6 +93,13 @@ class Device:
         batch = Batch(len(jobs), sum(job.model_input.cost for job in jobs), start_s, end_s)
         self._rate.add(batch.num_tokens, batch.seconds)
         return rows, batch
+
+    def watch(self, stuck_after_s: float, is_over: Callable[[], bool], on_stuck: Callable[[str], None]) -> None:
+        """Call `on_stuck` if a batch takes too long: the device thread, which waits for it, cannot."""
+        while not is_over():
+            if time.monotonic() - self.busy_since_s > stuck_after_s:
+                on_stuck(f"the device did not finish a batch within {stuck_after_s:g} s")
+            time.sleep(min(1.0, stuck_after_s / 4))
 
 
 def _raise(error: Exception) -> NoReturn:

@@ -21,7 +21,7 @@ from functools import partial
 from embedder.engine.admission import Admission, Reservation, check_item, estimate_request_tokens, estimate_tokens
 from embedder.engine.batch_limits import BatchLimit
 from embedder.engine.coalescing import CoalescingCache
-from embedder.engine.device import Device, InFlightBatch, Launch, Rows
+from embedder.engine.device import BatchAbandoned, Device, InFlightBatch, Launch, Rows
 from embedder.engine.job import Job, device_failed, item_failed
 from embedder.engine.observer import ItemTrace, Observer, begin_trace
 from embedder.engine.postprocess import Embedding, finish_vectors
@@ -80,10 +80,10 @@ class Engine:
         self.failure: str | None = None
         self._observer = observer or Observer()
         self._max_in_flight = max_in_flight
-        self._stuck_after_s = stuck_after_s
         self._on_failure = on_failure
         # Only the device thread uses these:
-        self._device = Device(launch)
+        self._device = Device(launch, self._is_wanted)
+        self.stop_if_abandoned = self._device.stop_if_abandoned  # for a `launch` that computes
         self._batch_limit = BatchLimit(settings.max_batch_tokens)
         self._in_flight: deque[InFlightBatch] = deque()
         # The lock guards these:
@@ -109,7 +109,8 @@ class Engine:
         self._device_thread = threading.Thread(target=self._run_device, name="engine", daemon=True)
         self._device_thread.start()
         if stuck_after_s < math.inf:
-            threading.Thread(target=self._watch_device, name="watchdog", daemon=True).start()
+            watch = partial(self._device.watch, stuck_after_s, lambda: self._is_over, self._fail)
+            threading.Thread(target=watch, name="watchdog", daemon=True).start()
 
     @property
     def pending_tokens(self) -> int:
@@ -252,15 +253,20 @@ class Engine:
             while True:
                 if not self._in_flight:
                     self._has_inputs.wait_for(lambda: len(self._inputs) or self._is_over)
+                self._inputs.max_batch_tokens = self._batch_limit.max_tokens
                 taken = self._inputs.take(time.monotonic())
                 jobs = self._still_wanted([job for job in taken if self._cache.start_computing(job.key, job)])
                 if jobs or not taken:
                     return jobs
 
+    def _is_wanted(self, job: Job) -> bool:
+        """Whether the job was not cancelled, or another job with the same content waits for its row."""
+        return job in self._pending or self._cache.is_awaited(job.key)
+
     def _still_wanted(self, jobs: list[Job]) -> list[Job]:
-        """The jobs that were not cancelled, or that another job with the same content waits for."""
+        """The wanted jobs. The others are no longer being computed."""
         with self._lock:
-            wanted = [job for job in jobs if job in self._pending or self._cache.is_awaited(job.key)]
+            wanted = list(filter(self._is_wanted, jobs))
             for job in set(jobs) - set(wanted):
                 self._cache.stop_computing(job.key)
             return wanted
@@ -272,6 +278,8 @@ class Engine:
             rows, batch = self._device.wait(in_flight)
         except DeviceFailed:
             raise
+        except BatchAbandoned:
+            parts = [jobs]  # an item may have become wanted again by an equal one
         except Exception as error:
             del in_flight  # it may hold the error, whose traceback holds this frame
             traceback.clear_frames(error.__traceback__)  # frees the memory of the batch before its halves run
@@ -281,19 +289,18 @@ class Engine:
             logger.warning("a batch of %d items failed (%s); running its halves", len(jobs), type(error).__name__)
             if isinstance(error, DeviceOutOfMemory):
                 self._batch_limit.shrink(sum(job.model_input.cost for job in jobs))
-                self._inputs.max_batch_tokens = self._batch_limit.max_tokens
+            middle = len(jobs) // 2
+            parts = [jobs[:middle], jobs[middle:]]
         else:
             for job in jobs:
                 job.trace.batch = batch
             self._resolve_batch(jobs, rows)
             self._observer.ran(batch, [job.trace for job in jobs])
             self._batch_limit.grow()
-            self._inputs.max_batch_tokens = self._batch_limit.max_tokens
             self._inputs.seconds_per_token = self._device.seconds_per_token
             return
-        middle = len(jobs) // 2
-        for half in (jobs[:middle], jobs[middle:]):
-            if wanted := self._still_wanted(half):
+        for part in parts:
+            if wanted := self._still_wanted(part):
                 self._finish_batch(self._device.launch(wanted))
 
     # Resolving
@@ -371,13 +378,6 @@ class Engine:
         self._observer.resolved(trace, future)
 
     # Failing
-
-    def _watch_device(self) -> None:
-        """Fail if a batch takes too long: the device thread, which waits for it, cannot."""
-        while not self._is_over:
-            if time.monotonic() - self._device.busy_since_s > self._stuck_after_s:
-                self._fail(f"the device did not finish a batch within {self._stuck_after_s:g} s")
-            time.sleep(min(1.0, self._stuck_after_s / 4))
 
     def _fail(self, reason: str) -> None:
         """Stop the engine permanently: fail all pending items and refuse new ones."""

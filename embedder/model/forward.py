@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,10 @@ class Forward:
             model.language_model, back_end, is_compiled=is_compiled, max_shared_tokens=max_shared_tokens
         )
         self._merge_size = vision.merge_size
+
+    def call_between_layers(self, function: Callable[[], None]) -> None:
+        """Call `function` before each layer of both towers. What it raises ends the forward pass."""
+        self.vision.between_layers = self.language.between_layers = function
 
     @torch.inference_mode()
     def __call__(self, batch: PackedBatch) -> Tensor:

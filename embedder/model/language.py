@@ -8,7 +8,7 @@ a query, the MLP and the final norm; the others contribute keys and values.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Language:
     ) -> None:
         self.tower = tower
         self.attention = attention
+        self.between_layers: Callable[[], None] = lambda: None  # may raise, to stop a forward pass
         rope, device = tower.config.rope_parameters, tower.norm.weight.device
         self._frequencies = rotary_frequencies(tower.config.head_dim, rope.rope_theta).to(device)
         self._axes = interleaved_axes(tower.config.head_dim, rope.mrope_section).to(device)
@@ -67,6 +68,7 @@ class Language:
         cos, sin = self._rotary(hidden_states, batch)
         *layers, last = self.tower.layers
         for index, layer in enumerate(layers):
+            self.between_layers()
             hidden_states = self._layer(layer, hidden_states, cos, sin, batch, prefixes[index])
             _add_deepstack(hidden_states, batch.vision, deepstack, index)
         return _rms_norm(self.tower.norm, self._last_layer(last, hidden_states, cos, sin, batch, prefixes[-1]))
@@ -138,6 +140,7 @@ class Language:
         *layers, last = self.tower.layers
         keys_and_values = []
         for index, layer in enumerate(layers):
+            self.between_layers()
             query, key, value = self._query_key_value(layer, hidden_states, cos, sin)
             keys_and_values.append((key, value))
             attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class Vision:
     def __init__(self, tower: Module, config: VisionConfig, attention: Attention, *, is_compiled: bool = False) -> None:
         self.tower = tower
         self.attention = attention
+        self.between_layers: Callable[[], None] = lambda: None  # may raise, to stop a forward pass
         self._query_key_value = compile_if(is_compiled, _query_key_value)
         self._output_and_mlp = compile_if(is_compiled, _output_and_mlp)
         self.num_heads: int = tower.config.num_heads
@@ -48,13 +50,18 @@ class Vision:
         cos, sin = vision_rotary(batch.coordinates, head_dim, ROPE_THETA)
         deepstack = []
         for index, block in enumerate(self.tower.blocks):
-            query, key, value = self._query_key_value(block, hidden_states, cos, sin)
-            attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=False)
-            hidden_states = self._output_and_mlp(block, hidden_states, attended)
+            self.between_layers()
+            hidden_states = self._block(block, hidden_states, cos, sin, batch)
             if index in self.deepstack_layers:
                 merger = self.tower.deepstack_merger_list[self.deepstack_layers.index(index)]
                 deepstack.append(merger(hidden_states))
         return self.tower.merger(hidden_states), deepstack
+
+    def _block(self, block: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, batch: PackedVision) -> Tensor:
+        query, key, value = self._query_key_value(block, hidden_states, cos, sin)
+        attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=False)
+        output: Tensor = self._output_and_mlp(block, hidden_states, attended)
+        return output
 
     def _embed_patches(self, batch: PackedVision) -> Tensor:
         """Pixels to (num_patches, hidden_size), positions added. A matrix product replaces the module's Conv3d."""

@@ -24,6 +24,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
+def is_wanted(_: Job) -> bool:
+    return True
+
+
 def jobs(model: FakeModel, *texts: str) -> list[Job]:
     jobs = [Job(item(text), None, 0) for text in texts]
     for job in jobs:
@@ -32,7 +36,7 @@ def jobs(model: FakeModel, *texts: str) -> list[Job]:
 
 
 def test_rows_and_measurements_of_a_batch(model: FakeModel, clock: SimpleNamespace) -> None:
-    device = Device(model.launch_ahead)
+    device = Device(model.launch_ahead, is_wanted)
     assert device.seconds_per_token == INITIAL_SECONDS_PER_TOKEN
     in_flight = device.launch(jobs(model, "red", "green"))
     clock.now_s += 4
@@ -43,7 +47,7 @@ def test_rows_and_measurements_of_a_batch(model: FakeModel, clock: SimpleNamespa
 
 
 def test_batch_launched_ahead_starts_when_the_one_before_ends(model: FakeModel, clock: SimpleNamespace) -> None:
-    device = Device(model.launch_ahead)
+    device = Device(model.launch_ahead, is_wanted)
     first, second = device.launch(jobs(model, "red")), device.launch(jobs(model, "green"))
     clock.now_s = 103
     device.wait(first)
@@ -55,7 +59,7 @@ def test_batch_launched_ahead_starts_when_the_one_before_ends(model: FakeModel, 
 def test_device_is_busy_since_its_oldest_batch_started_and_not_busy_when_idle(
     model: FakeModel, clock: SimpleNamespace
 ) -> None:
-    device = Device(model.launch_ahead)
+    device = Device(model.launch_ahead, is_wanted)
     assert device.busy_since_s == math.inf
     first = device.launch(jobs(model, "red"))
     clock.now_s = 101
@@ -74,7 +78,7 @@ def test_error_of_a_launch_is_raised_when_its_batch_is_waited_for(model: FakeMod
             raise RuntimeError("not launched")
         return model.launch_ahead(inputs)
 
-    device = Device(launch)
+    device = Device(launch, is_wanted)
     before, bad = device.launch(jobs(model, "red")), device.launch(jobs(model, "green", "blue"))
     device.wait(before)
     with pytest.raises(RuntimeError, match="not launched"):
@@ -83,6 +87,6 @@ def test_error_of_a_launch_is_raised_when_its_batch_is_waited_for(model: FakeMod
 
 
 def test_wrong_number_of_rows_is_an_error(model: FakeModel) -> None:
-    device = Device(lambda _: lambda: np.zeros((1, HIDDEN_SIZE), np.float32))
+    device = Device(lambda _: lambda: np.zeros((1, HIDDEN_SIZE), np.float32), is_wanted)
     with pytest.raises(AssertionError):
         device.wait(device.launch(jobs(model, "red", "green")))

@@ -1,0 +1,141 @@
+"""How long the largest items take on a CPU, estimated at start from a few measured layers and the model's shapes.
+
+Small inputs say little about large ones: they take the time to read the weights. So two layers of each tower run with
+inputs of medium size, and their time is scaled by the number of floating-point operations.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from dataclasses import dataclass
+
+import PIL.Image
+
+from embedder.inputs.items import EmbeddingItem, Image, Text
+from embedder.inputs.preprocess import ModelInput, Preprocessor
+from embedder.model.forward import Forward
+from embedder.model.packing import pack
+from embedder.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+MEASURED_SIDE = 448  # pixels: 784 patches
+MEASURED_WORDS = 250
+NUM_MEASURED = 2  # layers of each tower, after one that allocates the memory
+PROMPT_TOKENS = 40  # upper estimate of the chat template and the instruction
+MARGIN = 1.5  # of the time-out that the warning proposes
+
+
+class _Measured(Exception):
+    """Ends a forward pass after the measured layers."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Floating-point operations per second of the layers of each tower."""
+
+    forward: Forward
+    vision: float
+    language: float
+
+    def seconds(self, num_patches: int, num_tokens: int) -> float:
+        """The time of one item with an image of `num_patches` (0: none), by itself in a batch."""
+        seen = len(self.forward.vision.tower.blocks) * vision_flops(self.forward, num_patches)
+        read = len(self.forward.language.tower.layers) * language_flops(self.forward, num_tokens)
+        return seen / self.vision + read / self.language
+
+
+def warn_if_slow(forward: Forward, preprocess: Preprocessor) -> None:
+    """Log how long the largest picture and the longest text take, with a warning if that exceeds the time-out."""
+    speed = measure_speed(forward, preprocess)
+    if speed is None:
+        return
+    settings, vision = preprocess.settings, preprocess.vision
+    num_patches = vision.regime.max_pixels // vision.patch_size**2
+    num_tokens = min(settings.max_input_tokens, num_patches // vision.merge_size**2 + PROMPT_TOKENS)
+    picture_s = speed.seconds(num_patches, num_tokens)
+    text_s = speed.seconds(0, settings.max_input_tokens)
+    logger.info(
+        "estimated for this CPU: %s for a picture of %d pixels, %s for a text of %d tokens",
+        _shown(picture_s),
+        vision.regime.max_pixels,
+        _shown(text_s),
+        settings.max_input_tokens,
+    )
+    if picture_s > settings.request_timeout_s:
+        pixels = int(vision.regime.max_pixels * settings.request_timeout_s / picture_s / MARGIN) // 1024 * 1024
+        _warn("picture", picture_s, settings, f"EMBEDDER_MAX_PIXELS={max(4096, pixels)}")
+    if text_s > settings.request_timeout_s:
+        tokens = int(settings.max_input_tokens * settings.request_timeout_s / text_s / MARGIN)
+        _warn("text", text_s, settings, f"EMBEDDER_MAX_INPUT_TOKENS={max(64, tokens)}")
+
+
+def measure_speed(forward: Forward, preprocess: Preprocessor) -> Speed | None:
+    """Run some layers of each tower. None if a tower has too few to measure: then no item takes long."""
+    picture = preprocess(EmbeddingItem((Image(PIL.Image.new("RGB", (MEASURED_SIDE, MEASURED_SIDE))),)))
+    text = preprocess(EmbeddingItem((Text(" a" * MEASURED_WORDS),)))
+    num_blocks, num_layers = len(forward.vision.tower.blocks), len(forward.language.tower.layers) - 1
+    if min(num_blocks, num_layers) < NUM_MEASURED + 2:
+        return None
+    num_patches = sum(math.prod(patches.grid_thw) for patches in picture.patches)
+    return Speed(
+        forward,
+        vision_flops(forward, num_patches) / _layer_seconds(forward, picture, preprocess.vision.merge_size),
+        language_flops(forward, text.num_tokens) / _layer_seconds(forward, text, preprocess.vision.merge_size),
+    )
+
+
+def vision_flops(forward: Forward, num_patches: int) -> float:
+    """Floating-point operations of one block for an image: two for each weight and row, and those of the attention."""
+    config = forward.vision.tower.config
+    num_weights: int = config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
+    return 2.0 * num_weights * num_patches + 4.0 * int(config.hidden_size) * num_patches**2
+
+
+def language_flops(forward: Forward, num_tokens: int) -> float:
+    """The same of one layer for a sequence. Causal attention needs half of the pairs."""
+    config = forward.language.tower.config
+    query_size: int = config.num_attention_heads * config.head_dim
+    key_size: int = config.num_key_value_heads * config.head_dim
+    num_weights: int = config.hidden_size * (2 * query_size + 2 * key_size + 3 * config.intermediate_size)
+    return 2.0 * num_weights * num_tokens + 2.0 * query_size * num_tokens**2
+
+
+def _layer_seconds(forward: Forward, one: ModelInput, merge_size: int) -> float:
+    """The shortest time of a measured layer of the tower that takes this item first."""
+    starts: list[float] = []
+
+    def stop() -> None:
+        starts.append(time.perf_counter())
+        if len(starts) == NUM_MEASURED + 2:
+            raise _Measured
+
+    batch = pack([one.without_prefix()], merge_size, forward.device)
+    forward.call_between_layers(stop)
+    try:
+        forward(batch)
+    except _Measured:
+        return min(end - start for start, end in itertools.pairwise(starts[1:]))
+    finally:
+        forward.call_between_layers(lambda: None)
+    raise AssertionError("a tower has fewer layers than measured")
+
+
+def _warn(kind: str, seconds: float, settings: Settings, other: str) -> None:
+    proposed_s = math.ceil(seconds * MARGIN / 10) * 10
+    logger.warning(
+        "the largest %s takes about %s on this CPU, longer than the time-out of %g s, and gets 504. "
+        "Set EMBEDDER_REQUEST_TIMEOUT_S=%d or %s, or use a CPU with more cores, AVX512-BF16 or AMX",
+        kind,
+        _shown(seconds),
+        settings.request_timeout_s,
+        proposed_s,
+        other,
+    )
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
