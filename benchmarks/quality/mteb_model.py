@@ -37,6 +37,7 @@ class EmbedderModel(AbsEncoder):
                 "max_tokens": info["limits"]["max_input_tokens"],
                 "similarity_fn_name": ScoringFunction.COSINE,
                 "use_instructions": True,
+                "experiment_kwargs": preprocessing_of(info),
             }
         )
 
@@ -55,6 +56,11 @@ class EmbedderModel(AbsEncoder):
         what = f"{task_metadata.name} {hf_subset} {hf_split} {prompt_type.value if prompt_type else ''}"
         batches = tqdm(inputs, desc=what, unit="batch")
         return np.concatenate([self.vectors.embed(list(items_of(batch)), instruction) for batch in batches])
+
+
+def preprocessing_of(info: dict[str, Any]) -> dict[str, Any]:
+    """What scores of images depend on in addition to the weights. mteb keeps the results of each apart."""
+    return {"preprocessing": info["preprocessing"], "max_pixels": info["pixels"]["max"], "dtype": info["dtype"]}
 
 
 def instruction_for(metadata: TaskMetadata, prompt_type: PromptType | None) -> str | None:

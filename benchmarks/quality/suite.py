@@ -11,17 +11,18 @@ import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import mteb
 
 from benchmarks import report
-from benchmarks.quality.mteb_model import EmbedderModel
+from benchmarks.quality.mteb_model import EmbedderModel, preprocessing_of
 from benchmarks.quality.published import published_of
 from benchmarks.quality.targets import Library, Service, Target, name_of
 from benchmarks.quality.tasks import LOCAL_TASKS
 from benchmarks.quality.vectors import Vectors
 from embedder import Embedder
+from embedder.inputs.regimes import RegimeName
 
 RESULTS = report.RESULTS / "quality"
 LIBRARY, SERVICE = "library", "service"
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parse(arguments)
     what = f'--benchmark "{chosen.benchmark}"' if chosen.benchmark else f"--tasks {' '.join(chosen.tasks)}"
     about = report.environment(f"python -m benchmarks.quality mteb{shown_target(chosen)} {what} --output FOLDER")
-    with target_of(chosen.url, chosen.model) as target, Vectors(target, chosen.output) as vectors:
+    with target_of(chosen.url, chosen.model, chosen.preprocessing) as target, Vectors(target, chosen.output) as vectors:
         tasks = find_tasks(chosen)
         results = evaluate(EmbedderModel(vectors), tasks, chosen.output, chosen.batch_size)
         info = target.info
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "environment": about,
         "model": name_of(info),
         "through": SERVICE if chosen.url else LIBRARY,
+        **preprocessing_of(info),
         "tasks": rows,
         "published": figures,
         "not_run": failures,
@@ -62,6 +64,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--url", help="a running service of this project")
     target.add_argument("--model", default="", help="folder or hub id for the library; default: the bundled model")
+    parser.add_argument(
+        "--preprocessing",
+        choices=get_args(RegimeName),
+        default="checkpoint",
+        help="of the library, as EMBEDDER_PREPROCESSING; published scores were made with `reference`",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--tasks", nargs="+", default=list(LOCAL_TASKS), help="default: the tasks that need no hub")
     what.add_argument("--benchmark", help='a benchmark of mteb, such as "MTEB(Multilingual, v2)"')
@@ -76,17 +84,18 @@ def shown_target(chosen: argparse.Namespace) -> str:
     """The target's arguments for a report, without URLs and paths of the machine."""
     if chosen.url:
         return " --url URL"
-    return f" --model {name_of({'model': chosen.model})}" if chosen.model else ""
+    model = f" --model {name_of({'model': chosen.model})}" if chosen.model else ""
+    return f"{model} --preprocessing {chosen.preprocessing}"
 
 
 @contextmanager
-def target_of(url: str | None, model: str) -> Iterator[Target]:
-    """The service at `url`, or the library with `model`."""
+def target_of(url: str | None, model: str, preprocessing: RegimeName) -> Iterator[Target]:
+    """The service at `url`, or the library with `model`, which preprocesses images as `preprocessing` says."""
     if url:
         with Service(url) as service:
             yield service
         return
-    with Embedder(model) as embedder:
+    with Embedder(model, preprocessing=preprocessing) as embedder:
         yield Library(embedder)
 
 
@@ -123,7 +132,9 @@ def table(data: dict[str, Any]) -> str:
     rows: list[list[object]] = [[row["task"], row["metric"], f"{row['score']:.2f}"] for row in data["tasks"]]
     if len(rows) > 1:
         rows.append([f"mean of {len(rows)}", "", f"{sum(row['score'] for row in data['tasks']) / len(rows):.2f}"])
-    parts = [f"{data['model']}, through the {data['through']}.", report.table(("task", "score", "%"), rows)]
+    about = f"{data['model']}, through the {data['through']}, in {data['dtype']}. Images: preprocessing "
+    about += f"`{data['preprocessing']}`, at most {data['max_pixels']:,} pixels."
+    parts = [about, report.table(("task", "score", "%"), rows)]
     if data["published"]:
         lines = [[row["figure"], row["published"], *_difference(row)] for row in data["published"]]
         parts.append(report.table(("published", "theirs, %", "ours, %", "difference"), lines))

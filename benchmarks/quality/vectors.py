@@ -56,7 +56,15 @@ class Vectors:
         return row and bytes(row[0])
 
     def _check_origin(self, path: Path) -> None:
-        names = ("revision", "hidden_size", "default_instruction", "pixels", "dtype")
+        names = (
+            "revision",
+            "hidden_size",
+            "default_instruction",
+            "preprocessing",
+            "raw_orientation",
+            "pixels",
+            "dtype",
+        )
         about: dict[str, Any] = {"model": name_of(self.target.info), **{name: self.target.info[name] for name in names}}
         about["max_input_tokens"] = self.target.info["limits"]["max_input_tokens"]
         (probe,) = self.target.embed([PROBE])

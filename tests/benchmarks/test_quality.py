@@ -73,7 +73,11 @@ def test_mteb_scores_are_the_same_by_service_and_library(
     assert (by_service["through"], by_library["through"]) == ("service", "library")
     (own,) = (tmp_path / "service" / "kept" / "results").rglob("Swatches-24.json")  # the file of mteb
     assert json.loads(own.read_text())["scores"]["test"][0]["main_score"] * 100 == by_service["tasks"][1]["score"]
+    card = json.loads((own.parent / "model_meta.json").read_text())["experiment_kwargs"]
+    assert card == {"preprocessing": "checkpoint", "max_pixels": 1_310_720, "dtype": "float32"}
+    assert {name: by_service[name] for name in card} == card
     shown = "".join((tmp_path / "library" / f"mteb.{kind}").read_text() for kind in ("json", "md"))
+    assert "in float32. Images: preprocessing `checkpoint`, at most 1,310,720 pixels." in shown
     assert "/tmp" not in shown
     assert "/root" not in shown
 
@@ -113,10 +117,11 @@ def test_folder_of_other_weights_is_refused(embedder: Embedder, tmp_path: Path) 
 
     with pytest.raises(SystemExit, match="contains results of other weights or settings"):
         Vectors(Other(embedder), tmp_path)
-    other_pixels = Library(embedder)
-    other_pixels.info = {**other_pixels.info, "pixels": {"max": 1}}
-    with pytest.raises(SystemExit, match="other weights or settings"):
-        Vectors(other_pixels, tmp_path)
+    for change in ({"pixels": {"max": 1}}, {"preprocessing": "reference"}, {"raw_orientation": True}):
+        other_pixels = Library(embedder)
+        other_pixels.info = {**other_pixels.info, **change}
+        with pytest.raises(SystemExit, match="other weights or settings"):
+            Vectors(other_pixels, tmp_path)
 
 
 def test_queries_and_documents_get_the_instructions_of_the_model_card() -> None:
