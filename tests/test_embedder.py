@@ -135,7 +135,7 @@ def test_missing_model_is_an_error(model: str, reason: str, monkeypatch: pytest.
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ModelUnavailable, match="'bert' model; only qwen3_vl"):
+    with pytest.raises(ModelUnavailable, match="model_type 'bert'; only qwen3_vl"):
         Embedder(str(tmp_path))
 
 

@@ -199,11 +199,28 @@ def _with_nearest(name: str, known: Iterable[str]) -> str:
 
 def describe_value(value: object) -> str:
     """A caller's value for a message: its first 60 characters, and the name of its JSON type."""
-    text = repr(value[:61]) if isinstance(value, str) else _SHORT.repr(value)
+    if value is None:
+        return "null"
+    text = repr(value[:61]) if isinstance(value, str) else json_value(value)
     return f"{text[:60]}.. ({json_type(value)})" if len(text) > 60 else f"{text} ({json_type(value)})"
 
 
-_SHORT = reprlib.Repr()  # stops early: the repr of a large or deep value takes seconds
+def json_value(value: object) -> str:
+    """A value of JSON for a message, shortened if it is large: Python's form, but with `true`, `false` and `null`."""
+    return _SHORT.repr(value)
+
+
+class _JsonRepr(reprlib.Repr):
+    """Stops early: the repr of a large or deep value takes seconds."""
+
+    def repr_bool(self, value: object, _: int) -> str:
+        return "true" if value else "false"
+
+    def repr_NoneType(self, *_: object) -> str:  # noqa: N802 - the name of the type
+        return "null"
+
+
+_SHORT = _JsonRepr()
 _SHORT.maxlist = _SHORT.maxdict = _SHORT.maxstring = _SHORT.maxother = 64
 
 

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from embedder.errors import InputTooLong, InvalidRequest, ModelUnavailable
 from embedder.inputs import prompt
 from embedder.inputs.decoder import Decoder
-from embedder.inputs.items import EmbeddingItem
+from embedder.inputs.items import EmbeddingItem, describe_value
 from embedder.inputs.preprocess import ModelInput, Patches, Preprocessor, run_length
 from embedder.inputs.processor_config import VisionConfig
 from embedder.inputs.prompt import TextPiece
@@ -182,7 +182,7 @@ def part_of_pair(item: EmbeddingItem) -> EmbeddingItem:
     for name, value in (("instruction", None), ("dimensions", None), ("normalize", True)):
         if getattr(item, name) != value:
             raise InvalidRequest(
-                f"{name}: got {getattr(item, name)!r}; a query or a document has no {name}. An instruction goes with "
-                "the whole request"
+                f"{name}: got {describe_value(getattr(item, name))}; a query or a document has no {name}. An "
+                "instruction goes with the whole request"
             )
     return item

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from embedder.errors import ModelUnavailable
+from embedder.inputs.items import json_value
 from embedder.inputs.regimes import CheckpointRegime, ReferenceRegime, Regime
 from embedder.settings import Settings
 
@@ -81,11 +82,11 @@ class _Section:
     fields: Mapping[str, Any]
 
     def fault(self, key: str, allowed: str) -> ModelUnavailable:
-        return ModelUnavailable(f"{self.file}: {key} is {self.fields.get(key)!r}; allowed: {allowed}")
+        return ModelUnavailable(f"{self.file}: {key} is {json_value(self.fields.get(key))}; allowed: {allowed}")
 
     def require(self, key: str, allowed: object) -> None:
         if self.fields[key] != allowed:
-            raise self.fault(key, repr(allowed))
+            raise self.fault(key, json_value(allowed))
 
     def count(self, key: str) -> int:
         value = self.fields[key]

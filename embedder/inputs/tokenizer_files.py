@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from embedder.errors import ModelUnavailable
+from embedder.inputs.items import json_value
 from embedder.inputs.processor_config import read_json
 
 _AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes for which transformers reads the file as it is
@@ -50,10 +51,10 @@ def _check_parts(path: Path, fields: Mapping[str, Any]) -> None:
     """Raises `ModelUnavailable` if a part is not the one that transformers builds for Qwen2's tokenizer."""
     normalizer, model = fields.get("normalizer"), fields.get("model") or {}
     if normalizer != {"type": "NFC"}:
-        raise ModelUnavailable(f"{path}: normalizer is {normalizer!r}; allowed: {{'type': 'NFC'}}")
+        raise ModelUnavailable(f"{path}: normalizer is {json_value(normalizer)}; allowed: {{'type': 'NFC'}}")
     for key in ("dropout", "ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise ModelUnavailable(f"{path}: model.{key} is {model[key]!r}; allowed: none")
+            raise ModelUnavailable(f"{path}: model.{key} is {json_value(model[key])}; allowed: none")
     steps = (fields.get("pre_tokenizer") or {}).get("pretokenizers") or []
     is_known = (
         [step.get("type") for step in steps] == ["Split", "ByteLevel"]
@@ -79,7 +80,9 @@ def _check_added_tokens(folder: Path, config: Mapping[str, Any], known: list[dic
             raise ModelUnavailable(f"{place} has {content!r} as {token_id}; tokenizer.json has it as {token['id']}")
         for flag in _FLAGS:
             if flags.get(flag, token[flag]) != token[flag]:
-                raise ModelUnavailable(f"{place} has {content!r} with {flag}={flags[flag]}; tokenizer.json differs")
+                raise ModelUnavailable(
+                    f"{place} has {content!r} with {flag}={json_value(flags[flag])}; tokenizer.json differs"
+                )
 
 
 def _named_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str, int | None, Mapping[str, Any]]]:

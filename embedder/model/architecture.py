@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from embedder.errors import ModelUnavailable
+from embedder.inputs.items import json_value
 
 Activation = Literal["gelu", "gelu_pytorch_tanh", "silu"]
 DEFAULT_ROPE_THETA = 500_000.0  # of transformers' Qwen3VLTextConfig; published checkpoints have 5,000,000
@@ -110,5 +111,5 @@ def read_architecture(folder: Path) -> Architecture:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the file"
-        found = "" if first["type"] in ("missing", "json_invalid") else f" (found: {first['input']!r:.80})"
+        found = "" if first["type"] in ("missing", "json_invalid") else f" (found: {json_value(first['input']):.80})"
         raise ModelUnavailable(f"cannot use {path}: {field}: {first['msg']}{found}") from error

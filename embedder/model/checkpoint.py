@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embedder.errors import ModelUnavailable
+from embedder.inputs.items import json_value
 from embedder.settings import Settings
 
 BUNDLED = Path(str(importlib.resources.files("embedder") / "default_model"))
@@ -158,7 +159,9 @@ def _require_qwen3_vl(checkpoint: Checkpoint) -> Checkpoint:
         raise ModelUnavailable(f"{checkpoint.folder} has no config.json: not a checkpoint")
     model_type = _read_json(config).get("model_type")
     if model_type != "qwen3_vl":
-        raise ModelUnavailable(f"{checkpoint.name} is a {model_type!r} model; only qwen3_vl can be served")
+        raise ModelUnavailable(
+            f"{checkpoint.name} has model_type {json_value(model_type)}; only qwen3_vl can be served"
+        )
     return checkpoint
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from embedder.errors import ModelUnavailable
+from embedder.inputs.items import json_value
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,7 +43,9 @@ def weight_files(folder: Path) -> list[Path]:
         raise ModelUnavailable(f"{index}: weight_map is not an object of file names: {error!r}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelUnavailable(f"{index}: weight_map names {name!r}; allowed: .safetensors files of the folder")
+            raise ModelUnavailable(
+                f"{index}: weight_map names {json_value(name)}; allowed: .safetensors files of the folder"
+            )
         if not (folder / name).is_file():
             raise ModelUnavailable(f"{index}: weight_map names {name!r}, but {folder} has no such file")
     return [folder / name for name in names]

@@ -69,7 +69,7 @@ def test_names_of_items_are_strings_or_whole_numbers() -> None:
     assert request.ids == ("x", 7, None, "bad")
     wrong = parse({"text": "a", "id": True}, {"text": "a", "id": [1]})
     assert wrong.ids == (None, None)
-    assert str(wrong.items[0]) == "id: got True (a boolean); allowed: a string or a whole number"
+    assert str(wrong.items[0]) == "id: got true (a boolean); allowed: a string or a whole number"
 
 
 @pytest.mark.parametrize(

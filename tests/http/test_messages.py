@@ -48,7 +48,7 @@ def test_part_in_each_clients_form_becomes_a_native_part(part: dict[str, Any], n
     ("content", "message"),
     [
         (5, "content: got 5"),
-        (None, "content: got None"),
+        (None, "content: got null"),
         (["a"], "got 'a'"),
         ([{"text": "a"}], "has one of the types text, input_text"),
         ([{"type": ["text"], "text": "a"}], "has one of the types"),
@@ -120,7 +120,7 @@ def test_conversation_is_its_user_message_and_the_system_message_its_instruction
         ([{"role": "system", "content": "a"}] * 2, "second or unusable message of role 'system'"),
         ([{"role": "assistant", "content": "Sure."}], "second or unusable message of role 'assistant'"),
         ([{"role": "tool", "content": "a"}], "role 'tool'"),
-        ([{"content": "a"}], "role None"),
+        ([{"content": "a"}], "role null"),
         ([{"role": "system", "content": [{"type": "image_url", "image_url": URI}]}], "allowed: text"),
         ([{"role": "system", "content": [{"type": "text", "text": 5}]}], "allowed: text"),
         ([{"role": "user", "content": "a", "tool_calls": []}], "unknown field: tool_calls"),

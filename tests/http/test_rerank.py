@@ -187,7 +187,7 @@ def test_all_documents_in_one_content_get_a_message_that_says_so(client: TestCli
         ({"query": "red", "documents": ["red"], "topn": 1}, "unknown field: topn (did you mean top_n?)"),
         ({"query": "red", "documents": ["red"], "top_n": -1}, "top_n: got -1"),
         ({"query": "red", "documents": ["red"], "top_n": "1"}, "top_n: got '1' (a string)"),
-        ({"query": "red", "documents": ["red"], "top_n": True}, "top_n: got True"),
+        ({"query": "red", "documents": ["red"], "top_n": True}, "top_n: got true"),
     ],
 )
 def test_request_that_cannot_be_scored_says_why(body: Any, message: str, client: TestClient) -> None:

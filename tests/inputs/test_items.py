@@ -21,7 +21,7 @@ from embedder.http.dialects.openai import parse_embeddings
 from embedder.http.request_body import EmbeddingRequest
 from embedder.http.response import error_body
 from embedder.inputs.image import load_image
-from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text, Video, item_from_fields
+from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text, Video, describe_value, item_from_fields
 from embedder.inputs.regimes import ReferenceRegime
 from embedder.settings import Settings
 
@@ -95,12 +95,12 @@ def test_unknown_fields_are_named(parse: Parse) -> None:
         ({"input": None}, "input: missing"),
         ({"input": 3}, "input: got 3 (a number); allowed: a string or a list of strings"),
         ({"input": 2.5}, "input: got 2.5 (a number); allowed: a string or a list of strings"),
-        ({"input": True}, "input: got True (a boolean); allowed: a string or a list of strings"),
+        ({"input": True}, "input: got true (a boolean); allowed: a string or a list of strings"),
         ({"input": {"a": 1}}, "input: got {'a': 1} (an object); allowed: a string or a list of strings"),
         ({"input": []}, "input: got an empty list; allowed: at least one item"),
         ({"contents": []}, "contents: got an empty list; allowed: at least one item"),
         ({"input": ["a", 3]}, "input[1]: got 3 (a number); input should be a valid string"),
-        ({"inputs": [None]}, "inputs[0]: got None (null); input should be a valid string"),
+        ({"inputs": [None]}, "inputs[0]: got null; input should be a valid string"),
         ({"input": ["a", ["b"]]}, "input[1]: got ['b'] (a list); input should be a valid string"),
         ({"input": ["a", {"text": "b"}]}, "input[1]: got {'text': 'b'} (an object); input should be a valid string"),
         ({"input": "a", "instruction": 5}, "instruction: got 5 (a number); input should be a valid string"),
@@ -164,7 +164,7 @@ def test_other_unicode_is_a_text(text: str) -> None:
         ({"instruction": 5}, "instruction: got 5 (a number); allowed: a string"),
         (
             {"dimensions": True},
-            "dimensions: got True (a boolean); allowed: a positive whole number, at most the model's ",
+            "dimensions: got true (a boolean); allowed: a positive whole number, at most the model's ",
         ),
         (
             {"dimensions": 64.0},
@@ -402,7 +402,7 @@ def test_options_of_a_mapping_are_those_of_the_item() -> None:
     ("fields", "message"),
     [
         (5, "got 5 (a number); allowed: a text, or an object with text, image or content"),
-        (None, "got None (null); allowed: a text, or an object with text, image or content"),
+        (None, "got null; allowed: a text, or an object with text, image or content"),
         ([], "got [] (a list); allowed: a text, or an object with text, image or content"),
         ({}, "an item needs at least one of text, image or video; got none"),
         ({"text": []}, "an item needs at least one of text, image or video; got none"),
@@ -416,7 +416,7 @@ def test_options_of_a_mapping_are_those_of_the_item() -> None:
         ),
         ({"text": 5}, "text: got 5 (a number); allowed: a string"),
         ({"text": b"a"}, "text: got b'a' (bytes); allowed: a string"),
-        ({"text": ["a", None]}, "text: got None (null); allowed: a string"),
+        ({"text": ["a", None]}, "text: got null; allowed: a string"),
         ({"video": 5}, "video: got 5 (a number); allowed: base64, a data URI, a URL, bytes or a list of frames"),
         (
             {"video": [["a"], 5]},
@@ -435,13 +435,13 @@ def test_options_of_a_mapping_are_those_of_the_item() -> None:
             {"content": [{"type": ["text"]}]},
             "a part of `content`: got {'type': ['text']} (an object); allowed: an object of type text, image or video",
         ),
-        ({"content": [{"type": "text"}]}, "text: got None (null); allowed: a string"),
+        ({"content": [{"type": "text"}]}, "text: got null; allowed: a string"),
         (
             {"content": [{"type": "video"}]},
-            "video: got None (null); allowed: base64, a data URI, a URL, bytes or a list of frames",
+            "video: got null; allowed: base64, a data URI, a URL, bytes or a list of frames",
         ),
         ({"video": "a", "fps": 0}, "fps: got 0 (a number); allowed: a number from 0.01 to 1000"),
-        ({"video": ["a"], "fps": True}, "fps: got True (a boolean); allowed: a number from 0.01 to 1000"),
+        ({"video": ["a"], "fps": True}, "fps: got true (a boolean); allowed: a number from 0.01 to 1000"),
         ({"text": "a", "fps": 1}, "unknown field: fps"),
         ({"text": "a", "truncate": "MIDDLE"}, "truncate: got 'middle' (a string); allowed: end, start, none"),
         ({"content": [{"type": "text", "text": "a", "txt": "b"}]}, "unknown field: txt (did you mean text?)"),
@@ -455,7 +455,19 @@ def test_invalid_mapping_names_the_value_and_what_is_allowed(fields: Any, messag
 
 
 def test_part_without_its_image_is_an_error_of_the_caller() -> None:
-    with pytest.raises(
-        InvalidMedia, match=r"^image: got None \(null\); allowed: base64, a data URI, a URL, bytes or a PIL"
-    ):
+    with pytest.raises(InvalidMedia, match=r"^image: got null; allowed: base64, a data URI, a URL, bytes or a PIL"):
         item_from_fields({"content": [{"type": "image"}]})
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (True, "true (a boolean)"),
+        (None, "null"),
+        ([True, {"a": None}], "[true, {'a': null}] (a list)"),
+        ("True", "'True' (a string)"),
+        (1.5, "1.5 (a number)"),
+    ],
+)
+def test_values_in_messages_are_those_of_json(value: Any, shown: str) -> None:
+    assert describe_value(value) == shown

@@ -59,7 +59,7 @@ def test_heads_of_keys_are_those_of_queries_if_null(tmp_path: Path) -> None:
     [
         ({"text": {"hidden_size": "4096"}}, r"text_config\.hidden_size: .* valid integer \(found: '4096'\)"),
         ({"text": {"hidden_size": 0}}, r"text_config\.hidden_size: .* greater than 0 \(found: 0\)"),
-        ({"text": {"head_dim": None}}, r"text_config\.head_dim: .* valid integer \(found: None\)"),
+        ({"text": {"head_dim": None}}, r"text_config\.head_dim: .* valid integer \(found: null\)"),
         ({"text": {"hidden_act": "relu"}}, r"text_config\.hidden_act: .*'silu' \(found: 'relu'\)"),
         ({"text": {"rope_scaling": {"rope_type": "yarn"}}}, r"rope_type: .*'default' \(found: 'yarn'\)"),
         ({"text": {"rope_scaling": {"type": "mrope"}}}, r"rope_type: .*'default' \(found: 'mrope'\)"),

@@ -40,11 +40,11 @@ def test_config_that_is_not_json_is_refused(content: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("content", "found"), [('{"model_type": "qwen2_vl"}', "'qwen2_vl'"), ("{}", "None"), ("[]", "None")]
+    ("content", "found"), [('{"model_type": "qwen2_vl"}', "'qwen2_vl'"), ("{}", "null"), ("[]", "null")]
 )
 def test_other_architectures_are_refused_by_name(content: str, found: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content, encoding="utf-8")
-    with pytest.raises(ModelUnavailable, match=f"is a {found} model; only qwen3_vl can be served$"):
+    with pytest.raises(ModelUnavailable, match=f"has model_type {found}; only qwen3_vl can be served$"):
         find_checkpoint(Settings(model=str(tmp_path)))
 
 
