@@ -3,7 +3,9 @@
 The modules, in the order in which a row passes them:
 
     formats     input files -> parts, the same in every run; a part -> its records
-    source      records and column names -> rows to embed; a document -> a row for each page
+    source      records and column names -> rows to embed
+    pages       a folder with documents -> a row for each page
+    thumbnails  small pictures of rows, an optional column
     worker      the rows of a part through the engine of `Embedder`; one worker per device
     writer      the vectors of a part -> one Parquet file or Lance fragment, complete or absent
     __main__    the command: distributes the missing parts over Ray actors and shows the progress

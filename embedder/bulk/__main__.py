@@ -25,13 +25,13 @@ try:
     from ray.data import ActorPoolStrategy, DataContext
     from tqdm import tqdm
 
-    from embedder.bulk.worker import PARTS_AT_ONCE, Job, Worker
+    from embedder.bulk.worker import PARTS_AT_ONCE, Job, Worker, job_schema
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: pip install -e '.[bulk]'") from None
 
-from embedder.bulk.formats import Part
+from embedder.bulk.formats import FOLDER, Part
 from embedder.bulk.source import Columns, Source
-from embedder.bulk.writer import OutputFormat, Writer, output_schema
+from embedder.bulk.writer import STATE_FOLDER, OutputFormat, Writer
 from embedder.engine.admission import check_dimensions
 from embedder.engine.postprocess import OutputDtype
 from embedder.errors import ModelUnavailable, UnsupportedDimensions
@@ -41,6 +41,7 @@ from embedder.settings import Settings
 OBJECT_STORE_BYTES = 80 * 2**20  # about Ray's minimum; only counts pass through it
 ROWS_PER_PART = 4096
 PAGES_PER_PART = 16  # a page takes seconds on a CPU, and a run that is killed loses its unfinished parts
+_EARLIER = {"text": True, "thumbnails": False}  # what outputs of versions without these options have
 ALL_EMBEDDED, PARTS_MISSING, ROWS_WITH_ERRORS = 0, 1, 3  # exit status; argparse exits with 2
 
 
@@ -53,8 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checkpoint = find_checkpoint(job.settings)
         hidden_size = json.loads((checkpoint.folder / "config.json").read_text())["text_config"]["hidden_size"]
         check_dimensions(job.dimensions, hidden_size)
-        source = Source(job.input, job.columns, job.settings)
+        source = Source(job.input, job.columns, job.settings, job.output / STATE_FOLDER)
         parts = source.parts(options.rows_per_part or (PAGES_PER_PART if source.has_documents else ROWS_PER_PART))
+        source.close()
+        if job.has_thumbnails and source.format is not FOLDER:
+            raise ValueError("--thumbnails: the input is no folder of pictures and documents; allowed: such a folder")
         writer = Writer(job.output, job.output_format)
         identity = _identity(job, checkpoint, source, parts)
         state_file = _lock_output(writer, identity, {"folder": str(source.folder)})
@@ -75,8 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return PARTS_MISSING
         numbers = [part.number for part in parts]
         dimensions = job.dimensions or hidden_size
-        schema = output_schema(source.id_type, dimensions, job.output_dtype, has_text=source.has_documents)
-        writer.commit(schema, numbers)
+        writer.commit(job_schema(job, source, dimensions), numbers)
         return ROWS_WITH_ERRORS if writer.count_errors(numbers) else ALL_EMBEDDED
 
 
@@ -106,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help=f"rows per file of OUTPUT (default: {ROWS_PER_PART}, of a folder with documents {PAGES_PER_PART})",
     )
+    parser.add_argument("--no-text", action="store_true", help="leave out the column of the pages' text layers")
+    parser.add_argument("--thumbnails", action="store_true", help="add a column of small pictures of the rows (JPEG)")
     parser.add_argument("--address", help="address of a Ray cluster (default: this machine)")
     return parser
 
@@ -123,7 +128,17 @@ def _job(options: argparse.Namespace) -> Job:
     if output.is_relative_to(source):
         raise ValueError(f"OUTPUT {options.output} is inside INPUT {options.input}; allowed: a folder outside it")
     columns = Columns(options.text, options.image, options.video, options.instruction, options.id)
-    return Job(source, output, options.format, columns, options.dimensions, options.output_dtype, settings)
+    return Job(
+        source,
+        output,
+        options.format,
+        columns,
+        options.dimensions,
+        options.output_dtype,
+        settings,
+        has_text=not options.no_text,
+        has_thumbnails=options.thumbnails,
+    )
 
 
 def _identity(job: Job, checkpoint: Checkpoint, source: Source, parts: Sequence[Part]) -> dict[str, Any]:
@@ -139,6 +154,8 @@ def _identity(job: Job, checkpoint: Checkpoint, source: Source, parts: Sequence[
         "dimensions": job.dimensions,
         "output_dtype": job.output_dtype,
         "model": f"{checkpoint.name} {checkpoint.revision}".strip(),
+        "text": job.has_text,
+        "thumbnails": job.has_thumbnails,
         "dtype": settings.dtype,
         "default_instruction": settings.default_instruction,
         "preprocessing": settings.preprocessing,
@@ -164,7 +181,9 @@ def _lock_output(writer: Writer, identity: dict[str, Any], notes: dict[str, Any]
             raise ValueError(f"another run is writing this output: it holds the lock of {state_file.name}") from None
         state_file.seek(0)
         started = json.loads(state_file.read() or "{}")
-        if started and (changed := [name for name in identity if started.get(name) != identity[name]]):
+        if started and (
+            changed := [name for name in identity if started.get(name, _EARLIER.get(name)) != identity[name]]
+        ):
             raise ValueError(
                 f"the output was started with another {', '.join(changed)} (see {state_file.name}); "
                 "use the same options and input, or another OUTPUT"

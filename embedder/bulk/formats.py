@@ -19,6 +19,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedder.documents.office import OFFICE_SUFFIXES, find_program
 from embedder.documents.pages import DOCUMENT_SUFFIXES
 from embedder.errors import EmbedderError, InvalidRequest, MediaTooLarge
 from embedder.inputs.formats import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -86,6 +87,8 @@ def find_files(path: Path, folder: Path) -> InputFiles:
     Raises `ValueError` if there is no file, or if there are several formats.
     """
     files = [path.resolve()] if path.is_file() else sorted(one for one in folder.rglob("*") if one.is_file())
+    office = [] if find_program() else [file for file in files if file.suffix.lower() in OFFICE_SUFFIXES]
+    files = sorted(set(files) - set(office)) if office else files
     for formats in ((PARQUET, JSONL, TAR), (FOLDER,)):
         present = [one for one in formats if any(file.suffix.lower() in one.suffixes for file in files)]
         if len(present) > 1:
@@ -96,9 +99,11 @@ def find_files(path: Path, folder: Path) -> InputFiles:
             left_out = Counter(file.suffix.lower() for file in files)
             for suffix in present[0].suffixes:
                 del left_out[suffix]
-            return InputFiles(present[0], names, left_out)
+            without = Counter(f"{file.suffix.lower()} (LibreOffice is not installed)" for file in office)
+            return InputFiles(present[0], names, left_out + without)
     allowed = [suffix for one in (PARQUET, JSONL, TAR, FOLDER) for suffix in one.suffixes]
-    raise ValueError(f"{path}: no file to embed; allowed: {', '.join(allowed)}")
+    reason = f" ({len(office)} office files need LibreOffice, which is not installed)" if office else ""
+    raise ValueError(f"{path}: no file to embed{reason}; allowed: {', '.join(allowed)}")
 
 
 def plan_parquet(folder: Path, names: Sequence[str], rows_per_part: int) -> Iterator[dict[str, Any]]:
@@ -221,4 +226,4 @@ def read_folder(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]
 PARQUET = Format((".parquet",), plan_parquet, read_parquet)
 JSONL = Format((".jsonl", ".ndjson"), plan_jsonl, read_jsonl)
 TAR = Format((".tar",), plan_tar, read_tar)
-FOLDER = Format((*IMAGE_SUFFIXES, *DOCUMENT_SUFFIXES), plan_folder, read_folder)
+FOLDER = Format((*IMAGE_SUFFIXES, *DOCUMENT_SUFFIXES, *OFFICE_SUFFIXES), plan_folder, read_folder)

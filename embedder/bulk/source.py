@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedder.bulk.formats import FOLDER, JSONL, PARQUET, Part, find_files, find_jsonl_columns
-from embedder.documents.pages import DOCUMENT_SUFFIXES, DocumentReader
+from embedder.bulk.pages import FolderPages, is_document, path_inside, split_page
 from embedder.errors import EmbedderError, InvalidMedia, InvalidRequest, MediaTooLarge
 from embedder.inputs.regimes import CheckpointRegime, Regime
 from embedder.settings import Settings
 
 CONTENT = ("text", "image", "video")
-PAGE = "#page="  # between the path of a document and the number of a page, as in links to a page of a PDF
 _PUBLISHED = CheckpointRegime()
 
 
@@ -53,17 +52,18 @@ class Row:
 class Source:
     """A Parquet or JSONL file, a WebDataset tar, a folder of one of these, or a folder of images and documents.
 
-    `id_type`: type of the id column in Parquet, otherwise string. Raises `ValueError` if the input is none of these, or
-    if a column is missing.
+    `id_type`: type of the id column in Parquet, otherwise string. `state`: the state folder of the output. Raises
+    `ValueError` if the input is none of these, or if a column is missing.
     """
 
-    def __init__(self, path: Path, columns: Columns, settings: Settings) -> None:
+    def __init__(self, path: Path, columns: Columns, settings: Settings, state: Path | None = None) -> None:
         if not path.exists():
             raise ValueError(f"{path} does not exist")
         self.folder = (path if path.is_dir() else path.parent).resolve()
         self.columns, self.settings = columns, settings
         files = find_files(path, self.folder)
         self.format, self.names, self.num_left_out = files.format, files.names, files.num_left_out
+        self._pages = FolderPages(self.folder, settings, state)
         self.has_documents = self.format is FOLDER and any(map(is_document, self.names))
         self.id_type = pa.string()
         self._read = {*columns.item_columns().values(), *filter(None, [columns.id])}
@@ -71,7 +71,7 @@ class Source:
 
     def parts(self, rows_per_part: int) -> list[Part]:
         """All rows in parts of at most `rows_per_part`, in the order of the file names. A tar is one part."""
-        names = list(self._names_of_pages()) if self.has_documents else self.names
+        names = list(self._pages.row_names(self.names)) if self.has_documents else self.names
         planned = self.format.plan(self.folder, names, rows_per_part)
         return [Part(number, **fields) for number, fields in enumerate(planned)]
 
@@ -89,37 +89,22 @@ class Source:
                 row_id = self._id(record.get(self.columns.id))
             yield Row(row_id, self._fields(record))
 
-    def _names_of_pages(self) -> Iterator[str]:
-        """The names of the input's rows. A document that cannot be opened is one row, which gets its error."""
-        with DocumentReader(self.settings) as reader:
-            for name in self.names:
-                if not is_document(name):
-                    yield name
-                    continue
-                try:
-                    num_pages = reader.count_pages(self.folder / name)
-                except EmbedderError:
-                    yield name
-                else:
-                    yield from (f"{name}{PAGE}{number}" for number in range(1, num_pages + 1))
+    def close(self) -> None:
+        """End the processes that open documents."""
+        self._pages.close()
 
     def _rows_of_folder(self, part: Part, regime: Regime) -> Iterator[Row]:
-        with DocumentReader(self.settings) as reader:
-            for name in part.names:
-                row_id = _valid_unicode(name)
-                document, number = split_page(name)
-                if not number and not is_document(name):
-                    yield Row(row_id, self._fields({"image": name}))
-                    continue
-                try:
-                    path = path_inside(self.folder, document)
-                    if not number:
-                        reader.count_pages(path)
-                        raise InvalidMedia("the document could not be opened when the run started, but can be now")
-                    page = reader.render(path, number, regime)
-                    yield Row(row_id, {"image": page.image}, page.text)
-                except EmbedderError as error:
-                    yield Row(row_id, error)
+        for name in part.names:
+            row_id = _valid_unicode(name)
+            document, number = split_page(name)
+            if not is_document(document):
+                yield Row(row_id, self._fields({"image": name}))
+                continue
+            try:
+                page = self._pages.render(document, number, regime)
+                yield Row(row_id, {"image": page.image}, page.text)
+            except EmbedderError as error:
+                yield Row(row_id, error)
 
     def _id(self, value: Any) -> Any:
         if value is None or not pa.types.is_string(self.id_type):
@@ -183,31 +168,6 @@ def read_inside(folder: Path, name: str, max_bytes: int) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InvalidMedia(f"path {name[:80]!r} cannot be read: {type(error).__name__}") from error
-
-
-def path_inside(folder: Path, name: str) -> Path:
-    """The file of this name. Raises `InvalidMedia` if it is not inside the folder, which must be resolved."""
-    short_name = repr(name[:80])
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise InvalidMedia(f"path {short_name} is absolute or has '..'; allowed: relative, inside the input folder")
-    try:
-        path = (folder / name).resolve(strict=True)
-        if not path.is_relative_to(folder) or not path.is_file():
-            raise InvalidMedia(f"path {short_name} leads outside or to no file; allowed: files in the input folder")
-        return path
-    except (OSError, RuntimeError, ValueError) as error:  # missing; a cycle of links; a NUL character
-        raise InvalidMedia(f"path {short_name} cannot be read: {type(error).__name__}") from error
-
-
-def is_document(name: str) -> bool:
-    """Whether the file has pages."""
-    return PurePosixPath(name).suffix.lower() in DOCUMENT_SUFFIXES
-
-
-def split_page(row_id: str) -> tuple[str, int]:
-    """`a.pdf#page=3` -> path and number of the page; 0 of a file without pages."""
-    path, separator, number = row_id.rpartition(PAGE)
-    return (path, int(number)) if separator and is_document(path) and number.isdecimal() else (row_id, 0)
 
 
 def _text(value: Any, field: str) -> Any:

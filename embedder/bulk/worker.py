@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from embedder.bulk.formats import FILE_ERRORS, Part
 from embedder.bulk.source import Columns, Row, Source
-from embedder.bulk.writer import OutputFormat, Writer, output_schema
+from embedder.bulk.thumbnails import make_thumbnail
+from embedder.bulk.writer import STATE_FOLDER, OutputFormat, Writer, output_schema
 from embedder.embedder import Embedder
 from embedder.engine.postprocess import Embedding, OutputDtype, quantize
 from embedder.errors import EmbedderError, EngineFailed
@@ -28,7 +29,8 @@ PARTS_AT_ONCE = 4  # of one worker: the device has work while a part ends or a f
 OUTPUT_BATCH_ROWS = 512
 QUEUED_BATCHES = 4  # limit of the engine's queue, in full batches
 
-Submitted = tuple[Any, str | None, Future[Embedding] | EmbedderError]  # id and text of the row, its embedding or error
+# Id, text and thumbnail of a row, and its embedding or error
+Submitted = tuple[Any, str | None, bytes | None, Future[Embedding] | EmbedderError]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,19 @@ class Job:
     dimensions: int | None
     output_dtype: OutputDtype
     settings: Settings
+    has_text: bool = True  # of the output, if the input has documents
+    has_thumbnails: bool = False
+
+
+def job_schema(job: Job, source: Source, dimensions: int) -> pa.Schema:
+    """The columns of the job's output."""
+    return output_schema(
+        source.id_type,
+        dimensions,
+        job.output_dtype,
+        has_text=source.has_documents and job.has_text,
+        has_thumbnail=job.has_thumbnails,
+    )
 
 
 class Worker:
@@ -50,13 +65,16 @@ class Worker:
     def __init__(self, job: Job) -> None:
         queued = min(job.settings.max_queued_tokens, QUEUED_BATCHES * job.settings.max_batch_tokens)
         self.job = job
-        self.source = Source(job.input, job.columns, job.settings)
+        self.source = Source(job.input, job.columns, job.settings, job.output / STATE_FOLDER)
         self.embedder = Embedder(settings=job.settings.model_copy(update={"max_queued_tokens": queued}))
         dimensions = job.dimensions or self.embedder.engine.hidden_size
-        self.schema = output_schema(
-            self.source.id_type, dimensions, job.output_dtype, has_text=self.source.has_documents
-        )
+        self.schema = job_schema(job, self.source, dimensions)
         self.writer = Writer(job.output, job.output_format)
+
+    def close(self) -> None:
+        """End the processes and the engine."""
+        self.source.close()
+        self.embedder.close()
 
     def __call__(self, row: dict[str, str]) -> dict[str, Any]:
         """Embed a part. Returns the numbers of `rows` and of `errors` among them; `fault`: the file's error, if any."""
@@ -72,12 +90,17 @@ class Worker:
         """Batches of the part's rows. The rows of the next batch are submitted before a batch is awaited."""
         submitted: list[Submitted] = []
         for row in self.source.rows(part, self.embedder.preprocessor.vision.regime):
-            submitted.append((row.id, row.text, self._submit(row)))
+            submitted.append((row.id, row.text, self._thumbnail(row), self._submit(row)))
             if len(submitted) == 2 * OUTPUT_BATCH_ROWS:
                 yield self._batch(submitted[:OUTPUT_BATCH_ROWS], counts)
                 del submitted[:OUTPUT_BATCH_ROWS]
         for start in range(0, len(submitted), OUTPUT_BATCH_ROWS):
             yield self._batch(submitted[start : start + OUTPUT_BATCH_ROWS], counts)
+
+    def _thumbnail(self, row: Row) -> bytes | None:
+        if not self.job.has_thumbnails or isinstance(row.fields, EmbedderError):
+            return None
+        return make_thumbnail(row.fields["image"], self.job.settings)
 
     def _submit(self, row: Row) -> Future[Embedding] | EmbedderError:
         if isinstance(row.fields, EmbedderError):
@@ -89,7 +112,7 @@ class Worker:
             return error
 
     def _batch(self, submitted: Sequence[Submitted], counts: dict[str, Any]) -> pa.RecordBatch:
-        results = [_result(one) for _, _, one in submitted]
+        results = [_result(one) for *_, one in submitted]
         failed = [one for one in results if isinstance(one, EmbedderError)]
         if any(isinstance(one, EngineFailed) for one in failed):
             self.embedder.embed(["ready?"])  # raises if the engine fails for every input
@@ -97,14 +120,16 @@ class Worker:
         counts["errors"] += len(failed)
         embedded = [one if isinstance(one, Embedding) else None for one in results]
         columns = [
-            pa.array([row_id for row_id, _, _ in submitted], self.schema.field("id").type),
+            pa.array([row_id for row_id, *_ in submitted], self.schema.field("id").type),
             self._vectors(embedded),
             pa.array([one and one.num_tokens for one in embedded], pa.int32()),
             pa.array([one and one.num_cut_tokens for one in embedded], pa.int32()),
             pa.array([_error_text(one) if isinstance(one, EmbedderError) else None for one in results], pa.string()),
         ]
-        if self.source.has_documents:
-            columns.append(pa.array([text for _, text, _ in submitted], pa.string()))
+        if "text" in self.schema.names:
+            columns.append(pa.array([text for _, text, *_ in submitted], pa.string()))
+        if "thumbnail" in self.schema.names:
+            columns.append(pa.array([thumbnail for *_, thumbnail, _ in submitted], pa.binary()))
         return pa.record_batch(columns, schema=self.schema)
 
     def _vectors(self, embedded: Sequence[Embedding | None]) -> pa.Array:

@@ -32,9 +32,16 @@ _VALUES: dict[str, pa.DataType] = {
 
 
 def output_schema(
-    id_type: pa.DataType, dimensions: int, output_dtype: OutputDtype, *, has_text: bool = False
+    id_type: pa.DataType,
+    dimensions: int,
+    output_dtype: OutputDtype,
+    *,
+    has_text: bool = False,
+    has_thumbnail: bool = False,
 ) -> pa.Schema:
-    """Columns of the output. Of `embedding` and `error` one is null. `text`: the text layer of a document's page."""
+    """Columns of the output. Of `embedding` and `error` one is null. `text`: the text layer of a document's page.
+    `thumbnail`: JPEG.
+    """
     num_values = (dimensions + 7) // 8 if output_dtype in ("binary", "ubinary") else dimensions
     return pa.schema(
         {
@@ -44,6 +51,7 @@ def output_schema(
             "num_cut_tokens": pa.int32(),
             "error": pa.string(),
             **({"text": pa.string()} if has_text else {}),
+            **({"thumbnail": pa.binary()} if has_thumbnail else {}),
         }
     )
 

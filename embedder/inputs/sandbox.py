@@ -21,6 +21,18 @@ _SECCOMP_MODE_FILTER = 2
 _MAX_OPEN_FILES = 32
 
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of `_ALLOWED`, and AUDIT_ARCH_*
+# Instructions of classic BPF: BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_JMP|BPF_JGE|BPF_K, BPF_RET|BPF_K
+_LOAD, _EQUAL, _AT_LEAST, _GIVE = 0x20, 0x15, 0x35, 0x06
+# SECCOMP_RET_ALLOW, _ERRNO with EPERM, _KILL_PROCESS
+_GIVE_ALLOW, _GIVE_REFUSE, _GIVE_KILL = 0x7FFF0000, 0x00050001, 0x80000000
+_AF_UNIX = 1
+_SOCKET = (41, 198)  # the numbers of the system call `socket` on x86-64 and ARM
+_REFUSED = {  # what connects, or could do so unseen
+    "connect": (42, 203),
+    "io_uring_setup": (425, 425),
+    "process_vm_writev": (311, 271),
+    "ptrace": (101, 117),
+}
 _ANY = (0, None)
 # Name: number on x86-64, number on ARM, and the argument that must have a certain value.
 _ALLOWED: dict[str, tuple[int, int, tuple[int, int | None]]] = {
@@ -102,22 +114,27 @@ def refuse_system_calls() -> bool:
     """Refuse, from now on, every system call that is not in the list. False where the platform cannot do that."""
     if sys.platform != "linux" or platform.machine() not in _MACHINES:
         return False
-    column, architecture = _MACHINES[platform.machine()]
-    code = _program(column, architecture)
+    return _prctl(_PR_SET_DUMPABLE, 0) and _install(_program(*_MACHINES[platform.machine()]))
+
+
+def refuse_network() -> bool:
+    """Refuse, from now on and in every program that this process becomes, to connect, and sockets but local ones."""
+    if sys.platform != "linux" or platform.machine() not in _MACHINES:
+        return False
+    return _install(_network_program(*_MACHINES[platform.machine()]))
+
+
+def _install(code: bytes) -> bool:
+    """Make a filter of system calls of these instructions."""
     buffer = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog: number of instructions, address of the first
     program = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)))
-    return (
-        _prctl(_PR_SET_DUMPABLE, 0)
-        and _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-        and _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program))
-    )
+    return _prctl(_PR_SET_NO_NEW_PRIVS, 1) and _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program))
 
 
 def _program(column: int, architecture: int) -> bytes:
     """The filter as instructions of classic BPF: operation, jump if true, jump if false, value."""
-    load, equal, give = 0x20, 0x15, 0x06  # BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_RET|BPF_K
-    allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000  # SECCOMP_RET_ALLOW, _ERRNO with EPERM, _KILL_PROCESS
+    load, equal, give, allow, refuse, kill = _LOAD, _EQUAL, _GIVE, _GIVE_ALLOW, _GIVE_REFUSE, _GIVE_KILL
     steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
     for call in _ALLOWED.values():
         number, (argument, value) = (call[0], call[1])[column], call[2]
@@ -128,6 +145,18 @@ def _program(column: int, architecture: int) -> bytes:
             steps += [(equal, 0, 4, number), (load, 0, 0, place), (equal, 0, 1, value), (give, 0, 0, allow)]
             steps += [(give, 0, 0, refuse)]
     steps += [(give, 0, 0, refuse)]
+    return b"".join(struct.pack("HBBI", *step) for step in steps)
+
+
+def _network_program(column: int, architecture: int) -> bytes:
+    """As `_program`: refuse sockets unless they are local ones, and the calls of `_REFUSED`."""
+    steps = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), (_GIVE, 0, 0, _GIVE_KILL), (_LOAD, 0, 0, 0)]
+    if column == 0:  # numbers from here on are those of x32, another way to the same calls
+        steps += [(_AT_LEAST, 0, 1, 0x40000000), (_GIVE, 0, 0, _GIVE_REFUSE)]
+    for numbers in _REFUSED.values():
+        steps += [(_EQUAL, 0, 1, numbers[column]), (_GIVE, 0, 0, _GIVE_REFUSE)]
+    steps += [(_EQUAL, 0, 3, _SOCKET[column]), (_LOAD, 0, 0, 16), (_EQUAL, 1, 0, _AF_UNIX)]
+    steps += [(_GIVE, 0, 0, _GIVE_REFUSE), (_GIVE, 0, 0, _GIVE_ALLOW)]
     return b"".join(struct.pack("HBBI", *step) for step in steps)
 
 

@@ -6,6 +6,7 @@ The query is embedded by the model that EMBEDDER_MODEL names, which must be the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,12 +19,12 @@ import orjson
 from numpy.typing import NDArray
 
 try:
+    from embedder.bulk.pages import FolderPages
     from embedder.search.collection import Collection, Hit
     from embedder.search.serve import serve
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: pip install -e '.[bulk]'") from None
 
-from embedder.documents.pages import DocumentReader
 from embedder.embedder import Embedder
 from embedder.errors import EmbedderError
 from embedder.inputs.prompt import QUERY_INSTRUCTION
@@ -110,14 +111,15 @@ def _embed(query: dict[str, Any], collection: Collection, settings: Settings) ->
 
 def _rerank(query: dict[str, Any], hits: list[Hit], collection: Collection, settings: Settings) -> list[Hit]:
     assert collection.folder is not None
-    with Reranker(settings=settings) as reranker, DocumentReader(settings) as reader:
+    pages = FolderPages(collection.folder, settings, collection.state)
+    with Reranker(settings=settings) as reranker, contextlib.closing(pages):
         loaded = reranker.models.reranker
         assert loaded is not None
         regime = loaded.preprocessor.vision.regime
         documents = []
         for hit in hits:
             path = collection.folder / hit.file
-            documents.append({"image": reader.render(path, hit.page, regime).image if hit.page else path})
+            documents.append({"image": pages.render(hit.file, hit.page, regime).image if hit.page else path})
         return [replace(hits[one.index], score=one.score) for one in reranker.rank(query, documents)]
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.dataset
 from numpy.typing import NDArray
 
-from embedder.bulk.source import split_page
+from embedder.bulk.pages import split_page
 from embedder.bulk.writer import STATE_FOLDER
 from embedder.engine.postprocess import OutputDtype, dequantize
 
@@ -47,7 +47,8 @@ class Collection:
     """
 
     def __init__(self, output: Path) -> None:
-        state = output / STATE_FOLDER / "job.json"
+        self.state = output / STATE_FOLDER
+        state = self.state / "job.json"
         if not state.is_file():
             raise ValueError(f"{output} is no output of embedder.bulk: it has no {STATE_FOLDER}/job.json")
         job = json.loads(state.read_text())
@@ -87,7 +88,18 @@ class Collection:
 
     def take(self, places: Sequence[int]) -> Batch:
         """The rows at these places in the output, ascending and with a vector."""
-        columns = self._columns(has_text=True)
+        table = self._read(places, self._columns(has_text=True))
+        return self._batch(table.combine_chunks().to_batches()[0])
+
+    def thumbnail(self, place: int) -> bytes | None:
+        """The thumbnail of the row at this place in the output; None if it has none."""
+        if "thumbnail" not in self._dataset.schema.names:
+            return None
+        thumbnail: bytes | None = self._read([place], ["thumbnail"]).column(0)[0].as_py()
+        return thumbnail
+
+    def _read(self, places: Sequence[int], columns: list[str]) -> pa.Table:
+        """Columns of the rows at these places, ascending."""
         if isinstance(self._groups, list):
             tables, first, rest = [], 0, np.asarray(places)
             for group, num_rows in self._groups:
@@ -95,10 +107,8 @@ class Collection:
                 if len(inside):
                     tables.append(group.to_table(columns=columns).take(pa.array(inside - first)))
                 first += num_rows
-            table = pa.concat_tables(tables)
-        else:
-            table = self._dataset.take(list(places), columns=columns)
-        return self._batch(table.combine_chunks().to_batches()[0])
+            return pa.concat_tables(tables)
+        return self._dataset.take(list(places), columns=columns)
 
     def places(self) -> NDArray[np.int64]:
         """Where in the output the rows with a vector are, for `take`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.bulk.source import split_page
+from embedder.bulk.pages import split_page
 from embedder.search.collection import Collection, Hit, cosines
 
 FIRST_VALUES = 256  # of each vector that are in memory
@@ -44,6 +44,10 @@ class Index:
     def first_rows(self, limit: int) -> list[Hit]:
         """The first rows of the collection, with a score of 0."""
         return self._hits(list(range(min(limit, len(self.ids)))), None)
+
+    def thumbnail(self, row: int) -> bytes | None:
+        """The thumbnail that the output has of a row; None if it has none."""
+        return self._collection.thumbnail(int(self._places[row]))
 
     def _hits(self, rows: list[int], query: NDArray[np.float32] | None) -> list[Hit]:
         if not rows:

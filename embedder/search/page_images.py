@@ -6,7 +6,6 @@ embedded; then the error says so.
 
 from __future__ import annotations
 
-import io
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -14,27 +13,29 @@ from pathlib import Path, PurePosixPath
 import PIL.Image
 
 from embedder.bulk.formats import FOLDER
-from embedder.bulk.source import path_inside, read_inside, split_page
-from embedder.documents.pages import DocumentReader
+from embedder.bulk.pages import FolderPages, path_inside, split_page
+from embedder.bulk.source import read_inside
+from embedder.bulk.thumbnails import to_jpeg
 from embedder.errors import InvalidMedia
 from embedder.inputs.decoder_process import decoder_for_one_item
 from embedder.inputs.image import load_image
 from embedder.inputs.regimes import CheckpointRegime
 from embedder.settings import Settings
 
-THUMBNAIL_PIXELS = 256 * 256
 PAGE_PIXELS = 2_000_000  # an A4 page in 144 dots per inch
 CACHE_BYTES = 64 * 2**20
-JPEG_QUALITY = 90
 
 
 class PageImages:
-    """Renders one row at a time, in a thread of its own. `folder`: the input of the collection. Close it at the end."""
+    """Renders one row at a time, in a thread of its own. Close it at the end.
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    `folder`: the input of the collection. `state`: its state folder, with the PDFs of office files.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, state: Path | None = None) -> None:
         self._folder = folder.resolve()
         self._settings = settings
-        self._reader = DocumentReader(settings)
+        self._pages = FolderPages(self._folder, settings, state)
         self._thread = ThreadPoolExecutor(1, "pages")  # the reader's process ends with the thread that has started it
         self._cache: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._num_bytes = 0
@@ -52,7 +53,7 @@ class PageImages:
 
     def close(self) -> None:
         """End the process and the thread."""
-        self._thread.submit(self._reader.close).result()
+        self._thread.submit(self._pages.close).result()
         self._thread.shutdown()
 
     def _cached(self, row_id: str, max_pixels: int) -> bytes:
@@ -60,7 +61,7 @@ class PageImages:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        data = _jpeg(self._image(row_id, CheckpointRegime(max_pixels=max_pixels)))
+        data = to_jpeg(self._image(row_id, CheckpointRegime(max_pixels=max_pixels)))
         self._cache[key] = data
         self._num_bytes += len(data)
         while self._num_bytes > CACHE_BYTES and len(self._cache) > 1:
@@ -68,15 +69,10 @@ class PageImages:
         return data
 
     def _image(self, row_id: str, regime: CheckpointRegime) -> PIL.Image.Image:
-        path, (file, page) = self.source(row_id), split_page(row_id)
+        self.source(row_id)
+        file, page = split_page(row_id)
         if page:
-            return self._reader.render(path, page, regime).image
+            return self._pages.render(file, page, regime).image
         data = read_inside(self._folder, file, self._settings.max_image_bytes)
         with decoder_for_one_item(self._settings) as decoder:
             return PIL.Image.fromarray(load_image(data, regime, self._settings, decoder=decoder))
-
-
-def _jpeg(image: PIL.Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()

@@ -24,6 +24,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import embedder
+from embedder.bulk.thumbnails import THUMBNAIL_PIXELS
 from embedder.embedder import Embedder
 from embedder.errors import InvalidRequest, NotFound
 from embedder.http.api_keys import ApiKeys
@@ -40,7 +41,7 @@ from embedder.playground.collection import HEADERS
 from embedder.playground.collection import Collection as Pictures
 from embedder.search.collection import Collection, Hit
 from embedder.search.index import Index
-from embedder.search.page_images import PAGE_PIXELS, THUMBNAIL_PIXELS, PageImages
+from embedder.search.page_images import PAGE_PIXELS, PageImages
 from embedder.search.snippet import find_lines, find_snippet
 from embedder.settings import Settings
 from embedder.telemetry.metrics import Metrics
@@ -64,7 +65,7 @@ class CollectionRoutes:
     def __init__(self, collection: Collection, settings: Settings, default: ASGIApp) -> None:
         self._collection = collection
         self._index = Index(collection)
-        self._images = PageImages(collection.folder, settings) if collection.folder else None
+        self._images = PageImages(collection.folder, settings, collection.state) if collection.folder else None
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/": self._start,
             "/playground/collection": self._fields,
@@ -110,7 +111,9 @@ class CollectionRoutes:
         return json_response(to_json({"results": [_fields(hit, asked) for hit in hits]}), HEADERS)
 
     async def _thumbnail(self, request: Request) -> Response:
-        return await self._picture(request, THUMBNAIL_PIXELS)
+        self._row_id(request)
+        data = await asyncio.to_thread(self._index.thumbnail, int(request.path_params["row"]))
+        return _jpeg_response(data) if data else await self._picture(request, THUMBNAIL_PIXELS)
 
     async def _page(self, request: Request) -> Response:
         return await self._picture(request, PAGE_PIXELS)
@@ -118,7 +121,7 @@ class CollectionRoutes:
     async def _picture(self, request: Request, max_pixels: int) -> Response:
         row_id, images = self._row_id(request)
         data = await asyncio.to_thread(images.render, row_id, max_pixels)
-        return Response(data, headers={**HEADERS, "cache-control": "no-cache"}, media_type="image/jpeg")
+        return _jpeg_response(data)
 
     async def _file(self, request: Request) -> Response:
         row_id, images = self._row_id(request)
@@ -194,6 +197,10 @@ def _service_routes(loaded: Embedder, settings: Settings) -> Routes:
         loaded.engine, loaded.preprocessor, model, info, pictures, time.monotonic(), lambda: True, None
     )
     return routes
+
+
+def _jpeg_response(data: bytes) -> Response:
+    return Response(data, headers={**HEADERS, "cache-control": "no-cache"}, media_type="image/jpeg")
 
 
 def _vector(base64: str, max_values: int) -> NDArray[np.float32]:

@@ -215,7 +215,7 @@ def run(task: Job, rows_per_part: int = 10) -> tuple[list[dict[str, Any]], pa.Ta
     parts = worker.source.parts(rows_per_part)
     counts = [worker({"part": part.to_json()}) for part in reversed(parts)]
     worker.writer.commit(worker.schema, [part.number for part in parts])
-    worker.embedder.close()
+    worker.close()
     return counts, read(task.output, task.output_format)
 
 
@@ -299,7 +299,7 @@ def test_engine_that_fails_for_every_input_fails_the_part(
     with pytest.raises(EngineFailed):
         worker({"part": worker.source.parts(10)[0].to_json()})
     assert not worker.writer.is_written(0)
-    worker.embedder.close()
+    worker.close()
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_resumed_run_writes_only_the_missing_parts(tmp_path: Path, embedder: Emb
     assert [part.number for part in missing] == [1, 2, 4]
     for part in missing:
         worker({"part": part.to_json()})
-    worker.embedder.close()
+    worker.close()
     after = {one.name: one.stat().st_mtime_ns for one in task.output.glob("*.parquet")}
     assert len(after) == 5
     assert before.items() <= after.items()

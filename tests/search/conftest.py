@@ -42,5 +42,5 @@ def indexed(tmp_path_factory: pytest.TempPathFactory) -> Indexed:
     _lock_output(worker.writer, identity, {"folder": str(worker.source.folder)}).close()
     for part in parts:
         worker({"part": part.to_json()})
-    worker.embedder.close()
+    worker.close()
     return Indexed(folder, output, subjects)

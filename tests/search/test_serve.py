@@ -28,6 +28,7 @@ from tests.search.conftest import Indexed
 
 pytest.importorskip("ray", reason="comes with the `bulk` extra")
 
+from embedder.bulk.thumbnails import THUMBNAIL_PIXELS
 from embedder.search import page_images
 from embedder.search.__main__ import main
 
@@ -185,11 +186,11 @@ def test_cache_of_pictures_is_bounded(indexed: Indexed, monkeypatch: pytest.Monk
     images = page_images.PageImages(indexed.folder, Settings())
     try:
         rows = [f"reports/report-0{document}.pdf#page={page}" for document in (1, 2) for page in (1, 2, 3, 4)]
-        pictures = [images.render(row, page_images.THUMBNAIL_PIXELS) for row in rows]
+        pictures = [images.render(row, THUMBNAIL_PIXELS) for row in rows]
         kept = list(images._cache.values())
         assert sum(map(len, kept)) == images._num_bytes <= 40_000
         assert 1 < len(kept) < len(rows)
-        assert images.render(rows[0], page_images.THUMBNAIL_PIXELS) == pictures[0]
+        assert images.render(rows[0], THUMBNAIL_PIXELS) == pictures[0]
     finally:
         images.close()
 

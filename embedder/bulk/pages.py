@@ -1,0 +1,151 @@
+"""The rows of a folder with documents: a row for each picture and for each page.
+
+What was learned about a document is kept in the state folder of the output: its number of pages, so that a run that is
+started again need not open every document, and the PDF of an office file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from embedder.documents.office import OFFICE_SUFFIXES, convert_to_pdf
+from embedder.documents.pages import DOCUMENT_SUFFIXES, DocumentReader, Page
+from embedder.errors import EmbedderError, InvalidMedia, MediaTooLarge
+from embedder.inputs.regimes import Regime
+from embedder.settings import Settings
+
+PAGE = "#page="  # between the path of a document and the number of a page, as in links to a page of a PDF
+
+
+class FolderPages:
+    """The documents of a folder. `state`: the state folder of the output; None to keep nothing.
+
+    Threads may share it; each has a process of its own, which `close` ends.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, state: Path | None) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._state = state
+        self._own = threading.local()  # a reader's process ends with the thread that has started it
+        self._readers: list[DocumentReader] = []
+
+    def row_names(self, names: Sequence[str]) -> Iterator[str]:
+        """The name of each row. A document that cannot be opened is one row, which gets its error."""
+        counts = self._read_counts()
+        found: dict[str, list[int]] = {}
+        for name in names:
+            if not is_document(name):
+                yield name
+                continue
+            status = (self._folder / name).stat()
+            known = counts.get(name)
+            if not known or known[:2] != [status.st_size, status.st_mtime_ns]:
+                known = [status.st_size, status.st_mtime_ns, self._count_pages(name)]
+            found[name] = known
+            yield from (f"{name}{PAGE}{number}" for number in range(1, known[2] + 1)) if known[2] else [name]
+        self._write_counts(found)
+
+    def render(self, name: str, number: int, regime: Regime) -> Page:
+        """A page of a document. `number` 0: of one that could not be opened, which raises why.
+
+        Raises `InvalidMedia` and `MediaTooLarge`.
+        """
+        path = self._path(name)
+        if not number:
+            self._reader().count_pages(path)
+            raise InvalidMedia("the document could not be opened when the run started, but can be now")
+        return self._reader().render(path, number, regime)
+
+    def close(self) -> None:
+        """End the processes."""
+        for reader in self._readers:
+            reader.close()
+
+    def _count_pages(self, name: str) -> int:
+        try:
+            return self._reader().count_pages(self._path(name))
+        except EmbedderError:
+            return 0
+
+    def _reader(self) -> DocumentReader:
+        if not hasattr(self._own, "reader"):
+            self._own.reader = DocumentReader(self._settings)
+            self._readers.append(self._own.reader)
+        reader: DocumentReader = self._own.reader
+        return reader
+
+    def _path(self, name: str) -> Path:
+        """The file to open: the document, or the PDF of an office file, which is made if it is missing."""
+        path = path_inside(self._folder, name)
+        if not is_office(name):
+            return path
+        if self._state is None:
+            raise InvalidMedia("an office file is converted by embedder.bulk only")
+        status = path.stat()
+        key = hashlib.sha256(f"{name}\0{status.st_size}\0{status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+        pdf = self._state / "office" / f"{key.hexdigest()}.pdf"
+        failed = pdf.with_suffix(".error")
+        if failed.exists():
+            raise InvalidMedia(failed.read_text())
+        if not pdf.exists():
+            pdf.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                convert_to_pdf(path, pdf)
+            except (InvalidMedia, MediaTooLarge) as error:
+                failed.write_text(error.message)
+                raise
+        return pdf
+
+    def _read_counts(self) -> dict[str, list[int]]:
+        """By name of a document: its size, its time of change, and its number of pages, 0 if it cannot be opened."""
+        if self._state is None:
+            return {}
+        try:
+            counts: dict[str, list[int]] = json.loads((self._state / "pages.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return counts
+
+    def _write_counts(self, counts: dict[str, list[int]]) -> None:
+        if self._state is None:
+            return
+        self._state.mkdir(parents=True, exist_ok=True)
+        temporary = self._state / f"pages.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(counts))
+        temporary.rename(self._state / "pages.json")
+
+
+def is_document(name: str) -> bool:
+    """Whether the file has pages."""
+    return PurePosixPath(name).suffix.lower() in (*DOCUMENT_SUFFIXES, *OFFICE_SUFFIXES)
+
+
+def is_office(name: str) -> bool:
+    """Whether the file has to be converted first."""
+    return PurePosixPath(name).suffix.lower() in OFFICE_SUFFIXES
+
+
+def split_page(row_id: str) -> tuple[str, int]:
+    """`a.pdf#page=3` -> path and number of the page; 0 of a file without pages."""
+    path, separator, number = row_id.rpartition(PAGE)
+    return (path, int(number)) if separator and is_document(path) and number.isdecimal() else (row_id, 0)
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """The file of this name. Raises `InvalidMedia` if it is not inside the folder, which must be resolved."""
+    short_name = repr(name[:80])
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise InvalidMedia(f"path {short_name} is absolute or has '..'; allowed: relative, inside the input folder")
+    try:
+        path = (folder / name).resolve(strict=True)
+        if not path.is_relative_to(folder) or not path.is_file():
+            raise InvalidMedia(f"path {short_name} leads outside or to no file; allowed: files in the input folder")
+        return path
+    except (OSError, RuntimeError, ValueError) as error:  # missing; a cycle of links; a NUL character
+        raise InvalidMedia(f"path {short_name} cannot be read: {type(error).__name__}") from error

@@ -1,0 +1,102 @@
+"""An office file -> a PDF, by LibreOffice if it is installed.
+
+LibreOffice needs files, threads and processes of its own, so it cannot be confined as a page's renderer is. It gets
+what is possible: a profile folder that is new and has macros and links to other files disabled, no sockets but local
+ones, limits of memory, of file size and of time, and its whole process group is killed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from embedder.errors import InvalidMedia, MediaTooLarge
+from embedder.settings import decoder_environment
+
+OFFICE_SUFFIXES = (".doc", ".docx", ".odp", ".ods", ".odt", ".ppt", ".pptx", ".rtf", ".xls", ".xlsx")
+PROGRAMS = ("soffice", "libreoffice")
+TIMEOUT_S = 120.0  # the first start of a version of LibreOffice takes several seconds
+MAX_OFFICE_BYTES = 2**28
+
+_START = (
+    "import sys, json; sys.path[:], parent, command = json.loads(sys.argv[1]); "
+    "from embedder.documents.office_process import main; main(parent, command)"
+)
+# Names of LibreOffice's own settings. Level 3 runs only macros of trusted places, of which there are none.
+_PROFILE = """<?xml version="1.0" encoding="UTF-8"?>
+<oor:items xmlns:oor="http://openoffice.org/2001/registry">
+<item oor:path="/org.openoffice.Office.Common/Security/Scripting"><prop oor:name="MacroSecurityLevel" oor:op="fuse">
+<value>3</value></prop></item>
+<item oor:path="/org.openoffice.Office.Common/Security/Scripting"><prop oor:name="DisableMacrosExecution" oor:op="fuse">
+<value>true</value></prop></item>
+<item oor:path="/org.openoffice.Office.Common/Security/Scripting"><prop oor:name="DisableActiveContent" oor:op="fuse">
+<value>true</value></prop></item>
+<item oor:path="/org.openoffice.Office.Common/Security/Scripting"><prop oor:name="BlockUntrustedRefererLinks"
+ oor:op="fuse"><value>true</value></prop></item>
+</oor:items>
+"""
+
+
+def find_program() -> str | None:
+    """The path of LibreOffice; None if it is not installed."""
+    return next((found for name in PROGRAMS if (found := shutil.which(name))), None)
+
+
+def convert_to_pdf(source: Path, target: Path, timeout_s: float = TIMEOUT_S) -> None:
+    """Write the PDF of an office file to `target`, complete or not at all. Raises `InvalidMedia`, `MediaTooLarge`."""
+    program = find_program()
+    if program is None:
+        raise InvalidMedia("an office file needs LibreOffice, which is not installed; install it, or convert to PDF")
+    with tempfile.TemporaryDirectory(prefix="office-", ignore_cleanup_errors=True) as folder:
+        work = Path(folder)
+        document = work / f"document{source.suffix.lower()}"  # a name of a caller could be an option
+        try:
+            if source.stat().st_size > MAX_OFFICE_BYTES:
+                raise MediaTooLarge(f"office file of {source.stat().st_size} bytes; allowed: up to {MAX_OFFICE_BYTES}")
+            shutil.copyfile(source, document)
+        except OSError as error:
+            raise InvalidMedia(f"the document cannot be read: {error.strerror}") from error
+        _run(program, document, work, timeout_s)
+        made = work / "out" / "document.pdf"
+        if made.is_symlink() or not made.is_file():
+            raise InvalidMedia("LibreOffice cannot convert this file; it is damaged, or needs a password")
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        shutil.copyfile(made, temporary)
+        temporary.rename(target)
+
+
+def _run(program: str, document: Path, work: Path, timeout_s: float) -> None:
+    """Run LibreOffice, and kill every process of its group afterwards."""
+    user = work / "profile" / "user"
+    user.mkdir(parents=True)
+    (user / "registrymodifications.xcu").write_text(_PROFILE)
+    command = [
+        *(program, "--headless", "--norestore", "--nolockcheck", "--nodefault", "--nologo"),
+        *(f"-env:UserInstallation={(work / 'profile').as_uri()}", "--convert-to", "pdf"),
+        *("--outdir", str(work / "out"), str(document)),
+    ]
+    paths = [os.path.abspath(path) for path in (*sys.path, str(Path(__file__).parents[2])) if path]
+    process = subprocess.Popen(  # noqa: S603 - the arguments are ours
+        [sys.executable, "-I", "-S", "-c", _START, json.dumps([paths, os.getpid(), command])],
+        env={**decoder_environment(), "HOME": str(work), "TMPDIR": str(work), "PATH": os.defpath, "LC_ALL": "C.UTF-8"},
+        cwd=work,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired as error:
+        raise MediaTooLarge(f"converting the office file took more than {timeout_s:g} s; convert it to PDF") from error
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
