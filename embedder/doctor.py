@@ -23,10 +23,10 @@ from embedder.inputs.processor_config import read_vision_config
 from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model.attention import choose_attention
 from embedder.model.checkpoint import BUNDLED, find_checkpoint, find_reranker, is_on_this_machine
-from embedder.model.execution import choose_execution
+from embedder.model.execution import choose_execution, find_compiler
 from embedder.model.gpus import count_gpus
 from embedder.model.memory import check_memory, free_bytes
-from embedder.model.weights import choose_device, choose_dtype
+from embedder.model.weights import check_vocabulary, check_weights, choose_device, choose_dtype
 from embedder.server.lifecycle import check_address
 from embedder.settings import PREFIX, Settings, available_cores
 
@@ -109,13 +109,14 @@ def _examine_checkpoint(report: Report, settings: Settings, kind: Literal["model
     if checkpoint is None:
         return None
     folder = checkpoint.folder
-    report.add("tokenizer", lambda: load_tokenizer(folder), lambda one: f"{one.get_vocab_size()} tokens")
+    report.add("tokenizer", lambda: check_vocabulary(folder, load_tokenizer(folder)), lambda count: f"{count} tokens")
     report.add(
         "images",
         lambda: read_vision_config(folder, settings),
         lambda vision: f"{vision.regime.min_pixels} to {vision.regime.max_pixels} pixels after resizing",
     )
-    return folder
+    count = report.add("weights", lambda: check_weights(folder), lambda one: f"{one}, with the shapes of config.json")
+    return folder if count else None
 
 
 def _examine_device(report: Report, settings: Settings, folders: Sequence[Path]) -> None:
@@ -129,6 +130,7 @@ def _examine_device(report: Report, settings: Settings, folders: Sequence[Path])
     )
     assert dtype is not None
     report.add("attention", lambda: choose_attention(settings.attention, device, dtype)[0])
+    report.add("compiler", find_compiler, lambda path: path or "none: layers are compiled on a GPU only with one")
     report.add("execution", lambda: choose_execution(settings.execution, device))
     report.add(
         "workers",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from embedder.engine.device import WaitForRows
 from embedder.errors import DeviceOutOfMemory, ModelUnavailable
@@ -28,7 +29,7 @@ from embedder.model.packing import MAX_SHARED_TOKENS, pack
 from embedder.model.pooling import pool
 from embedder.model.products import arrange_products
 from embedder.model.score_head import load_score_head
-from embedder.model.weights import choose_dtype, load_model, num_language_weights, visual_cost
+from embedder.model.weights import check_vocabulary, choose_dtype, load_model, num_language_weights, visual_cost
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,12 @@ class EmbeddingModel:
     def _make_preprocessor(self, weights: Any) -> Preprocessor:
         folder = self.checkpoint.folder
         vision = read_vision_config(folder, self.settings)
-        return Preprocessor(load_tokenizer(folder), vision, self.settings, visual_cost=visual_cost(weights))
+        return Preprocessor(self._load_tokenizer(), vision, self.settings, visual_cost=visual_cost(weights))
+
+    def _load_tokenizer(self) -> Tokenizer:
+        tokenizer = load_tokenizer(self.checkpoint.folder)
+        check_vocabulary(self.checkpoint.folder, tokenizer)
+        return tokenizer
 
     def _rows(self, inputs: list[ModelInput]) -> torch.Tensor:
         """The final hidden states, (num_items, hidden_size), on the device."""
@@ -192,7 +198,7 @@ class RerankingModel(EmbeddingModel):
 
     def _make_preprocessor(self, weights: Any) -> Preprocessor:
         folder = self.checkpoint.folder
-        tokenizer = load_tokenizer(folder)
+        tokenizer = self._load_tokenizer()
         self._score_head = load_score_head(folder, weights, tokenizer)
         return PairPreprocessor(
             tokenizer,

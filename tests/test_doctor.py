@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from embedder import doctor
+from embedder.errors import ModelUnavailable
+from embedder.models import Models
+from embedder.settings import Settings
 
 
 @pytest.fixture
@@ -34,6 +38,7 @@ def test_healthy_machine_has_no_fault_and_shows_what_is_chosen(capsys: pytest.Ca
     assert rows["settings"][1] == "all defaults"
     assert rows["model"][1].startswith("bundled in ")
     assert rows["execution"][1].startswith(("eager", "graphs"))
+    assert rows["compiler"][1].startswith(("/", "none"))
     assert "GiB of weights" in rows["memory"][1]
 
 
@@ -57,10 +62,22 @@ def break_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"version https://git-lfs")
 
 
+def change_config(folder: Path, key: str, value: int) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("name", "breaks"),
-    [("model", break_config), ("tokenizer", break_tokenizer), ("memory", break_weights)],
-    ids=["config", "tokenizer", "weights"],
+    [
+        ("model", break_config),
+        ("tokenizer", break_tokenizer),
+        ("weights", break_weights),
+        ("weights", lambda folder: change_config(folder, "num_hidden_layers", 40)),
+        ("weights", lambda folder: change_config(folder, "intermediate_size", 64)),
+    ],
+    ids=["config", "tokenizer", "weights", "layers", "shapes"],
 )
 def test_broken_file_of_a_checkpoint_is_named(
     name: str,
@@ -76,6 +93,21 @@ def test_broken_file_of_a_checkpoint_is_named(
     assert "The service would not start: 1 of " in output
     assert [found for found, (verdict, _) in rows_of(output).items() if verdict == "FAILED"] == [name]
     assert str(folder) in rows_of(output)[name][1]
+
+
+def test_tokenizer_of_another_checkpoint_is_found(
+    random_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The service finds it too, before a request has a token without an embedding."""
+    folder = shutil.copytree(random_checkpoint, tmp_path / "checkpoint")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["an entry of a larger vocabulary"] = 1_000_000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert doctor.main([str(folder), "--port", "0"]) == 1
+    verdict, text = rows_of(capsys.readouterr().out)["tokenizer"]
+    assert (verdict, "tokenizer.json" in text, "vocab_size" in text) == ("FAILED", True, True)
+    with pytest.raises(ModelUnavailable, match="has the id .*; allowed: less than"):
+        Models(Settings(model=str(folder), device="cpu"))
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,13 @@ def _missing_for_triton() -> str:
     """What torch.compile lacks on this machine to make kernels for a GPU; empty if nothing."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")  # in the order of Triton
-    return "" if any(shutil.which(name) for name in compilers if name) else "there is no C compiler"
+    return "" if find_compiler() else "there is no C compiler"
+
+
+def find_compiler() -> str:
+    """The C compiler that Triton would use; empty if there is none."""
+    names = (os.environ.get("CC", ""), "gcc", "clang", "cc")  # in the order of Triton
+    return next((path for name in names if name and (path := shutil.which(name))), "")
 
 
 def compile_if(is_compiled: bool, function: Function) -> Function:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import nn
 
 from embedder.errors import ModelUnavailable
@@ -101,6 +102,28 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Towers
             except (OSError, RuntimeError, SafetensorError) as error:  # the first: no memory is left after all
                 raise ModelUnavailable(f"cannot load {path}: {error}") from error
     return model.eval()
+
+
+def check_weights(folder: Path) -> int:
+    """Compare the files with config.json without loading them. Returns the number of weights that are used.
+
+    Raises `ModelUnavailable`, as `load_model` does.
+    """
+    model = describe_model(folder, read_architecture(folder))
+    check_shapes(folder, {name: tuple(weight.shape) for name, weight in model.state_dict().items()})
+    return len(model.state_dict())
+
+
+def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> int:
+    """The number of token ids. Raises `ModelUnavailable` if one of them has no embedding in the model."""
+    num_embeddings = read_architecture(folder).text_config.vocab_size
+    token, largest = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda entry: entry[1])
+    if largest >= num_embeddings:
+        raise ModelUnavailable(
+            f"{folder / 'tokenizer.json'}: token {token!r} has the id {largest}; allowed: less than "
+            f"{num_embeddings}, the vocab_size of config.json's text_config. The files are of two checkpoints"
+        )
+    return int(largest) + 1
 
 
 def describe_model(folder: Path, config: Architecture) -> Towers:
