@@ -7,6 +7,7 @@
     python -m benchmarks.choices        the effect of single design decisions
     python -m benchmarks.overload       responses at twice the capacity
     python -m benchmarks.busy           a CPU that other processes use too
+    python -m benchmarks.guard          this tree compared with an earlier commit
     python -m benchmarks.soak           100,000 mixed requests, each compared with its known result
     python -m benchmarks.bulk           20,000 rows with Ray Data, killed halfway and resumed
     python -m benchmarks.gpu            everything that needs a GPU, within 8 minutes

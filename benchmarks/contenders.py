@@ -32,7 +32,10 @@ VLLM = "vLLM"
 
 @dataclass
 class Contender:
-    """A server process. PORT in `command` is replaced. `path`, `protocol`: where and how requests are sent."""
+    """A server process. PORT in `command` is replaced. `path`, `protocol`: where and how requests are sent.
+
+    `cwd`: the folder in which the process starts.
+    """
 
     name: str
     command: list[str]
@@ -41,6 +44,7 @@ class Contender:
     protocol: LocalProtocol | VLLMProtocol = field(default_factory=LocalProtocol)
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
+    cwd: Path = ROOT
 
     @property
     def url(self) -> str:
@@ -56,7 +60,7 @@ class Contender:
         environment |= {"BENTOML_DO_NOT_TRACK": "True", "TOKENIZERS_PARALLELISM": "false", **self.environment}
         with tempfile.TemporaryFile() as log:
             self.process = subprocess.Popen(  # noqa: S603 - a fixed command
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, cwd=self.cwd, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             deadline = time.monotonic() + START_S
             while time.monotonic() < deadline and self.process.poll() is None:
@@ -75,7 +79,11 @@ class Contender:
         try:
             yield
         finally:
-            self._signal(signal.SIGSTOP)
+            self.pause()
+
+    def pause(self) -> None:
+        """Pause the processes until `awake` or `stop`."""
+        self._signal(signal.SIGSTOP)
 
     def _signal(self, signum: signal.Signals) -> None:
         if self.process is not None:
