@@ -7,6 +7,7 @@ expected result. The service cuts texts at 256 tokens, so that cutting is part o
 from __future__ import annotations
 
 import base64
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ import pytest
 from embedder import Embedder
 from embedder.engine.postprocess import OutputDtype, dequantize, int8_step, quantize
 from embedder.errors import EmbedderError
+from embedder.http.dialects.dialect import by_path
+from embedder.http.routes import DIALECTS
 from tests.conftest import encoded, picture, start_server, words
 from tests.inputs.test_video import clip
 
@@ -191,7 +194,7 @@ def ways(item: dict[str, Any], http: httpx.Client, bento: Any) -> dict[str, Send
         "v1 conversations": post("/v1/embeddings", {"messages": [conversation], **without_instruction}),
     }
     if list(bare) in (["text"], ["image"]) and isinstance(value := next(iter(bare.values())), str):
-        found |= local_ways(next(iter(bare)), value, options, post)
+        found |= local_ways(next(iter(bare)), value, options, post, http)
         found |= bentoml_ways(next(iter(bare)), item, bento)
     if list(bare) == ["text"]:
         found["v1 string"] = post("/v1/embeddings", {"input": item["text"], **options})
@@ -202,12 +205,31 @@ def ways(item: dict[str, Any], http: httpx.Client, bento: Any) -> dict[str, Send
     return found | cohere_ways(item, parts, post) | mixture_ways(item, parts, options, post)
 
 
+def upload_ways(value: str, options: dict[str, Any], http: httpx.Client) -> dict[str, Send]:
+    """The image as a file, unless its base64 is broken."""
+    try:
+        data = base64.b64decode(value, validate=True)
+    except ValueError:
+        return {}
+    path, form = "/img/embed", {"files": {"image": data}, "data": options}
+    body = {"content": data, "params": options, "headers": {"content-type": "image/png"}}
+    return {
+        "form": lambda: outcome(path, http.post(path, **form)),
+        "file": lambda: outcome(path, http.post(path, **body)),
+    }
+
+
 def local_ways(
-    kind: str, value: str, options: dict[str, Any], post: Callable[[str, dict[str, Any]], Send]
+    kind: str,
+    value: str,
+    options: dict[str, Any],
+    post: Callable[[str, dict[str, Any]], Send],
+    http: httpx.Client,
 ) -> dict[str, Send]:
     path = {"text": "/txt/embed", "image": "/img/embed"}[kind]
     synonyms = {"dim" if name == "dimensions" else name: option for name, option in options.items()}
-    return {
+    files = upload_ways(value, options, http) if kind == "image" else {}
+    return files | {
         "local": post(path, {"input": value, **options}),
         "local list": post(path, {"inputs": [value], **options}),
         "local synonyms": post(path, {"contents": [value], **synonyms}),
@@ -237,6 +259,7 @@ def cohere_ways(item: dict[str, Any], parts: list[Any], post: Callable[[str, dic
     found = {"v2 inputs": post("/v2/embed", {"inputs": [{"content": parts}], **options})}
     for kind in ("text", "image"):
         if isinstance(item.get(kind), str) and len(parts) == 1:
+            found[f"v1 {kind}s"] = post("/v1/embed", {f"{kind}s": [item[kind]], **options})
             found[f"v2 {kind}s"] = post("/v2/embed", {f"{kind}s": [item[kind]], **options})
     return found
 
@@ -314,7 +337,7 @@ def outcome(path: str, response: httpx.Response) -> Any:
             return body["data"][0]["data"]
         case "/embeddings" | "/invocations" | "/v1/multimodalembeddings":
             return body["data"][0]["embedding"]
-        case "/api/embed":
+        case "/api/embed" | "/v1/embed":
             return body["embeddings"][0]
     if path == DASHSCOPE:
         return body["output"]["embeddings"][0]["embedding"]
@@ -344,6 +367,23 @@ def test_content_is_the_same_on_every_route_that_can_carry_it(
         else:
             assert not isinstance(got, str), (way, got)
             assert np.abs(np.array(got, np.float32) - expected).max() <= SAME, way
+
+
+def test_matrix_has_every_path_that_embeds() -> None:
+    sent = set()
+
+    class Recorder:
+        def post(self, path: str, **_: Any) -> Any:
+            sent.add((path, next((one.given for one in paths[path] if one.given in _.get("json", {})), "")))
+            return httpx.Response(400, json={"error": {"code": "recorded"}})
+
+    paths = by_path([dataclasses.replace(one, path=one.path.replace("{model}", "any")) for one in DIALECTS])
+    for content in CONTENTS.values():
+        for way, send in ways(content, Recorder(), None).items():  # type: ignore[arg-type]
+            if not way.startswith("bentoml"):
+                send()
+    every = {(path, one.given) for path, dialects in paths.items() for one in dialects}
+    assert every - sent == {("/similarity", "")}  # responds with similarities
 
 
 def test_contents_that_fail_do_so_for_the_reason_in_their_name(library: Embedder) -> None:

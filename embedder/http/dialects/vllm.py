@@ -64,6 +64,8 @@ class VllmOptions(Options):
     use_activation: StrictBool | None = Field(None, description="False: do not normalize.")
     truncate_prompt_tokens: StrictInt | None = Field(None, description="Tokens of text that are kept; -1: all.")
     truncation_side: Literal["left", "right"] | None = Field(None, description="Which end is cut; default: right.")
+    add_generation_prompt: StrictBool | None = Field(None, description="No effect: the prompt always ends so.")
+    continue_final_message: StrictBool | None = Field(None, description="No effect: an empty last message is ignored.")
     mm_processor_kwargs: dict[str, Any] | None = Field(None, description="Only `fps`, of videos.")
 
     def vllm_item_options(self, settings: Settings) -> dict[str, Any]:
@@ -73,6 +75,8 @@ class VllmOptions(Options):
             raise InvalidRequest(
                 f"truncate_prompt_tokens: got {tokens}; allowed: -1, or from 1 to {settings.max_input_tokens}"
             )
+        if self.add_generation_prompt and self.continue_final_message:
+            raise InvalidRequest("add_generation_prompt and continue_final_message: got true for both; allowed: one")
         refuse_unknown(self.mm_processor_kwargs or {}, {"fps"})
         options: dict[str, Any] = {"max_text_tokens": text_limit("truncate_prompt_tokens", tokens, settings)}
         if self.use_activation is not None:
