@@ -134,8 +134,8 @@ class Routes:
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # one: counting may not take the cores from embedding
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/v1/models": self._models,
-            "/models": self._models,  # infinity's clients
-            "/health": self._health,
+            "/models": self._infinity_models,
+            "/health": self._health_with_time,
             "/ping": self._health,  # SageMaker's and vLLM's
             "/version": self._page(lambda _: {"version": version}),  # vLLM's
             "/api/version": self._page(lambda _: {"version": version}),
@@ -292,6 +292,9 @@ class Routes:
     async def _models(self, _: Request) -> Response:
         return json_response(openai_models.models_response(self._models_served(), self._serving.started_s))
 
+    async def _infinity_models(self, _: Request) -> Response:
+        return json_response(infinity.models_response(self._models_served(), self._serving.started_s))
+
     def _models_served(self) -> list[ServedModel]:
         return [model for model in (self._serving.model, self._serving.reranker) if model]
 
@@ -299,6 +302,11 @@ class Routes:
         if not self._serving.is_ready():
             raise NotReady("the service is not ready")
         return json_response(b'{"status":"ready"}')
+
+    async def _health_with_time(self, request: Request) -> Response:
+        """Infinity's clients read the time."""
+        await self._health(request)
+        return json_response(to_json({"status": "ready", "unix": self._models_served()[0].now()}))
 
     async def _live(self, _: Request) -> Response:
         return json_response(b'{"live":true}')

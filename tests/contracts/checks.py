@@ -1,7 +1,8 @@
-"""The table of contracts: what a client sends, checked with that client. Runs with the packages of requirements.txt.
+"""The table of contracts: what a client sends, checked with that client, in the environment of a requirements file.
 
-Each check gets the service's URL, and raises if the client does not get the vectors of `POST /embed`. The command
-`python -m tests.contracts.checks URL` prints the outcomes as JSON; `python -m tests.contracts` runs it.
+Each check gets the service's URL, and raises if the client does not get the vectors of `POST /embed`. `behaviors` has
+the rows that need no client. The command `python -m tests.contracts.checks URL ENVIRONMENT` prints the outcomes as
+JSON; `python -m tests.contracts` runs it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ SAME = 1e-6  # float32
 
 @dataclass(frozen=True)
 class Check:
-    """One row. `needs`: the module or command that it uses. `refusal`: why the service refuses, if it does."""
+    """One row. `needs`: the module or command that it uses. `refusal`: why the service refuses, if it does.
+
+    `environment`: name of the requirements file with the client.
+    """
 
     contract: str
     check: str
@@ -41,6 +45,7 @@ class Check:
     needs: str
     run: Callable[[str], None]
     refusal: str = ""
+    environment: str = "requirements"
 
 
 @dataclass(frozen=True)
@@ -56,15 +61,18 @@ class Outcome:
 
 
 CHECKS: list[Check] = []
+LEFT_OUT = {  # client: why it is not run
+    "vllm bench serve": "its package's wheels bring a torch of their own (several GB); its request is a row"
+}
 
 
 def check(
-    contract: str, what: str, *, source: str, needs: str, refusal: str = ""
+    contract: str, what: str, *, source: str, needs: str = "", refusal: str = "", environment: str = "requirements"
 ) -> Callable[[Callable[[str], None]], Callable[[str], None]]:
     """Add the decorated function to the table."""
 
     def add(run: Callable[[str], None]) -> Callable[[str], None]:
-        CHECKS.append(Check(contract, what, source, needs, run, refusal))
+        CHECKS.append(Check(contract, what, source, needs, run, refusal, environment))
         return run
 
     return add
@@ -224,6 +232,22 @@ def cohere_v2(url: str) -> None:
     assert_same([np.frombuffer(base64.b64decode(one), "<f4") for one in found.base64 or ()], expected(url))
 
 
+@check(
+    "Cohere",
+    "LangChain's CohereEmbeddings, which posts to /v1/embed",
+    source="langchain-cohere",
+    needs="langchain_cohere",
+    environment="langchain-cohere",
+)
+def langchain_cohere(url: str) -> None:
+    from langchain_cohere import CohereEmbeddings
+
+    embeddings = CohereEmbeddings(model="any", cohere_api_key="none", base_url=url)  # type: ignore[arg-type]
+    assert_same(embeddings.embed_documents(TEXTS), expected(url))
+    query = expected(url, ["red"], instruction="Retrieve images or text relevant to the user's query.")
+    assert_same([embeddings.embed_query("red")], query)
+
+
 @check("Voyage", "Client.embed", source="voyageai (SDK)", needs="voyageai")
 def voyage_texts(url: str) -> None:
     import voyageai
@@ -287,6 +311,15 @@ def infinity(url: str) -> None:
     assert_same([one.embedding for one in answer.data], expected(url))
 
 
+@check("infinity", "models", source="infinity-client", needs="infinity_client")
+def infinity_models(url: str) -> None:
+    from infinity_client import Client
+    from infinity_client.api.default import models
+
+    with Client(base_url=url) as client:
+        assert len(models.sync(client=client).data) == 1
+
+
 @check("KServe v2", "live, ready, metadata, infer", source="tritonclient.http", needs="tritonclient")
 def kserve(url: str) -> None:
     from tritonclient.http import InferenceServerClient, InferInput
@@ -314,4 +347,8 @@ def run(row: Check, url: str) -> Outcome:
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(run(row, sys.argv[1])) for row in CHECKS]))
+    from tests.contracts import behaviors, checks  # this module by its name: it has the rows of both
+
+    rows = [row for row in checks.CHECKS if row.environment == sys.argv[2]]
+    assert behaviors.SOURCES
+    print(json.dumps([asdict(run(row, sys.argv[1])) for row in rows]))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.conftest import Server
+from tests.contracts.behaviors import SOURCES
 from tests.contracts.checks import CHECKS, Check, run
 
-CHEAP = {"openai", "langchain_openai", "cohere", "huggingface_hub"}
+CHEAP = {"", "openai", "langchain_openai", "cohere", "huggingface_hub"}
 
 
 @pytest.mark.parametrize("row", [row for row in CHECKS if row.needs in CHEAP], ids=lambda row: row.run.__name__)
@@ -23,3 +26,8 @@ def test_outcome_of_a_check_that_fails_has_the_reason() -> None:
 
     outcome = run(Check("OpenAI", "a check", "a client", "openai", fail), "http://nowhere")
     assert outcome.error == "AssertionError: no vectors from http://nowhere"
+
+
+def test_every_row_has_a_source_and_an_environment() -> None:
+    assert {row.environment for row in CHECKS} == {path.stem for path in Path(__file__).parent.glob("*.txt")}
+    assert {row.source for row in CHECKS if not row.needs} == set(SOURCES.values())

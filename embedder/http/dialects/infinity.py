@@ -1,14 +1,21 @@
-"""infinity's `POST /embeddings`: the body of `/v1/embeddings`, in which 0 dimensions mean all of them."""
+"""infinity's `POST /embeddings` and `GET /models`.
+
+The body is that of `/v1/embeddings`, in which 0 dimensions mean all of them. infinity's own client takes no model that
+is owned by another server, or has no `stats`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field, WithJsonSchema, field_validator
 
+from embedder.http.dialects.dialect import ServedModel
 from embedder.http.dialects.openai import EMBEDDINGS, EmbeddingsRequest, parse_embeddings
+from embedder.http.response import to_json
 
 _OrZero = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}]})]
 
@@ -36,3 +43,10 @@ EMBED = dataclasses.replace(
     request=InfinityRequest,
     parse=partial(parse_embeddings, body_model=InfinityRequest),
 )
+
+
+def models_response(models: Sequence[ServedModel], started_s: float) -> bytes:
+    """Response body of `GET /models`."""
+    card = {"object": "model", "owned_by": "infinity", "created": int(started_s), "backend": "torch", "stats": {}}
+    cards = [{"id": model.name, **card, "max_model_len": model.max_input_tokens} for model in models]
+    return to_json({"object": "list", "data": cards})
