@@ -38,6 +38,7 @@ from embedder.http.dialects import (
     voyage,
 )
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, Upload, by_path, choose_dialect
+from embedder.http.dialects.scoring import ScoringRequest
 from embedder.http.dialects.tokens import TokenRoute
 from embedder.http.document_pages import DocumentPages
 from embedder.http.openapi import ROW_EXAMPLES, openapi_document
@@ -240,7 +241,7 @@ class Routes:
             outcomes = await unless_disconnected(self._score_each(parsed), request.receive)
         return _with_headers(dialect.respond(parsed, outcomes, model), timing_headers(started_s, traces))
 
-    async def _score_each(self, parsed: rerank.ScoringRequest) -> Outcomes:
+    async def _score_each(self, parsed: ScoringRequest) -> Outcomes:
         timeout_s = self.settings.request_timeout_s
         outcomes = await score_each(self._serving.engine, parsed.query, parsed.items, timeout_s)
         _count_for_log(outcomes)

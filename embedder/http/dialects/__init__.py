@@ -7,5 +7,6 @@ openai              `/v1/embeddings`; its options `vllm` and `synonyms` (Voyage'
 pooling             vLLM's `/pooling`
 cohere, tei, voyage, ollama, dashscope, kserve    one file each
 tokens              `/tokenize`, `/detokenize`, `/decode`: routes without vectors
-rerank              the routes that score documents
+rerank, tei_rerank, score
+                    the routes that score documents; `scoring` is what they have in common
 """
