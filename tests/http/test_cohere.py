@@ -11,13 +11,12 @@ import pytest
 
 from embedder.engine.postprocess import Embedding, quantize
 from embedder.errors import InvalidRequest, RequestTooLarge
-from embedder.http.dialects.cohere import (
+from embedder.http.dialects.cohere import parse_cohere, parse_cohere_v1
+from embedder.http.dialects.cohere_response import (
     CohereEmbedResponse,
     CohereRequest,
     CohereV1Response,
     cohere_response,
-    parse_cohere,
-    parse_cohere_v1,
 )
 from embedder.http.dialects.dialect import ServedModel
 from embedder.inputs.items import EmbeddingItem, Image, Text

@@ -12,8 +12,9 @@ import pytest
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EngineFailed, InvalidRequest, Overloaded, RequestTooLarge
 from embedder.http.dialects.dialect import ServedModel
-from embedder.http.dialects.openai import EmbeddingsResponse, embeddings_response, parse_embeddings
+from embedder.http.dialects.openai import parse_embeddings
 from embedder.http.dialects.openai_models import ModelsResponse, models_response
+from embedder.http.dialects.openai_response import EmbeddingsResponse, embeddings_response
 from embedder.http.dialects.vllm import EncodedRequest, Encoding
 from embedder.http.error_forms import OpenAIErrorResponse, openai_error_body
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video

@@ -3,9 +3,12 @@
 dialect             what a dialect defines
 messages            content parts, input types and modalities that dialects share
 local, embed        this service's own routes
-openai              `/v1/embeddings`; its options `vllm` and `synonyms` (Voyage's, Jina's, NVIDIA's); `openai_models`
+openai, openai_response
+                    `/v1/embeddings`; its options `vllm` and `synonyms` (Voyage's, Jina's, NVIDIA's); `openai_models`
 pooling             vLLM's `/pooling`
-cohere, tei, voyage, ollama, dashscope, kserve    one file each
+cohere, cohere_response
+                    Cohere's two versions
+tei, voyage, ollama, dashscope, kserve    one file each
 tokens              `/tokenize`, `/detokenize`, `/decode`: routes without vectors
 rerank, tei_rerank, score
                     the routes that score documents; `scoring` is what they have in common

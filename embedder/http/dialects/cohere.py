@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, Field, StrictInt
+from pydantic import Field, StrictInt
 
-from embedder.engine.postprocess import Embedding, quantize, to_base64
 from embedder.errors import InvalidRequest
-from embedder.http.dialects.dialect import Dialect, ServedModel
+from embedder.http.dialects.cohere_response import (
+    CohereEmbedResponse,
+    CohereRequest,
+    CohereV1Response,
+    EmbeddingType,
+    cohere_response,
+)
+from embedder.http.dialects.dialect import Dialect
 from embedder.http.dialects.messages import InputType, instruction_for, parts_from_content, text_limit
 from embedder.http.request_body import (
     AnyDimensions,
@@ -23,18 +25,14 @@ from embedder.http.request_body import (
     parse_each,
     validate_body,
 )
-from embedder.http.response import CUT_TEXTS, to_json, usage_fields
 from embedder.inputs.items import (
     EXAMPLE_DATA_URI,
     EmbeddingItem,
-    Image,
     describe_value,
     item_from_fields,
     refuse_unknown,
 )
 from embedder.settings import Settings
-
-EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 
 
 class CohereEmbedRequest(RequestBody):
@@ -54,60 +52,6 @@ class CohereV1Request(CohereEmbedRequest):
     """Body of `POST /v1/embed`. Without `embedding_types` the response has plain lists of floats."""
 
     embedding_types: NonEmptyList[EmbeddingType] | None = Field(None)  # type: ignore[assignment]
-
-
-class BilledUnits(BaseModel):
-    """What was embedded. `input_tokens`: of texts, with instruction and template; of images alone it is 0."""
-
-    input_tokens: int
-    image_tokens: int
-    images: int
-
-
-class Tokens(BaseModel):
-    """All tokens embedded."""
-
-    input_tokens: int
-
-
-class Meta(BaseModel):
-    """About the response."""
-
-    api_version: dict[str, str]
-    billed_units: BilledUnits
-    tokens: Tokens
-    warnings: list[str] | None = Field(None, description=CUT_TEXTS)
-
-
-class CohereEmbedResponse(BaseModel):
-    """Response of `POST /v2/embed`."""
-
-    id: str
-    response_type: Literal["embeddings_by_type"]
-    embeddings: dict[EmbeddingType, list[list[float] | str]] = Field(description="One vector per item, by type.")
-    texts: list[str] | None = Field(None, description="The texts of the request; absent if it has none.")
-    meta: Meta
-
-
-class CohereV1Response(BaseModel):
-    """Response of `POST /v1/embed`."""
-
-    id: str
-    response_type: Literal["embeddings_by_type", "embeddings_floats"]
-    embeddings: dict[EmbeddingType, list[list[float] | str]] | list[list[float]]
-    texts: list[str] = Field(description="The texts of the request.")
-    meta: Meta
-
-
-@dataclass(frozen=True)
-class CohereRequest:
-    """A body as items, and the types of vectors that it asks for."""
-
-    items: tuple[EmbeddingItem, ...]
-    types: tuple[EmbeddingType, ...]
-    texts: tuple[str, ...] | None
-    is_images: bool
-    version: str = "2"
 
 
 def parse_cohere(body: bytes | Mapping[str, Any], settings: Settings) -> CohereRequest:
@@ -143,50 +87,11 @@ def _request(request: CohereEmbedRequest, settings: Settings, version: str) -> C
     return CohereRequest(items, types, texts, given == ["images"], version)
 
 
-def cohere_response(request: CohereRequest, embeddings: Sequence[Embedding], model: ServedModel) -> bytes:
-    """Embeddings -> response body."""
-    usage = usage_fields(dict(enumerate(embeddings)), model.max_input_tokens)
-    num_tokens = usage.pop("usage")["prompt_tokens"]
-    num_image_tokens = num_tokens if request.is_images else sum(one.num_visual_tokens for one in embeddings)
-    num_images = sum(isinstance(part, Image) for item in request.items for part in item.parts)
-    meta = {
-        "api_version": {"version": request.version},
-        "billed_units": {
-            "input_tokens": num_tokens - num_image_tokens,
-            "image_tokens": num_image_tokens,
-            "images": num_images,
-        },
-        "tokens": {"input_tokens": num_tokens},
-        **usage,
-    }
-    by_type = {kind: [_typed(one.vector, kind) for one in embeddings] for kind in request.types}
-    texts = {} if request.texts is None and request.version == "2" else {"texts": request.texts or ()}
-    return to_json(
-        {
-            "id": str(uuid.uuid4()),
-            "response_type": "embeddings_by_type" if request.types else "embeddings_floats",
-            "embeddings": by_type or [one.vector for one in embeddings],
-            **texts,
-            "meta": meta,
-        }
-    )
-
-
 def _content(entry: Any) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
         raise InvalidRequest(f"got {describe_value(entry)}; allowed: an object with content")
     refuse_unknown(entry, {"content"})
     return {"content": parts_from_content(entry.get("content"))}
-
-
-def _typed(vector: NDArray[np.float32], kind: EmbeddingType) -> Any:
-    match kind:
-        case "float":
-            return vector
-        case "base64":
-            return to_base64(vector)
-        case _:
-            return quantize(vector, kind)
 
 
 EMBED = Dialect(
@@ -215,6 +120,8 @@ EMBED = Dialect(
         },
     },
 )
+
+
 EMBED_V1 = Dialect(
     "/v1/embed",
     "Embed, in the format of the first version of Cohere's API",

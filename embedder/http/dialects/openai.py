@@ -7,16 +7,14 @@ and `messages` (`vllm`), Voyage's, Jina's and NVIDIA's options (`synonyms`), and
 from __future__ import annotations
 
 import dataclasses
-import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import AliasChoices, BaseModel, Field
-from starlette.responses import Response
+from pydantic import AliasChoices, Field
 
-from embedder.engine.postprocess import Embedding, check_output_dtype
+from embedder.engine.postprocess import check_output_dtype
 from embedder.errors import InvalidRequest
-from embedder.http.dialects.dialect import Dialect, ServedModel
+from embedder.http.dialects.dialect import Dialect
 from embedder.http.dialects.messages import (
     InputType,
     instruction_for,
@@ -26,10 +24,10 @@ from embedder.http.dialects.messages import (
     modalities,
     parts_from_content,
 )
+from embedder.http.dialects.openai_response import EmbeddingsResponse, embeddings_response
 from embedder.http.dialects.synonyms import SynonymOptions
-from embedder.http.dialects.vllm import EncodedRequest, VllmOptions, bytes_response, conversations, encoded_vector
+from embedder.http.dialects.vllm import EncodedRequest, VllmOptions, conversations
 from embedder.http.request_body import check_item_count, parse_each, validate_body
-from embedder.http.response import CUT_TEXTS, Usage, Vector, to_json, usage_fields
 from embedder.inputs.items import (
     EXAMPLE_DATA_URI,
     EXAMPLE_IMAGE,
@@ -57,32 +55,6 @@ class EmbeddingsRequest(VllmOptions, SynonymOptions):
     modality: Any = Field(None, description="What the strings of `input` are: text, image or video; or one for each.")
 
 
-class OpenAIUsage(Usage):
-    """Tokens embedded, including instruction and prompt template."""
-
-    completion_tokens: int
-
-
-class EmbeddingData(BaseModel):
-    """One vector of the list."""
-
-    object: Literal["embedding"]
-    index: int
-    embedding: Vector
-
-
-class EmbeddingsResponse(BaseModel):
-    """Response of `POST /v1/embeddings`."""
-
-    id: str
-    object: Literal["list"]
-    created: int = Field(description="Seconds since 1970.")
-    data: list[EmbeddingData]
-    model: str
-    usage: OpenAIUsage
-    warnings: list[str] | None = Field(None, description=CUT_TEXTS)
-
-
 def parse_embeddings(
     body: bytes | Mapping[str, Any], settings: Settings, *, body_model: type[EmbeddingsRequest] = EmbeddingsRequest
 ) -> EncodedRequest:
@@ -106,22 +78,6 @@ def parse_embeddings(
         return item
 
     return EncodedRequest(parse_each(zip(entries, words, strict=True), to_item), encoding)
-
-
-def embeddings_response(
-    request: EncodedRequest, embeddings: Sequence[Embedding], model: ServedModel, *, name: str = "embedding"
-) -> bytes | Response:
-    """Embeddings -> response body. `name`: of the field with the vector."""
-    usage = usage_fields(dict(enumerate(embeddings)), model.max_input_tokens)
-    usage["usage"]["completion_tokens"] = 0
-    about = {"id": f"embd-{uuid.uuid4().hex}", "object": "list", "created": model.now(), "model": model.name}
-    if request.encoding.is_bytes:
-        return bytes_response(request, embeddings, {**about, **usage})
-    data = [
-        {"object": name, "index": index, name: encoded_vector(one.vector, request.encoding)}
-        for index, one in enumerate(embeddings)
-    ]
-    return to_json({**about, "data": data, **usage})
 
 
 def _inputs(value: Any) -> Sequence[Any]:
@@ -189,5 +145,6 @@ EMBEDDINGS = Dialect(
         },
     },
 )
+
 # SageMaker's contract names the path, vLLM's the body
 INVOCATIONS = dataclasses.replace(EMBEDDINGS, path="/invocations", summary="Embed, on the path of SageMaker")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from embedder.errors import InvalidRequest
 from embedder.http.dialects import openai
 from embedder.http.dialects.dialect import Dialect
+from embedder.http.dialects.openai_response import OpenAIUsage, embeddings_response
 from embedder.http.dialects.vllm import EncodedRequest
 from embedder.http.request_body import read_json
 from embedder.http.response import Vector
@@ -40,7 +41,7 @@ class PoolingResponse(BaseModel):
     created: int
     data: list[PoolingData]
     model: str
-    usage: openai.OpenAIUsage
+    usage: OpenAIUsage
 
 
 def parse_pooling(body: bytes | Mapping[str, Any], settings: Settings) -> EncodedRequest:
@@ -58,6 +59,6 @@ POOLING = Dialect(
     PoolingRequest,
     PoolingResponse,
     parse_pooling,
-    partial(openai.embeddings_response, name="data"),
+    partial(embeddings_response, name="data"),
     examples={"texts": {"input": ["red"], "task": "embed"}},
 )
