@@ -137,6 +137,31 @@ def test_options_of_a_request(client: TestClient, reranker: Reranker) -> None:
         check(post(client, "/rerank", {**body, "top_n": None, name: "Find cars."})["results"], "score", expected)
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/rerank", {"query": "a green car", "documents": TEXTS}),
+        ("/score", {"text_1": "a green car", "text_2": TEXTS}),
+    ],
+)
+def test_only_the_services_limit_can_be_asked_for_with_vllms_option(
+    path: str, fields: dict[str, Any], client: TestClient
+) -> None:
+    """`vllm bench serve` and mteb's clients of vLLM send -1."""
+    plain, with_limit = (post(client, path, {**fields, **option}) for option in ({}, {"truncate_prompt_tokens": -1}))
+    assert {**plain, "id": ""} == {**with_limit, "id": ""}
+    error = post(client, path, {**fields, "truncate_prompt_tokens": 10}, 400)["error"]
+    assert "truncate_prompt_tokens: got 10 (a number); input should be -1" in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/score"])
+def test_response_has_the_headers_with_times(path: str, client: TestClient) -> None:
+    name = "text_2" if path == "/score" else "documents"
+    answer = client.post(path, json={"query": "red", name: TEXTS})
+    assert all(int(answer.headers[f"x-{part}-time"]) >= 0 for part in ("total", "tokenization", "queue", "inference"))
+    assert int(answer.headers["x-compute-tokens"]) > 0
+
+
 def test_document_is_cut_to_its_own_limit(client: TestClient) -> None:
     long, query = words(200, 9), "a green car"
     cut = post(client, "/v2/rerank", {"query": query, "documents": [long, "red"], "max_tokens_per_doc": 50})

@@ -15,15 +15,22 @@ from embedder.engine.postprocess import Embedding
 from embedder.errors import EmbedderError
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
 from embedder.http.dialects.score import SCORE
-from embedder.http.dialects.scoring import ScoringRequest, best_results, document_item, list_documents, query_item
+from embedder.http.dialects.scoring import (
+    ScoringRequest,
+    TruncateOption,
+    best_results,
+    document_item,
+    list_documents,
+    query_item,
+)
 from embedder.http.dialects.tei_rerank import RERANK_TEI
-from embedder.http.request_body import RequestBody, check_item_count, validate_body
+from embedder.http.request_body import check_item_count, validate_body
 from embedder.http.response import CUT_TEXTS, Usage, to_json, usage_fields
 from embedder.inputs.items import EXAMPLE_DATA_URI
 from embedder.settings import Settings
 
 
-class RerankRequest(RequestBody):
+class RerankRequest(TruncateOption):
     """Body of `POST /rerank`, `/v1/rerank` and `/v2/rerank`."""
 
     query: Any = Field(description="A text, or an item with text, image, video or content.")

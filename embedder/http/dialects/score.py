@@ -13,18 +13,19 @@ from embedder.errors import InvalidRequest
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
 from embedder.http.dialects.scoring import (
     ScoringRequest,
+    TruncateOption,
     document_item,
     list_documents,
     query_item,
     raise_first_error,
     score_of,
 )
-from embedder.http.request_body import RequestBody, check_item_count, validate_body
+from embedder.http.request_body import check_item_count, validate_body
 from embedder.http.response import Usage, to_json, usage_fields
 from embedder.settings import Settings
 
 
-class ScoreRequest(RequestBody):
+class ScoreRequest(TruncateOption):
     """Body of `POST /score`: one query and one or more documents, in the format of vLLM's clients."""
 
     query: Any = Field(validation_alias=AliasChoices("queries", "data_1", "text_1", "query"))

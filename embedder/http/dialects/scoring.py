@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from embedder.engine.postprocess import Embedding
 from embedder.engine.ranking import best_first, sigmoid
 from embedder.errors import ITEM_ERRORS, EmbedderError, InvalidRequest, attributed_to_query, without_traceback
 from embedder.http.dialects.dialect import Outcomes
 from embedder.http.dialects.messages import item_from_string, parts_from_content
+from embedder.http.request_body import RequestBody
 from embedder.inputs.items import EmbeddingItem, describe_value, item_from_fields, without_nulls
 from embedder.inputs.pairs import Query, part_of_pair
+
+
+class TruncateOption(RequestBody):
+    """vLLM's option of the routes that rank and score."""
+
+    truncate_prompt_tokens: Literal[-1] | None = Field(
+        None, description="Text over the service's limit is cut; to cut more, use `max_tokens_per_doc`."
+    )
 
 
 @dataclass(frozen=True)
