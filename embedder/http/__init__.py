@@ -4,6 +4,7 @@ boundary            outermost: request id, error responses, common headers, acce
 guard               API key, content type, limits on a body; with `api_keys` and `json_limits`
 drain               requests in progress, and whether new ones are accepted
 routes              the table of routes
+disconnect          cancels the work of a request whose caller disconnects
 dialects            one file per dialect: body -> items, embeddings -> body
 accepted_fields     fields that clients send and that change nothing
 error_forms         the bodies in which each route's clients read errors

@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.convertors import PathConvertor, register_url_convertor
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from embedder.engine.aio import embed_all, embed_each, score_each
 from embedder.engine.postprocess import Embedding
@@ -40,6 +40,7 @@ from embedder.http.dialects import (
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, Upload, by_path, choose_dialect
 from embedder.http.dialects.scoring import ScoringRequest
 from embedder.http.dialects.tokens import TokenRoute
+from embedder.http.disconnect import unless_disconnected
 from embedder.http.document_pages import DocumentPages
 from embedder.http.openapi import ROW_EXAMPLES, openapi_document
 from embedder.http.request_body import read_json
@@ -55,8 +56,6 @@ if TYPE_CHECKING:
     from embedder.engine.engine import Engine
     from embedder.inputs.items import EmbeddingItem
     from embedder.inputs.preprocess import Preprocessor
-
-Result = TypeVar("Result")
 
 DIALECTS: tuple[Dialect[Any], ...] = (
     local.TEXTS,
@@ -89,8 +88,6 @@ EXAMPLES: dict[str, dict[str, Any]] = {  # bodies by path and name
 }
 _POST_PATHS = (*EXAMPLES, *(path for path in RERANKING_PATHS if path not in EXAMPLES))
 OPEN_PATHS = frozenset({"/playground", "/playground/", *(f"/playground/{name}" for name in PAGE)})  # need no key
-
-WATCH_AFTER_S = 0.1  # after which a request without a response starts to watch for its caller's disconnect
 
 
 @dataclass(frozen=True)
@@ -365,32 +362,6 @@ def _with_headers(response: bytes | Response, headers: Mapping[str, str]) -> Res
         return json_response(response, headers)
     response.headers.update(headers)
     return response
-
-
-async def unless_disconnected(work: Awaitable[Result], receive: Receive) -> Result:
-    """Await `work`; if the caller disconnects, cancel it and raise `ClientDisconnect`."""
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    assert task is not None
-    disconnect: asyncio.Future[Message] = loop.create_future()
-    is_over = False
-
-    def watch() -> None:
-        nonlocal disconnect
-        disconnect = asyncio.ensure_future(receive())
-        disconnect.add_done_callback(lambda _: is_over or disconnect.cancelled() or task.cancel())
-
-    timer = loop.call_later(WATCH_AFTER_S, watch)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if disconnect.cancelled() or not disconnect.done():
-            raise
-        task.uncancel()
-        raise ClientDisconnect from None
-    finally:
-        is_over = True
-        timer.cancel()
-        disconnect.cancel()
 
 
 def _count_for_log(outcomes: Outcomes) -> None:

@@ -1,0 +1,40 @@
+"""Cancels the work of a request whose caller disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive
+
+Result = TypeVar("Result")
+
+WATCH_AFTER_S = 0.1  # after which a request without a response starts to watch for its caller's disconnect
+
+
+async def unless_disconnected(work: Awaitable[Result], receive: Receive) -> Result:
+    """Await `work`; if the caller disconnects, cancel it and raise `ClientDisconnect`."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    disconnect: asyncio.Future[Message] = loop.create_future()
+    is_over = False
+
+    def watch() -> None:
+        nonlocal disconnect
+        disconnect = asyncio.ensure_future(receive())
+        disconnect.add_done_callback(lambda _: is_over or disconnect.cancelled() or task.cancel())
+
+    timer = loop.call_later(WATCH_AFTER_S, watch)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if disconnect.cancelled() or not disconnect.done():
+            raise
+        task.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        is_over = True
+        timer.cancel()
+        disconnect.cancel()
