@@ -50,7 +50,9 @@ class FrameCollector:
         if num_tokens > self._max_tokens:
             raise InputTooLong(
                 f"{num_tokens} tokens of a video of {num_frames} frames of {width}x{height} pixels, which cannot be "
-                f"cut; allowed: {self._max_tokens}. Send smaller or fewer frames (for an encoded video, a lower `fps`)"
+                f"cut; allowed: {self._max_tokens} (EMBEDDER_MAX_INPUT_TOKENS). Send smaller or fewer frames (for an "
+                "encoded video, a lower `fps`), or let the operator raise that limit, or set EMBEDDER_MAX_PIXELS, "
+                "which bounds each frame, or EMBEDDER_MAX_VIDEO_FRAMES"
             )
 
     def append(self, image: PIL.Image.Image | NDArray[np.uint8]) -> None:

@@ -171,7 +171,7 @@ class Preprocessor:
         if num_tokens > self.settings.max_input_tokens:
             raise InputTooLong(
                 f"{num_tokens} tokens of the first {len(patches)} images and videos, which cannot be cut; "
-                f"allowed: {self.settings.max_input_tokens}"
+                f"allowed: {self.settings.max_input_tokens} (EMBEDDER_MAX_INPUT_TOKENS)"
             )
 
     def _num_prefix_tokens(self, prefix_ids: Sequence[int], turn: list[int] | Placeholders) -> int:
@@ -224,7 +224,7 @@ class Preprocessor:
         if excess > num_cut:
             raise InputTooLong(
                 f"{total} tokens, of which {total - num_cut} are instruction, template, "
-                f"image or video and cannot be cut; allowed: {max_tokens}"
+                f"image or video and cannot be cut; allowed: {max_tokens} (EMBEDDER_MAX_INPUT_TOKENS)"
             )
         return runs, num_cut
 

@@ -169,13 +169,41 @@ def test_video_that_does_not_fit_is_refused_before_it_is_decoded(name: str, rand
     data = clip("H.264 in MP4", 40, 4, 320, 240)
     place = data.index(b"mdat") + 4
     damaged = data[:place] + b"\xff" * 2000 + data[place + 2000 :]
-    message = r"^\d+ tokens of a video of \d+ frames of 320x240 pixels, .*; allowed: 400\. .* `fps`\)$"
+    message = r"^\d+ tokens of a video of \d+ frames of 320x240 pixels, .*; allowed: 400 \(EMBEDDER_MAX_INPUT_TOKENS\)"
     for content in (data, damaged):
         with pytest.raises(InputTooLong, match=message):
             preprocess(item_from_fields({"video": content}))
     assert preprocess(item_from_fields({"video": data, "fps": 0.1})).patches
+    smaller = settings.model_copy(update={"max_pixels": 16_384, "max_video_frames": 20})  # as the message says
+    vision = read_vision_config(random_checkpoint, smaller)
+    assert Preprocessor(load_tokenizer(random_checkpoint), vision, smaller)(item_from_fields({"video": data})).patches
     with pytest.raises(InvalidMedia):
         preprocess(item_from_fields({"video": damaged, "fps": 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [
+        ({}, {3: True, 4: False, 400: False}),
+        ({"max_input_tokens": 16_384}, {4: True, 10: True, 60: True, 400: True}),
+        ({"max_pixels": 262_144}, {30: True, 60: False}),
+        ({"max_pixels": 262_144, "max_video_frames": 60}, {30: True, 60: True, 400: True}),
+        ({"preprocessing": "reference"}, {20: True, 30: False}),
+        ({"preprocessing": "reference", "max_video_frames": 20}, {20: True, 30: True, 400: True}),
+    ],
+)
+def test_full_hd_videos_fit_as_the_guide_says(
+    options: dict[str, Any], seconds: dict[int, bool], random_checkpoint: Path
+) -> None:
+    settings = Settings(**options)
+    regime = read_vision_config(random_checkpoint, settings).regime
+    prompt = Preprocessor(load_tokenizer(random_checkpoint), read_vision_config(random_checkpoint, settings), settings)
+    for duration, fits in seconds.items():
+        times = regime.sample_encoded(duration * 25, 25, None).seconds
+        size = regime.resize_frame(1080, 1920, len(times), is_list=False)[-1]
+        grid = (len(times) // 2, size.height // 32, size.width // 32)
+        ids = prompt.prompt_ids(item_from_fields({"video": b"any"}), [grid], [times])
+        assert (len(ids) <= settings.max_input_tokens) is fits, (duration, len(ids))
 
 
 def test_max_pixels_bounds_images_and_frames(random_checkpoint: Path) -> None:
