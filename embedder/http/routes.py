@@ -193,7 +193,7 @@ class Routes:
         upload = dialects[0].upload
         is_file = upload is not None and is_upload(request.headers.get("content-type", ""))
         fields: Mapping[str, Any] = {} if is_file else read_json(body)
-        if upload and not is_file and request.url.query:
+        if upload and not is_file and request.query_params:
             fields = {**upload.options(request.query_params), **fields}
         dialect = choose_dialect(dialects, fields)
         try:
@@ -222,7 +222,7 @@ class Routes:
         values = await upload_fields(
             request.headers["content-type"],
             body,
-            request.url.query,
+            request.scope.get("query_string", b"").decode("latin-1"),  # request.url also reads the header `host`
             name=upload.name,
             max_items=self.settings.max_items_per_request,
         )

@@ -216,6 +216,20 @@ def test_upload_has_the_vector_and_the_errors_of_base64(client: httpx.Client) ->
     assert (both.status_code, both.json()["error"]["item"], both.json()["error"]["code"]) == (400, 1, InvalidMedia.code)
 
 
+@pytest.mark.parametrize("host", ["[", "[::1", "a b", ""])
+def test_file_is_taken_with_any_header_host(host: str, client: httpx.Client) -> None:
+    for body in ({"content": PNG, "headers": {"content-type": "image/png"}}, {"files": {"image": PNG}}):
+        headers = {**body.pop("headers", {}), "host": host}
+        assert client.post("/img/embed?dimensions=64", headers=headers, **body).json()["dimensions"] == 64
+
+
+@pytest.mark.parametrize("name", ["dimensions", "normalize", "instruction", "truncate", "encoding_format", "nothing"])
+def test_file_in_the_place_of_an_option_is_an_error_of_the_request(name: str) -> None:
+    for data in (b"\xff\xfe\0", b"\x89PNG" * 1000):
+        with pytest.raises(InvalidRequest, match=name):
+            parse(file_part("image", PNG), file_part(name, data))
+
+
 def test_curl_sends_files_in_both_ways(server: Server, tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").write_bytes(JPEG)
     ways = (["-F", "image=@cat.jpg"], ["--data-binary", "@cat.jpg", "-H", "content-type: image/jpeg"])
