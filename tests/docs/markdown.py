@@ -4,6 +4,7 @@
     <!-- request: POST /path -->   the next block is sent there
     <!-- response: 400 -->         the next block is what the last request or curl command answers (200 if no number)
     <!-- log -->                   the next block has lines of the service's log
+    <!-- message -->               the next block has messages of error responses
 
 In requests `<base64>` stands for a picture. In responses a list that ends with "..." is cut, and in a string "..."
 stands for any text.

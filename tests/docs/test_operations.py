@@ -1,0 +1,110 @@
+"""What an operator sees when something goes wrong is what the troubleshooting page shows, but for names and numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from embedder.errors import ModelUnavailable, Overloaded
+from embedder.loaded_model import EmbeddingModel
+from embedder.model import speed
+from embedder.model.checkpoint import find_checkpoint
+from embedder.models import Models
+from embedder.settings import Settings
+from tests.conftest import ROOT, start_server
+from tests.docs.markdown import blocks
+from tests.fake_model import FakeModel, busy_device, item, running, wait_until
+
+PAGE = ROOT / "docs" / "operations" / "troubleshooting.md"
+
+
+def pattern(line: str) -> str:
+    """A line with its paths, quoted names, numbers and times replaced."""
+    line = re.sub(r"(/[\w.-]+)+", "PATH", line)
+    line = re.sub(r"'[^']*'", "NAME", line)
+    return re.sub(r"\d+(\.\d+)?", "N", line)
+
+
+def shown(mark: str) -> set[str]:
+    lines = [line for block in blocks(PAGE) if block.mark == mark for line in block.text.splitlines()]
+    return set(map(pattern, lines))
+
+
+def broken(checkpoint: Path, folder: Path, change: Callable[[Path], None]) -> Path:
+    copy = shutil.copytree(checkpoint, folder / "checkpoint")
+    change(copy)
+    return copy
+
+
+def make_llama(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+
+
+def add_token(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["another"] = 1_000_000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("change", [make_llama, add_token])
+def test_wrong_checkpoint(change: Callable[[Path], None], random_checkpoint: Path, tmp_path: Path) -> None:
+    settings = Settings(model=str(broken(random_checkpoint, tmp_path, change)), device="cpu")
+    with pytest.raises(ModelUnavailable) as raised:
+        Models(settings)
+    assert pattern(f"the service does not start: {raised.value}") in shown("log")
+
+
+def test_full_queue(model: FakeModel) -> None:
+    with running(model, max_queued_tokens=256, max_input_tokens=64) as engine, busy_device(engine, model):
+        with pytest.raises(Overloaded) as raised:
+            for index in range(1000):
+                engine.submit(item(f"text {index}"))
+        assert pattern(str(raised.value)) in shown("message")
+
+
+def test_slow_cpu(
+    write_random: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_random({"num_hidden_layers": 6}, {"depth": 5, "deepstack_visual_indexes": [1, 2]})
+    settings = Settings(model=str(folder), device="cpu")
+    loaded = EmbeddingModel(find_checkpoint(settings), settings, torch.device("cpu"))
+    clock = iter(range(1000))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: 3600.0 * next(clock))
+    with caplog.at_level(logging.WARNING):
+        speed.warn_if_slow(loaded.forward, loaded.preprocessor)
+    assert pattern(caplog.messages[0]) in shown("log")
+
+
+@pytest.mark.slow
+def test_killed_worker(random_checkpoint: Path, tmp_path: Path) -> None:
+    server = start_server(tmp_path, model=str(random_checkpoint), device="cpu")
+    try:
+        (worker,) = server.workers
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: "was ended by signal 9" in server.log.read_text())
+    finally:
+        assert server.stop() == 0
+    (line,) = [line for line in server.log.read_text().splitlines() if "was ended by signal 9" in line]
+    assert any(pattern(line).endswith(known) for known in shown("log") if "was ended" in known)
+
+
+@pytest.mark.slow
+def test_service_with_a_wrong_checkpoint(random_checkpoint: Path, tmp_path: Path) -> None:
+    folder = broken(random_checkpoint, tmp_path, make_llama)
+    environment = os.environ | {"EMBEDDER_MODEL": str(folder), "BENTOML_DO_NOT_TRACK": "True"}
+    command = [Path(sys.executable).with_name("bentoml"), "serve", "--port", "0"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert pattern((run.stdout + run.stderr).strip().splitlines()[-1]) in shown("log")
