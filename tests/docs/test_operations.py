@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from embedder.engine.engine import Engine
 from embedder.errors import ModelUnavailable, Overloaded
 from embedder.loaded_model import EmbeddingModel
 from embedder.model import speed
@@ -66,11 +67,15 @@ def test_wrong_checkpoint(change: Callable[[Path], None], random_checkpoint: Pat
     assert pattern(f"the service does not start: {raised.value}") in shown("log")
 
 
+def submit_many(engine: Engine) -> None:
+    for index in range(1000):
+        engine.submit(item(f"text {index}"))
+
+
 def test_full_queue(model: FakeModel) -> None:
     with running(model, max_queued_tokens=256, max_input_tokens=64) as engine, busy_device(engine, model):
         with pytest.raises(Overloaded) as raised:
-            for index in range(1000):
-                engine.submit(item(f"text {index}"))
+            submit_many(engine)
         assert pattern(str(raised.value)) in shown("message")
 
 
