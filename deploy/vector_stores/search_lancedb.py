@@ -1,4 +1,6 @@
-"""Search a folder of images by text with LanceDB: `python search_lancedb.py FOLDER "red heart"`.
+"""Search images or pages by text with LanceDB: `python search_lancedb.py FOLDER "red heart"`.
+
+FOLDER has PNG pictures, or is the output of `embedder.bulk`, whose pages are named `report.pdf#page=3`.
 
 Needs the service at EMBEDDINGS_URL (default http://localhost:3000). Install: pip install httpx lancedb. The database is
 written to the folder `pictures`.
@@ -8,11 +10,14 @@ import base64
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 
 import httpx
 import lancedb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 URL = os.environ.get("EMBEDDINGS_URL", "http://localhost:3000")
 INSTRUCTION = "Retrieve images or text relevant to the user's query."
@@ -25,14 +30,24 @@ def embed(path: str, inputs: list[str], **options: str) -> np.ndarray:
     return np.array(response.raise_for_status().json()["embedding"], np.float32)
 
 
-def index(database: lancedb.DBConnection, folder: pathlib.Path) -> lancedb.table.Table:
-    """Store a short and a full vector per image, 64 images per request."""
+def read(folder: pathlib.Path) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Names and unit vectors: the rows that `embedder.bulk` has written to the folder, or 64 pictures at a time."""
+    for file in sorted(folder.glob("part-*.parquet")):
+        rows = pq.read_table(file, columns=["id", "embedding"], filters=pc.field("error").is_null())
+        if rows.num_rows:
+            yield rows["id"].to_pylist(), np.stack(rows["embedding"].to_numpy())
     pictures = sorted(folder.glob("*.png"))
-    batches = []
     for start in range(0, len(pictures), 64):
         batch = pictures[start : start + 64]
-        vectors = embed("/img/embed", [base64.b64encode(path.read_bytes()).decode() for path in batch])
-        columns = {"name": [path.stem for path in batch], "small": vectors[:, :SMALL], "full": vectors}
+        data = [base64.b64encode(path.read_bytes()).decode() for path in batch]
+        yield [path.stem for path in batch], embed("/img/embed", data)
+
+
+def index(database: lancedb.DBConnection, folder: pathlib.Path) -> lancedb.table.Table:
+    """Store a short and a full vector per row."""
+    batches = []
+    for names, vectors in read(folder):
+        columns = {"name": names, "small": vectors[:, :SMALL], "full": vectors}
         columns |= {
             name: pa.FixedSizeListArray.from_arrays(np.ascontiguousarray(columns[name]).ravel(), columns[name].shape[1])
             for name in ("small", "full")

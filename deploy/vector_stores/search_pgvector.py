@@ -1,17 +1,23 @@
-"""Search a folder of images by text with PostgreSQL: `python search_pgvector.py FOLDER "red heart"`.
+"""Search images or pages by text with PostgreSQL: `python search_pgvector.py FOLDER "red heart"`.
+
+FOLDER has PNG pictures, or is the output of `embedder.bulk`, whose pages are named `report.pdf#page=3`.
 
 Needs the service at EMBEDDINGS_URL (default http://localhost:3000) and a database at DATABASE_URL with pgvector 0.7 or
-newer (Debian 13: apt-get install postgresql-17-pgvector). Install: pip install httpx "psycopg[binary]" pgvector.
+newer (Debian 13: apt-get install postgresql-17-pgvector). Install: pip install httpx "psycopg[binary]" pgvector
+pyarrow.
 """
 
 import base64
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 
 import httpx
 import numpy as np
 import psycopg
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pgvector.psycopg import register_vector
 
 URL = os.environ.get("EMBEDDINGS_URL", "http://localhost:3000")
@@ -25,6 +31,19 @@ def embed(path: str, inputs: list[str], **options: str) -> np.ndarray:
     return np.array(response.raise_for_status().json()["embedding"], np.float32)
 
 
+def read(folder: pathlib.Path) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Names and unit vectors: the rows that `embedder.bulk` has written to the folder, or 64 pictures at a time."""
+    for file in sorted(folder.glob("part-*.parquet")):
+        rows = pq.read_table(file, columns=["id", "embedding"], filters=pc.field("error").is_null())
+        if rows.num_rows:
+            yield rows["id"].to_pylist(), np.stack(rows["embedding"].to_numpy())
+    pictures = sorted(folder.glob("*.png"))
+    for start in range(0, len(pictures), 64):
+        batch = pictures[start : start + 64]
+        data = [base64.b64encode(path.read_bytes()).decode() for path in batch]
+        yield [path.stem for path in batch], embed("/img/embed", data)
+
+
 def connect(url: str) -> psycopg.Connection:
     """Connect, with support for vector columns."""
     connection = psycopg.connect(url, autocommit=True)
@@ -35,13 +54,10 @@ def connect(url: str) -> psycopg.Connection:
 
 def index(connection: psycopg.Connection, folder: pathlib.Path) -> None:
     """Store the full vectors; index their first values (pgvector indexes at most 2000)."""
-    pictures = sorted(folder.glob("*.png"))
     connection.execute("DROP TABLE IF EXISTS pictures")
     connection.execute("CREATE TABLE pictures (name text PRIMARY KEY, embedding vector)")
-    for start in range(0, len(pictures), 64):
-        batch = pictures[start : start + 64]
-        vectors = embed("/img/embed", [base64.b64encode(path.read_bytes()).decode() for path in batch])
-        rows = [(path.stem, vector) for path, vector in zip(batch, vectors, strict=True)]
+    for names, vectors in read(folder):
+        rows = list(zip(names, vectors, strict=True))
         connection.cursor().executemany("INSERT INTO pictures VALUES (%s, %s)", rows)
     small = f"(subvector(embedding, 1, {SMALL})::vector({SMALL}))"
     connection.execute(f"CREATE INDEX ON pictures USING hnsw ({small} vector_cosine_ops)")

@@ -16,9 +16,11 @@ import pytest
 
 from deploy.vector_stores.drawings import write_drawings
 from tests.conftest import Server
+from tests.search import conftest as search_conftest
 
 pytestmark = pytest.mark.filterwarnings("ignore:XDG_RUNTIME_DIR is not set")  # of the PostgreSQL wheel's lock
 
+indexed = search_conftest.indexed  # the fixture
 QUERIES = ("sunset", "volcano", "crescent moon", "snowman", "strawberry", "red heart")
 NUM_DRAWINGS = 150
 INSTRUCTION = "Retrieve images or text relevant to the user's query."
@@ -50,6 +52,25 @@ def expected(small_server: Server, drawings: Path) -> dict[str, list[tuple[str, 
         query: sorted(zip(names, map(float, row), strict=True), key=lambda pair: -pair[1])
         for query, row in zip(QUERIES, cosines, strict=True)
     }
+
+
+@pytest.mark.parametrize("store", ["qdrant", "lancedb"])
+def test_pages_of_documents_are_found_in_a_store(
+    store: str, indexed: search_conftest.Indexed, small_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = pytest.importorskip({"qdrant": "qdrant_client"}.get(store, store), reason="comes with the `stores` extra")
+    example = importlib.import_module(f"deploy.vector_stores.search_{store}")
+    monkeypatch.setattr(example, "URL", small_server.url)
+    if store == "qdrant":
+        target = library.QdrantClient(":memory:")
+        example.index(target, indexed.output)
+    else:
+        target = example.index(library.connect(tmp_path), indexed.output)
+    found = example.search(target, indexed.subjects[0][1], limit=3)
+    assert found[0][0] == "reports/report-01.pdf#page=2"
+    assert len(found) == 3
+    if store == "qdrant":
+        target.close()
 
 
 SLOW = pytest.mark.slow
