@@ -133,6 +133,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "bulk.ratio": lambda: f"{record('bulk')['ratio']:.2f}",
     "growth.library": lambda: f"{record('growth')['verdicts']['library']['time_ratio']:.2f}",
     "growth.server": lambda: f"{record('growth')['verdicts']['server']['time_ratio']:.2f}",
+    "page_rendering.ms": lambda: f"{1000 * render_s_per_page():.0f}",
+    "page_rendering.percent": lambda: f"{100 * record('page_rendering')['share']:.2f}",
     "overload.p99_s": lambda: f"{record('overload')['p99_s']:.1f}",
     "preprocessing.image-448": lambda: (
         f"{record('preprocessing')['images_per_s']['image-448']['ours: base64 to model input']:.0f}"
@@ -143,6 +145,12 @@ FIGURES: dict[str, Callable[[], str]] = {
     "soak.refused": lambda: f"{record('soak')['refused']:,}",
     "soak.wrong": lambda: f"{record('soak')['wrong']}",
 }
+
+
+def render_s_per_page() -> float:
+    """CPU seconds that rendering a page of the demo documents takes."""
+    measured = record("page_rendering")
+    return float(measured["render_cpu_s"] / measured["pages"])
 
 
 def null_of_bare() -> float:
