@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import sys
@@ -217,11 +218,19 @@ def _embed(job: Job, parts: Sequence[Part], writer: Writer, address: str | None,
 def _run(job: Job, parts: Sequence[Part], address: str | None) -> Iterator[dict[str, Any]]:
     """Embed the parts with Ray. Yields the counts of each part when it is finished."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray reports each of its steps, between the lines of the progress bar. `main` reports what fails.
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if address:
-        ray.init(address)
+        ray.init(address, logging_level=logging.ERROR)
     else:
         os.environ.setdefault("RAY_worker_niceness", "0")  # with the default of 15, workers were 25 % slower
-        ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES)
+        ray.init(
+            "local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+        )
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.memory_usage_poll_interval_s = None  # polling each worker's memory every second cost 17 % of the rate

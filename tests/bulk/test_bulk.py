@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -420,6 +421,10 @@ def test_every_row_is_written_once_after_a_kill(tmp_path: Path, embedder: Embedd
     assert 5 <= len(before) < 60
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
+    chatter = re.findall(
+        r"^.*(?:streaming_executor|Ray instance|Progress bars disabled).*$", again.stderr, re.MULTILINE
+    )
+    assert chatter == [], "Ray reports its steps between the lines of the progress bar"
     after = {one.name: one.stat().st_mtime_ns for one in output.glob("*.parquet")}
     assert len(after) == 60
     assert not list((output / "_bulk").glob("*.tmp"))
