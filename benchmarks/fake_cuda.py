@@ -250,11 +250,11 @@ class FakeCuda:
     def __init__(self) -> None:
         self._counter: KernelCounter | None = None
 
-    def make_model(self, shape: str) -> Any:
-        """Both towers of `shape` in bfloat16, arranged for the forward pass."""
+    def make_model(self, shape: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+        """Both towers of `shape`, arranged for the forward pass."""
         config = Architecture.model_validate_json(shape_config(shape, tokenizer()).to_json_string(use_diff=False))
         with unset_fake_temporarily(), torch.device("meta"):  # its initialization draws random numbers
-            model = Towers(config).to(torch.bfloat16).eval().requires_grad_(False)
+            model = Towers(config).to(dtype).eval().requires_grad_(False)
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA))
         arrange_products(model)
         return model

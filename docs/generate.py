@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script has its own folder there
 
 import embedder.server  # noqa: E402
-from benchmarks import invariance, output_types  # noqa: E402 - after the path
+from benchmarks import hardware, invariance, output_types  # noqa: E402 - after the path
 from embedder.errors import errors_table  # noqa: E402
 from embedder.settings import settings_table  # noqa: E402
 from embedder.telemetry.metrics import Metrics  # noqa: E402
@@ -114,6 +114,11 @@ def ledger_table(_: str) -> str:
     return "\n".join(lines)
 
 
+def hardware_table(_: str) -> str:
+    """Which model fits which GPU, and the rate that its arithmetic allows (`hardware.py` in benchmarks)."""
+    return hardware.table(record("gpu_counts")["shapes"])
+
+
 def _link(file: str, folder: str) -> str:
     return f"[{file}.json]({folder}benchmarks/results/{file}.json)"
 
@@ -126,6 +131,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "latency": latency_table,
     "output_types": output_types_table,
     "invariance": lambda _: invariance.table(record("invariance")["rows"]),
+    "hardware": hardware_table,
     "ledger": ledger_table,
 }
 

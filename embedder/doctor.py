@@ -23,10 +23,11 @@ from embedder.inputs.processor_config import read_vision_config
 from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model.attention import choose_attention
 from embedder.model.checkpoint import BUNDLED, find_checkpoint, find_reranker, is_on_this_machine
+from embedder.model.devices import choose_device, choose_dtype
 from embedder.model.execution import choose_execution, find_compiler
 from embedder.model.gpus import count_gpus
 from embedder.model.memory import check_memory, free_bytes
-from embedder.model.weights import check_vocabulary, check_weights, choose_device, choose_dtype
+from embedder.model.weights import check_vocabulary, check_weights
 from embedder.server.lifecycle import check_address
 from embedder.settings import PREFIX, Settings, available_cores
 
@@ -129,9 +130,10 @@ def _examine_device(report: Report, settings: Settings, folders: Sequence[Path])
         lambda one: str(one).removeprefix("torch."),
     )
     assert dtype is not None
-    report.add("attention", lambda: choose_attention(settings.attention, device, dtype)[0])
+    attention = report.add("attention", lambda: choose_attention(settings.attention, device, dtype)[0])
     report.add("compiler", find_compiler, lambda path: path or "none: layers are compiled on a GPU only with one")
-    report.add("execution", lambda: choose_execution(settings.execution, device))
+    if attention is not None:
+        report.add("execution", lambda: choose_execution(settings.execution, device, attention))
     report.add(
         "workers",
         lambda: settings.num_workers(count_gpus()),

@@ -23,10 +23,11 @@ from embedder.settings import Settings
 class Embedder:
     """A loaded checkpoint that embeds text, images, videos and mixtures of them.
 
-    `model`: a checkpoint folder or hub id; empty: the small model shipped in the package. `device`: auto, cpu, cuda or
-    cuda:N. `options`: other fields of `Settings`, by name; `settings` replaces all of these arguments. `worker`: this
-    process's number, from 0, which chooses its GPU if there are several. `observer` is called at each stage of an item.
-    `on_failure` is called with the reason if the device fails; then this process can embed nothing more.
+    `model`: a checkpoint folder or hub id; empty: the small model shipped in the package. `device`: a value of
+    `EMBEDDER_DEVICE`. `options`: other fields of `Settings`, by name; `settings` replaces all of these arguments.
+    `worker`: this process's number, from 0, which chooses its GPU if there are several. `observer` is called at each
+    stage of an item. `on_failure` is called with the reason if the device fails; then this process can embed nothing
+    more.
 
     Close it, or use it in a `with` block, to end its threads. Raises `ModelUnavailable`, and pydantic's
     `ValidationError` for settings out of range.
@@ -37,7 +38,7 @@ class Embedder:
         model: str = "",
         *,
         device: str = "auto",
-        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         settings: Settings | None = None,
         worker: int = 0,
         observer: Observer | None = None,

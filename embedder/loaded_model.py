@@ -19,9 +19,11 @@ from embedder.inputs.pairs import DEFAULT_INSTRUCTION, PairPreprocessor
 from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.inputs.processor_config import read_vision_config
 from embedder.inputs.tokenizer_files import load_tokenizer
+from embedder.model.attention import choose_attention, log_attention
 from embedder.model.checkpoint import Checkpoint
 from embedder.model.cuda_graphs import TextGraphs, graph_size
 from embedder.model.device_errors import device_errors
+from embedder.model.devices import choose_dtype
 from embedder.model.execution import choose_execution
 from embedder.model.forward import Forward
 from embedder.model.memory_budget import find_budget
@@ -29,7 +31,7 @@ from embedder.model.packing import MAX_SHARED_TOKENS, pack
 from embedder.model.pooling import pool
 from embedder.model.products import arrange_products
 from embedder.model.score_head import load_score_head
-from embedder.model.weights import check_vocabulary, choose_dtype, load_model, num_language_weights, visual_cost
+from embedder.model.weights import check_vocabulary, load_model, num_language_weights, visual_cost
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -44,11 +46,13 @@ class EmbeddingModel:
         self.settings = settings
         self.device = device
         dtype = choose_dtype(settings, device, is_bundled=checkpoint.is_bundled)
+        attention, _ = choose_attention(settings.attention, device, dtype)
+        self.execution = choose_execution(settings.execution, device, attention)
+        log_attention(attention, device)
         weights = load_model(checkpoint.folder, dtype, device)
         self.num_language_weights = num_language_weights(weights)
         self.max_shared_tokens = self._max_shared_tokens()
         self.preprocessor = self._make_preprocessor(weights)
-        self.execution = choose_execution(settings.execution, device)
         arrange_products(weights, is_compiled=self.execution.is_compiled)
         self.forward = self._make_forward(weights)
         if self.execution.is_compiled and not self._compile_layers():

@@ -23,8 +23,8 @@ from embedder.inputs.pairs import Pair, Query
 from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.loaded_model import EmbeddingModel, RerankingModel
 from embedder.model.checkpoint import find_checkpoint, find_reranker
+from embedder.model.devices import choose_device
 from embedder.model.speed import warn_if_slow
-from embedder.model.weights import choose_device
 from embedder.settings import Settings, available_cores
 
 logger = logging.getLogger(__name__)
@@ -72,8 +72,8 @@ class Models:
         self.embedder: EmbeddingModel | None = None
         self.reranker: RerankingModel | None = None
         self.device = choose_device(settings, worker)
-        is_cuda = self.device.type == "cuda"
-        if not is_cuda:
+        is_gpu = self.device.type in ("cuda", "xpu")  # Apple's shares the machine's memory, and may take minutes
+        if self.device.type == "cpu":
             self._limit_torch_threads()
         # In a thread that ends afterwards: OpenMP keeps a team of threads for each thread that has computed. With this
         # thread's team in addition to the device thread's there are more threads than cores, and a text query takes
@@ -84,13 +84,15 @@ class Models:
             self._preprocess,
             self._launch,
             self._first.forward.hidden_size,
-            self._limit_batches_to_memory() if is_cuda else settings,
+            self._limit_batches_to_memory() if is_gpu else settings,
             observer=observer,
-            max_in_flight=2 if is_cuda else 1,
-            stuck_after_s=settings.stuck_after_s or (STUCK_AFTER_S if is_cuda else math.inf),
+            max_in_flight=2 if self.device.type == "cuda" else 1,
+            stuck_after_s=settings.stuck_after_s or (STUCK_AFTER_S if is_gpu else math.inf),
             on_failure=on_failure,
         )
-        if not is_cuda:  # there a launch computes, for seconds or minutes; work whose callers are gone is dropped
+        if (
+            self.device.type == "cpu"
+        ):  # there a launch computes, for seconds or minutes; work whose callers are gone is dropped
             for model in self._loaded:
                 model.forward.call_between_layers(self.engine.stop_if_abandoned)
 
@@ -145,7 +147,7 @@ class Models:
         if self.settings.reranker:
             checkpoint = find_reranker(self.settings)
             self.reranker = RerankingModel(checkpoint, self.settings, self.device, self.embedder)
-        if self.device.type != "cuda":
+        if self.device.type == "cpu":
             for model in self._loaded:
                 warn_if_slow(model.forward, model.preprocessor)
 

@@ -29,8 +29,8 @@ class Ranked:
 class Reranker:
     """A loaded checkpoint that judges how well documents answer a query.
 
-    `model`: a checkpoint folder or hub id. `device`: auto, cpu, cuda or cuda:N. `options`: other fields of `Settings`,
-    by name; `settings` replaces all of these arguments. `observer` is called at each stage of an item.
+    `model`: a checkpoint folder or hub id. `device`: a value of `EMBEDDER_DEVICE`. `options`: other fields of
+    `Settings`, by name; `settings` replaces all of these arguments. `observer` is called at each stage of an item.
     `on_failure` is called with the reason if the device fails; then this process can compute nothing more.
 
     Close it, or use it in a `with` block, to end its threads. Raises `ModelUnavailable`, and pydantic's
@@ -42,7 +42,7 @@ class Reranker:
         model: str = "",
         *,
         device: str = "auto",
-        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         settings: Settings | None = None,
         worker: int = 0,
         observer: Observer | None = None,

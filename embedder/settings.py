@@ -64,14 +64,19 @@ class Settings(BaseModel):
         description="Ignore EXIF orientation and the rotation of videos, to compare with vectors made without them.",
     )
     # Device
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    device: str = Field(
         "auto",
-        description="Data type of the weights; `auto`: bfloat16 on CUDA and on CPUs with AVX512-BF16 or AMX, else "
-        "float32. The bundled model is in float32 on every CPU.",
+        description="`auto`, `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N` or `mps`; `auto`: the accelerator that is there.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Data type of the weights; `auto`: bfloat16 on accelerators and on CPUs with AVX512-BF16 or AMX, "
+        "float16 on GPUs before Ampere, else float32. The bundled model is in float32 on every CPU.",
     )
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
-        "auto", description="Attention back end; `auto`: flash_attn if installed, else varlen, on CUDA; sdpa on a CPU."
+        "auto",
+        description="Attention back end; `auto`: on CUDA from Ampere on, flash_attn if installed, else varlen; sdpa on "
+        "every other device.",
     )
     execution: Literal["auto", "eager", "compiled", "graphs", "graphs+compiled"] = Field(
         "auto",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from embedder.model.weights import choose_device
+from embedder.model.devices import choose_device
 from embedder.settings import FIRST_OF_TOPIC, PREFIX, Settings, available_cores, settings_table
 
 FIELDS = Settings.model_fields

@@ -2,6 +2,7 @@
 
 checkpoint     settings to a checkpoint folder, downloaded from the hub if needed
 gpus           the number of GPUs, without torch where there is none
+devices        which device a worker uses, and in which data type
 progress       downloads and loads in log lines
 weight_files   which safetensors files are read, and whether their shapes are those of config.json
 memory         check that the weights fit the device, before they are loaded

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedder.errors import ModelUnavailable
+from embedder.model.devices import VARLEN_CAPABILITY, has_varlen_kernels
 from embedder.model.packing import Sequences
 
 logger = logging.getLogger(__name__)
 
-MIN_CAPABILITY = (8, 0)  # Ampere: the first architecture on which flash attention computes bfloat16
 # Up to this size, a mask is faster than queries of zeros before the first one. With these, the kernel skips blocks of
 # keys that no query attends: 1.7 times as fast for 1,480 queries and 20 more keys, 0.6 times for 20 queries (AMD EPYC).
 MAX_MASK_BYTES = 2**16
@@ -38,27 +38,30 @@ class Attention(Protocol):
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
     """The name and the function of the back end for `device`.
 
-    `name` is sdpa (CPU), varlen (torch's own kernel, CUDA), flash_attn (the package, CUDA) or auto: sdpa on the CPU; on
-    CUDA flash_attn if it can be imported, else varlen. Raises `ModelUnavailable` if the back end does not support the
-    device or the dtype.
+    `name` is sdpa (any device), varlen (torch's own kernel, CUDA), flash_attn (the package, CUDA) or auto: flash_attn
+    if it can be imported, else varlen, on CUDA from Ampere on in 16 bits; sdpa elsewhere. Raises `ModelUnavailable` if
+    the back end does not support the device or the dtype.
     """
     import_error = flash_attn_import_error()
-    if name == "auto" and device.type == "cuda":
-        name = "varlen" if import_error else "flash_attn"
-        logger.info("attention back end: %s (flash-attn: %s)", name, import_error or "installed")
-    elif name == "auto":
-        name = "sdpa"
-    if name != "sdpa" and device.type != "cuda":
-        raise ModelUnavailable(f"attention back end {name} needs CUDA; the device is {device}. Use sdpa")
-    if name == "sdpa" and device.type != "cpu":
-        raise ModelUnavailable(
-            f"attention back end sdpa runs on the CPU only; the device is {device}. Use varlen or flash_attn"
-        )
+    if name == "auto":
+        name = _best(device, dtype, import_error)
+    if name != "sdpa":
+        _check_gpu(name, device, dtype)
     if name == "flash_attn" and import_error:
         raise ModelUnavailable(f"EMBEDDER_ATTENTION=flash_attn: flash-attn cannot be used ({import_error}); use varlen")
-    if device.type == "cuda":
-        _check_gpu(device, dtype)
     return name, {"flash_attn": flash_attention, "varlen": varlen_attention, "sdpa": sdpa_attention}[name]
+
+
+def log_attention(name: str, device: torch.device) -> None:
+    """Say what was chosen for an accelerator, and what is slower there."""
+    if name == "sdpa" and device.type != "cpu":
+        logger.warning(
+            "attention back end: sdpa, one call for each length in a batch and no graphs. Slower than varlen, which "
+            "needs a GPU from Ampere on and 16 bits; not measured on %s",
+            device,
+        )
+    elif name != "sdpa":
+        logger.info("attention back end: %s (flash-attn: %s)", name, flash_attn_import_error() or "installed")
 
 
 @cache
@@ -75,27 +78,39 @@ def flash_attn_import_error() -> str | None:
     return None
 
 
-def _check_gpu(device: torch.device, dtype: torch.dtype) -> None:
+def _best(device: torch.device, dtype: torch.dtype, import_error: str | None) -> str:
+    if dtype == torch.float32 or not has_varlen_kernels(device):
+        return "sdpa"
+    return "varlen" if import_error else "flash_attn"
+
+
+def _check_gpu(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    if device.type != "cuda":
+        raise ModelUnavailable(f"attention back end {name} needs CUDA; the device is {device}. Use sdpa")
     if dtype == torch.float32:
+        raise ModelUnavailable(f"attention back end {name} needs a dtype of 16 bits, not float32. Use sdpa")
+    if not has_varlen_kernels(device):
+        capability = torch.cuda.get_device_capability(device)
         raise ModelUnavailable(
-            "attention on a GPU supports 16-bit dtypes only, not EMBEDDER_DTYPE=float32; use bfloat16 or auto"
+            f"attention back end {name}: {device} has compute capability {capability}; allowed: {VARLEN_CAPABILITY} "
+            "or newer. Use sdpa"
         )
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        raise ModelUnavailable(f"{device} has compute capability {capability}; allowed: {MIN_CAPABILITY} or newer")
 
 
 def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, *, causal: bool
 ) -> Tensor:
     """scaled_dot_product_attention, one call for consecutive sequences of equal length."""
-    attended = torch.empty(query.shape, dtype=query.dtype)
+    attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     is_grouped = query.shape[1] > key.shape[1]
+    if is_grouped and query.device.type != "cpu":  # the fused kernels of older GPUs take no groups
+        key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
+        is_grouped = False
     for query_run, key_run in zip(queries.runs, keys.runs, strict=True):
         run_query, mask = query_run.view(query), None
         num_missing = key_run.length - query_run.length if causal else 0  # the keys before the first query's
         if num_missing and query_run.length * key_run.length <= MAX_MASK_BYTES:
-            mask = causal_mask(query_run.length, key_run.length)
+            mask = causal_mask(query_run.length, key_run.length, query.device)
         elif num_missing:
             run_query = F.pad(run_query, (0, 0, 0, 0, num_missing, 0))
         values = F.scaled_dot_product_attention(
@@ -111,9 +126,9 @@ def sdpa_attention(
 
 
 @lru_cache(maxsize=1024)  # every layer needs the same one
-def causal_mask(num_queries: int, num_keys: int) -> Tensor:
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
     """(num_queries, num_keys) bool, True where a query attends a key; aligned at the ends."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
 
 
 def varlen_attention(

@@ -26,8 +26,8 @@ def device_errors(device: torch.device) -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)  # the frames hold the tensors of the batch
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if _is_out_of_memory(error):
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            if device.type != "cpu":
+                torch.get_device_module(device).empty_cache()
             raise DeviceOutOfMemory(reason) from error
         if not _is_usable(device):
             raise DeviceFailed(reason) from error
@@ -44,10 +44,10 @@ def _is_usable(device: torch.device) -> bool:
 
     An error that concerns one launch only does not stay, and the worker can go on.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         return True
     try:
-        torch.cuda.synchronize(device)
+        torch.accelerator.synchronize(device)
     except RuntimeError:
         return False
     return True

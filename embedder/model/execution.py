@@ -30,18 +30,29 @@ class Execution:
         return f"{'+'.join(names)} ({self.reason})"
 
 
-def choose_execution(setting: str, device: torch.device) -> Execution:
-    """The setting's value resolved for the device. Raises `ModelUnavailable` for graphs without a GPU."""
-    is_cuda = device.type == "cuda"
+def choose_execution(setting: str, device: torch.device, attention: str) -> Execution:
+    """The setting's value resolved for the device and the attention back end.
+
+    Graphs need attention that takes the lengths of the sequences from the device: not sdpa, whose calls depend on
+    them. Raises `ModelUnavailable` for graphs that are not possible.
+    """
+    can_graph = device.type == "cuda" and attention != "sdpa"
     if setting != "auto":
-        if "graphs" in setting and not is_cuda:
-            raise ModelUnavailable(f"EMBEDDER_EXECUTION={setting} needs a GPU; the device is {device}")
+        if "graphs" in setting and not can_graph:
+            raise ModelUnavailable(
+                f"EMBEDDER_EXECUTION={setting} needs a GPU with varlen or flash_attn; the device is {device}, the "
+                f"attention back end {attention}"
+            )
         return Execution("compiled" in setting, "graphs" in setting, True, f"EMBEDDER_EXECUTION={setting}")
-    if not is_cuda:
-        return Execution(False, False, False, "the default on a CPU")
+    if not can_graph:
+        return Execution(False, False, False, _why_eager(device))
     if missing := _missing_for_triton():
         return Execution(False, True, False, f"not compiled: {missing}")
     return Execution(True, True, False, "the default on a GPU with a C compiler and Triton")
+
+
+def _why_eager(device: torch.device) -> str:
+    return "the default on a CPU" if device.type == "cpu" else f"the default on {device} with sdpa"
 
 
 def _missing_for_triton() -> str:

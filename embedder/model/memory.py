@@ -34,12 +34,12 @@ def weights_bytes(folder: Path, dtype: torch.dtype) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a GPU; for the CPU, available memory and free swap, within the container's limit.
+    """Free memory of a GPU; else available memory of the machine and free swap, within the container's limit.
 
     None if the operating system does not report it.
     """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+    if device.type in ("cuda", "xpu"):
+        free: int = torch.get_device_module(device).mem_get_info(device)[0]
         return free
     if not _MEMINFO.is_file():
         return None

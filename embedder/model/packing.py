@@ -289,7 +289,7 @@ def _run_lengths(values: Iterable[object]) -> list[int]:
 
 def _to_device(packed: Packed, device: torch.device) -> Packed:
     """The same with all tensors on the device: pixels in copies of their own, everything else in one copy."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return packed
     tensors = list(_tensors(packed))
     pixels = [tensor for tensor in tensors if tensor.dtype == torch.uint8 and tensor.numel()]

@@ -18,8 +18,9 @@ def pool(hidden_states: Tensor) -> Callable[[], NDArray[np.float32]]:
 
     `hidden_states` are on the device, after the final norm. The rows have the same shape, in float32.
     """
-    rows = hidden_states.float().to("cpu", non_blocking=True)  # into pinned memory, without waiting for the device
-    if hidden_states.device.type != "cuda":
+    is_cuda = hidden_states.device.type == "cuda"
+    rows = hidden_states.float().to("cpu", non_blocking=is_cuda)  # into pinned memory, without waiting for the device
+    if not is_cuda:
         return rows.numpy
     # A blocking event sleeps; the default one spins on a core that preprocessing needs.
     copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

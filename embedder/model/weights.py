@@ -16,48 +16,8 @@ from embedder.model.memory import check_memory
 from embedder.model.modules import Towers
 from embedder.model.progress import LoggedProgress
 from embedder.model.weight_files import Shape, check_shapes, trunk_name, weight_files
-from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-
-def choose_device(settings: Settings, worker: int = 0) -> torch.device:
-    """The device of worker number `worker`, counted from 0. `auto` assigns GPUs round-robin; without a GPU, the CPU."""
-    if settings.device == "auto":
-        count = torch.cuda.device_count()
-        return torch.device("cuda", worker % count) if count else torch.device("cpu")
-    try:
-        device = torch.device(settings.device)
-    except RuntimeError as error:
-        raise ModelUnavailable(f"EMBEDDER_DEVICE={settings.device!r}: allowed are auto, cpu, cuda, cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ModelUnavailable(f"EMBEDDER_DEVICE={settings.device!r}: allowed are auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise ModelUnavailable(f"EMBEDDER_DEVICE={settings.device!r}, but this machine has {found} GPUs")
-    return device
-
-
-def choose_dtype(settings: Settings, device: torch.device, *, is_bundled: bool) -> torch.dtype:
-    """The data type of the weights.
-
-    `auto` is bfloat16 on CUDA, and on a CPU that multiplies bfloat16 itself. The bundled model stays in float32 on a
-    CPU: it is small, and its recorded vectors are those of float32.
-    """
-    if settings.dtype == "auto":
-        is_16_bit = device.type == "cuda" or (not is_bundled and cpu_multiplies_bfloat16())
-    else:
-        is_16_bit = settings.dtype == "bfloat16"
-    return torch.bfloat16 if is_16_bit else torch.float32
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products in bfloat16 (AVX512-BF16 or AMX).
-
-    Without them, torch converts every value.
-    """
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def visual_cost(model: Towers) -> float:

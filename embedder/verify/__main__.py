@@ -41,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--examples", type=Path, help="`examples/` of the authors' repository, for the published values"
     )
     parser.add_argument("--reranker", default="", help="a reranker to compare, too; default: EMBEDDER_RERANKER")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (for MODEL in this process)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:N, xpu or mps (for MODEL in this process)"
+    )
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--max-pixels", type=int, help="as EMBEDDER_MAX_PIXELS (for MODEL in this process)")
     chosen = vars(parser.parse_args(arguments))
     if chosen["url"] and not chosen["url"].startswith(("http://", "https://")):

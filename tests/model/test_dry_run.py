@@ -37,6 +37,7 @@ from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model import cuda_graphs
 from embedder.model.attention import flash_attention, sdpa_attention, varlen_attention
 from embedder.model.cuda_graphs import TextGraphs, graph_size
+from embedder.model.devices import choose_dtype
 from embedder.model.forward import Forward
 from embedder.model.packing import pack
 from embedder.model.pooling import pool
@@ -105,6 +106,21 @@ def test_forward_pass_runs_on_a_gpu_without_waiting_for_it(
             )
             assert counter.faults == [], batch
             assert counter.device_to_host == 1, batch  # the rows
+
+
+@needs_fake_cuda
+def test_gpu_before_ampere_runs_sdpa_in_float16(preprocessor: Preprocessor) -> None:
+    batches = {batch: inputs_of(preprocessor, batch) for batch in BATCHES}
+    with fake_cuda(capability=(7, 5)) as device:
+        assert choose_dtype(Settings(), CUDA, is_bundled=False) == torch.float16
+        forward = device.make_forward(device.make_model("tiny", torch.float16), preprocessor.vision, "auto")
+        assert forward.attention_name == "sdpa"
+        for batch, inputs in batches.items():
+            counter = device.count(
+                lambda inputs=inputs: pool(forward(pack(inputs, preprocessor.vision.merge_size, forward.device)))
+            )
+            assert counter.faults == [], batch
+            assert counter.device_to_host == 1, batch
 
 
 @needs_fake_cuda

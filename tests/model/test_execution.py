@@ -35,40 +35,49 @@ def add_program(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("compiler", ["gcc", "clang", "cc"])
 def test_gpu_with_a_compiler_runs_graphs_of_compiled_layers(compiler: str, tools: Path) -> None:
     add_program(tools, compiler)
-    assert str(choose_execution("auto", CUDA)).startswith("graphs+compiled (the default on a GPU with")
+    assert str(choose_execution("auto", CUDA, "varlen")).startswith("graphs+compiled (the default on a GPU with")
 
 
 def test_compiler_of_the_environment_counts(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_program(tools, "my-cc")
     monkeypatch.setenv("CC", "my-cc")
-    assert choose_execution("auto", CUDA).is_compiled
+    assert choose_execution("auto", CUDA, "varlen").is_compiled
 
 
 def test_gpu_without_a_compiler_runs_graphs_and_says_what_is_missing(
     tools: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert str(choose_execution("auto", CUDA)) == "graphs (not compiled: there is no C compiler)"
+    assert str(choose_execution("auto", CUDA, "varlen")) == "graphs (not compiled: there is no C compiler)"
     add_program(tools, "gcc")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert str(choose_execution("auto", CUDA)) == "graphs (not compiled: Triton is not installed)"
+    assert str(choose_execution("auto", CUDA, "varlen")) == "graphs (not compiled: Triton is not installed)"
 
 
 @pytest.mark.usefixtures("tools")
 @pytest.mark.parametrize("setting", ["eager", "compiled", "graphs", "graphs+compiled"])
 def test_setting_is_obeyed_on_a_gpu_whatever_is_installed(setting: str) -> None:
-    assert str(choose_execution(setting, CUDA)) == f"{setting} (EMBEDDER_EXECUTION={setting})"
+    assert str(choose_execution(setting, CUDA, "flash_attn")) == f"{setting} (EMBEDDER_EXECUTION={setting})"
 
 
 def test_cpu_runs_eagerly_unless_told_to_compile() -> None:
-    assert str(choose_execution("auto", CPU)) == "eager (the default on a CPU)"
-    assert choose_execution("compiled", CPU).is_compiled
+    assert str(choose_execution("auto", CPU, "sdpa")) == "eager (the default on a CPU)"
+    assert choose_execution("compiled", CPU, "sdpa").is_compiled
 
 
 @pytest.mark.parametrize("setting", ["graphs", "graphs+compiled"])
 def test_graphs_without_a_gpu_are_refused(setting: str, random_checkpoint: Path) -> None:
     with pytest.raises(ModelUnavailable) as caught:
         Embedder(str(random_checkpoint), device="cpu", execution=setting)
-    assert str(caught.value) == f"EMBEDDER_EXECUTION={setting} needs a GPU; the device is cpu"
+    assert str(caught.value) == (
+        f"EMBEDDER_EXECUTION={setting} needs a GPU with varlen or flash_attn; the device is cpu, the "
+        "attention back end sdpa"
+    )
+
+
+def test_gpu_without_packed_attention_runs_eagerly_and_refuses_graphs() -> None:
+    assert str(choose_execution("auto", CUDA, "sdpa")) == "eager (the default on cuda:0 with sdpa)"
+    with pytest.raises(ModelUnavailable, match=r"device is cuda:0, the attention back end sdpa$"):
+        choose_execution("graphs", CUDA, "sdpa")
 
 
 def test_default_that_does_not_work_here_is_logged_and_left_out(
@@ -78,7 +87,7 @@ def test_default_that_does_not_work_here_is_logged_and_left_out(
         raise RuntimeError("no kernel for this device\n\nand a long explanation")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
-    chosen = replace(choose_execution("compiled", CPU), is_required=False)
+    chosen = replace(choose_execution("compiled", CPU, "sdpa"), is_required=False)
     monkeypatch.setattr(loaded_model, "choose_execution", lambda *_: chosen)
     with caplog.at_level(logging.INFO), Embedder(str(random_checkpoint), device="cpu") as other:
         (vector,) = other.embed(["red"])

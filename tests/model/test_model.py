@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ from embedder.model.packing import MAX_SHARED_TOKENS, Run, Sequences, pack, pref
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 from embedder.model.products import join_layers
 from embedder.model.vision import ROPE_THETA
-from embedder.model.weights import choose_device, choose_dtype, load_model, visual_cost
+from embedder.model.weights import load_model, visual_cost
 from embedder.settings import Settings
 from tests.conftest import picture, words
 
@@ -186,14 +186,8 @@ def test_cuda_back_ends_are_refused_on_the_cpu(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "dtype", "capability", "reason"),
     [
-        ("sdpa", torch.bfloat16, (9, 0), "sdpa runs on the CPU only; the device is cuda. Use varlen or flash_attn"),
-        (
-            "varlen",
-            torch.float32,
-            (9, 0),
-            "supports 16-bit dtypes only, not EMBEDDER_DTYPE=float32",
-        ),
-        ("varlen", torch.bfloat16, (7, 5), r"has compute capability \(7, 5\); allowed: \(8, 0\) or newer"),
+        ("varlen", torch.float32, (9, 0), "varlen needs a dtype of 16 bits, not float32. Use sdpa"),
+        ("varlen", torch.float16, (7, 5), r"has compute capability \(7, 5\); allowed: \(8, 0\) or newer. Use sdpa"),
         ("flash_attn", torch.bfloat16, (9, 0), r"flash-attn cannot be used \(ModuleNotFoundError.*\); use varlen"),
     ],
 )
@@ -205,9 +199,30 @@ def test_what_a_gpu_cannot_serve_is_refused(
         choose_attention(name, torch.device("cuda"), dtype)
 
 
-def test_cuda_takes_a_packed_kernel_without_asking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert choose_attention("auto", torch.device("cuda"), torch.bfloat16)[0] in ("varlen", "flash_attn")
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "expected"),
+    [
+        ("cuda", torch.bfloat16, (8, 0), "varlen"),
+        ("cuda", torch.float16, (9, 0), "varlen"),
+        ("cuda", torch.float32, (9, 0), "sdpa"),
+        ("cuda", torch.float16, (7, 5), "sdpa"),
+        ("xpu", torch.bfloat16, (), "sdpa"),
+        ("mps", torch.bfloat16, (), "sdpa"),
+    ],
+)
+def test_accelerator_takes_a_packed_kernel_if_it_has_one(
+    device: str, dtype: torch.dtype, capability: tuple[int, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert choose_attention("auto", torch.device(device), dtype)[0] == expected
+
+
+def test_slower_attention_of_an_accelerator_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    for name, device in (("sdpa", "cpu"), ("varlen", "cuda")):
+        attention.log_attention(name, torch.device(device))
+    assert not caplog.records
+    attention.log_attention("sdpa", torch.device("mps"))
+    assert "sdpa, one call for each length in a batch and no graphs" in caplog.text
 
 
 def test_package_called_flash_attn_that_lacks_the_function_is_not_chosen(
@@ -472,51 +487,3 @@ def test_weights_have_the_dtype_asked_for_and_learn_nothing(random_checkpoint: P
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert not any(weight.requires_grad for weight in model.parameters())
     assert not model.training
-
-
-@pytest.mark.parametrize("device", ["nonsense", "mps", "meta", "cuda:x"])
-def test_device_that_is_no_device_is_refused(device: str) -> None:
-    with pytest.raises(ModelUnavailable) as caught:
-        choose_device(Settings(device=device))
-    assert str(caught.value) == f"EMBEDDER_DEVICE={device!r}: allowed are auto, cpu, cuda, cuda:N"
-
-
-def test_gpu_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ModelUnavailable, match=rf"'cuda:99', but this machine has {torch.cuda.device_count()} GPUs$"):
-        choose_device(Settings(device="cuda:99"))
-
-
-def test_device_is_the_one_named_or_the_one_there_is() -> None:
-    assert choose_device(Settings(device="cpu")) == CPU
-    expected = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
-    assert choose_device(Settings(device="auto"), worker=0) == expected
-
-
-NATIVE = ({"avx512_bf16": True}, {"amx_bf16": True, "avx512_bf16": False})
-OTHER = ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, {"neon": True})
-
-
-@pytest.mark.parametrize(
-    ("dtype", "device", "is_bundled", "processors", "expected"),
-    [
-        ("auto", "cpu", False, NATIVE, torch.bfloat16),
-        ("auto", "cpu", False, OTHER, torch.float32),
-        ("auto", "cpu", True, NATIVE, torch.float32),
-        ("auto", "cuda", False, OTHER, torch.bfloat16),
-        ("auto", "cuda", True, OTHER, torch.bfloat16),
-        ("float32", "cpu", False, NATIVE, torch.float32),
-        ("bfloat16", "cpu", True, OTHER, torch.bfloat16),
-    ],
-)
-def test_dtype_is_the_one_named_or_what_the_processor_multiplies_fastest(
-    dtype: Literal["auto", "float32", "bfloat16"],
-    device: str,
-    is_bundled: bool,
-    processors: tuple[dict[str, bool], ...],
-    expected: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for processor in processors:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda processor=processor: processor)
-        chosen = choose_dtype(Settings(dtype=dtype), torch.device(device), is_bundled=is_bundled)
-        assert chosen == expected

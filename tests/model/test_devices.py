@@ -1,0 +1,98 @@
+"""Which device a worker uses, and in which data type."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+
+from embedder.errors import ModelUnavailable
+from embedder.model import devices
+from embedder.model.devices import choose_device, choose_dtype
+from embedder.settings import Settings
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:x"])
+def test_device_that_is_no_device_is_refused(device: str) -> None:
+    with pytest.raises(ModelUnavailable) as caught:
+        choose_device(Settings(device=device))
+    assert str(caught.value) == f"EMBEDDER_DEVICE={device!r}: allowed are auto, cpu, cuda, cuda:N, xpu, xpu:N, mps"
+
+
+@pytest.mark.parametrize(("device", "name"), [("cuda:99", "GPUs"), ("xpu:99", "XPUs")])
+def test_device_that_is_not_there_is_refused(device: str, name: str) -> None:
+    with pytest.raises(ModelUnavailable, match=rf"'{device}', but torch \S+ finds \d+ {name} on this machine$"):
+        choose_device(Settings(device=device))
+
+
+def test_device_is_the_one_named_or_the_one_there_is() -> None:
+    assert choose_device(Settings(device="cpu")) == CPU
+    expected = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+    assert choose_device(Settings(device="auto"), worker=0) == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"cuda": 2, "xpu": 1}, ["cuda:0", "cuda:1", "cuda:0"]),
+        ({"xpu": 2}, ["xpu:0", "xpu:1", "xpu:0"]),
+        ({"mps": 1}, ["mps", "mps", "mps"]),
+        ({}, ["cpu", "cpu", "cpu"]),
+    ],
+)
+def test_auto_takes_the_accelerator_that_is_there(
+    found: dict[str, int], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "count_devices", lambda kind: found.get(kind, 0))
+    assert [str(choose_device(Settings(), worker)) for worker in range(3)] == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "macos", "expected"),
+    [
+        ("cuda", (9, 0), 0, torch.bfloat16),
+        ("cuda", (8, 0), 0, torch.bfloat16),
+        ("cuda", (7, 5), 0, torch.float16),
+        ("xpu", (), 0, torch.bfloat16),
+        ("mps", (), 14, torch.bfloat16),
+        ("mps", (), 13, torch.float16),
+    ],
+)
+def test_accelerator_takes_16_bits(
+    device: str, capability: tuple[int, ...], macos: int, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, _: macos >= major)
+    assert choose_dtype(Settings(), torch.device(device), is_bundled=True) == expected
+
+
+NATIVE = ({"avx512_bf16": True}, {"amx_bf16": True, "avx512_bf16": False})
+OTHER = ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, {"neon": True})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "is_bundled", "processors", "expected"),
+    [
+        ("auto", "cpu", False, NATIVE, torch.bfloat16),
+        ("auto", "cpu", False, OTHER, torch.float32),
+        ("auto", "cpu", True, NATIVE, torch.float32),
+        ("float32", "cpu", False, NATIVE, torch.float32),
+        ("bfloat16", "cpu", True, OTHER, torch.bfloat16),
+        ("float16", "mps", False, OTHER, torch.float16),
+    ],
+)
+def test_dtype_is_the_one_named_or_what_the_processor_multiplies_fastest(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"],
+    device: str,
+    is_bundled: bool,
+    processors: tuple[dict[str, bool], ...],
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for processor in processors:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda processor=processor: processor)
+        chosen = choose_dtype(Settings(dtype=dtype), torch.device(device), is_bundled=is_bundled)
+        assert chosen == expected
