@@ -6,9 +6,11 @@ others are decoded in a process that can be killed, see `decoder_process`.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import PIL.AvifImagePlugin
@@ -114,8 +116,7 @@ def _read_header(data: bytes, limits: MediaLimits, deadline: float) -> PIL.Image
     if num_scans > MAX_JPEG_SCANS:
         raise MediaTooLarge(f"JPEG image of more than {MAX_JPEG_SCANS} scans; allowed: up to {MAX_JPEG_SCANS}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # max_image_pixels limits
+        with _without_warnings():
             return PIL.Image.open(_DeadlineBytes(data, limits, deadline), formats=_PILLOW_FORMATS)
     except PIL.Image.DecompressionBombError as error:
         raise MediaTooLarge(
@@ -127,9 +128,18 @@ def _read_header(data: bytes, limits: MediaLimits, deadline: float) -> PIL.Image
         raise InvalidMedia(f"image header cannot be read: {error}") from error
 
 
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence Pillow: damaged metadata is the caller's, and `max_image_pixels` limits the pixels."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
 def decode_image(image: PIL.Image.Image, *, is_raw: bool = False) -> PIL.Image.Image:
     """Decode the pixels to RGB, with every transparent mode composited on white. Upright, unless `is_raw`."""
-    opaque = _decode_rgb(image)
+    with _without_warnings():
+        opaque = _decode_rgb(image)
     return opaque if is_raw else turn_upright(opaque, exif_orientation(image))
 
 

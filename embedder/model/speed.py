@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import PIL.Image
 
+from embedder.errors import ITEM_ERRORS
 from embedder.inputs.items import EmbeddingItem, Image, Text
 from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.model.forward import Forward
@@ -74,11 +75,17 @@ def warn_if_slow(forward: Forward, preprocess: Preprocessor) -> None:
 
 
 def measure_speed(forward: Forward, preprocess: Preprocessor) -> Speed | None:
-    """Run some layers of each tower. None if a tower has too few to measure: then no item takes long."""
-    picture = preprocess(EmbeddingItem((Image(PIL.Image.new("RGB", (MEASURED_SIDE, MEASURED_SIDE))),)))
-    text = preprocess(EmbeddingItem((Text(" a" * MEASURED_WORDS),)))
+    """Run some layers of each tower.
+
+    None if a tower has too few to measure, or if the limits allow only smaller items: then no item takes long.
+    """
     num_blocks, num_layers = len(forward.vision.tower.blocks), len(forward.language.tower.layers) - 1
     if min(num_blocks, num_layers) < NUM_MEASURED + 2:
+        return None
+    try:
+        picture = preprocess(EmbeddingItem((Image(PIL.Image.new("RGB", (MEASURED_SIDE, MEASURED_SIDE))),)))
+        text = preprocess(EmbeddingItem((Text(" a" * MEASURED_WORDS),)))
+    except ITEM_ERRORS:
         return None
     num_patches = sum(math.prod(patches.grid_thw) for patches in picture.patches)
     return Speed(

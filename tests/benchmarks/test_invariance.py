@@ -11,6 +11,7 @@ from benchmarks import invariance
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_cases_of_one_process_are_within_the_promise(random_checkpoint: Path) -> None:
     vectors = invariance.vectors_of_one_process(str(random_checkpoint), "cpu", ["float32", "bfloat16"], 2)
     for dtype, cases in vectors.items():

@@ -54,6 +54,7 @@ def expected(small_server: Server, drawings: Path) -> dict[str, list[tuple[str, 
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["qdrant", "lancedb"])
 def test_pages_of_documents_are_found_in_a_store(
     store: str, indexed: search_conftest.Indexed, small_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -31,6 +31,7 @@ def test_license_is_an_spdx_expression_where_the_metadata_has_one(metadata: dict
     assert license_of(metadata) == expected
 
 
+@pytest.mark.slow
 def test_bill_has_each_locked_package_with_license_and_hashes() -> None:
     """The real tool, on the lock of the packages that only the CUDA image has. The document is validated."""
     locked = locked_versions(CUDA_LOCK)

@@ -50,6 +50,7 @@ def test_models_yaml_entry_drives_the_benchmarks_client(small_server: Server) ->
         np.testing.assert_allclose(batch, [single, single], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_red_is_nearest_to_the_red_swatch_of_949(small_server: Server) -> None:
     colors = list(matplotlib.colors.XKCD_COLORS.values())
     assert len(colors) == 949

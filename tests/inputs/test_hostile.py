@@ -116,7 +116,9 @@ def _media(field: str, entries: Iterator[tuple[str, Any]]) -> list[tuple[str, An
     ]
 
 
-@pytest.mark.parametrize("kind", ["pictures", "clips", "items"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(one, marks=pytest.mark.slow) for one in ("pictures", "items")), "clips"]
+)
 def test_bad_item_is_refused_by_itself_and_among_fifteen_good_ones(kind: str, client: httpx.Client, known: Any) -> None:
     bad = {
         "pictures": lambda: _media("image", hostile.pictures()),

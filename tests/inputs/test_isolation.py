@@ -89,6 +89,7 @@ def test_pictures_and_texts_do_not_wait_for_clips_that_hang(two_threads: Embedde
             future.result(60)
 
 
+@pytest.mark.slow
 def test_good_clip_has_its_vector_after_clips_that_hang(two_threads: Embedder) -> None:
     data = clip(num_frames=4)
     (expected,) = two_threads.embed([{"video": data}])

@@ -20,7 +20,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is asked of a CUDA device that answers."""
     calls: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: calls.append("synchronize"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: calls.append("synchronize"))
     return calls
 
 
@@ -50,7 +50,7 @@ def test_error_that_stays_is_a_lost_device(monkeypatch: pytest.MonkeyPatch) -> N
     def synchronize(_: torch.device) -> None:
         raise assertion
 
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
     with pytest.raises(DeviceFailed) as caught, device_errors(CUDA):
         raise assertion
     assert caught.value.message == "AcceleratorError: CUDA error: device-side assert triggered"

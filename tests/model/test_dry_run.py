@@ -139,7 +139,8 @@ def test_graphs_of_texts_are_captured_and_fed_without_waiting(
 
 
 @needs_fake_cuda
-@pytest.mark.parametrize("shape", ["2b", pytest.param("8b", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["2b", "8b"])
 def test_no_change_adds_kernels_or_copies(shape: str) -> None:
     """`python -m benchmarks.gpu_counts` records new counts, for a change that is worth them."""
     recorded = json.loads((report.RESULTS / f"{gpu_counts.FILE}.json").read_text(encoding="utf-8"))["shapes"][shape]

@@ -131,6 +131,7 @@ def test_long_text_is_cut_inside_the_text(random_checkpoint: Path, oracle: Oracl
         assert_equal(embedder.embed([item]), oracle.embed([item], max_tokens=100))
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(random_checkpoint: Path, oracle: Oracle) -> None:
     items = list(ITEMS.values())
     with Embedder(str(random_checkpoint), device="cpu", dtype="bfloat16") as embedder:

@@ -53,6 +53,12 @@ def test_measuring_leaves_the_model_as_it_was(deep_checkpoint: Path) -> None:
     assert (model.launch(item)() == before).all()
 
 
+@pytest.mark.parametrize("limits", [{"max_input_tokens": 64}, {"max_image_pixels": 100_000}], ids=str)
+def test_limits_that_allow_only_small_items_need_no_estimate(limits: dict[str, int], deep_checkpoint: Path) -> None:
+    model = load(deep_checkpoint, **limits)
+    assert speed.measure_speed(model.forward, model.preprocessor) is None
+
+
 def test_towers_that_are_too_small_to_measure_have_no_estimate(
     random_checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
