@@ -373,7 +373,7 @@ def published_scores(examples: Path) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("preprocessing", ["checkpoint", "reference"])
+@pytest.mark.parametrize("preprocessing", ["checkpoint", pytest.param("reference", marks=pytest.mark.slow)])
 def test_model_with_the_published_values_passes(
     preprocessing: str, examples: Path, embedder: Embedder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -409,6 +409,7 @@ def test_model_with_the_published_values_passes(
         assert {name for name in PUBLISHED if wrong[name] == "differs"} == set(PUBLISHED) - with_pictures
 
 
+@pytest.mark.slow
 def test_random_checkpoints_differ_from_every_published_value(
     random_checkpoint: Path, random_reranker: Path, examples: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

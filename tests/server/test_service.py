@@ -248,6 +248,7 @@ def test_full_queue_is_429_with_retry_after(random_checkpoint: Path, tmp_path: P
         assert server.stop() == 0
 
 
+@pytest.mark.slow
 def test_200_concurrent_requests_of_which_5_are_broken(server: Server, embedder: Embedder) -> None:
     broken: dict[int, tuple[dict[str, Any], str]] = {
         20: ({"input": "not base64!"}, "not valid base64"),

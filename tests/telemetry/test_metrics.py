@@ -183,7 +183,9 @@ def test_two_workers_count_together_and_one_that_was_killed_is_not_counted(
         server.stop()
 
 
-@pytest.mark.parametrize("path", ["/txt/embed", "/embed", "/embed_texts"])
+@pytest.mark.parametrize(
+    "path", ["/txt/embed", *(pytest.param(path, marks=pytest.mark.slow) for path in ("/embed", "/embed_texts"))]
+)
 def test_items_are_dropped_when_their_caller_disconnects(path: str, client: httpx.Client, server: Server) -> None:
     names = {"/txt/embed": "input", "/embed": "items", "/embed_texts": "texts"}
     body = json.dumps({names[path]: [words(400, seed) for seed in range(200)]}).encode()

@@ -76,6 +76,7 @@ def test_demo_names_find_their_drawings(
     assert recall(name_vectors, drawing_vectors, 5) >= 0.98
 
 
+@pytest.mark.slow
 def test_64_dimensions_lose_little(name_vectors: NDArray[np.float32], drawing_vectors: NDArray[np.float32]) -> None:
     cut = [
         vectors[:, :64] / np.linalg.norm(vectors[:, :64], axis=1, keepdims=True)
