@@ -83,7 +83,7 @@ def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path
                 options = ["--port", str(port)] if fault == "port" else []
                 reason = f"cannot listen on 127.0.0.1, port {port}: Address already in use"
             case "device":
-                settings["device"], reason = "cuda:99", "EMBEDDER_DEVICE='cuda:99', but this machine has "
+                settings["device"], reason = "cuda:99", "EMBEDDER_DEVICE='cuda:99', but torch "
             case "weights":
                 settings["model"] = str(without_its_end(random_checkpoint, tmp_path))
                 reason = f"cannot read {tmp_path}/model.safetensors: "
