@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import aiohttp
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
@@ -457,32 +456,3 @@ def test_idle_connections_are_kept_longer_than_a_load_balancer_keeps_them() -> N
     config.load()
     bound_connections(config, MAX_WAIT_S)
     assert config.timeout_keep_alive > 60
-
-
-@pytest.mark.slow
-def test_idle_connections_of_a_pooled_client_can_be_used_again(port: int) -> None:
-    """aiohttp, whose pool keeps them; many load balancers do so for a minute."""
-
-    async def run() -> int:
-        num_opened = 0
-
-        async def count(*_: Any) -> None:
-            nonlocal num_opened
-            num_opened += 1
-
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_create_end.append(count)
-        connector = aiohttp.TCPConnector(limit=256, keepalive_timeout=120)
-        async with aiohttp.ClientSession(connector=connector, trace_configs=[trace]) as session:
-
-            async def ask_once() -> None:
-                async with session.post(f"http://127.0.0.1:{port}/", data=PIECE) as response:
-                    assert response.status == 200
-                    assert await response.text() == str(len(PIECE))
-
-            for pause_s in (0, 55):
-                await asyncio.sleep(pause_s)
-                await asyncio.gather(*(ask_once() for _ in range(256)))
-        return num_opened
-
-    assert asyncio.run(run()) <= 256  # none was opened again
