@@ -222,7 +222,7 @@ class Routes:
         values = await upload_fields(
             request.headers["content-type"],
             body,
-            request.scope.get("query_string", b"").decode("latin-1"),  # request.url also reads the header `host`
+            request.scope.get("query_string", b"").decode("latin-1"),
             name=upload.name,
             max_items=self.settings.max_items_per_request,
         )
