@@ -46,9 +46,9 @@ class EmbeddingModel:
         self.settings = settings
         self.device = device
         dtype = choose_dtype(settings, device, is_bundled=checkpoint.is_bundled)
-        attention, _ = choose_attention(settings.attention, device, dtype)
-        self.execution = choose_execution(settings.execution, device, attention)
-        log_attention(attention, device)
+        self.attention, _ = choose_attention(settings.attention, device, dtype)
+        self.execution = choose_execution(settings.execution, device, self.attention)
+        log_attention(self.attention, device)
         weights = load_model(checkpoint.folder, dtype, device)
         self.num_language_weights = num_language_weights(weights)
         self.max_shared_tokens = self._max_shared_tokens()
@@ -64,7 +64,7 @@ class EmbeddingModel:
             time.monotonic() - start,
             device,
             self.forward.dtype,
-            self.forward.attention_name,
+            self.attention,
             self.execution,
         )
 
@@ -109,7 +109,7 @@ class EmbeddingModel:
             },
             "device": str(self.device),
             "dtype": str(self.forward.dtype).removeprefix("torch."),
-            "attention": self.forward.attention_name,
+            "attention": self.attention,
         }
 
     @property
@@ -140,7 +140,7 @@ class EmbeddingModel:
         return Forward(
             weights,
             self.preprocessor.vision,
-            self.settings.attention,
+            self.attention,
             is_compiled=self.execution.is_compiled,
             max_shared_tokens=self.max_shared_tokens,
         )

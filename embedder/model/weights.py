@@ -49,9 +49,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Towers
     a weight is missing, if a shape is not the one that config.json describes, or if the weights do not fit the device.
     All of this is known before memory is allocated.
     """
-    model = describe_model(folder, read_architecture(folder))
-    shapes: dict[str, Shape] = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    if unexpected := check_shapes(folder, shapes):
+    model, unexpected = _describe_checked(folder)
+    if unexpected:
         logger.warning("%s has %d weights that are not used, e.g. %s", folder, len(unexpected), unexpected[0])
     size, dtype_name = check_memory(folder, dtype, device), str(dtype).removeprefix("torch.")
     logger.info("loading %s: %.1f GB of weights as %s, to %s", folder, size / 1e9, dtype_name, device)
@@ -59,7 +58,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Towers
         for path in weight_files(folder):
             try:
                 _read_weights(path, model, dtype, device, progress)
-            except (OSError, RuntimeError, SafetensorError) as error:  # the first: no memory is left after all
+            except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: no memory is left after all
                 raise ModelUnavailable(f"cannot load {path}: {error}") from error
     return model.eval()
 
@@ -69,9 +68,7 @@ def check_weights(folder: Path) -> int:
 
     Raises `ModelUnavailable`, as `load_model` does.
     """
-    model = describe_model(folder, read_architecture(folder))
-    check_shapes(folder, {name: tuple(weight.shape) for name, weight in model.state_dict().items()})
-    return len(model.state_dict())
+    return len(_describe_checked(folder)[0].state_dict())
 
 
 def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> int:
@@ -84,6 +81,13 @@ def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> int:
             f"{num_embeddings}, the vocab_size of config.json's text_config. The files are of two checkpoints"
         )
     return int(largest) + 1
+
+
+def _describe_checked(folder: Path) -> tuple[Towers, list[str]]:
+    """The modules on the meta device, after a comparison with the files, and the names of weights that are not used."""
+    model = describe_model(folder, read_architecture(folder))
+    shapes: dict[str, Shape] = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    return model, check_shapes(folder, shapes)
 
 
 def describe_model(folder: Path, config: Architecture) -> Towers:
