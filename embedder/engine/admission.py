@@ -24,6 +24,11 @@ TOKENS_PER_VIDEO = 7680  # of the longest encoded clip: 7,864,320 pixels, 32 * 3
 def check_item(item: EmbeddingItem, settings: Settings, hidden_size: int) -> None:
     """Check what depends on the settings or the model. Raises `UnsupportedDimensions` and `InputTooLong`."""
     check_dimensions(item.dimensions, hidden_size)
+    check_num_chars(item, settings)
+
+
+def check_num_chars(item: EmbeddingItem, settings: Settings) -> None:
+    """Raise `InputTooLong` for a text or an instruction of more characters than `EMBEDDER_MAX_TEXT_CHARS`."""
     num_chars = sum([len(part.text) for part in item.parts if isinstance(part, Text)])
     for name, count in (("text", num_chars), ("instruction", len(item.instruction or ""))):
         if count > settings.max_text_chars:

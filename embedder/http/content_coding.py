@@ -21,6 +21,7 @@ MAX_WINDOW_BYTES = 2**23  # of zstd, which RFC 8878 recommends to support; a fra
 MAX_MEMBERS = 1000  # gzip members or zstd frames in one body: an empty one costs microseconds
 INLINE_BYTES = 2**14  # a body up to this size is decompressed in the event loop, up to its first piece
 
+_ZLIB_INPUT_BYTES = 2**16  # given at once: zlib copies, with the GIL, what of it follows the end of a member
 _ZSTD_INPUT_BYTES = 2**8  # given at once: 4 bytes can become 128 KiB
 _ALIASES = {"x-gzip": "gzip"}
 
@@ -59,16 +60,19 @@ async def decompress(coding: str, body: bytes, check: Callable[[int], None]) -> 
 
 
 def _zlib_pieces(coding: str, body: bytes) -> Iterator[bytes]:
+    start = 0
     for _ in range(MAX_MEMBERS):
-        member = zlib.decompressobj(_window_bits(coding, body))
+        member = zlib.decompressobj(_window_bits(coding, body[start : start + 2]))
         while not member.eof:
-            piece = member.decompress(body, PIECE_BYTES)
-            body = member.unused_data if member.eof else member.unconsumed_tail
+            given = body[start : start + _ZLIB_INPUT_BYTES]
+            piece = member.decompress(given, PIECE_BYTES)
+            used = len(given) - len(member.unused_data if member.eof else member.unconsumed_tail)
+            start += used
             if piece:
                 yield piece
-            elif not member.eof:
+            elif not used and not member.eof:
                 raise EOFError("it is cut off")
-        if not body:
+        if start == len(body):
             return
         if coding == "deflate":
             raise EOFError("more bytes follow its end")

@@ -182,8 +182,13 @@ def _read_json_with_surrogates(body: bytes, error: orjson.JSONDecodeError) -> An
     def refuse_constant(_: str) -> NoReturn:
         raise invalid
 
+    def read_int(digits: str) -> int | float:
+        """As orjson: a number beyond 64 bits is a float."""
+        number = int(digits) if len(digits) <= 20 else 2**64
+        return number if -(2**63) <= number < 2**64 else float(digits)
+
     try:
-        return json.loads(body.decode("utf-8", "surrogatepass"), parse_constant=refuse_constant)
+        return json.loads(body.decode("utf-8", "surrogatepass"), parse_constant=refuse_constant, parse_int=read_int)
     except (ValueError, RecursionError) as other:  # ValueError also for a number of thousands of digits
         raise invalid from other
 

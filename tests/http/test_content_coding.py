@@ -97,6 +97,28 @@ def test_members_and_windows_are_limited() -> None:
         sizes_of("zstd", frame)
 
 
+def test_members_are_not_copied_with_all_that_follows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For 1000 members before 60 MB, zlib would copy 60 GB, with the GIL."""
+    num_bytes, decompressobj = 0, zlib.decompressobj
+
+    class Counting:
+        def __init__(self, bits: int) -> None:
+            self.member = decompressobj(bits)
+
+        def decompress(self, data: bytes, most: int) -> bytes:
+            nonlocal num_bytes
+            num_bytes += len(data)
+            return self.member.decompress(data, most)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.member, name)
+
+    monkeypatch.setattr(zlib, "decompressobj", Counting)
+    body = gzip.compress(b"") * 100 + gzip.compress(random.Random(0).randbytes(2**22))
+    assert len(sizes_of("gzip", body)[0]) == 2**22
+    assert num_bytes < 4 * len(body)
+
+
 @pytest.mark.parametrize("kind", CODED)
 def test_limit_holds_after_decompression(kind: str) -> None:
     coding, compress = CODED[kind]

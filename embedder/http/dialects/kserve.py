@@ -79,7 +79,7 @@ def parse_infer(body: bytes | Mapping[str, Any], settings: Settings) -> InferIte
     options = {name: value for name, value in (request.parameters or {}).items() if name != "binary_data_output"}
     refuse_unknown(options, _OPTIONS)
     data = _flat(tensor.data)
-    if int(np.prod(tensor.shape)) != len(data) or not data:
+    if not data or _num_values(tensor.shape, len(data)) != len(data):
         raise InvalidRequest(f"inputs: got {len(data)} values for the shape {describe_value(tensor.shape)}")
     check_item_count(len(data), settings)
 
@@ -90,6 +90,16 @@ def parse_infer(body: bytes | Mapping[str, Any], settings: Settings) -> InferIte
         return item_from_fields({**options, **content})
 
     return InferItems(parse_each(data, to_item), request.id)
+
+
+def _num_values(shape: Sequence[int], limit: int) -> int:
+    """The number of values of a tensor, or more than `limit`: numbers of any size may be in `shape`."""
+    count = 1
+    for size in shape:
+        count *= max(0, size)
+        if count > limit:
+            break
+    return count
 
 
 def _flat(data: Sequence[Any]) -> list[Any]:

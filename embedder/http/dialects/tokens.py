@@ -14,17 +14,19 @@ from typing import Any
 
 from pydantic import BaseModel, Field, RootModel, StrictBool, StrictInt
 
-from embedder.errors import DeadlineExceeded, InvalidRequest, attributed_to_item
+from embedder.engine.admission import check_num_chars
+from embedder.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge, attributed_to_item
 from embedder.http.dialects.embed import parse_embed
 from embedder.http.dialects.messages import item_from_conversation, item_from_string
 from embedder.http.request_body import NonEmptyList, RequestBody, check_item_count, validate_body
 from embedder.inputs.address import has_url
-from embedder.inputs.items import item_from_fields
+from embedder.inputs.items import EmbeddingItem, Text, item_from_fields
 from embedder.inputs.preprocess import Preprocessor
 from embedder.inputs.tokens import item_ids, text_of, text_tokens, token_strings
 from embedder.settings import Settings
 
 MAX_IDS = 50_000  # of a request
+MAX_SHOWN_TOKENS = 2**18  # of a request: each takes about 500 bytes here, and 80 in the response
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,38 @@ def tokenize(body: Mapping[str, Any], preprocessor: Preprocessor, settings: Sett
         case "items":
             return _count_items(request, preprocessor, settings)
         case "inputs":
-            texts = request.inputs if isinstance(request.inputs, list) else [request.inputs]
-            check_item_count(len(texts), settings)
-            return [text_tokens(str(text), preprocessor) for text in texts]
+            texts = request.inputs if isinstance(request.inputs, list) else [str(request.inputs)]
+            return _show_texts(texts, preprocessor, settings)
     messages = request.messages
     fields = item_from_string(request.prompt) if request.prompt is not None else item_from_conversation(messages)
-    ids = item_ids(item_from_fields({"instruction": request.instruction, **fields}), preprocessor)
+    item = item_from_fields({"instruction": request.instruction, **fields})
+    check_num_chars(item, settings)
+    ids = item_ids(item, preprocessor)
     strings = {"token_strs": token_strings(ids, preprocessor)} if request.return_token_strs else {}
     return {"count": len(ids), "max_model_len": settings.max_input_tokens, "tokens": ids, **strings}
+
+
+def _show_texts(texts: list[str], preprocessor: Preprocessor, settings: Settings) -> list[Any]:
+    check_item_count(len(texts), settings)
+    shown: list[Any] = []
+    num_tokens, deadline = 0, time.monotonic() + settings.request_timeout_s
+    for index, text in enumerate(texts):
+        with attributed_to_item(index):
+            check_num_chars(EmbeddingItem((Text(text or " "),)), settings)
+        shown.append(text_tokens(text, preprocessor))
+        num_tokens += len(shown[-1])
+        if num_tokens > MAX_SHOWN_TOKENS:
+            raise RequestTooLarge(
+                f"more than {num_tokens} tokens; allowed: up to {MAX_SHOWN_TOKENS} in one request. Send fewer texts, "
+                "or `items`, which are only counted"
+            )
+        _check_deadline(deadline, settings)
+    return shown
+
+
+def _check_deadline(deadline: float, settings: Settings) -> None:
+    if time.monotonic() > deadline:
+        raise DeadlineExceeded(f"timeout: not done after {settings.request_timeout_s:g} s")
 
 
 def _count_items(request: TokenizeRequest, preprocessor: Preprocessor, settings: Settings) -> dict[str, Any]:
@@ -113,9 +139,9 @@ def _count_items(request: TokenizeRequest, preprocessor: Preprocessor, settings:
                 raise InvalidRequest(
                     "got a URL; allowed: base64 or a data URI, because nothing is fetched to count tokens"
                 )
+            check_num_chars(item, settings)
             counts.append(len(item_ids(item, preprocessor)))
-        if time.monotonic() > deadline:
-            raise DeadlineExceeded(f"timeout: not done after {settings.request_timeout_s:g} s")
+        _check_deadline(deadline, settings)
     return {"counts": counts, "max_input_tokens": settings.max_input_tokens}
 
 

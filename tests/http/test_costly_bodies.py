@@ -1,0 +1,52 @@
+"""Bodies that are small for their cost: each is refused before it costs time or memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from embedder.errors import InvalidRequest
+from embedder.http.dialects import kserve
+from embedder.http.request_body import read_json
+from embedder.settings import Settings
+
+
+@pytest.mark.parametrize(
+    "shape", [[0], [2], [-1, -1], [2**63 - 1] * 50, [2**32, 2**32, 1], [10**300] * 3, [0, 10**300]], ids=range(7)
+)
+def test_shape_of_other_values_is_refused_however_large_its_numbers_are(shape: list[int]) -> None:
+    """The product of 1000 numbers of 4000 digits takes a minute. 2**64 values are not 0, and (2**63 - 1)**50 not 1."""
+    body = {"inputs": [{"name": "text", "datatype": "BYTES", "data": ["a"], "shape": shape}]}
+    with pytest.raises(InvalidRequest):
+        kserve.parse_infer(body, Settings())
+
+
+def test_number_beyond_64_bits_is_a_float_also_next_to_a_lone_surrogate() -> None:
+    for number in ("99999999999999999999", "-9223372036854775809", "1" * 300):
+        assert read_json(f'{{"a": {number}, "b": "\\ud800"}}'.encode())["a"] == orjson.loads(number) == float(number)
+    assert read_json(b'{"a": 18446744073709551615, "b": "\\ud800"}')["a"] == 2**64 - 1
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"inputs": "a" * 200_001}, 400, "text of 200001 characters; allowed: up to 200000"),
+        ({"inputs": ["a", "a" * 200_001]}, 400, "text of 200001 characters"),
+        ({"prompt": "a" * 200_001}, 400, "text of 200001 characters"),
+        ({"items": ["a" * 200_001]}, 400, "text of 200001 characters"),
+        ({"messages": [{"role": "user", "content": "a" * 200_001}]}, 400, "text of 200001 characters"),
+        ({"inputs": [" \n" * 70_000] * 4}, 413, "allowed: up to 262144 in one request"),
+    ],
+    ids=range(6),
+)
+def test_tokens_of_a_text_are_counted_up_to_a_limit(
+    body: dict[str, Any], status: int, message: str, client: httpx.Client
+) -> None:
+    """64 MB of text would be 25 GB of tokens."""
+    response = client.post("/tokenize", json=body)
+    assert response.status_code == status
+    assert message in response.json()["error"]["message"]
+    assert client.post("/tokenize", json={"inputs": ["red", ""]}).status_code == 200
