@@ -6,7 +6,6 @@ Both are expressed as EXIF's number, from 1 (upright) to 8. No torch, so that a 
 from __future__ import annotations
 
 import struct
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,9 +29,7 @@ _TRANSPOSE = {  # EXIF's number -> what makes the picture upright
 def exif_orientation(image: PIL.Image.Image) -> int:
     """EXIF's orientation of an image that is loaded; 1 if it has none, an unknown one, or damaged metadata."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about damaged metadata
-            number = image.getexif().get(EXIF_ORIENTATION, UPRIGHT)
+        number = image.getexif().get(EXIF_ORIENTATION, UPRIGHT)
     except (OSError, SyntaxError, ValueError, LookupError, TypeError, struct.error):  # as viewers do, ignore damage
         return UPRIGHT
     return number if number in _TRANSPOSE else UPRIGHT

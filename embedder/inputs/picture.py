@@ -6,11 +6,9 @@ others are decoded in a process that can be killed, see `decoder_process`.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import struct
 import warnings
-from collections.abc import Iterator
 
 import numpy as np
 import PIL.AvifImagePlugin
@@ -27,6 +25,9 @@ from embedder.inputs.orientation import exif_orientation, turn_upright
 MAX_JPEG_SCANS = 100  # a camera's progressive JPEG has 10; each takes 60 bytes and can cost a pass over all pixels
 MIN_SIDE_PIXELS = 2  # a 1-pixel side would reach the model as one color, enlarged 64 times
 
+# Pillow warns of damaged metadata, which is the caller's, and of many pixels, which `max_image_pixels` limits. The
+# filter is set once, not around each call, because `catch_warnings` is not for several threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a decoding process may start no threads
 _BYTES_PER_PIXEL = {"WEBP": 20.0, "AVIF": 24.0}
 _ERRORS = (
@@ -116,8 +117,7 @@ def _read_header(data: bytes, limits: MediaLimits, deadline: float) -> PIL.Image
     if num_scans > MAX_JPEG_SCANS:
         raise MediaTooLarge(f"JPEG image of more than {MAX_JPEG_SCANS} scans; allowed: up to {MAX_JPEG_SCANS}")
     try:
-        with _without_warnings():
-            return PIL.Image.open(_DeadlineBytes(data, limits, deadline), formats=_PILLOW_FORMATS)
+        return PIL.Image.open(_DeadlineBytes(data, limits, deadline), formats=_PILLOW_FORMATS)
     except PIL.Image.DecompressionBombError as error:
         raise MediaTooLarge(
             f"{error}; allowed: up to {limits.max_image_pixels} pixels (EMBEDDER_MAX_IMAGE_PIXELS)"
@@ -128,18 +128,9 @@ def _read_header(data: bytes, limits: MediaLimits, deadline: float) -> PIL.Image
         raise InvalidMedia(f"image header cannot be read: {error}") from error
 
 
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silence Pillow: damaged metadata is the caller's, and `max_image_pixels` limits the pixels."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
-
-
 def decode_image(image: PIL.Image.Image, *, is_raw: bool = False) -> PIL.Image.Image:
     """Decode the pixels to RGB, with every transparent mode composited on white. Upright, unless `is_raw`."""
-    with _without_warnings():
-        opaque = _decode_rgb(image)
+    opaque = _decode_rgb(image)
     return opaque if is_raw else turn_upright(opaque, exif_orientation(image))
 
 

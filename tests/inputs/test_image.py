@@ -476,3 +476,41 @@ def test_memory_of_decoding_is_at_most_the_estimate(mode: str, options: dict[str
     expected, actual = map(int, run.stdout.split())
     assert actual <= 1.05 * expected + 2**20
     assert expected <= 4 * actual
+
+
+SECOND_OPENS_AS_FIRST_ENDS = """
+import sys, threading
+import PIL.Image
+from embedder.inputs.limits import FixedLimits
+from embedder.inputs.picture import open_image
+
+first_is_in, second_is_in, first_is_done = (threading.Event() for _ in range(3))
+open_file = PIL.Image.open
+
+def open_in_turn(*arguments, **options):
+    if threading.current_thread().name == "first":
+        first_is_in.set()
+        assert second_is_in.wait(30)
+    else:
+        second_is_in.set()
+        assert first_is_done.wait(30)
+    return open_file(*arguments, **options)
+
+PIL.Image.open = open_in_turn
+data, limits = bytes.fromhex(sys.argv[1]), FixedLimits(2**20, 2**20, 2**20, 60.0, False)
+first, second = (threading.Thread(target=open_image, args=(data, limits), name=name) for name in ("first", "second"))
+first.start()
+assert first_is_in.wait(30)
+second.start()
+first.join()
+first_is_done.set()
+second.join()
+"""
+
+
+def test_warnings_of_pillow_are_not_shown_while_several_threads_decode() -> None:
+    """Filters of warnings belong to the whole process, so a thread must not change them for one call."""
+    data = png(64, 64, more=chunk(b"acTL", bytes(8)))  # an animation of no frames
+    command = [sys.executable, "-c", SECOND_OPENS_AS_FIRST_ENDS, data.hex()]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert ran.stderr == ""
