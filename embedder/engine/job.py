@@ -20,7 +20,8 @@ class Job:
     """An item, its future, and what is known of it so far.
 
     `num_tokens` is the estimate at admission. `num_bytes` is the size of `model_input`, which preprocessing sets.
-    `fetched` is the item with bytes in place of its URLs, while it waits for a process.
+    `fetched` is the item with bytes in place of its URLs, while it waits for a process. `is_repeated`: its first
+    process was killed.
     `key` identifies the content if vectors are cached; otherwise it is different for every job. `context` is the
     request's: log records and traces need it in the engine's threads. The future gives an Embedding, or for a query its
     ModelInput.
@@ -31,6 +32,7 @@ class Job:
     num_tokens: int
     num_bytes: int = 0
     fetched: EmbeddingItem | None = None
+    is_repeated: bool = False
     future: Future[Any] = field(default_factory=Future)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
     trace: ItemTrace = field(init=False)

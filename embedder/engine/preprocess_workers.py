@@ -21,7 +21,7 @@ from embedder.engine.observer import Observer
 from embedder.engine.scheduler import Scheduler
 from embedder.errors import EmbedderError
 from embedder.inputs.address import has_url
-from embedder.inputs.decoder import Decoder, NeedsProcess, ThreadDecoder
+from embedder.inputs.decoder import Decoder, NeedsProcess, ProcessKilled, ThreadDecoder
 from embedder.inputs.decoder_process import START_TIMEOUT_S, DecoderProcess, ProcessDecoder, can_start_processes
 from embedder.inputs.fetch import MAX_FETCHES
 from embedder.inputs.items import EmbeddingItem, Video
@@ -173,9 +173,15 @@ class PreprocessWorkers:
                     job.model_input = self._preprocess(item, decoder)
                 if self._has_cache:
                     job.key = content_key(job.model_input)
-        except NeedsProcess as need:
+        except (NeedsProcess, ProcessKilled) as reason:
             job.fetched = None if item is job.item else item
-            return need.with_traceback(None)  # its frames hold the item's bytes
+            if isinstance(reason, NeedsProcess):
+                return reason.with_traceback(None)  # its frames hold the item's bytes
+            if not job.is_repeated:
+                job.is_repeated = True
+                return NeedsProcess()
+            self._observer.preprocessed(job.trace)
+            self._fail(job, reason)
         except EmbedderError as error:
             self._observer.preprocessed(job.trace)
             self._fail(job, error)

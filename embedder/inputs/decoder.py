@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from embedder.errors import InvalidMedia
 from embedder.inputs import clip, structure
 from embedder.inputs.items import Media
 from embedder.inputs.limits import MediaLimits
@@ -27,6 +28,10 @@ class NeedsProcess(Exception):
     def __init__(self, num_bytes: int = 0) -> None:
         super().__init__(num_bytes)
         self.num_bytes = num_bytes
+
+
+class ProcessKilled(InvalidMedia):
+    """Somebody has killed the process that decoded the item: most often the kernel, because memory was short."""
 
 
 class OpenImage(Protocol):

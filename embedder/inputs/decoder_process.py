@@ -32,7 +32,7 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from embedder.errors import EmbedderError, InvalidMedia, MediaTooLarge, ShuttingDown
-from embedder.inputs.decoder import NeedsProcess, OpenImage, ThreadDecoder
+from embedder.inputs.decoder import NeedsProcess, OpenImage, ProcessKilled, ThreadDecoder
 from embedder.inputs.limits import FixedLimits, MediaLimits, decoding_took_too_long
 from embedder.inputs.process_connection import MAX_MESSAGE, RGB_BYTES_PER_PIXEL
 from embedder.settings import decoder_environment
@@ -120,7 +120,10 @@ class DecoderProcess:
             socket.send_fds(self._socket, [json.dumps(message).encode()], [] if descriptor is None else [descriptor])
 
     def receive(self, deadline: float) -> dict[str, Any]:
-        """The next message. Kills the process at the deadline. Raises `InvalidMedia` and `MediaTooLarge`."""
+        """The next message. Kills the process at the deadline.
+
+        Raises `InvalidMedia`, `MediaTooLarge` and `ProcessKilled`.
+        """
         message = self._receive(deadline + GRACE_S)
         if message is not None:
             return message
@@ -132,9 +135,8 @@ class DecoderProcess:
             self._report("deadline", "it did not finish an item in time")
             raise decoding_took_too_long(self.limits)
         self._report("crash", f"it ended with status {status}")
-        raise InvalidMedia(
-            f"the decoder failed on this file (status {status}); it is damaged, or the machine is out of memory"
-        )
+        kind = ProcessKilled if status == -signal.SIGKILL else InvalidMedia
+        raise kind(f"the decoder failed on this file (status {status}); it is damaged, or the machine is out of memory")
 
     def replace(self, reason: EndReason, what: str) -> None:
         """End the process; the next item starts another one."""

@@ -18,10 +18,11 @@ import pytest
 
 from embedder import Embedder
 from embedder.engine.observer import Observer
-from embedder.errors import MediaTooLarge
+from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.decoder_process import START_BYTES
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
 from tests.conftest import encoded, picture
+from tests.fake_model import wait_until
 from tests.inputs import hostile_clips
 from tests.inputs.hostile import gif_of_comments
 from tests.inputs.hostile_clips import hanging_clip
@@ -129,6 +130,21 @@ def test_processes_are_few_and_end_with_the_embedder(random_checkpoint: Path) ->
         embedder.embed([{"image": data}] * 20)
         assert len({one.pid for one in decoders()} - before) <= 5
     assert {one.pid for one in decoders()} == before
+
+
+def test_item_whose_process_is_killed_is_decoded_once_more(patient: Embedder) -> None:
+    """The kernel kills it when memory is short: nothing may be wrong with the file."""
+    processes = patient.engine._workers._processes
+    num_items = sum(one._num_items for one in processes)
+    future = submit(patient, Video(hanging_clip()))
+    for number in (1, 2):
+        wait_until(lambda number=number: sum(one._num_items for one in processes) == num_items + number)
+        assert not future.done()
+        for one in processes:
+            if one._process:
+                one._process.kill()
+    with pytest.raises(InvalidMedia, match=r"^the decoder failed on this file \(status -9\)"):
+        future.result(60)
 
 
 @pytest.mark.slow
