@@ -95,11 +95,20 @@ class Device:
         return rows, batch
 
     def watch(self, stuck_after_s: float, is_over: Callable[[], bool], on_stuck: Callable[[str], None]) -> None:
-        """Call `on_stuck` if a batch takes too long: the device thread, which waits for it, cannot."""
+        """Call `on_stuck` if a batch takes too long: the device thread, which waits for it, cannot.
+
+        Time is counted in ticks of this thread: while the whole process is stopped, no batch takes longer.
+        """
+        tick_s = min(1.0, stuck_after_s / 4)
+        since_s, num_ticks = math.inf, 0
         while not is_over():
-            if time.monotonic() - self.busy_since_s > stuck_after_s:
+            if self.busy_since_s != since_s:
+                since_s, num_ticks = self.busy_since_s, 0
+            elif since_s < math.inf:
+                num_ticks += 1
+            if num_ticks * tick_s > stuck_after_s:
                 on_stuck(f"the device did not finish a batch within {stuck_after_s:g} s")
-            time.sleep(min(1.0, stuck_after_s / 4))
+            time.sleep(tick_s)
 
 
 def _raise(error: Exception) -> NoReturn:
