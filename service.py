@@ -37,6 +37,7 @@ from embedder.server.connection import bound_connections
 from embedder.server.lifecycle import (
     check_port,
     drain_at_sigterm,
+    end_stopped_workers,
     exit_when_a_worker_fails_to_start,
     exit_when_orphaned,
     failing_start,
@@ -94,6 +95,7 @@ class Qwen3VLEmbedding:
         exit_when_a_worker_fails_to_start()
         stop_at_sigterm_during_a_start()
         replace_dead_workers_at_once()
+        end_stopped_workers(SETTINGS.request_timeout_s)
         try:
             make_metrics_folder()
             check_port()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
@@ -220,9 +221,14 @@ def make_metrics_folder() -> None:
 
 
 def metrics_folder() -> str | None:
-    """The folder where prometheus_client keeps the values of all workers; None outside of a worker."""
+    """The folder where prometheus_client keeps the values of all workers; None outside of a worker.
+
+    Created again if temporary files were swept since the service has started.
+    """
     if PROMETHEUS_FOLDER in os.environ and METRICS_FOLDER in os.environ:
         os.environ[PROMETHEUS_FOLDER] = os.environ[METRICS_FOLDER]
+        with contextlib.suppress(OSError):  # a full disk; creating the files fails too
+            os.makedirs(os.environ[METRICS_FOLDER], mode=0o700, exist_ok=True)
     return os.environ.get(PROMETHEUS_FOLDER)
 
 

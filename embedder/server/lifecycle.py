@@ -15,6 +15,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, MethodType
 from typing import Any, NoReturn
 
@@ -113,6 +114,38 @@ def replace_dead_workers_at_once() -> None:
         return call_hook(watcher, hook_name, **arguments)
 
     Watcher.call_hook = log_and_call_hook
+
+
+def end_stopped_workers(max_s: float) -> None:
+    """Kill a worker that is stopped (SIGSTOP) for more than `max_s` seconds; another one replaces it.
+
+    Its callers would wait without an end. Time is counted in looks, so a pause of the whole service does not count.
+    """
+    call_hook = Watcher.call_hook
+
+    def look(watcher: Watcher, pid: int, stopped_s: float) -> None:
+        if pid not in watcher.processes:
+            return
+        stopped_s = stopped_s + PARENT_POLL_S if _is_stopped(pid) else 0.0
+        if stopped_s > max_s:
+            logger.error("a worker (process %d) is stopped for more than %g s and is killed", pid, max_s)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        watcher.loop.call_later(PARENT_POLL_S, look, watcher, pid, stopped_s)
+
+    def watch_and_call_hook(watcher: Watcher, hook_name: str, **arguments: Any) -> Any:
+        if hook_name == "after_spawn":
+            watcher.loop.call_later(PARENT_POLL_S, look, watcher, arguments["pid"], 0.0)
+        return call_hook(watcher, hook_name, **arguments)
+
+    Watcher.call_hook = watch_and_call_hook
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # it has ended, or this is not Linux
+        return False
 
 
 def _how_it_ended(pid: int, exit_code: int) -> str:

@@ -7,13 +7,14 @@ documentation: `python -m embedder.telemetry.metrics` prints them as a table for
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from starlette.requests import ClientDisconnect
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from embedder.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -49,8 +52,10 @@ class Metrics(Observer):
         self.routes = frozenset(routes)
         self._folder = folder
         self._registry = CollectorRegistry()
-        if folder is not None:
-            _make_files(Path(folder))
+        self._fault = _make_files(Path(folder)) if folder is not None else None
+        if self._fault:
+            self._folder = None
+            values.ValueClass = values.MutexValue
         self._define_requests()
         self._define_items()
         self._define_work()
@@ -142,6 +147,11 @@ class Metrics(Observer):
         self.held_limit.set(settings.max_held_bytes)
         self.threads.set(settings.preprocess_threads)
         self.workers.set(1)
+        if self._fault:
+            logger.warning(
+                "no file for metrics can be written (%s): /metrics has only those of the worker that responds",
+                self._fault,
+            )
 
     def request(self, path: str) -> _CountedRequest:
         """A context that counts one request to `path`."""
@@ -196,6 +206,10 @@ class Metrics(Observer):
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format. Reads files, so call it in a thread."""
         if self._folder is None:
+            return generate_latest(self._registry)
+        try:
+            _touch_files(Path(self._folder))
+        except FileNotFoundError:  # temporary files were swept
             return generate_latest(self._registry)
         _forget_dead_processes(Path(self._folder))
         registry = CollectorRegistry()
@@ -274,13 +288,30 @@ def _codes() -> list[str]:
     return sorted({kind.code for kind in error_classes()})
 
 
-def _make_files(folder: Path) -> None:
+def _files(folder: Path) -> list[Path]:
+    """The files of this process."""
+    return [folder / f"{kind}_{os.getpid()}.db" for kind in ("counter", "histogram", "gauge_livesum", "gauge_livemax")]
+
+
+def _make_files(folder: Path) -> OSError | None:
     """Create this process's files with all their bytes, before prometheus_client creates sparse ones.
 
-    On a disk that is full, writing to a sparse file kills the process with SIGBUS. Here it is an OSError at the start.
+    On a disk that is full, writing to a sparse file kills the process with SIGBUS. Here it is an error, returned.
     """
-    for kind in ("counter", "histogram", "gauge_livesum", "gauge_livemax"):
-        (folder / f"{kind}_{os.getpid()}.db").write_bytes(bytes(FILE_BYTES))
+    try:
+        for path in _files(folder):
+            path.write_bytes(bytes(FILE_BYTES))
+    except OSError as error:
+        for path in _files(folder):
+            path.unlink(missing_ok=True)
+        return error
+    return None
+
+
+def _touch_files(folder: Path) -> None:
+    """Set the times of this process's files to now: what is old is swept from temporary folders."""
+    for path in _files(folder):
+        os.utime(path)
 
 
 def _forget_dead_processes(folder: Path) -> None:
