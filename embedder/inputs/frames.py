@@ -80,4 +80,4 @@ class FrameCollector:
         return Clip(self._frames, self.sampling.seconds)
 
     def _steps_for(self, height: int, width: int) -> tuple[Resize, ...]:
-        return self._regime.resize_frame(height, width, len(self.sampling.indices), is_list=self._is_list)
+        return self._regime.resize_frame(height, width, self.sampling.num_resized, is_list=self._is_list)

@@ -35,10 +35,15 @@ class Resize:
 
 @dataclass(frozen=True)
 class Sampling:
-    """The frames to use, an even number: their `indices` in the video, in order, and the time of each in seconds."""
+    """The frames to use, an even number: their `indices` in the video, in order, and the time of each in seconds.
+
+    `num_resized`: how many frames share the bounds of a whole video. It is odd where the original resizes an odd number
+    of frames and repeats the last one afterwards.
+    """
 
     indices: tuple[int, ...]
     seconds: tuple[float, ...]
+    num_resized: int
 
 
 class Regime(Protocol):
@@ -63,7 +68,10 @@ class Regime(Protocol):
         """The step for an image. Raises `InvalidMedia` for an aspect ratio above 200."""
 
     def resize_frame(self, height: int, width: int, num_frames: int, *, is_list: bool) -> tuple[Resize, ...]:
-        """The steps for each of `num_frames` sampled frames. Raises `InvalidMedia` for an aspect ratio above 200."""
+        """The steps for each of `num_frames` frames (`Sampling.num_resized`).
+
+        Raises `InvalidMedia` for an aspect ratio above 200.
+        """
 
     def sample_encoded(self, num_frames: int, fps: float, sample_fps: float | None) -> Sampling:
         """Frames of an encoded video that has `fps`: `sample_fps` per second; None: the regime's own number."""
@@ -113,12 +121,16 @@ class CheckpointRegime:
     def sample_encoded(self, num_frames: int, fps: float, sample_fps: float | None) -> Sampling:
         wanted = max(int(num_frames / fps * (sample_fps or self.fps)), self.min_frames)
         count = min(wanted, self.max_frames, num_frames)
-        return _sampling([int(index) for index in np.linspace(0, num_frames - 1, count).round()], fps)
+        return self._sampling([int(index) for index in np.linspace(0, num_frames - 1, count).round()], fps)
 
     def sample_list(self, num_frames: int, fps: float | None) -> Sampling:
         if not 1 <= num_frames <= self.max_frames:
             raise InvalidMedia(f"video of {num_frames} frames; allowed: 1 to {self.max_frames}")
-        return _sampling(list(range(num_frames)), fps or LIST_FPS)
+        return self._sampling(list(range(num_frames)), fps or LIST_FPS)
+
+    def _sampling(self, indices: list[int], fps: float) -> Sampling:
+        num_resized = max(2, len(indices))  # transformers refuses a single frame; it counts as two here
+        return Sampling(*_repeat_odd(indices, fps), num_resized)
 
     def _fit(self, height: int, width: int, min_pixels: int, max_pixels: int, num_frames: int = 1) -> tuple[int, int]:
         """The multiples of `factor` whose area, over all frames, is between the bounds."""
@@ -171,7 +183,8 @@ class ReferenceRegime:
         count = max(1, int(min(wanted, self.max_frames // 2 * 2, num_frames)) // 2 * 2)
         # float32 as in torch.linspace: float64 rounds some halves differently
         indices = np.linspace(0, num_frames - 1, count, dtype=np.float32).round()
-        return _sampling([int(index) for index in indices], fps)
+        repeated, seconds = _repeat_odd([int(index) for index in indices], fps)
+        return Sampling(repeated, seconds, len(repeated))
 
     def sample_list(self, num_frames: int, fps: float | None) -> Sampling:
         if num_frames < 1:
@@ -181,13 +194,13 @@ class ReferenceRegime:
             indices = [int(index) for index in np.linspace(0, num_frames - 1, self.max_frames, dtype=int)]
         indices += indices[-1:] * (len(indices) % 2)
         seconds = tuple(number / (fps or LIST_FPS) for number in range(len(indices)))  # a repeated frame is later
-        return Sampling(tuple(indices), seconds)
+        return Sampling(tuple(indices), seconds, len(indices))
 
 
-def _sampling(indices: list[int], fps: float) -> Sampling:
-    """An odd last frame is repeated, at the same time."""
-    indices += indices[-1:] * (len(indices) % 2)
-    return Sampling(tuple(indices), tuple(index / fps for index in indices))
+def _repeat_odd(indices: list[int], fps: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Indices and times; an odd last frame is repeated, at the same time."""
+    indices = indices + indices[-1:] * (len(indices) % 2)
+    return tuple(indices), tuple(index / fps for index in indices)
 
 
 def _smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: float) -> tuple[int, int]:
