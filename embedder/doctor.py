@@ -19,6 +19,7 @@ import torch
 
 from embedder.errors import EmbedderError
 from embedder.http.api_keys import ApiKeys
+from embedder.inputs.chat_template import check_chat_template
 from embedder.inputs.processor_config import read_vision_config
 from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model.attention import choose_attention
@@ -111,6 +112,7 @@ def _examine_checkpoint(report: Report, settings: Settings, kind: Literal["model
         return None
     folder = checkpoint.folder
     report.add("tokenizer", lambda: check_vocabulary(folder, load_tokenizer(folder)), lambda count: f"{count} tokens")
+    report.add("prompt", lambda: check_chat_template(folder), lambda file: file or "none: the published prompt")
     report.add(
         "images",
         lambda: read_vision_config(folder, settings),

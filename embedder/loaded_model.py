@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from embedder.engine.device import WaitForRows
 from embedder.errors import DeviceOutOfMemory, ModelUnavailable
+from embedder.inputs.chat_template import check_chat_template
 from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text
 from embedder.inputs.pairs import DEFAULT_INSTRUCTION, PairPreprocessor
 from embedder.inputs.preprocess import ModelInput, Preprocessor
@@ -126,6 +127,7 @@ class EmbeddingModel:
         return Preprocessor(self._load_tokenizer(), vision, self.settings, visual_cost=visual_cost(weights))
 
     def _load_tokenizer(self) -> Tokenizer:
+        check_chat_template(self.checkpoint.folder)
         tokenizer = load_tokenizer(self.checkpoint.folder)
         check_vocabulary(self.checkpoint.folder, tokenizer)
         return tokenizer

@@ -57,38 +57,18 @@ def read_clip(element: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any], fl
 vision_process.VIDEO_READER_BACKENDS.update(dict.fromkeys(("torchvision", "decord", "torchcodec"), read_clip))
 
 
-class Oracle:
-    """transformers' padded forward over one checkpoint, with the inputs of one preprocessing regime."""
+class ProcessorOracle:
+    """The inputs of one preprocessing regime, by transformers' processor of one folder."""
 
     def __init__(
-        self,
-        folder: Path,
-        regime: Literal["checkpoint", "reference"] = "checkpoint",
-        dtype: torch.dtype = torch.float32,
-        max_pixels: int | None = None,
-        processor: Path | None = None,
+        self, folder: Path, regime: Literal["checkpoint", "reference"] = "checkpoint", max_pixels: int | None = None
     ) -> None:
-        """`processor` is a folder to take the processor from, where `folder` has none. `max_pixels`: of an image."""
-        self.model = Qwen3VLModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
-        self.processor = Qwen3VLProcessor.from_pretrained(processor or folder, padding_side="right")
+        """`max_pixels`: of an image."""
+        self.processor = Qwen3VLProcessor.from_pretrained(folder, padding_side="right")
         self.regime = regime
         self.max_pixels = max_pixels
         if max_pixels:
             self.processor.image_processor.size = SizeDict(shortest_edge=4096, longest_edge=max_pixels)
-
-    @torch.no_grad()
-    def embed(self, items: list[dict[str, Any]], max_tokens: int = 0) -> NDArray[np.float32]:
-        """(num_items, hidden_size), unit length. `items` as `Embedder.embed` takes them, with PIL images.
-
-        `max_tokens` cuts text items inside the text: what is over is taken from before the template's tail.
-        """
-        inputs = self.inputs(items)
-        if max_tokens and inputs["input_ids"].shape[1] > max_tokens:
-            inputs = self._cut(inputs, max_tokens)
-        states = self.model(**inputs).last_hidden_state
-        last = inputs["attention_mask"].sum(1) - 1
-        rows = states[torch.arange(len(items)), last].float()
-        return torch.nn.functional.normalize(rows, dim=-1).numpy()
 
     def inputs(self, items: list[dict[str, Any]]) -> Any:
         """What the model takes: ids, pixel values, grids."""
@@ -143,6 +123,36 @@ class Oracle:
         if self.regime == "reference":
             return {"type": "video", "video": sample_frames(list(video), 64), "total_pixels": 7_864_320, **rate}
         return {"type": "video", "video": list(video), **rate}
+
+
+class Oracle(ProcessorOracle):
+    """transformers' padded forward over one checkpoint, with the inputs of one preprocessing regime."""
+
+    def __init__(
+        self,
+        folder: Path,
+        regime: Literal["checkpoint", "reference"] = "checkpoint",
+        dtype: torch.dtype = torch.float32,
+        max_pixels: int | None = None,
+        processor: Path | None = None,
+    ) -> None:
+        """`processor` is a folder to take the processor from, where `folder` has none."""
+        super().__init__(processor or folder, regime, max_pixels)
+        self.model = Qwen3VLModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+
+    @torch.no_grad()
+    def embed(self, items: list[dict[str, Any]], max_tokens: int = 0) -> NDArray[np.float32]:
+        """(num_items, hidden_size), unit length. `items` as `Embedder.embed` takes them, with PIL images.
+
+        `max_tokens` cuts text items inside the text: what is over is taken from before the template's tail.
+        """
+        inputs = self.inputs(items)
+        if max_tokens and inputs["input_ids"].shape[1] > max_tokens:
+            inputs = self._cut(inputs, max_tokens)
+        states = self.model(**inputs).last_hidden_state
+        last = inputs["attention_mask"].sum(1) - 1
+        rows = states[torch.arange(len(items)), last].float()
+        return torch.nn.functional.normalize(rows, dim=-1).numpy()
 
     def _cut(self, inputs: Any, max_tokens: int) -> Any:
         """Keep the head and the tail of a single text: `<|im_end|>\\n<|im_start|>assistant\\n<|endoftext|>`."""

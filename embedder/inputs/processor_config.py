@@ -53,6 +53,7 @@ _VIDEO_DEFAULTS = {  # of Qwen3VLVideoProcessor
     "cap_pixels_per_frame": False,
     "max_video_tokens": 768,
 }
+_NULL_IS_DEFAULT = {"image_processor_type": "size", "video_processor_type": "cap_pixels_per_frame"}
 _IMAGE_TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen3VLImageProcessor")
 _VIDEO_TYPES = ("Qwen3VLVideoProcessor",)
 
@@ -120,6 +121,7 @@ def read_vision_config(folder: Path, settings: Settings) -> VisionConfig:
         "temporal_patch_size": tower.get("temporal_patch_size", 2),
         "merge_size": tower.get("spatial_merge_size", 2),
     }
+    _check_tokenizer_config(folder)
     images, videos = _image_section(folder), _video_section(folder)
     for section in (images, videos):
         _check_section(section, sizes)
@@ -176,6 +178,14 @@ def _check_section(section: _Section, sizes: Mapping[str, int]) -> None:
         section.require("num_frames", None)
 
 
+def _check_tokenizer_config(folder: Path) -> None:
+    """Raises `ModelUnavailable` for keys of images and videos, which transformers obeys in the tokenizer's file too."""
+    section = _Section("tokenizer_config.json", read_json(folder / "tokenizer_config.json"))
+    for key in (*_IMAGE_DEFAULTS, *_VIDEO_DEFAULTS, "min_pixels", "max_pixels"):
+        if section.fields.get(key) is not None:
+            raise section.fault(key, "none; transformers would apply it to images and videos")
+
+
 def _image_section(folder: Path) -> _Section:
     file, fields = _find(folder, "image_processor", "preprocessor_config.json")
     if fields is None:
@@ -199,10 +209,16 @@ def _video_section(folder: Path) -> _Section:
 def _section(
     file: str, fields: Mapping[str, Any], defaults: Mapping[str, Any], type_key: str, types: tuple[str, ...]
 ) -> _Section:
+    """Raises `ModelUnavailable` for null where transformers' class does not take the default instead."""
     given = {key: value for key, value in fields.items() if value is not None}
     section = _Section(file, {**defaults, **given})
+    for key, default in defaults.items():
+        if default is not None and key != _NULL_IS_DEFAULT[type_key] and fields.get(key, default) is None:
+            raise ModelUnavailable(f"{file}: {key} is null; leave it out or give a value")
     if given.get(type_key, types[0]) not in types:
         raise section.fault(type_key, " or ".join(types))
+    if given.get("input_data_format", "channels_first") != "channels_first":
+        raise section.fault("input_data_format", "null or channels_first")
     return section
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -20,6 +21,8 @@ from transformers import AutoTokenizer
 
 from embedder import Embedder
 from embedder.errors import ModelUnavailable
+from embedder.inputs.chat_template import check_chat_template
+from embedder.inputs.items import item_from_fields
 from embedder.inputs.preprocess import Preprocessor
 from embedder.inputs.processor_config import read_vision_config
 from embedder.inputs.tokenizer_files import load_tokenizer
@@ -27,8 +30,9 @@ from embedder.model import weights
 from embedder.model.weights import load_model
 from embedder.settings import Settings
 from tests.conftest import picture
+from tests.inputs.test_video import clip
 from tests.model.test_parity import assert_equal
-from tests.oracle import Oracle
+from tests.oracle import Oracle, ProcessorOracle
 
 CPU = torch.device("cpu")
 TEXTS = ("red", "  Cafe\u0301 <tool_call> \ufb01ne\n\nfoo <new> bar <image> Word", "a" * 200 + " b" * 120)
@@ -223,6 +227,228 @@ def test_tokenizer_file_gives_the_ids_of_transformers_or_one_line(name: str, fol
         assert ours.encode(text).ids == theirs(text)["input_ids"], text
 
 
+# Processor files and chat templates
+
+IMAGES, VIDEOS, PROCESSOR = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
+LIMITS = {"shortest_edge": 40_960, "longest_edge": 50_000}
+OLDER_LIMITS = {"min_pixels": 40_960, "max_pixels": 50_000}
+
+
+def drop(file: str, key: str) -> Change:
+    return edit(file, lambda fields: fields.pop(key))
+
+
+def nest(images: dict[str, Any], videos: dict[str, Any]) -> Change:
+    """Both files as objects of one, as transformers 5 saves them."""
+
+    def apply(folder: Path) -> None:
+        parts = {
+            "image_processor": json.loads((folder / IMAGES).read_text(encoding="utf-8")) | images,
+            "video_processor": json.loads((folder / VIDEOS).read_text(encoding="utf-8")) | videos,
+        }
+        (folder / PROCESSOR).write_text(json.dumps({"processor_class": "Qwen3VLProcessor", **parts}), encoding="utf-8")
+
+    return apply
+
+
+def remove(*names: str) -> Change:
+    def apply(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return apply
+
+
+PROCESSORS: dict[str, Change] = {
+    "image: older limits": put(IMAGES, **OLDER_LIMITS),
+    "image: newer limits": put(IMAGES, size=LIMITS),
+    "image: both limits": put(IMAGES, size={**LIMITS, "longest_edge": 60_000}, max_pixels=50_000),
+    "image: older limits only": both(drop(IMAGES, "size"), put(IMAGES, max_pixels=50_000)),
+    "image: one size": put(IMAGES, size={"shortest_edge": 50_176, "longest_edge": 50_176}),
+    "image: size null": put(IMAGES, size=None),
+    "image: older limit null": put(IMAGES, min_pixels=None),
+    "image: fast class": put(IMAGES, image_processor_type="Qwen2VLImageProcessorFast"),
+    "image: no class": drop(IMAGES, "image_processor_type"),
+    "image: crop": put(IMAGES, do_center_crop=True, crop_size={"height": 32, "width": 32}),
+    "image: pad": put(IMAGES, do_pad=True, pad_size={"height": 512, "width": 512}),
+    "image: not to RGB": put(IMAGES, do_convert_rgb=False),
+    "video: older limits": put(VIDEOS, **OLDER_LIMITS),
+    "video: older limits only": both(drop(VIDEOS, "size"), put(VIDEOS, **OLDER_LIMITS)),
+    "video: newer limits": put(VIDEOS, size=LIMITS),
+    "video: no limits": drop(VIDEOS, "size"),
+    "video: rate": put(VIDEOS, fps=0.5),
+    "video: fewest frames": put(VIDEOS, min_frames=9),
+    "video: most frames": put(VIDEOS, max_frames=7),
+    "video: fewest above most": put(VIDEOS, min_frames=9, max_frames=7),
+    "video: capped frames": put(VIDEOS, cap_pixels_per_frame=True, max_video_tokens=16),
+    "video: capped by the total": put(VIDEOS, cap_pixels_per_frame=True, size={**LIMITS, "longest_edge": 300_000}),
+    "video: cap null": put(VIDEOS, cap_pixels_per_frame=None),
+    "video: no class": drop(VIDEOS, "video_processor_type"),
+    "video: crop and pad": put(VIDEOS, do_center_crop=True, crop_size={"height": 32, "width": 32}, do_pad=True),
+    "video: rounded factor": put(VIDEOS, rescale_factor=0.00392156862745098),
+    "video: empty file": edit(VIDEOS, lambda fields: fields.clear()),
+    "both: mean": both(put(IMAGES, image_mean=[0.1, 0.2, 0.3]), put(VIDEOS, image_mean=[0.1, 0.2, 0.3])),
+    "nested": both(nest({}, {}), remove(IMAGES, VIDEOS)),
+    "nested, newer names": both(nest({"size": LIMITS}, {"size": LIMITS, "fps": 1}), remove(IMAGES, VIDEOS)),
+    "nested, older names": both(nest(OLDER_LIMITS, OLDER_LIMITS), remove(IMAGES, VIDEOS)),
+    "nested next to other files": both(
+        nest({"size": LIMITS}, {"size": LIMITS}), put(IMAGES, size={**LIMITS, "shortest_edge": 4096}), remove(VIDEOS)
+    ),
+    "nested images only": both(nest({"size": LIMITS}, {"size": LIMITS}), drop(PROCESSOR, "video_processor")),
+    "nested videos only": both(nest({"size": LIMITS}, {"size": LIMITS}), drop(PROCESSOR, "image_processor")),
+    "nested null": both(nest({}, {}), put(PROCESSOR, video_processor=None)),
+    "keys outside the nested objects": put(PROCESSOR, size=LIMITS, images_kwargs={"size": LIMITS}),
+}
+FAULTY_PROCESSORS: dict[str, tuple[Change, str]] = {
+    "image: one edge": (put(IMAGES, size={"longest_edge": 50_000}), "size"),
+    "image: height and width": (put(IMAGES, size={"height": 64, "width": 64}), "size"),
+    "image: other class": (put(IMAGES, image_processor_type="CLIPImageProcessor"), "image_processor_type"),
+    "image: filter": (put(IMAGES, resample=2), "resample"),
+    "image: filter null": (put(IMAGES, resample=None), "resample"),
+    "image: factor": (put(IMAGES, rescale_factor=1 / 256), "rescale_factor"),
+    "image: patch": (put(IMAGES, patch_size=14), "patch_size"),
+    "image: empty file": (edit(IMAGES, lambda fields: fields.clear()), "patch_size"),
+    "image: layout": (put(IMAGES, input_data_format="channels_last"), "input_data_format"),
+    "image: mean": (put(IMAGES, image_mean=[0.1, 0.2, 0.3]), "image_mean"),
+    "image: deviation 0": (put(IMAGES, image_std=[0.5, 0, 0.5]), "image_std"),
+    "video: rate null": (put(VIDEOS, fps=None), "fps"),
+    "video: rate as text": (put(VIDEOS, fps="2"), "fps"),
+    "video: number of frames": (put(VIDEOS, num_frames=4), "num_frames"),
+    "video: all frames": (put(VIDEOS, do_sample_frames=False), "do_sample_frames"),
+    "video: limits null": (put(VIDEOS, size=None), "size"),
+    "video: one edge": (put(VIDEOS, size={"longest_edge": 50_000}), "size"),
+    "video: other class": (put(VIDEOS, video_processor_type="Qwen2VLVideoProcessor"), "video_processor_type"),
+    "video: layout": (put(VIDEOS, input_data_format="channels_last"), "input_data_format"),
+    "video: not resized": (put(VIDEOS, do_resize=False), "do_resize"),
+    "video: not normalized": (put(VIDEOS, do_normalize=False), "do_normalize"),
+    "video: merge": (put(VIDEOS, merge_size=1), "merge_size"),
+    "video: frames of a patch": (put(VIDEOS, temporal_patch_size=1), "temporal_patch_size"),
+    "tokenizer: older limits": (put("tokenizer_config.json", **OLDER_LIMITS), "min_pixels"),
+    "tokenizer: rate": (put("tokenizer_config.json", fps=1), "fps"),
+    "nested: rate": (nest({}, {"fps": 0}), "fps"),
+    "nested: empty images": (both(nest({}, {}), put(PROCESSOR, image_processor={})), "patch_size"),
+}
+
+
+@pytest.fixture(scope="module")
+def media() -> list[dict[str, Any]]:
+    """Pictures and videos on both sides of the limits, with an odd number of frames too."""
+    frames = [picture(100, 70, seed) for seed in range(3)]
+    return [
+        {"image": picture(400, 300)},
+        {"image": picture(30, 20)},
+        {"video": frames},
+        {"video": clip("H.264 in MP4", 40, 10, 200, 120)},
+        {"video": clip("H.264 in MP4", 9, 2, 64, 64)},
+    ]
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_processor_files_give_the_pixels_of_transformers(name: str, folder: Path, media: list[dict[str, Any]]) -> None:
+    PROCESSORS[name](folder)
+    settings, oracle = Settings(), ProcessorOracle(folder)
+    vision = read_vision_config(folder, settings)
+    mean, std = (np.reshape(values, (3, 1, 1)) for values in (vision.mean, vision.std))
+    preprocess = Preprocessor(load_tokenizer(folder), vision, settings)
+    for item in media:
+        ours, theirs = preprocess(item_from_fields(item)), oracle.inputs([item])
+        kind = "video" if "video" in item else "image"
+        expected = theirs["pixel_values_videos" if kind == "video" else "pixel_values"].numpy()
+        (patches,) = ours.patches
+        assert list(patches.grid_thw) == theirs[f"{kind}_grid_thw"][0].tolist()
+        assert ours.input_ids.tolist() == theirs["input_ids"][0].tolist()
+        pixels = patches.pixels.reshape(len(expected), 3, patches.num_frames, -1) / 255
+        assert np.abs((pixels - mean) / std - expected.reshape(len(expected), 3, 2, -1)).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", FAULTY_PROCESSORS)
+def test_processor_file_that_cannot_be_followed_is_one_line_with_the_key(name: str, folder: Path) -> None:
+    change, key = FAULTY_PROCESSORS[name]
+    change(folder)
+    places = r"processor_config\.json|image_processor|video_processor|tokenizer_config\.json"
+    with pytest.raises(ModelUnavailable, match=rf"^[^:]*({places}): {key} ") as caught:
+        read_vision_config(folder, Settings())
+    assert "\n" not in str(caught.value)
+
+
+TEMPLATE = """{# the same prompt in other words #}
+{%- for turn in messages -%}
+<|im_start|>{{ turn['role'] + '\n' }}
+{%- if turn.content is string %}{{ turn.content }}{% else %}
+{%- for part in turn.content -%}
+{{ part.text if part.type == 'text' else '<|vision_start|><|' + part.type + '_pad|><|vision_end|>' }}
+{%- endfor %}{% endif %}{{ '<|im_end|>\n' }}
+{%- endfor %}
+{%- if tools %}{{ raise_exception('tools') | tojson }}{% endif %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+THINKING = TEMPLATE.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
+JINJA = "chat_template.jinja"
+
+
+def write(file: str, content: str) -> Change:
+    def apply(folder: Path) -> None:
+        (folder / file).unlink(missing_ok=True)
+        (folder / file).write_text(content, encoding="utf-8")
+
+    return apply
+
+
+TEMPLATES: dict[str, tuple[Change, str]] = {
+    "other words": (write(JINJA, TEMPLATE), JINJA),
+    "older file": (both(remove(JINJA), put("chat_template.json", chat_template=TEMPLATE)), "chat_template.json"),
+    "older file first": (
+        both(write(JINJA, THINKING), put("chat_template.json", chat_template=TEMPLATE)),
+        "chat_template.json",
+    ),
+    "nested first": (both(write(JINJA, THINKING), put(PROCESSOR, chat_template=TEMPLATE)), "processor_config.json"),
+    "several": (put(PROCESSOR, chat_template={"default": TEMPLATE, "x": THINKING}), "processor_config.json"),
+}
+FAULTY_TEMPLATES: dict[str, tuple[Change, str]] = {
+    "thinking": (write(JINJA, THINKING), rf"^{JINJA} renders another prompt.*<think>"),
+    "older file": (put("chat_template.json", chat_template=THINKING), r"^chat_template\.json: chat_template renders"),
+    "nested": (put(PROCESSOR, chat_template=THINKING), r"^processor_config\.json: chat_template renders"),
+    "pictures first": (
+        write(JINJA, TEMPLATE.replace("turn.content -", "turn.content | sort(attribute='type') -")),
+        rf"^{JINJA} renders another prompt",
+    ),
+    "no turn of the assistant": (
+        write(JINJA, TEMPLATE.replace("if add_generation_prompt", "if false")),
+        "allowed there",
+    ),
+    "not a template": (write(JINJA, "{% for %}"), rf"^{JINJA} cannot be rendered: TemplateSyntaxError"),
+    "raises": (write(JINJA, "{{ raise_exception('no') }}"), rf"^{JINJA} cannot be rendered: UndefinedError"),
+    "reaches for Python": (write(JINJA, "{{ ''.__class__.__mro__ }}"), rf"^{JINJA} "),
+    "neither text nor templates": (put(PROCESSOR, chat_template=7), "without a template named default"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_template_that_renders_the_prompt_is_accepted(name: str, folder: Path) -> None:
+    change, file = TEMPLATES[name]
+    change(folder)
+    assert check_chat_template(folder).startswith(file)
+    item = {"image": picture(70, 50), "text": "red\n"}
+    ours = Preprocessor(load_tokenizer(folder), read_vision_config(folder, Settings()), Settings())
+    assert (
+        ours(item_from_fields(item)).input_ids.tolist()
+        == ProcessorOracle(folder).inputs([item])["input_ids"][0].tolist()
+    )
+
+
+@pytest.mark.parametrize("name", FAULTY_TEMPLATES)
+def test_chat_template_that_renders_another_prompt_stops_the_load(name: str, folder: Path) -> None:
+    change, message = FAULTY_TEMPLATES[name]
+    change(folder)
+    with pytest.raises(ModelUnavailable, match=message) as caught, Embedder(str(folder), device="cpu"):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+def test_folder_without_a_chat_template_loads(folder: Path) -> None:
+    remove(JINJA)(folder)
+    assert check_chat_template(folder) == ""
+
+
 # Configs and weights
 
 
@@ -246,7 +472,6 @@ def without(key: str) -> Change:
     return edit("config.json", lambda fields: fields.pop(key))
 
 
-SMALL, LARGE = 4096, 65_536
 EQUAL: dict[str, Change] = {
     "torch_dtype": edit("config.json", lambda fields: fields.update(torch_dtype=fields.pop("dtype", "bfloat16"))),
     "both names of the dtype": put("config.json", torch_dtype="float16", dtype="bfloat16"),
@@ -262,11 +487,6 @@ EQUAL: dict[str, Change] = {
     "sharded": shard,
     "consolidated next to single": copy_as("consolidated.safetensors"),
     "consolidated next to shards": both(shard, copy_as("consolidated.safetensors")),
-    "older image limits": put("preprocessor_config.json", min_pixels=SMALL, max_pixels=LARGE),
-    "newer image limits": put("preprocessor_config.json", size={"shortest_edge": SMALL, "longest_edge": LARGE}),
-    "both image limits": put(
-        "preprocessor_config.json", size={"shortest_edge": SMALL, "longest_edge": 2 * LARGE}, max_pixels=LARGE
-    ),
     "feature extractor": put("preprocessor_config.json", feature_extractor_type="x"),
 }
 UNUSABLE: dict[str, tuple[Change, str]] = {
