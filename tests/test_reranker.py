@@ -206,3 +206,16 @@ def test_embedding_model_and_reranker_are_told_apart(
         Reranker(str(named), device="cpu")
     with pytest.raises(ModelUnavailable, match="has no tokens 'yes' and 'no'; needed: a reranker's"):
         Reranker(str(random_checkpoint), device="cpu")
+
+
+def test_pairs_of_a_long_query_are_prepared_a_few_at_a_time(
+    reranker: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each holds a copy of the query's tokens: 2,048 short documents of a query of 8,000 tokens took 0.5 GB."""
+    workers = reranker.engine._workers
+    ready, add = [], workers.add_ready_bytes
+    monkeypatch.setattr("embedder.engine.preprocess_workers.READY_BYTES", 2**16)
+    monkeypatch.setattr(workers, "add_ready_bytes", lambda size: (add(size), ready.append(workers._ready_bytes)))
+    scores = reranker.rank(words(150), ["red"] * 60)
+    assert len(scores) == len(ready) == 60
+    assert 2**16 < max(ready) < 2**17

@@ -37,8 +37,8 @@ from embedder.errors import (
 )
 from embedder.inputs.fetch import Fetcher
 from embedder.inputs.items import EmbeddingItem
-from embedder.inputs.pairs import Query
-from embedder.inputs.preprocess import ModelInput, is_short_text
+from embedder.inputs.pairs import Query, is_short
+from embedder.inputs.preprocess import ModelInput
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -143,17 +143,17 @@ class Engine:
         """
         check_item(item, self.settings, self.hidden_size)
         job = Job(item, object() if request is None else request, estimate_tokens(item, self.settings))
-        is_short = is_short_text(item)
+        is_inline = is_short(item)
         with self._lock:
             now_s = self._admit(job.num_tokens, reservation, wait)
             self._pending.add(job)
             job.trace = begin_trace(item, job.num_tokens)
             self._observer.admitted(job.trace)
-            if not is_short:
+            if not is_inline:
                 self._workers.put(job, now_s)
         # The callback has no reference to the job: the caller's future must not hold the item's pixels.
         job.future.add_done_callback(partial(self._on_future_done, weakref.ref(job), job.trace))
-        if is_short:  # tokenizing takes less time here than handing the job to another thread
+        if is_inline:  # tokenizing takes less time here than handing the job to another thread
             self._workers.preprocess_job(job, wake=wake)
         return job.future
 

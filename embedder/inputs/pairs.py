@@ -25,7 +25,14 @@ from embedder.errors import InputTooLong, InvalidRequest, ModelUnavailable
 from embedder.inputs import prompt
 from embedder.inputs.decoder import Decoder
 from embedder.inputs.items import EmbeddingItem, describe_value
-from embedder.inputs.preprocess import ModelInput, Patches, Preprocessor, run_length
+from embedder.inputs.preprocess import (
+    SHORT_CHARS,
+    ModelInput,
+    Patches,
+    Preprocessor,
+    is_short_text,
+    run_length,
+)
 from embedder.inputs.processor_config import VisionConfig
 from embedder.inputs.prompt import TextPiece
 from embedder.settings import Settings
@@ -73,6 +80,11 @@ def pair_with(query: Query, prepared: ModelInput, document: EmbeddingItem) -> Pa
         query=prepared,
         max_text_tokens=query.max_document_tokens,
     )
+
+
+def is_short(item: EmbeddingItem) -> bool:
+    """Whether preprocessing takes little time and memory: a pair holds a copy of its query's tokens."""
+    return is_short_text(item) and not (isinstance(item, Pair) and item.query.num_tokens > SHORT_CHARS)
 
 
 class PairPreprocessor(Preprocessor):

@@ -78,8 +78,9 @@ class ModelInput:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the patches, in bytes; the rest is negligible."""
-        return sum(one.pixels.nbytes for one in self.patches[self.num_prefix_patches :])
+        """Memory that the item holds by itself, in bytes."""
+        pixels = sum(one.pixels.nbytes for one in self.patches[self.num_prefix_patches :])
+        return pixels + self.input_ids.nbytes + self.position_ids.nbytes
 
     def without_prefix(self) -> ModelInput:
         """The same item, with its prefix as ordinary tokens."""
