@@ -32,7 +32,14 @@ from embedder.model.packing import MAX_SHARED_TOKENS, pack
 from embedder.model.pooling import pool
 from embedder.model.products import arrange_products
 from embedder.model.score_head import load_score_head
-from embedder.model.weights import check_vocabulary, load_model, num_language_weights, visual_cost
+from embedder.model.vision_cache import VisionCache
+from embedder.model.weights import (
+    check_vocabulary,
+    load_model,
+    num_language_weights,
+    vision_digest,
+    visual_cost,
+)
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -54,6 +61,7 @@ class EmbeddingModel:
         self.num_language_weights = num_language_weights(weights)
         self.max_shared_tokens = self._max_shared_tokens()
         self.preprocessor = self._make_preprocessor(weights)
+        self.vision_digest = vision_digest(weights) if _may_share_vision(settings) else b""
         arrange_products(weights, is_compiled=self.execution.is_compiled)
         self.forward = self._make_forward(weights)
         if self.execution.is_compiled and not self._compile_layers():
@@ -81,12 +89,26 @@ class EmbeddingModel:
 
         return wait
 
-    def find_budget(self) -> int:
-        """`max_batch_tokens`, or as much of it as fits the GPU next to the kept prefixes."""
+    def use_vision_cache(self, cache: VisionCache) -> None:
+        """Reuse the features of images and clips that come again."""
+        self.forward.vision_cache = cache
+        self.preprocessor.hashes_media = True
+
+    def has_vision_of(self, other: EmbeddingModel) -> bool:
+        """Whether both models compute the same features of the same patches."""
+        ours, theirs = self.preprocessor.vision, other.preprocessor.vision
+        return (self.vision_digest, ours.mean, ours.std) == (other.vision_digest, theirs.mean, theirs.std)
+
+    def find_budget(self, kept_bytes: int) -> int:
+        """`max_batch_tokens`, or as much of it as fits the GPU next to the kept prefixes and `kept_bytes` more.
+
+        Call it before the model has a vision cache, which would not compute equal images again.
+        """
 
         def run(inputs: list[ModelInput]) -> None:
+            kept_sizes = self.forward.language.max_prefix_bytes, kept_bytes
             with device_errors(self.device):
-                kept = torch.empty(self.forward.language.max_prefix_bytes, dtype=torch.uint8, device=self.device)
+                kept = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in kept_sizes]
             self.launch(inputs)()
             del kept
 
@@ -136,7 +158,8 @@ class EmbeddingModel:
         """The final hidden states, (num_items, hidden_size), on the device."""
         if self.graphs and (num_tokens := graph_size(inputs)):
             return self.graphs(inputs, num_tokens)
-        return self.forward(pack(inputs, self.preprocessor.vision.merge_size, self.device, self.max_shared_tokens))
+        merge_size, find_features = self.preprocessor.vision.merge_size, self.forward.vision_cache.find
+        return self.forward(pack(inputs, merge_size, self.device, self.max_shared_tokens, find_features))
 
     def _make_forward(self, weights: Any) -> Forward:
         return Forward(
@@ -178,6 +201,11 @@ class EmbeddingModel:
         self.execution = replace(self.execution, reason=reason, **changes)
 
 
+def _may_share_vision(settings: Settings) -> bool:
+    """Whether two models are served whose vision weights may be the same."""
+    return bool(settings.reranker and settings.has_embedder and settings.vision_cache_bytes)
+
+
 class RerankingModel(EmbeddingModel):
     """A checkpoint that gives one row of one value for each pair: the log-odds that the document answers the query.
 
@@ -198,6 +226,12 @@ class RerankingModel(EmbeddingModel):
     def default_instruction(self) -> str:
         """The instruction of requests that have none: the reference's."""
         return DEFAULT_INSTRUCTION
+
+    def info(self) -> dict[str, Any]:
+        """As for an embedding model, and the vision cache."""
+        cache, other = self.forward.vision_cache, self._relative_to
+        is_shared = other is not None and other.forward.vision_cache is cache
+        return {**super().info(), "vision_cache": {"max_bytes": cache.max_bytes, "is_shared_with_embedder": is_shared}}
 
     def _max_shared_tokens(self) -> int:
         return self.settings.max_input_tokens  # the longest query

@@ -25,6 +25,7 @@ from embedder.loaded_model import EmbeddingModel, RerankingModel
 from embedder.model.checkpoint import find_checkpoint, find_reranker
 from embedder.model.devices import choose_device
 from embedder.model.speed import warn_if_slow
+from embedder.model.vision_cache import VisionCache
 from embedder.settings import Settings, available_cores
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Models:
         self.embedder: EmbeddingModel | None = None
         self.reranker: RerankingModel | None = None
         self.device = choose_device(settings, worker)
+        observer = observer or Observer()
         is_gpu = self.device.type in ("cuda", "xpu")  # Apple's shares the machine's memory, and may take minutes
         if self.device.type == "cpu":
             self._limit_torch_threads()
@@ -90,6 +92,7 @@ class Models:
             stuck_after_s=settings.stuck_after_s or (STUCK_AFTER_S if is_gpu else math.inf),
             on_failure=on_failure,
         )
+        self._add_vision_cache(observer)
         if (
             self.device.type == "cpu"
         ):  # there a launch computes, for seconds or minutes; work whose callers are gone is dropped
@@ -158,8 +161,21 @@ class Models:
 
     def _limit_batches_to_memory(self) -> Settings:
         """The settings with `max_batch_tokens` lowered to what fits the GPU next to all models."""
-        budget = min(model.find_budget() for model in self._loaded)
+        kept_bytes = self.settings.vision_cache_bytes if self.reranker else 0
+        budget = min(model.find_budget(kept_bytes) for model in self._loaded)
         return self.settings.model_copy(update={"max_batch_tokens": budget})
+
+    def _add_vision_cache(self, observer: Observer) -> None:
+        """Give the reranker a vision cache, and the embedding model the same one if its vision weights are the same.
+
+        An embedding model by itself has none: it sees most images once, and equal items are what `cache_bytes` is for.
+        """
+        if not self.reranker or not self.settings.vision_cache_bytes:
+            return
+        cache = VisionCache(self.settings.vision_cache_bytes, observer.encoded)
+        self.reranker.use_vision_cache(cache)
+        if self.embedder and self.embedder.has_vision_of(self.reranker):
+            self.embedder.use_vision_cache(cache)
 
     def _preprocess(self, item: EmbeddingItem, decoder: Decoder) -> ModelInput:
         model = self.reranker if isinstance(item, Query | Pair) else self.embedder

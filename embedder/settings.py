@@ -107,6 +107,12 @@ class Settings(BaseModel):
         524_288, ge=64, description="Estimated tokens in the queue; more is refused with 429."
     )
     cache_bytes: int = Field(0, ge=0, description="Bytes of vectors kept for equal content; 0: no cache.")
+    vision_cache_bytes: int = Field(
+        2**30,
+        ge=0,
+        description="Bytes of vision features, in the device's memory, that the reranker keeps for images and clips "
+        "that come again under another query; 0: none. Without a reranker there is no such cache.",
+    )
     preprocess_threads: int = Field(
         default_factory=lambda: min(16, available_cores()),
         ge=1,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from embedder import Embedder, Reranker
 from embedder.engine.ranking import best_first
 from embedder.errors import InputTooLong, InvalidMedia, InvalidRequest, ModelUnavailable
-from embedder.model.packing import PackedVision
+from embedder.model.packing import PackedPatches
 from embedder.model.vision import Vision
 from tests.conftest import picture, words
 from tests.rerank_oracle import RerankOracle
@@ -136,7 +136,7 @@ def test_query_with_a_picture_is_encoded_once(reranker: Reranker, monkeypatch: p
     encoded: list[int] = []
     encode = Vision.__call__
 
-    def count(self: Vision, batch: PackedVision) -> Any:
+    def count(self: Vision, batch: PackedPatches) -> Any:
         encoded.append(len(batch.coordinates))
         return encode(self, batch)
 

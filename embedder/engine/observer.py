@@ -89,6 +89,9 @@ class Observer:
     def ran(self, batch: Batch, traces: Sequence[ItemTrace]) -> None:
         """A batch was computed."""
 
+    def encoded(self, num_reused: int, num_encoded: int) -> None:
+        """Images and clips of a batch: those whose features the vision cache had, and those that were encoded."""
+
     def resolved(self, trace: ItemTrace, future: Future[Embedding]) -> None:
         """An item left the queue: with its embedding, with an error, or cancelled by its caller."""
 

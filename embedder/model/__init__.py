@@ -15,6 +15,7 @@ positions      coordinates to rotary angles and interpolated position embeddings
 attention      attention over packed sequences: sdpa, varlen or flash_attn
 execution      how the layers run: eager, by torch.compile, as CUDA graphs, or both
 vision         patches to visual tokens and DeepStack features
+vision_cache   features of images and clips that come again
 language       tokens to the final hidden state of each item's last token
 forward        both towers, in order
 cuda_graphs    CUDA graphs of the language tower for small batches of text

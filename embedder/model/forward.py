@@ -13,6 +13,7 @@ from embedder.model.language import Language
 from embedder.model.modules import Towers
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedVision, pack_prefixes
 from embedder.model.vision import Vision
+from embedder.model.vision_cache import VisionCache
 
 
 class Forward:
@@ -39,6 +40,7 @@ class Forward:
         self.language = Language(
             model.language_model, back_end, is_compiled=is_compiled, max_shared_tokens=max_shared_tokens
         )
+        self.vision_cache = VisionCache(0)  # replaced if the model has one
         self._merge_size = vision.merge_size
 
     def call_between_layers(self, function: Callable[[], None]) -> None:
@@ -49,10 +51,10 @@ class Forward:
     def __call__(self, batch: PackedBatch) -> Tensor:
         """(num_items, hidden_size) in the weights' dtype, after the final norm."""
         if missing := self.language.missing_prefixes(batch):
-            prefixes = pack_prefixes(missing, self._merge_size, self.device)
+            prefixes = pack_prefixes(missing, self._merge_size, self.device, self.vision_cache.find)
             self.language.compute_prefixes(missing, prefixes, *self._see(prefixes.vision))
         return self.language(batch, *self._see(batch.vision))
 
     def _see(self, vision: PackedVision | None) -> tuple[Tensor | None, list[Tensor]]:
         """Visual tokens and DeepStack features of the images and clips; None and nothing if there are none."""
-        return (None, []) if vision is None else self.vision(vision)
+        return (None, []) if vision is None else self.vision_cache.complete(vision, self.vision)

@@ -23,6 +23,8 @@ MAX_SHARED_TOKENS = 1024  # of the distinct prefixes of a batch, together
 # needs four kernels less without a prefix (benchmarks/results/gpu_counts.json).
 MAX_UNSHARED_GPU_TOKENS = 256
 
+Placed = tuple[Patches, NDArray[np.int64]]  # with the places of the visual tokens
+
 
 @dataclass(frozen=True)
 class Run:
@@ -52,15 +54,14 @@ class Sequences:
 
 
 @dataclass(frozen=True)
-class PackedVision:
-    """The patches of all images and clips of a batch, images first.
+class PackedPatches:
+    """The patches of the images and clips that the vision tower computes, images first.
 
     `image_pixels`: (num_image_patches, channels * patch**2) uint8.
     `video_pixels`: (num_video_patches, channels * temporal_patch * patch**2) uint8.
     `coordinates`: (num_patches, 2), each patch's row and column in its image.
     `grid_sizes`: (num_patches, 2), the rows and columns of that image.
     `sequences`: what attends each other: the patches of one image, or of one temporal patch (two frames) of a clip.
-    `token_index`: (num_visual_tokens,), where each visual token is in the packed tokens, in patch order.
     """
 
     image_pixels: Tensor
@@ -68,6 +69,21 @@ class PackedVision:
     coordinates: Tensor
     grid_sizes: Tensor
     sequences: Sequences
+
+
+@dataclass(frozen=True)
+class PackedVision:
+    """The images and clips of a batch: those of `patches`, then those whose features are `reused`.
+
+    `patches`: None if there is nothing to compute. `keys` and `num_tokens`: the content and the number of visual tokens
+    of each image and clip of `patches`. `reused`: features from the vision cache, or the place of equal content in
+    `keys`. `token_index`: (num_visual_tokens,), where each visual token is in the packed tokens.
+    """
+
+    patches: PackedPatches | None
+    keys: tuple[bytes, ...]
+    num_tokens: tuple[int, ...]
+    reused: tuple[Tensor | int, ...]
     token_index: Tensor
 
 
@@ -139,6 +155,11 @@ class PackedPrefixes:
 
 
 Packed = TypeVar("Packed", PackedBatch, PackedPrefixes)
+FindFeatures = Callable[[bytes], Tensor | None]  # the kept features of an image or clip with this key
+
+
+def _find_none(_: bytes) -> None:
+    """Without a vision cache no features are kept."""
 
 
 def pack(
@@ -146,11 +167,12 @@ def pack(
     merge_size: int,
     device: torch.device,
     max_shared_tokens: int = MAX_SHARED_TOKENS,
+    find_features: FindFeatures = _find_none,
 ) -> PackedBatch:
     """Concatenate the items in the given order, and copy them to the device.
 
     Items sorted by length give fewer and longer runs, which are faster on the CPU. `merge_size` is the vision config's
-    `spatial_merge_size`. `max_shared_tokens`: of the distinct prefixes, together.
+    `spatial_merge_size`. `max_shared_tokens`: of the distinct prefixes, together. `find_features`: of the vision cache.
     """
     if device.type == "cuda" and sum(one.num_tokens for one in inputs) <= MAX_UNSHARED_GPU_TOKENS:
         inputs = [one.without_prefix() for one in inputs]
@@ -171,12 +193,16 @@ def pack(
         key_index=torch.from_numpy(key_index) if prefixes else None,
         pooled_index=torch.from_numpy(starts + lengths - 1),
         pooled=_sequences(np.ones_like(lengths), counts),
-        vision=_pack_vision([_own_vision(one, start) for one, start in zip(inputs, starts, strict=True)], merge_size),
+        vision=_pack_vision(
+            [_own_vision(one, start) for one, start in zip(inputs, starts, strict=True)], merge_size, find_features
+        ),
     )
     return _to_device(batch, device)
 
 
-def pack_prefixes(prefixes: Sequence[Prefix], merge_size: int, device: torch.device) -> PackedPrefixes:
+def pack_prefixes(
+    prefixes: Sequence[Prefix], merge_size: int, device: torch.device, find_features: FindFeatures = _find_none
+) -> PackedPrefixes:
     """Concatenate prefixes, and copy them to the device."""
     lengths = np.array([len(prefix) for prefix in prefixes])
     starts = np.cumsum(lengths) - lengths
@@ -185,7 +211,7 @@ def pack_prefixes(prefixes: Sequence[Prefix], merge_size: int, device: torch.dev
         input_ids=torch.from_numpy(np.concatenate([prefix.input_ids for prefix in prefixes])),
         position_ids=torch.from_numpy(np.concatenate([prefix.position_ids for prefix in prefixes], axis=1)),
         sequences=_sequences(lengths, _run_lengths(lengths.tolist())),
-        vision=_pack_vision(visual, merge_size),
+        vision=_pack_vision(visual, merge_size, find_features),
     )
     return _to_device(packed, device)
 
@@ -236,9 +262,11 @@ def _share_prefixes(
     return tuple(prefix for prefix in places if len(prefix)), key_index
 
 
-def _pack_vision(visual: Sequence[tuple[Sequence[Patches], NDArray[np.int64]]], merge_size: int) -> PackedVision | None:
+def _pack_vision(
+    visual: Sequence[tuple[Sequence[Patches], NDArray[np.int64]]], merge_size: int, find_features: FindFeatures
+) -> PackedVision | None:
     """`visual`: the patches of each sequence, and the places of their visual tokens in the packed tokens."""
-    pairs: list[tuple[Patches, NDArray[np.int64]]] = []
+    pairs: list[Placed] = []
     for patches_of_one, places_of_one in visual:
         sizes = [len(one.pixels) // merge_size**2 for one in patches_of_one]
         places = np.split(places_of_one, np.cumsum(sizes)[:-1])
@@ -247,16 +275,46 @@ def _pack_vision(visual: Sequence[tuple[Sequence[Patches], NDArray[np.int64]]], 
         return None
     # images before clips, and grids of the same size next to each other
     pairs.sort(key=lambda pair: (pair[0].num_frames, pair[0].grid_thw[1] * pair[0].grid_thw[2]))
-    patches = [patches for patches, _ in pairs]
+    new, placed_again, reused = _split_known(pairs, find_features)
+    patches = [patches for patches, _ in new]
+    return PackedVision(
+        patches=_pack_patches(patches, merge_size) if patches else None,
+        keys=tuple(one.key for one in patches),
+        num_tokens=tuple(len(places) for _, places in new),
+        reused=reused,
+        token_index=torch.from_numpy(np.concatenate([places for _, places in (*new, *placed_again)])),
+    )
+
+
+def _split_known(
+    pairs: Sequence[Placed], find_features: FindFeatures
+) -> tuple[list[Placed], list[Placed], tuple[Tensor | int, ...]]:
+    """What the vision tower must compute, and the rest, with where its features come from. No key: content unknown."""
+    new: list[Placed] = []
+    again: list[Placed] = []
+    reused: list[Tensor | int] = []
+    places: dict[bytes, int] = {}
+    for pair in pairs:
+        key = pair[0].key
+        source: Tensor | int | None = places.get(key, find_features(key)) if key else None
+        if source is None:
+            places[key] = len(new)
+            new.append(pair)
+        else:
+            again.append(pair)
+            reused.append(source)
+    return new, again, tuple(reused)
+
+
+def _pack_patches(patches: Sequence[Patches], merge_size: int) -> PackedPatches:
     lengths = np.concatenate([np.full(t, h * w) for t, h, w in (one.grid_thw for one in patches)])
     sizes_hw = np.concatenate([np.full((len(one.pixels), 2), one.grid_thw[1:]) for one in patches])
-    return PackedVision(
+    return PackedPatches(
         image_pixels=torch.from_numpy(_rows([one.pixels for one in patches if one.num_frames == 1])),
         video_pixels=torch.from_numpy(_rows([one.pixels for one in patches if one.num_frames > 1])),
         coordinates=torch.from_numpy(np.concatenate([_coordinates(one.grid_thw, merge_size) for one in patches])),
         grid_sizes=torch.from_numpy(sizes_hw),
         sequences=_sequences(lengths, _run_lengths(lengths.tolist())),
-        token_index=torch.from_numpy(np.concatenate([places for _, places in pairs])),
     )
 
 

@@ -1,4 +1,4 @@
-"""The vision tower: PackedVision to visual tokens and DeepStack features, all images and clips packed."""
+"""The vision tower: PackedPatches to visual tokens and DeepStack features, all images and clips packed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from embedder.inputs.processor_config import VisionConfig
 from embedder.model.attention import Attention
 from embedder.model.execution import compile_if
-from embedder.model.packing import PackedVision
+from embedder.model.packing import PackedPatches
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 from embedder.model.products import add_product
 
@@ -43,7 +43,7 @@ class Vision:
         self.scale = (1 / (255 * std)).to(weight.device)  # (channels,)
         self.shift = (-mean / std).to(weight.device)
 
-    def __call__(self, batch: PackedVision) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, batch: PackedPatches) -> tuple[Tensor, list[Tensor]]:
         """Visual tokens, and the features of each DeepStack layer; each (num_visual_tokens, language hidden_size)."""
         hidden_states = self._embed_patches(batch)
         head_dim = hidden_states.shape[1] // self.num_heads
@@ -57,13 +57,13 @@ class Vision:
                 deepstack.append(merger(hidden_states))
         return self.tower.merger(hidden_states), deepstack
 
-    def _block(self, block: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, batch: PackedVision) -> Tensor:
+    def _block(self, block: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, batch: PackedPatches) -> Tensor:
         query, key, value = self._query_key_value(block, hidden_states, cos, sin)
         attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=False)
         output: Tensor = self._output_and_mlp(block, hidden_states, attended)
         return output
 
-    def _embed_patches(self, batch: PackedVision) -> Tensor:
+    def _embed_patches(self, batch: PackedPatches) -> Tensor:
         """Pixels to (num_patches, hidden_size), positions added. A matrix product replaces the module's Conv3d."""
         products = [
             F.linear(self._normalize(pixels), weight, self.bias)

@@ -123,6 +123,12 @@ class Metrics(Observer):
             "Tokens in a batch, as `EMBEDDER_MAX_BATCH_TOKENS` counts them: with the vision tower's work.",
             TOKENS,
         )
+        vision_cache = self._counter(
+            "vision_cache_total",
+            "Images and clips that were looked up in the reranker's vision cache, by `result`: hit, or miss (encoded).",
+            "result",
+        )
+        self.vision_cache = _create_series(vision_cache, ["hit", "miss"])
         replaced = self._counter(
             "decoders_replaced_total",
             "Decoding processes that were replaced, by `reason`: deadline, memory, crash.",
@@ -189,6 +195,10 @@ class Metrics(Observer):
         self.forward_seconds.observe(batch.seconds)
         self.batch_items.observe(batch.num_items)
         self.batch_tokens.observe(batch.num_tokens)
+
+    def encoded(self, num_reused: int, num_encoded: int) -> None:
+        self.vision_cache["hit"].inc(num_reused)
+        self.vision_cache["miss"].inc(num_encoded)
 
     def resolved(self, trace: ItemTrace, future: Future[Embedding]) -> None:
         self.queue_items.dec()

@@ -12,7 +12,7 @@ from transformers.vision_utils import get_vision_position_ids
 
 from embedder.inputs.preprocess import ModelInput, Patches
 from embedder.model import packing
-from embedder.model.packing import PackedVision, Sequences, pack, prefix_of
+from embedder.model.packing import PackedPatches, PackedVision, Sequences, pack, prefix_of
 
 CPU = torch.device("cpu")
 MERGE = 2
@@ -50,6 +50,12 @@ def vision() -> PackedVision:
     packed = pack(INPUTS, MERGE, CPU).vision
     assert packed is not None
     return packed
+
+
+def patches_of(packed: PackedVision | None) -> PackedPatches:
+    assert packed is not None
+    assert packed.patches is not None
+    return packed.patches
 
 
 def check_cover(sequences: Sequences, lengths: list[int]) -> None:
@@ -99,7 +105,7 @@ def test_batch_of_texts_has_no_vision() -> None:
 
 
 def test_pixels_of_pictures_and_of_clips_lie_apart_in_order() -> None:
-    packed = vision()
+    packed = patches_of(vision())
     patches = [one for item in INPUTS for one in item.patches]
     stills = [one.pixels for size in (4, 12) for one in patches if one.num_frames == 1 and len(one.pixels) == size]
     clips = [one.pixels for one in patches if one.num_frames == 2]
@@ -108,23 +114,22 @@ def test_pixels_of_pictures_and_of_clips_lie_apart_in_order() -> None:
 
 
 def test_batch_of_clips_alone_has_no_image_pixels() -> None:
-    packed = pack([model_input(1, CLIP)], MERGE, CPU).vision
-    assert packed is not None
+    packed = patches_of(pack([model_input(1, CLIP)], MERGE, CPU).vision)
     assert (len(packed.image_pixels), len(packed.video_pixels)) == (0, 24)
 
 
 def test_every_visual_token_is_found_at_its_patches() -> None:
-    packed = vision()
+    packed = patches_of(vision())
     values = torch.cat([packed.image_pixels[:, 0], packed.video_pixels[:, 0]])  # (num_patches,) the marks
     marks = values.view(-1, MERGE**2)
     assert (marks == marks[:, :1]).all()
     ids = pack(INPUTS, MERGE, CPU).input_ids
-    assert ids[packed.token_index].tolist() == marks[:, 0].tolist()
-    assert sorted(packed.token_index.tolist()) == torch.nonzero(ids)[:, 0].tolist()
+    assert ids[vision().token_index].tolist() == marks[:, 0].tolist()
+    assert sorted(vision().token_index.tolist()) == torch.nonzero(ids)[:, 0].tolist()
 
 
 def test_pictures_come_before_clips_with_transformers_coordinates() -> None:
-    packed = vision()
+    packed = patches_of(vision())
     patches = (one for item in INPUTS for one in item.patches)
     ordered = sorted(patches, key=lambda one: (one.num_frames, one.grid_thw[1] * one.grid_thw[2]))
     grids = torch.tensor([one.grid_thw for one in ordered])
@@ -135,7 +140,37 @@ def test_pictures_come_before_clips_with_transformers_coordinates() -> None:
 
 def test_each_picture_and_each_two_frames_of_a_clip_attend_alone() -> None:
     # pictures: two of 4 patches and two of 12; clips: 3 temporal patches of 4x2 each, twice
-    check_cover(vision().sequences, [4, 4, 12, 12] + [8] * 6)
+    check_cover(patches_of(vision()).sequences, [4, 4, 12, 12] + [8] * 6)
+
+
+def test_equal_content_is_packed_once_and_kept_features_not_at_all() -> None:
+    """Content without a key is never taken for equal."""
+    first, second, third = (model_input(1, STILL, WIDE) for _ in range(3))
+    named = [
+        replace(one, patches=tuple(replace(patches, key=key) for patches, key in zip(one.patches, keys, strict=True)))
+        for one, keys in ((first, (b"a", b"b")), (second, (b"a", b"c")), (third, (b"", b"")))
+    ]
+    features = torch.ones(4, 3, 8)
+    inputs = [*named, named[2]]
+    packed = pack(inputs, MERGE, CPU, find_features={b"c": features}.get).vision
+    assert packed is not None
+    assert packed.keys == (b"a", b"", b"", b"b", b"", b"")
+    assert packed.num_tokens == (1, 1, 1, 3, 3, 3)
+    assert len(packed.reused) == 2
+    assert packed.reused[0] == 0
+    assert packed.reused[1] is features
+    assert len(patches_of(packed).image_pixels) == 3 * 4 + 3 * 12
+    ids = pack(inputs, MERGE, CPU).input_ids[packed.token_index].tolist()
+    expected = [first, third, third, first, third, third]
+    marks = [one.input_ids[one.visual_index].tolist() for one in expected]
+    assert ids[:12] == [
+        mark for one, part in zip(marks, [slice(1)] * 3 + [slice(1, 4)] * 3, strict=True) for mark in one[part]
+    ]
+    assert ids[12:] == second.input_ids[second.visual_index].tolist()
+    every = pack(named[:2], MERGE, CPU, find_features=lambda _: features).vision
+    assert every is not None
+    assert every.patches is None
+    assert len(every.reused) == 4
 
 
 def test_tensors_that_share_one_copy_to_the_device_keep_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
