@@ -1,6 +1,7 @@
 """Embed a data set: OUTPUT gets one row for each row of INPUT, with its vector or its error.
 
-Model and limits are set by the service's `EMBEDDER_` variables. After a crash or a kill, the same command resumes.
+Model and limits are set by the service's `EMBEDDER_` variables. After a crash or a kill, the same command resumes. If
+files of INPUT were added, changed or removed, it embeds the new and changed ones, and removes the rows of removed ones.
 Exit status: 0 all rows are embedded; 1 some parts are not written, run the command again; 2 the run could not start;
 3 all parts are written, but some rows have an error instead of a vector.
 """
@@ -9,40 +10,37 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
-import hashlib
 import json
 import logging
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO, get_args
+from typing import Any, get_args
 
 try:
+    import pyarrow as pa
     import ray
     from ray.data import ActorPoolStrategy, DataContext
-    from tqdm import tqdm
 
     from embedder.bulk.worker import PARTS_AT_ONCE, Job, Worker, job_schema
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: pip install -e '.[bulk]'") from None
 
 from embedder.bulk.formats import FOLDER, Part
-from embedder.bulk.source import Columns, Source
+from embedder.bulk.plan import num_rows
+from embedder.bulk.progress import Progress
+from embedder.bulk.source import MIN_FILES_PER_PART, ROWS_PER_PART, Columns, Source
+from embedder.bulk.state import lock, start
 from embedder.bulk.writer import STATE_FOLDER, OutputFormat, Writer
 from embedder.engine.admission import check_dimensions
 from embedder.engine.postprocess import OutputDtype
 from embedder.errors import ModelUnavailable, UnsupportedDimensions
-from embedder.model.checkpoint import Checkpoint, find_checkpoint
+from embedder.model.checkpoint import find_checkpoint
 from embedder.settings import Settings
 
 OBJECT_STORE_BYTES = 80 * 2**20  # about Ray's minimum; only counts pass through it
-ROWS_PER_PART = 4096
-PAGES_PER_PART = 16  # a page takes seconds on a CPU, and a run that is killed loses its unfinished parts
-_EARLIER = {"text": True, "thumbnails": False}  # what outputs of versions without these options have
 ALL_EMBEDDED, PARTS_MISSING, ROWS_WITH_ERRORS = 0, 1, 3  # exit status; argparse exits with 2
 
 
@@ -50,38 +48,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    try:
-        job = _job(options)
-        checkpoint = find_checkpoint(job.settings)
-        hidden_size = json.loads((checkpoint.folder / "config.json").read_text())["text_config"]["hidden_size"]
-        check_dimensions(job.dimensions, hidden_size)
-        source = Source(job.input, job.columns, job.settings, job.output / STATE_FOLDER)
-        parts = source.parts(options.rows_per_part or (PAGES_PER_PART if source.has_documents else ROWS_PER_PART))
-        source.close()
-        if job.has_thumbnails and source.format is not FOLDER:
-            raise ValueError("--thumbnails: the input is no folder of pictures and documents; allowed: such a folder")
-        writer = Writer(job.output, job.output_format)
-        identity = _identity(job, checkpoint, source, parts)
-        state_file = _lock_output(writer, identity, {"folder": str(source.folder)})
-    except (ValueError, OSError, ModelUnavailable, UnsupportedDimensions) as error:
-        parser.error(str(error))
-    if source.num_left_out:
-        counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in source.num_left_out.items())
-        print(f"left out: {counts}", file=sys.stderr)
-    with state_file:
-        writer.remove_unfinished()
+    with contextlib.ExitStack() as stack:
         try:
-            unit = "page" if source.has_documents else "row"
-            is_complete = _embed(job, parts, writer, options.address, unit)
+            job = _job(options)
+            checkpoint = find_checkpoint(job.settings)
+            hidden_size = json.loads((checkpoint.folder / "config.json").read_text())["text_config"]["hidden_size"]
+            check_dimensions(job.dimensions, hidden_size)
+            source = Source(job.input, job.columns, job.settings, job.output / STATE_FOLDER)
+            if job.has_thumbnails and source.format is not FOLDER:
+                raise ValueError(
+                    "--thumbnails: the input is no folder of pictures and documents; allowed: such a folder"
+                )
+            writer = Writer(job.output, job.output_format)
+            stack.enter_context(lock(writer.state_folder))
+            plan = start(job, checkpoint, source, writer, options.rows_per_part)
+        except (ValueError, OSError, ModelUnavailable, UnsupportedDimensions) as error:
+            parser.error(str(error))
+        if source.num_left_out:
+            counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in source.num_left_out.items())
+            print(f"left out: {counts}", file=sys.stderr)
+        unit = "page" if source.has_documents else "row"
+        try:
+            is_complete = _embed(job, plan.parts, writer, options.address, unit)
         except (ray.exceptions.RayError, ConnectionError) as error:
             print(f"stopped: {error}\nrun the same command again to resume", file=sys.stderr)
             return PARTS_MISSING
         if not is_complete:
             return PARTS_MISSING
-        numbers = [part.number for part in parts]
-        dimensions = job.dimensions or hidden_size
-        writer.commit(job_schema(job, source, dimensions), numbers)
-        return ROWS_WITH_ERRORS if writer.count_errors(numbers) else ALL_EMBEDDED
+        return _finish(job_schema(job, source, job.dimensions or hidden_size), plan.parts, writer)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "input",
         type=Path,
-        help="Parquet, JSONL, WebDataset tar, a folder of one of these, or a folder of images and PDFs",
+        help="Parquet, JSONL, WebDataset tar, a folder of one of these, or a folder of pictures, PDFs and clips",
     )
     parser.add_argument("output", type=Path, help="folder (on a cluster: on a file system that all nodes share)")
     parser.add_argument("--format", choices=get_args(OutputFormat), default="parquet")
@@ -108,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rows-per-part",
         type=int,
-        help=f"rows per file of OUTPUT (default: {ROWS_PER_PART}, of a folder with documents {PAGES_PER_PART})",
+        help=f"rows per file of OUTPUT (default: {ROWS_PER_PART}, of a folder of pictures and PDFs a thousandth of "
+        f"its rows, at least {MIN_FILES_PER_PART})",
     )
     parser.add_argument("--no-text", action="store_true", help="leave out the column of the pages' text layers")
     parser.add_argument("--thumbnails", action="store_true", help="add a column of small pictures of the rows (JPEG)")
@@ -142,77 +137,33 @@ def _job(options: argparse.Namespace) -> Job:
     )
 
 
-def _identity(job: Job, checkpoint: Checkpoint, source: Source, parts: Sequence[Part]) -> dict[str, Any]:
-    """What must be equal in two runs for their parts to form one output."""
-    files = [(name, (source.folder / name).stat()) for name in source.names]
-    read = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files], [part.to_json() for part in parts]
-    settings = job.settings
-    return {
-        "input": hashlib.sha256(json.dumps(read).encode()).hexdigest(),
-        "parts": len(parts),
-        "format": job.output_format,
-        "columns": asdict(job.columns),
-        "dimensions": job.dimensions,
-        "output_dtype": job.output_dtype,
-        "model": f"{checkpoint.name} {checkpoint.revision}".strip(),
-        "text": job.has_text,
-        "thumbnails": job.has_thumbnails,
-        "dtype": settings.dtype,
-        "default_instruction": settings.default_instruction,
-        "preprocessing": settings.preprocessing,
-        "raw_orientation": settings.raw_orientation,
-        "max_pixels": settings.max_pixels,
-        "max_input_tokens": settings.max_input_tokens,
-    }
-
-
-def _lock_output(writer: Writer, identity: dict[str, Any], notes: dict[str, Any]) -> TextIO:
-    """Open and lock the state file. Closing it, or the end of this process, releases the lock.
-
-    The file also keeps `notes` for programs that read the output.
-
-    Raises `ValueError` if another run holds the lock, or if the output was started with other options.
-    """
-    writer.state_folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as on_error:
-        state_file = on_error.enter_context((writer.state_folder / "job.json").open("a+"))
-        try:
-            fcntl.flock(state_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing this output: it holds the lock of {state_file.name}") from None
-        state_file.seek(0)
-        started = json.loads(state_file.read() or "{}")
-        if started and (
-            changed := [name for name in identity if started.get(name, _EARLIER.get(name)) != identity[name]]
-        ):
-            raise ValueError(
-                f"the output was started with another {', '.join(changed)} (see {state_file.name}); "
-                "use the same options and input, or another OUTPUT"
-            )
-        if not started:
-            state_file.write(json.dumps({**identity, **notes}, indent=1))
-            state_file.flush()
-        on_error.pop_all()
-    return state_file
-
-
 def _embed(job: Job, parts: Sequence[Part], writer: Writer, address: str | None, unit: str) -> bool:
     """Embed the missing parts. Returns whether all parts are written."""
     missing = [part for part in parts if not writer.is_written(part.number)]
-    total = sum(part.num_rows for part in parts)
-    num_done = total - sum(part.num_rows for part in missing)
-    num_rows, num_errors, faults = 0, 0, []
-    with tqdm(total=total or None, initial=num_done, unit=unit, smoothing=0.1) as bar:
+    total = num_rows(parts)
+    finished = []
+    with Progress(writer.state_folder, total, total - num_rows(missing), unit) as progress:
         for counts in _run(job, missing, address) if missing else ():
-            num_rows, num_errors = num_rows + counts["rows"], num_errors + counts["errors"]
-            bar.update(counts["rows"])
-            bar.set_postfix(errors=num_errors)
+            finished.append(counts)
+            progress.finish(counts["number"], counts["rows"], counts["errors"])
             if counts["fault"]:
-                faults.append(counts["fault"])
-                bar.write(f"part not written: {counts['fault']}", file=sys.stderr)
-    num_written = len(missing) - len(faults)
-    print(f"{num_rows} {unit}s, {num_errors} with errors; {num_written} parts written, {len(faults)} not written")
-    return not faults
+                progress.write(f"part not written: {counts['fault']}")
+    num_done, num_errors = (sum(counts[name] for counts in finished) for name in ("rows", "errors"))
+    num_faults = sum(bool(counts["fault"]) for counts in finished)
+    num_written = len(missing) - num_faults
+    print(f"{num_done} {unit}s, {num_errors} with errors; {num_written} parts written, {num_faults} not written")
+    return not num_faults
+
+
+def _finish(schema: pa.Schema, parts: Sequence[Part], writer: Writer) -> int:
+    """Complete the output and report its errors. Returns the exit status."""
+    numbers = [part.number for part in parts]
+    writer.commit(schema, numbers)
+    errors = writer.count_errors(numbers)
+    if errors:
+        counts = ", ".join(f"{count} {code}" for code, count in errors.most_common())
+        print(f"rows of the output with an error: {counts}", file=sys.stderr)
+    return ROWS_WITH_ERRORS if errors else ALL_EMBEDDED
 
 
 def _run(job: Job, parts: Sequence[Part], address: str | None) -> Iterator[dict[str, Any]]:

@@ -5,12 +5,13 @@ Each format has a function that plans the parts and one that reads a part. Only 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import tarfile
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Self
@@ -39,10 +40,10 @@ Record = tuple[str, Mapping[str, Any] | EmbedderError]  # name of the row, and i
 
 @dataclass(frozen=True)
 class Part:
-    """`num_rows` rows of the file `path` from `first_row` on (in JSONL at byte `offset`), or image files and pages.
+    """`num_rows` rows of the file `path` from `first_row` on (in JSONL at byte `offset`), or pictures, clips and pages.
 
-    `names`: of the image files and pages. Paths are relative to the input folder. A tar is one part of 0 rows: their
-    number is known only after reading it.
+    `names`: of the pictures, clips and pages. Paths are relative to the input folder. A tar is one part of 0 rows:
+    their number is known only after reading it. `digest`: of the rows' bytes, in JSONL only.
     """
 
     number: int
@@ -51,6 +52,7 @@ class Part:
     num_rows: int = 0
     offset: int = 0
     names: tuple[str, ...] = ()
+    digest: str = ""
 
     def to_json(self) -> str:
         """As a string, which Ray transports unchanged."""
@@ -65,10 +67,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Format:
-    """`plan`: folder, files, rows per part -> fields of the parts. `read`: folder, part, columns -> records."""
+    """`plan`: folder, files, rows per part, and parts that exist -> fields of the other parts.
+
+    `read`: folder, part, columns -> records.
+    """
 
     suffixes: tuple[str, ...]
-    plan: Callable[[Path, Sequence[str], int], Iterator[dict[str, Any]]]
+    plan: Callable[[Path, Sequence[str], int, Sequence[Part]], Iterator[dict[str, Any]]]
     read: Callable[[Path, Part, set[str]], Iterator[Record]]
 
 
@@ -82,7 +87,7 @@ class InputFiles:
 
 
 def find_files(path: Path, folder: Path) -> InputFiles:
-    """Find the files of the input. Image files are the input only if no file of another format is there.
+    """Find the files of the input. Pictures, clips and documents are it only if no file of another format is there.
 
     Raises `ValueError` if there is no file, or if there are several formats.
     """
@@ -106,7 +111,9 @@ def find_files(path: Path, folder: Path) -> InputFiles:
     raise ValueError(f"{path}: no file to embed{reason}; allowed: {', '.join(allowed)}")
 
 
-def plan_parquet(folder: Path, names: Sequence[str], rows_per_part: int) -> Iterator[dict[str, Any]]:
+def plan_parquet(
+    folder: Path, names: Sequence[str], rows_per_part: int, existing: Sequence[Part] = ()
+) -> Iterator[dict[str, Any]]:
     for name in names:
         num_rows = pq.read_metadata(folder / name).num_rows
         for row in range(0, num_rows, rows_per_part):
@@ -128,12 +135,41 @@ def read_parquet(folder: Path, part: Part, columns: set[str]) -> Iterator[Record
                 return
 
 
-def plan_jsonl(folder: Path, names: Sequence[str], rows_per_part: int) -> Iterator[dict[str, Any]]:
+def plan_jsonl(
+    folder: Path, names: Sequence[str], rows_per_part: int, existing: Sequence[Part] = ()
+) -> Iterator[dict[str, Any]]:
     for name in names:
         with (folder / name).open("rb") as file:
-            numbered = enumerate(offset for offset, _ in _lines(file))
-            while rows := list(itertools.islice(numbered, rows_per_part)):
-                yield {"path": name, "first_row": rows[0][0], "num_rows": len(rows), "offset": rows[0][1]}
+            first_row = 0
+            if parts := [part for part in existing if part.path == name]:
+                first_row = parts[-1].first_row + sum(1 for _ in _read_part(file, parts[-1]))
+            while lines := list(itertools.islice(_lines(file), rows_per_part)):
+                yield {
+                    "path": name,
+                    "first_row": first_row,
+                    "num_rows": len(lines),
+                    "offset": lines[0][0],
+                    "digest": _digest(line for _, line in lines),
+                }
+                first_row += len(lines)
+
+
+def find_unchanged_parts(folder: Path, name: str, parts: Sequence[Part]) -> list[Part]:
+    """The first parts of a JSONL file whose lines are as they were when the parts were planned."""
+    with (folder / name).open("rb") as file:
+        return list(itertools.takewhile(lambda part: _digest(_read_part(file, part)) == part.digest, parts))
+
+
+def _read_part(file: BinaryIO, part: Part) -> Iterator[bytes]:
+    file.seek(part.offset)
+    return (line for _, line in itertools.islice(_lines(file), part.num_rows))
+
+
+def _digest(lines: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for line in lines:
+        digest.update(line.rstrip() + b"\n")  # the last line may get its line break later
+    return digest.hexdigest()
 
 
 def read_jsonl(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]:
@@ -178,7 +214,9 @@ def _parse(line: bytes) -> Mapping[str, Any] | EmbedderError:
     return record if isinstance(record, dict) else InvalidRequest("the line is not a JSON object")
 
 
-def plan_tar(folder: Path, names: Sequence[str], rows_per_part: int) -> Iterator[dict[str, Any]]:
+def plan_tar(
+    folder: Path, names: Sequence[str], rows_per_part: int, existing: Sequence[Part] = ()
+) -> Iterator[dict[str, Any]]:
     return ({"path": name} for name in names)
 
 
@@ -212,18 +250,25 @@ def _split(name: str) -> tuple[str, str]:
     return str(path.parent / stem), extension.lower()
 
 
-def plan_folder(folder: Path, names: Sequence[str], rows_per_part: int) -> Iterator[dict[str, Any]]:
+def plan_folder(
+    folder: Path, names: Sequence[str], rows_per_part: int, existing: Sequence[Part] = ()
+) -> Iterator[dict[str, Any]]:
     for start in range(0, len(names), rows_per_part):
         part_names = tuple(names[start : start + rows_per_part])
         yield {"names": part_names, "num_rows": len(part_names)}
 
 
 def read_folder(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]:
-    """Each image file, and each page of a document, is a row. Its path is the row's name and its column `image`."""
-    return ((name, {"image": name}) for name in part.names)
+    """Each picture, clip, and page of a document is a row. Its path is the row's name, and the column of its kind."""
+    return ((name, {"video" if is_clip(name) else "image": name}) for name in part.names)
+
+
+def is_clip(name: str) -> bool:
+    """Whether the file is a video."""
+    return PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
 
 
 PARQUET = Format((".parquet",), plan_parquet, read_parquet)
 JSONL = Format((".jsonl", ".ndjson"), plan_jsonl, read_jsonl)
 TAR = Format((".tar",), plan_tar, read_tar)
-FOLDER = Format((*IMAGE_SUFFIXES, *DOCUMENT_SUFFIXES, *OFFICE_SUFFIXES), plan_folder, read_folder)
+FOLDER = Format((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, *DOCUMENT_SUFFIXES, *OFFICE_SUFFIXES), plan_folder, read_folder)

@@ -1,4 +1,4 @@
-"""The rows of a folder with documents: a row for each picture and for each page.
+"""The rows of a folder: a row for each picture and clip, and for each page of a document.
 
 What was learned about a document is kept in the state folder of the output: its number of pages, so that a run that is
 started again need not open every document, and the PDF of an office file.
@@ -49,7 +49,8 @@ class FolderPages:
                 known = [status.st_size, status.st_mtime_ns, self._count_pages(name)]
             found[name] = known
             yield from (f"{name}{PAGE}{number}" for number in range(1, known[2] + 1)) if known[2] else [name]
-        self._write_counts(found)
+        if found:
+            self._write_counts(counts | found)
 
     def render(self, name: str, number: int, regime: Regime) -> Page:
         """A page of a document. `number` 0: of one that could not be opened, which raises why.

@@ -5,7 +5,7 @@ A data set can be untrusted. Strings that look like a path (base64 has no dot) a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from embedder.inputs.regimes import CheckpointRegime, Regime
 from embedder.settings import Settings
 
 CONTENT = ("text", "image", "video")
+ROWS_PER_PART = 4096
+MIN_FILES_PER_PART = 16  # a page takes seconds on a CPU, and a run that is killed loses its unfinished parts
+MAX_FOLDER_PARTS = 1000  # of so many new rows that a part has more than the least
 _PUBLISHED = CheckpointRegime()
 
 
@@ -50,7 +53,7 @@ class Row:
 
 
 class Source:
-    """A Parquet or JSONL file, a WebDataset tar, a folder of one of these, or a folder of images and documents.
+    """A Parquet or JSONL file, a WebDataset tar, a folder of one of these, or one of pictures, clips and documents.
 
     `id_type`: type of the id column in Parquet, otherwise string. `state`: the state folder of the output. Raises
     `ValueError` if the input is none of these, or if a column is missing.
@@ -69,22 +72,38 @@ class Source:
         self._read = {*columns.item_columns().values(), *filter(None, [columns.id])}
         self._check_columns()
 
-    def parts(self, rows_per_part: int) -> list[Part]:
-        """All rows in parts of at most `rows_per_part`, in the order of the file names. A tar is one part."""
-        names = list(self._pages.row_names(self.names)) if self.has_documents else self.names
-        planned = self.format.plan(self.folder, names, rows_per_part)
-        return [Part(number, **fields) for number, fields in enumerate(planned)]
+    def parts(
+        self,
+        rows_per_part: int | None = None,
+        names: Sequence[str] | None = None,
+        existing: Sequence[Part] = (),
+        first_number: int = 0,
+    ) -> list[Part]:
+        """The rows of the files `names` (None: of all) in parts, in their order. A tar is one part.
+
+        `existing`: parts whose rows are left out. `first_number`: of the parts. `rows_per_part` None: a number that
+        depends on the format.
+        """
+        names = self.names if names is None else names
+        if self.format is FOLDER:
+            names = list(self._pages.row_names(names))
+        if rows_per_part is None:
+            rows_per_part = ROWS_PER_PART
+            if self.format is FOLDER:
+                rows_per_part = min(rows_per_part, max(MIN_FILES_PER_PART, len(names) // MAX_FOLDER_PARTS))
+        planned = self.format.plan(self.folder, names, rows_per_part, existing)
+        return [Part(number, **fields) for number, fields in enumerate(planned, first_number)]
 
     def rows(self, part: Part, regime: Regime = _PUBLISHED) -> Iterator[Row]:
         """The rows of a part, in order. Raises one of `FILE_ERRORS` if the file is broken.
 
         `regime`: of the model, which gives the size of a document's pages.
         """
-        if self.has_documents:
-            yield from self._rows_of_folder(part, regime)
-            return
         for name, record in self.format.read(self.folder, part, self._read):
-            row_id = _valid_unicode(name)
+            if self.format is FOLDER:
+                yield self._row_of_folder(name, record, regime)
+                continue
+            row_id = valid_unicode(name)
             if self.columns.id and isinstance(record, Mapping):
                 row_id = self._id(record.get(self.columns.id))
             yield Row(row_id, self._fields(record))
@@ -93,28 +112,29 @@ class Source:
         """End the processes that open documents."""
         self._pages.close()
 
-    def _rows_of_folder(self, part: Part, regime: Regime) -> Iterator[Row]:
-        for name in part.names:
-            row_id = _valid_unicode(name)
-            document, number = split_page(name)
-            if not is_document(document):
-                yield Row(row_id, self._fields({"image": name}))
-                continue
-            try:
-                page = self._pages.render(document, number, regime)
-                yield Row(row_id, {"image": page.image}, page.text)
-            except EmbedderError as error:
-                yield Row(row_id, error)
+    def _row_of_folder(self, name: str, record: Mapping[str, Any] | EmbedderError, regime: Regime) -> Row:
+        document, number = split_page(name)
+        row_id = valid_unicode(name)
+        if not is_document(document):
+            return Row(row_id, self._fields(record, {field: field for field in CONTENT}))
+        try:
+            page = self._pages.render(document, number, regime)
+            return Row(row_id, {"image": page.image}, page.text)
+        except EmbedderError as error:
+            return Row(row_id, error)
 
     def _id(self, value: Any) -> Any:
         if value is None or not pa.types.is_string(self.id_type):
             return value
-        return _valid_unicode(value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value))
+        return valid_unicode(value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value))
 
-    def _fields(self, record: Mapping[str, Any] | EmbedderError) -> dict[str, Any] | EmbedderError:
+    def _fields(
+        self, record: Mapping[str, Any] | EmbedderError, columns: Mapping[str, str] | None = None
+    ) -> dict[str, Any] | EmbedderError:
+        """`columns`: fields of an item -> names of their columns; None: those of the command."""
         if isinstance(record, EmbedderError):
             return record
-        found = {field: record.get(column) for field, column in self.columns.item_columns().items()}
+        found = {field: record.get(column) for field, column in (columns or self.columns.item_columns()).items()}
         try:
             return {
                 field: self._media(value, field) if field in ("image", "video") else _text(value, field)
@@ -149,7 +169,7 @@ class Source:
             found = find_jsonl_columns(self.folder, self.names, named or set(CONTENT))
             self._check_found("the input", named, found)
         elif self.format is FOLDER:
-            self._check_found("a folder of images", named, {"image"})
+            self._check_found("a folder of pictures and clips", named, {"image", "video"})
 
     def _check_found(self, where: str, named: set[str], found: set[str]) -> None:
         existing = ", ".join(sorted(found)) or "none"
@@ -180,6 +200,6 @@ def _text(value: Any, field: str) -> Any:
         raise InvalidRequest(f"{field} is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
-def _valid_unicode(text: str) -> str:
+def valid_unicode(text: str) -> str:
     """Escape what is not Unicode: file names can hold any bytes, Arrow's strings cannot."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import PIL.Image
 
 from embedder.errors import EmbedderError
+from embedder.inputs.decoder import Decoder
 from embedder.inputs.decoder_process import decoder_for_one_item
 from embedder.inputs.image import load_image
-from embedder.inputs.regimes import CheckpointRegime
+from embedder.inputs.limits import decode_deadline
+from embedder.inputs.regimes import CheckpointRegime, Regime
 from embedder.settings import Settings
 
 THUMBNAIL_PIXELS = 256 * 256
@@ -18,18 +21,27 @@ JPEG_QUALITY = 85
 _SMALL = CheckpointRegime(max_pixels=THUMBNAIL_PIXELS)
 
 
-def make_thumbnail(image: Any, settings: Settings) -> bytes | None:
-    """JPEG of an image, which is a PIL image or the bytes of a file; None if it cannot be decoded."""
+def make_thumbnail(fields: Mapping[str, Any], settings: Settings) -> bytes | None:
+    """JPEG of a row's image, or of the first frame of its video; None if it cannot be decoded."""
+    image = fields.get("image")
     try:
-        if not isinstance(image, PIL.Image.Image):
-            with decoder_for_one_item(settings) as decoder:
-                image = PIL.Image.fromarray(load_image(image, _SMALL, settings, decoder=decoder))
-        else:
+        if isinstance(image, PIL.Image.Image):
             step = _SMALL.resize_image(image.height, image.width)
-            image = image.resize((step.width, step.height), PIL.Image.Resampling.LANCZOS)
+            return to_jpeg(image.resize((step.width, step.height), PIL.Image.Resampling.LANCZOS))
+        with decoder_for_one_item(settings) as decoder:
+            if image is not None:
+                return to_jpeg(PIL.Image.fromarray(load_image(image, _SMALL, settings, decoder=decoder)))
+            return to_jpeg(load_frame(fields["video"], _SMALL, settings, decoder))
     except EmbedderError:
         return None  # the row has this error too, from embedding it
-    return to_jpeg(image)
+
+
+def load_frame(clip: bytes, regime: Regime, settings: Settings, decoder: Decoder) -> PIL.Image.Image:
+    """The first frame of a clip, resized as an image. Raises `InvalidMedia` and `MediaTooLarge`."""
+    with decoder.open_clip(clip, settings, decode_deadline(settings)) as opened:
+        (values,) = (frame.copy() for frame in opened.decode([0]))
+    step = regime.resize_image(*values.shape[:2])
+    return PIL.Image.fromarray(values).resize((step.width, step.height), PIL.Image.Resampling.LANCZOS)
 
 
 def to_jpeg(image: PIL.Image.Image) -> bytes:

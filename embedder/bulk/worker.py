@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedder.bulk.formats import FILE_ERRORS, Part
+from embedder.bulk.formats import FILE_ERRORS, FOLDER, Part
+from embedder.bulk.progress import PartCounter, Reporter
 from embedder.bulk.source import Columns, Row, Source
 from embedder.bulk.thumbnails import make_thumbnail
 from embedder.bulk.writer import STATE_FOLDER, OutputFormat, Writer, output_schema
@@ -44,7 +45,7 @@ class Job:
     dimensions: int | None
     output_dtype: OutputDtype
     settings: Settings
-    has_text: bool = True  # of the output, if the input has documents
+    has_text: bool = True  # of the output, if the input is a folder of pictures, clips and documents
     has_thumbnails: bool = False
 
 
@@ -54,7 +55,7 @@ def job_schema(job: Job, source: Source, dimensions: int) -> pa.Schema:
         source.id_type,
         dimensions,
         job.output_dtype,
-        has_text=source.has_documents and job.has_text,
+        has_text=source.format is FOLDER and job.has_text,
         has_thumbnail=job.has_thumbnails,
     )
 
@@ -70,27 +71,32 @@ class Worker:
         dimensions = job.dimensions or self.embedder.engine.hidden_size
         self.schema = job_schema(job, self.source, dimensions)
         self.writer = Writer(job.output, job.output_format)
+        self.reporter = Reporter(self.writer.state_folder)
 
     def close(self) -> None:
-        """End the processes and the engine."""
+        """End the threads, the processes and the engine."""
+        self.reporter.close()
         self.source.close()
         self.embedder.close()
 
     def __call__(self, row: dict[str, str]) -> dict[str, Any]:
-        """Embed a part. Returns the numbers of `rows` and of `errors` among them; `fault`: the file's error, if any."""
+        """Embed a part. Returns its `number`, its numbers of `rows` and of `errors` among them, and its `fault`:
+        the file's error, if any.
+        """
         part = Part.from_json(row["part"])
-        counts = {"rows": 0, "errors": 0, "fault": ""}
-        try:
-            self.writer.write(part.number, self.schema, self._batches(part, counts))
-        except FILE_ERRORS as error:
-            counts["fault"] = f"{part.path or part.names[0]}: {type(error).__name__}: {error}"
+        counts = {"number": part.number, "rows": 0, "errors": 0, "fault": ""}
+        with self.reporter.counting(part.number) as counter:
+            try:
+                self.writer.write(part.number, self.schema, self._batches(part, counter, counts))
+            except FILE_ERRORS as error:
+                counts["fault"] = f"{part.path or part.names[0]}: {type(error).__name__}: {error}"
         return counts
 
-    def _batches(self, part: Part, counts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+    def _batches(self, part: Part, counter: PartCounter, counts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
         """Batches of the part's rows. The rows of the next batch are submitted before a batch is awaited."""
         submitted: list[Submitted] = []
         for row in self.source.rows(part, self.embedder.preprocessor.vision.regime):
-            submitted.append((row.id, row.text, self._thumbnail(row), self._submit(row)))
+            submitted.append((row.id, row.text, self._thumbnail(row), self._submit(row, counter)))
             if len(submitted) == 2 * OUTPUT_BATCH_ROWS:
                 yield self._batch(submitted[:OUTPUT_BATCH_ROWS], counts)
                 del submitted[:OUTPUT_BATCH_ROWS]
@@ -100,16 +106,20 @@ class Worker:
     def _thumbnail(self, row: Row) -> bytes | None:
         if not self.job.has_thumbnails or isinstance(row.fields, EmbedderError):
             return None
-        return make_thumbnail(row.fields["image"], self.job.settings)
+        return make_thumbnail(row.fields, self.job.settings)
 
-    def _submit(self, row: Row) -> Future[Embedding] | EmbedderError:
+    def _submit(self, row: Row, counter: PartCounter) -> Future[Embedding] | EmbedderError:
         if isinstance(row.fields, EmbedderError):
+            counter.add(is_error=True)
             return row.fields
         try:
             item = item_from_fields({**row.fields, "dimensions": self.job.dimensions})
-            return self.embedder.engine.submit(item, wait=True)
+            future = self.embedder.engine.submit(item, wait=True)
         except EmbedderError as error:
+            counter.add(is_error=True)
             return error
+        future.add_done_callback(lambda done: counter.add(is_error=done.cancelled() or done.exception() is not None))
+        return future
 
     def _batch(self, submitted: Sequence[Submitted], counts: dict[str, Any]) -> pa.RecordBatch:
         results = [_result(one) for *_, one in submitted]

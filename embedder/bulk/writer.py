@@ -1,4 +1,4 @@
-"""The batches of a part -> one Parquet file or one Lance fragment, complete or absent.
+"""The batches of a part -> one Parquet file or one Lance fragment, complete or absent. Later, rows are taken out of it.
 
 Files are written under a temporary name, synced, and renamed. The fragments of a Lance data set are recorded in a file
 each, and committed together at the end.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from embedder.engine.postprocess import OutputDtype
@@ -86,8 +88,25 @@ class Writer:
 
     def remove_unfinished(self) -> None:
         """Remove temporary files of a killed run. Lance data files without a record stay; they are never read."""
-        for path in self.state_folder.glob("*.tmp"):
-            path.unlink(missing_ok=True)
+        for pattern in ("*.tmp", "*.progress"):
+            for path in self.state_folder.glob(pattern):
+                path.unlink(missing_ok=True)
+
+    def remove_parts_except(self, numbers: Iterable[int]) -> None:
+        """Remove the parts that have none of these numbers."""
+        kept = {self._final(number) for number in numbers}
+        for path in self._final(0).parent.glob("part-*.parquet" if self.output_format == "parquet" else "*.fragment"):
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+    def keep_rows(self, number: int, ids: set[str]) -> None:
+        """Take the rows that have none of these ids out of a part, if it is written. Idempotent."""
+        if self.is_written(number):
+            batches = self._read(number)
+            wanted = pa.array(sorted(ids), pa.string())
+            kept = [batch.filter(pyarrow.compute.is_in(batch.column("id"), wanted)) for batch in batches]
+            if sum(len(batch) for batch in kept) < sum(len(batch) for batch in batches):
+                self.write(number, kept[0].schema, iter(kept))
 
     def commit(self, schema: pa.Schema, numbers: Sequence[int]) -> None:
         """Make one Lance data set of all parts, in order. Idempotent. Parquet files need no commit."""
@@ -98,14 +117,28 @@ class Writer:
             fragments = [lance.FragmentMetadata.from_json(json.dumps(record)) for record in records]
             lance.LanceDataset.commit(str(self.output), lance.LanceOperation.Overwrite(schema, fragments))
 
-    def count_errors(self, numbers: Sequence[int]) -> int:
-        """Number of rows with an error in the whole output, after `commit`."""
+    def count_errors(self, numbers: Sequence[int]) -> Counter[str]:
+        """Number of rows with an error in the whole output, by the error's code, after `commit`."""
         if self.output_format == "lance":
             import lance
 
-            return int(lance.dataset(str(self.output)).count_rows("error IS NOT NULL"))
-        columns = (pq.read_table(self._final(number), columns=["error"]).column(0) for number in numbers)
-        return sum(len(column) - column.null_count for column in columns)
+            tables = [lance.dataset(str(self.output)).to_table(["error"], filter="error IS NOT NULL")]
+        else:
+            tables = [pq.read_table(self._final(number), columns=["error"]) for number in numbers]
+        return Counter(error.partition(":")[0] for table in tables for error in table.column(0).drop_null().to_pylist())
+
+    def _read(self, number: int) -> list[pa.RecordBatch]:
+        """The rows of a part that is written."""
+        if self.output_format == "parquet":
+            return list(pq.ParquetFile(self._final(number)).iter_batches())
+        from lance.file import LanceFileReader
+
+        files = [file["path"] for record in json.loads(self._final(number).read_text()) for file in record["files"]]
+        return [
+            batch
+            for file in files
+            for batch in LanceFileReader(str(self.output / "data" / file)).read_all().to_batches()
+        ]
 
     def _final(self, number: int) -> Path:
         is_parquet = self.output_format == "parquet"
@@ -115,5 +148,16 @@ class Writer:
         import lance
 
         reader = pa.RecordBatchReader.from_batches(schema, batches)
-        fragments = lance.fragment.write_fragments(reader, str(self.output), schema=schema, mode="create")
+        mode = "append" if (self.output / "_versions").exists() else "create"  # fragments are committed later, by us
+        fragments = lance.fragment.write_fragments(reader, str(self.output), schema=schema, mode=mode)
         return json.dumps([fragment.to_json() for fragment in fragments])
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write the file completely or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)

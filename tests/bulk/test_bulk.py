@@ -155,7 +155,9 @@ def test_missing_column_of_jsonl_is_named_with_the_columns_that_exist(tmp_path: 
 
 
 def test_column_of_content_that_a_folder_of_images_cannot_have_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^a folder of images has no column title; its columns: image$"):
+    with pytest.raises(
+        ValueError, match=r"^a folder of pictures and clips has no column title; its columns: image, video$"
+    ):
         Source(as_folder(tmp_path), Columns("title"), Settings())
 
 
@@ -310,7 +312,7 @@ def test_engine_that_fails_for_every_input_fails_the_part(
         (["--text", "titel", "--rows-per-part", "0"], "--rows-per-part: got 0; allowed: 1 and more"),
         (["--text", "titel"], "the input has no column titel; its columns: text"),
         (["--format", "lance"], "started with another format"),
-        (["--dimensions", "64", "--rows-per-part", "1"], "started with another input, parts, dimensions"),
+        (["--dimensions", "64", "--rows-per-part", "1"], "started with another dimensions"),
     ],
 )
 def test_wrong_arguments_are_refused_before_ray_starts(
@@ -353,13 +355,13 @@ def test_rows_with_errors_are_counted_in_the_whole_output(
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "red"}, {"text": 5}, {"text": "green"}, {"text": ""}])
     task = job(path, tmp_path / "out", random_checkpoint, output_format=output_format)
     run(task, 2)
-    assert Writer(task.output, task.output_format).count_errors([0, 1]) == 2
+    assert Writer(task.output, task.output_format).count_errors([0, 1]) == {"invalid_request": 2}
 
 
 def test_two_runs_do_not_write_one_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, output = write_jsonl(tmp_path / "a.jsonl", ROWS[:1]), tmp_path / "out"
     start(path, output)
-    with (output / "_bulk" / "job.json").open() as held:
+    with (output / "_bulk" / "lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(SystemExit, match="2"):
             main([str(path), str(output)])

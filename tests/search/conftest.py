@@ -24,9 +24,10 @@ class Indexed:
 def indexed(tmp_path_factory: pytest.TempPathFactory) -> Indexed:
     """Two reports of four pages, a picture and a broken PDF, embedded by the bundled model without Ray."""
     pytest.importorskip("ray", reason="comes with the `bulk` extra")
-    from embedder.bulk.__main__ import _identity, _lock_output
     from embedder.bulk.source import Columns
+    from embedder.bulk.state import start
     from embedder.bulk.worker import Job, Worker
+    from embedder.bulk.writer import STATE_FOLDER
     from embedder.model.checkpoint import find_checkpoint
     from embedder.settings import Settings
 
@@ -37,9 +38,8 @@ def indexed(tmp_path_factory: pytest.TempPathFactory) -> Indexed:
     (folder / "broken.pdf").write_bytes(b"%PDF-1.7\n")
     job = Job(folder, output, "parquet", Columns(), None, "float32", Settings(device="cpu"))
     worker = Worker(job)
-    parts = worker.source.parts(3)
-    identity = _identity(job, find_checkpoint(job.settings), worker.source, parts)
-    _lock_output(worker.writer, identity, {"folder": str(worker.source.folder)}).close()
+    (output / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
+    parts = start(job, find_checkpoint(job.settings), worker.source, worker.writer, 3).parts
     for part in parts:
         worker({"part": part.to_json()})
     worker.close()
