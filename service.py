@@ -51,7 +51,7 @@ from embedder.telemetry.tracing import TracingMiddleware, is_traced
 
 logger = logging.getLogger("embedder.service")
 
-APIS = ("/embed_texts", "/embed_images")  # BentoML's own routes
+APIS = ("/embed_texts", "/embed_images", "/rerank_queries")  # BentoML's own routes
 
 try:
     SETTINGS = Settings.from_environment()
@@ -118,15 +118,10 @@ class Qwen3VLEmbedding:
             ServedModel(one.checkpoint.name, SETTINGS.max_input_tokens, info, started_s) if one else None
             for one in (self.models.embedder, self.models.reranker)
         )
+        engine, preprocessor = self.models.engine, self.models.preprocessor
+        collection = Collection(SETTINGS, is_bundled_model=info["is_bundled_model"])
         ROUTES.serving = Serving(
-            self.models.engine,
-            self.models.preprocessor,
-            embedding,
-            info,
-            Collection(SETTINGS, is_bundled_model=info["is_bundled_model"]),
-            time.time(),
-            self.__is_ready__,
-            reranking,
+            engine, preprocessor, embedding, info, collection, time.time(), self.__is_ready__, reranking
         )
 
     @bentoml.on_startup
@@ -172,6 +167,11 @@ class Qwen3VLEmbedding:
     async def embed_images(self, images: BentoRows) -> list[list[float]]:
         """One vector per image. An image is base64, or an object with `image`, `instruction`, `dimensions`."""
         return GatheredRows(({"image": row} if isinstance(row, str) else row for row in images), ROUTES.embed_rows)
+
+    @bentoml.api(route="/rerank_queries", batchable=True, max_batch_size=1_000_000, max_latency_ms=3_600_000)
+    async def rerank(self, queries: BentoRows) -> list[list[float]]:
+        """The scores of each query's documents. A query is an object with `query`, `documents`, `instruction`."""
+        return GatheredRows(queries, ROUTES.score_rows)
 
 
 def with_routes(bento_app: ASGIApp) -> ASGIApp:

@@ -287,6 +287,17 @@ def server(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
+def reranking_server(
+    random_checkpoint: Path, random_reranker: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """The service with the same random weights as `embedder` and `reranker`. For slow tests."""
+    folder, models = tmp_path_factory.mktemp("server"), {"model": random_checkpoint, "reranker": random_reranker}
+    server = start_server(folder, device="cpu", dtype="float32", **{name: str(one) for name, one in models.items()})
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
 def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The service with the model of the package, and its drawings."""
     server = start_server(tmp_path_factory.mktemp("server"))

@@ -20,6 +20,7 @@ from embedder.http.accepted_fields import ACCEPTED
 from embedder.http.dialects.dialect import Dialect, by_path
 from embedder.http.dialects.messages import PART_TYPES
 from embedder.http.dialects.openai_models import ModelsResponse
+from embedder.http.dialects.rerank import ScoringFields
 from embedder.http.dialects.tokens import ROUTES as TOKEN_ROUTES
 from embedder.http.dialects.tokens import TokenRoute
 from embedder.http.error_forms import ErrorForm, error_form
@@ -42,6 +43,10 @@ ROW_EXAMPLES: dict[str, dict[str, Any]] = {  # bodies of BentoML's APIs, each an
     "/embed_texts": {"texts": {"texts": ["red", {"text": "green", "dimensions": 64}]}},
     "/embed_images": {"images": {"images": [EXAMPLE_IMAGE, {"image": EXAMPLE_IMAGE, "instruction": "Find it."}]}},
 }
+
+
+RANKING_PATH = "/rerank_queries"
+RANKING_EXAMPLES = {"queries": {"queries": [{"query": "red", "documents": ["red", "blue"]}]}}
 
 
 def error_meanings() -> dict[int, str]:
@@ -76,6 +81,7 @@ def openapi_document(
             "/embed_images": _post_rows(
                 "/embed_images", "image", "Embed images, for BentoML's clients (adaptive batching)", settings
             ),
+            **({RANKING_PATH: _post_queries(settings)} if settings.reranker else {}),
             "/health": _probe("/health", "200 once the service has embedded a text and an image"),
             "/info": _get("/info", "Model, sizes, limits and device", {"type": "object"}),
         },
@@ -264,6 +270,16 @@ def _post_rows(path: str, kind: str, summary: str, settings: Settings) -> dict[s
     return _operation(
         path, summary, body, _response("One vector per row.", vectors), ROW_EXAMPLES[path], _ref("ErrorResponse")
     )
+
+
+def _post_queries(settings: Settings) -> dict[str, Any]:
+    row = ScoringFields.model_json_schema(by_alias=False)
+    rows = {"type": "array", "items": row, "maxItems": settings.max_items_per_request}
+    body = {"type": "object", "properties": {"queries": rows}, "required": ["queries"]}
+    scores = {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}
+    summary = "Score the documents of queries, for BentoML's clients (adaptive batching)"
+    response = _response("A list of scores per query, in the order of its documents.", scores)
+    return _operation(RANKING_PATH, summary, body, response, RANKING_EXAMPLES, _ref("ErrorResponse"))
 
 
 def _operation(

@@ -38,6 +38,7 @@ from embedder.http.dialects import (
     voyage,
 )
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, Upload, by_path, choose_dialect
+from embedder.http.dialects.rows import row_items, row_queries, score_rows, scores_response
 from embedder.http.dialects.scoring import ScoringRequest
 from embedder.http.dialects.tokens import TokenRoute
 from embedder.http.disconnect import unless_disconnected
@@ -181,10 +182,18 @@ class Routes:
         else:
             await self._router(scope, receive, send)
 
-    async def embed_rows(self, items: Sequence[EmbeddingItem | EmbedderError], receive: Receive) -> Response:
+    async def embed_rows(self, rows: Sequence[Any], receive: Receive) -> Response:
         """A JSON list of vectors, for BentoML's own APIs."""
-        embeddings = await unless_disconnected(self._embed_all(items), receive)
+        self._served("embedder")
+        embeddings = await unless_disconnected(self._embed_all(row_items(rows)), receive)
         return json_response(to_json([one.vector for one in embeddings]), self._cache_headers(embeddings))
+
+    async def score_rows(self, rows: Sequence[Any], receive: Receive) -> Response:
+        """A JSON list of scores for each query, for BentoML's own API."""
+        self._served("reranker")
+        requests = row_queries(rows, self.settings)
+        outcomes = await unless_disconnected(score_rows(requests, self._score_each), receive)
+        return json_response(scores_response(requests, outcomes))
 
     async def _embed(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
         started_s = time.monotonic()

@@ -1,7 +1,7 @@
 """BentoML's adaptive-batching APIs over the engine, which decides by itself what runs together.
 
 BentoML gathers the rows of several requests into one list, calls the API once, and cuts the result into one slice for
-each request. Only then are the rows embedded: in the request's own context, so that its id, deadline and errors are its
+each request. Only then are the rows computed: in the request's own context, so that its id, deadline and errors are its
 own, and its rows go to the engine's queue like those of any other route.
 """
 
@@ -16,13 +16,12 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from embedder.errors import EmbedderError, RequestTooLarge, without_traceback
+from embedder.errors import RequestTooLarge
 from embedder.http.request_body import check_item_count
-from embedder.inputs.items import EmbeddingItem, item_from_fields
 from embedder.server.bento_app import raised_response
 from embedder.settings import Settings
 
-EmbedRows = Callable[[Sequence[EmbeddingItem | EmbedderError], Receive], Awaitable[Response]]
+Respond = Callable[[Sequence[Any], Receive], Awaitable[Response]]  # the rows of one request to their results
 
 
 class TooManyRows(BentoMLException):
@@ -50,36 +49,29 @@ def refuse_extra_fields(api: Any) -> None:
 class GatheredRows(list[Any]):
     """The rows of several requests. Each slice that BentoML cuts is a request's response."""
 
-    def __init__(self, rows: Iterable[Any], embed_rows: EmbedRows) -> None:
+    def __init__(self, rows: Iterable[Any], respond: Respond) -> None:
         super().__init__(rows)
-        self._embed_rows = embed_rows
+        self._respond = respond
 
     def __getitem__(self, key: SupportsIndex | slice) -> Any:
         rows = super().__getitem__(key)
-        return RowsResponse(rows, self._embed_rows) if isinstance(key, slice) else rows
+        return RowsResponse(rows, self._respond) if isinstance(key, slice) else rows
 
 
 class RowsResponse(Response):
-    """The vectors of one request's rows, embedded when the response is sent."""
+    """The results of one request's rows, computed when the response is sent."""
 
-    def __init__(self, rows: Sequence[Any], embed_rows: EmbedRows) -> None:
+    def __init__(self, rows: Sequence[Any], respond: Respond) -> None:
         super().__init__()
         self._rows = rows
-        self._embed_rows = embed_rows
+        self._respond = respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            response = await self._embed_rows([_item(row) for row in self._rows], receive)
+            response = await self._respond(self._rows, receive)
         except Exception as error:  # must not pass through BentoML's middlewares, where the caller would hang
             for message in raised_response(error):
                 await send(message)
         else:
             response.background = self.background
             await response(scope, receive, send)
-
-
-def _item(row: Any) -> EmbeddingItem | EmbedderError:
-    try:
-        return item_from_fields(row)
-    except EmbedderError as error:
-        return without_traceback(error)

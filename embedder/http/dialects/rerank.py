@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import AliasChoices, BaseModel, Field, StrictBool, StrictInt
@@ -30,8 +31,8 @@ from embedder.inputs.items import EXAMPLE_DATA_URI
 from embedder.settings import Settings
 
 
-class RerankRequest(TruncateOption):
-    """Body of `POST /rerank`, `/v1/rerank` and `/v2/rerank`."""
+class ScoringFields(TruncateOption):
+    """A query, its documents, and how to score them."""
 
     query: Any = Field(description="A text, or an item with text, image, video or content.")
     documents: Any = Field(description="A list of texts and items, one entry per document.")
@@ -40,13 +41,18 @@ class RerankRequest(TruncateOption):
         validation_alias=AliasChoices("instruction", "instruct"),
         description="The task; default: the reference's for search queries.",
     )
+    raw_scores: StrictBool = Field(False, description="Log-odds instead of probabilities.")
+    max_tokens_per_doc: StrictInt | None = Field(None, ge=1, description="Tokens to which each document's text is cut.")
+    truncate: StrictBool = Field(True, description="Whether text over the limit is cut; if not, it is an error.")
+
+
+class RerankRequest(ScoringFields):
+    """Body of `POST /rerank`, `/v1/rerank` and `/v2/rerank`."""
+
     top_n: StrictInt | None = Field(
         None, ge=0, validation_alias=AliasChoices("top_n", "top_k"), description="Results returned; 0 or absent: all."
     )
     return_documents: StrictBool = Field(False, description="Repeat each document in its result.")
-    raw_scores: StrictBool = Field(False, description="Log-odds instead of probabilities.")
-    max_tokens_per_doc: StrictInt | None = Field(None, ge=1, description="Tokens to which each document's text is cut.")
-    truncate: StrictBool = Field(True, description="Whether text over the limit is cut; if not, it is an error.")
 
 
 class RerankError(BaseModel):
@@ -79,15 +85,20 @@ class RerankResponse(BaseModel):
 def parse_documents(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringRequest:
     """Body of `/rerank`, `/v1/rerank` and `/v2/rerank` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(RerankRequest, body)
+    parsed = parse_scoring(request, settings)
+    documents = list_documents(request.documents)[0] if request.return_documents else ()
+    return replace(parsed, documents=documents, top_n=request.top_n or None)
+
+
+def parse_scoring(request: ScoringFields, settings: Settings) -> ScoringRequest:
+    """The query and the documents. Raises `InvalidRequest` and `RequestTooLarge`."""
     documents, warnings = list_documents(request.documents)
     check_item_count(len(documents), settings)
     truncate = "end" if request.truncate else "none"
     return ScoringRequest(
         query_item(request.query, request.instruction, len(documents), request.max_tokens_per_doc),
         tuple(document_item(value, truncate) for value in documents),
-        documents if request.return_documents else (),
-        request.top_n or None,
-        request.raw_scores,
+        raw_scores=request.raw_scores,
         warnings=warnings,
     )
 
