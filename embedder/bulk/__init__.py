@@ -5,6 +5,7 @@ The modules, in the order in which a row passes them:
     formats     input files -> parts, the same in every run; a part -> its records
     source      records and column names -> rows to embed
     pages       a folder -> a row for each picture, clip, and page of a document
+    segments    a clip -> its segments
     thumbnails  small pictures of rows, an optional column
     worker      the rows of a part through the engine of `Embedder`; one worker per device
     writer      the vectors of a part -> one Parquet file or Lance fragment, complete or absent

@@ -40,6 +40,7 @@ from embedder.errors import ModelUnavailable, UnsupportedDimensions
 from embedder.model.checkpoint import find_checkpoint
 from embedder.settings import Settings
 
+MIN_SEGMENT_S = 0.1
 OBJECT_STORE_BYTES = 80 * 2**20  # about Ray's minimum; only counts pass through it
 ALL_EMBEDDED, PARTS_MISSING, ROWS_WITH_ERRORS = 0, 1, 3  # exit status; argparse exits with 2
 
@@ -54,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             checkpoint = find_checkpoint(job.settings)
             hidden_size = json.loads((checkpoint.folder / "config.json").read_text())["text_config"]["hidden_size"]
             check_dimensions(job.dimensions, hidden_size)
-            source = Source(job.input, job.columns, job.settings, job.output / STATE_FOLDER)
+            source = Source(job.input, job.columns, job.settings, job.output / STATE_FOLDER, job.segment_s)
+            if job.segment_s is not None and source.format is not FOLDER:
+                raise ValueError("--segment-seconds: the input is no folder of clips; allowed: such a folder")
             if job.has_thumbnails and source.format is not FOLDER:
                 raise ValueError(
                     "--thumbnails: the input is no folder of pictures and documents; allowed: such a folder"
@@ -107,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-text", action="store_true", help="leave out the column of the pages' text layers")
     parser.add_argument("--thumbnails", action="store_true", help="add a column of small pictures of the rows (JPEG)")
+    parser.add_argument(
+        "--segment-seconds",
+        type=float,
+        metavar="S",
+        help="cut clips of a folder into segments of S seconds, a row each",
+    )
     parser.add_argument("--address", help="address of a Ray cluster (default: this machine)")
     return parser
 
@@ -120,6 +129,8 @@ def _job(options: argparse.Namespace) -> Job:
         )
     if options.rows_per_part is not None and options.rows_per_part < 1:
         raise ValueError(f"--rows-per-part: got {options.rows_per_part}; allowed: 1 and more")
+    if options.segment_seconds is not None and not MIN_SEGMENT_S <= options.segment_seconds < math.inf:
+        raise ValueError(f"--segment-seconds: got {options.segment_seconds}; allowed: {MIN_SEGMENT_S} and more")
     source, output = options.input.resolve(), options.output.resolve()
     if output.is_relative_to(source):
         raise ValueError(f"OUTPUT {options.output} is inside INPUT {options.input}; allowed: a folder outside it")
@@ -134,6 +145,7 @@ def _job(options: argparse.Namespace) -> Job:
         settings,
         has_text=not options.no_text,
         has_thumbnails=options.thumbnails,
+        segment_s=options.segment_seconds,
     )
 
 

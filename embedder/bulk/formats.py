@@ -259,13 +259,8 @@ def plan_folder(
 
 
 def read_folder(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]:
-    """Each picture, clip, and page of a document is a row. Its path is the row's name, and the column of its kind."""
-    return ((name, {"video" if is_clip(name) else "image": name}) for name in part.names)
-
-
-def is_clip(name: str) -> bool:
-    """Whether the file is a video."""
-    return PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES
+    """Each picture, clip or segment, and page of a document is a row. Its path is the row's name and column `image`."""
+    return ((name, {"image": name}) for name in part.names)
 
 
 PARQUET = Format((".parquet",), plan_parquet, read_parquet)

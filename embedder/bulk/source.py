@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedder.bulk.formats import FOLDER, JSONL, PARQUET, Part, find_files, find_jsonl_columns
-from embedder.bulk.pages import FolderPages, is_document, path_inside, split_page
-from embedder.errors import EmbedderError, InvalidMedia, InvalidRequest, MediaTooLarge
+from embedder.bulk.pages import FolderPages, is_clip, is_document, read_inside, split_page
+from embedder.bulk.segments import Segment, split_segment
+from embedder.errors import EmbedderError, InvalidRequest
+from embedder.inputs.items import Video
 from embedder.inputs.regimes import CheckpointRegime, Regime
 from embedder.settings import Settings
 
@@ -45,28 +47,40 @@ class Columns:
 
 @dataclass(frozen=True)
 class Row:
-    """`fields`: those of `item_from_fields`, or the error of the row. `text`: the text layer of a page."""
+    """`fields`: those of `item_from_fields`, or the error of the row. `text`: the text layer of a page.
+
+    `segment`: of a clip.
+    """
 
     id: Any
     fields: dict[str, Any] | EmbedderError
     text: str | None = None
+    segment: Segment | None = None
 
 
 class Source:
     """A Parquet or JSONL file, a WebDataset tar, a folder of one of these, or one of pictures, clips and documents.
 
-    `id_type`: type of the id column in Parquet, otherwise string. `state`: the state folder of the output. Raises
+    `id_type`: type of the id column in Parquet, otherwise string. `state`: the state folder of the output.
+    `segment_s`: length of the segments of clips in a folder, in seconds; None: a clip is one row. Raises
     `ValueError` if the input is none of these, or if a column is missing.
     """
 
-    def __init__(self, path: Path, columns: Columns, settings: Settings, state: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        columns: Columns,
+        settings: Settings,
+        state: Path | None = None,
+        segment_s: float | None = None,
+    ) -> None:
         if not path.exists():
             raise ValueError(f"{path} does not exist")
         self.folder = (path if path.is_dir() else path.parent).resolve()
         self.columns, self.settings = columns, settings
         files = find_files(path, self.folder)
         self.format, self.names, self.num_left_out = files.format, files.names, files.num_left_out
-        self._pages = FolderPages(self.folder, settings, state)
+        self._pages = FolderPages(self.folder, settings, state, segment_s)
         self.has_documents = self.format is FOLDER and any(map(is_document, self.names))
         self.id_type = pa.string()
         self._read = {*columns.item_columns().values(), *filter(None, [columns.id])}
@@ -115,6 +129,13 @@ class Source:
     def _row_of_folder(self, name: str, record: Mapping[str, Any] | EmbedderError, regime: Regime) -> Row:
         document, number = split_page(name)
         row_id = valid_unicode(name)
+        if is_clip(document):
+            segment = split_segment(name)[1]
+            try:
+                video = Video(self._pages.clip(document), segment=segment)
+            except EmbedderError as error:
+                return Row(row_id, error, segment=segment)
+            return Row(row_id, {"video": video}, segment=segment)
         if not is_document(document):
             return Row(row_id, self._fields(record, {field: field for field in CONTENT}))
         try:
@@ -177,17 +198,6 @@ class Source:
             raise ValueError(f"{where} has no column {', '.join(missing)}; its columns: {existing}")
         if not set(self.columns.item_columns().values()) & found:
             raise ValueError(f"{where} has no column text, image or video; its columns: {existing}")
-
-
-def read_inside(folder: Path, name: str, max_bytes: int) -> bytes:
-    """The bytes of a file inside the folder. Raises `InvalidMedia` and `MediaTooLarge`."""
-    path = path_inside(folder, name)
-    try:
-        if path.stat().st_size > max_bytes:
-            raise MediaTooLarge(f"file of {path.stat().st_size} bytes; allowed: up to {max_bytes}")
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidMedia(f"path {name[:80]!r} cannot be read: {type(error).__name__}") from error
 
 
 def _text(value: Any, field: str) -> Any:

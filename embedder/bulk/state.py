@@ -81,6 +81,7 @@ def _options(job: Job, checkpoint: Checkpoint, source: Source) -> dict[str, Any]
         "dimensions": job.dimensions,
         "output_dtype": job.output_dtype,
         "model": f"{checkpoint.name} {checkpoint.revision}".strip(),
+        "segment_seconds": job.segment_s,
         "output_columns": [str(field) for field in job_schema(job, source, 1)],
         "dtype": settings.dtype,
         "default_instruction": settings.default_instruction,

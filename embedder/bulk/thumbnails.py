@@ -12,8 +12,10 @@ from embedder.errors import EmbedderError
 from embedder.inputs.decoder import Decoder
 from embedder.inputs.decoder_process import decoder_for_one_item
 from embedder.inputs.image import load_image
+from embedder.inputs.items import Video
 from embedder.inputs.limits import decode_deadline
 from embedder.inputs.regimes import CheckpointRegime, Regime
+from embedder.inputs.video import frames_of_segment
 from embedder.settings import Settings
 
 THUMBNAIL_PIXELS = 256 * 256
@@ -36,10 +38,12 @@ def make_thumbnail(fields: Mapping[str, Any], settings: Settings) -> bytes | Non
         return None  # the row has this error too, from embedding it
 
 
-def load_frame(clip: bytes, regime: Regime, settings: Settings, decoder: Decoder) -> PIL.Image.Image:
-    """The first frame of a clip, resized as an image. Raises `InvalidMedia` and `MediaTooLarge`."""
-    with decoder.open_clip(clip, settings, decode_deadline(settings)) as opened:
-        (values,) = (frame.copy() for frame in opened.decode([0]))
+def load_frame(video: Video, regime: Regime, settings: Settings, decoder: Decoder) -> PIL.Image.Image:
+    """The first frame of a clip or segment, resized as an image. Raises `InvalidMedia` and `MediaTooLarge`."""
+    assert isinstance(video.source, bytes)
+    with decoder.open_clip(video.source, settings, decode_deadline(settings)) as clip:
+        first = frames_of_segment(clip.num_frames, clip.fps, video.segment).start
+        (values,) = (frame.copy() for frame in clip.decode([first]))
     step = regime.resize_image(*values.shape[:2])
     return PIL.Image.fromarray(values).resize((step.width, step.height), PIL.Image.Resampling.LANCZOS)
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from embedder.bulk.formats import FILE_ERRORS, FOLDER, Part
 from embedder.bulk.progress import PartCounter, Reporter
+from embedder.bulk.segments import Segment
 from embedder.bulk.source import Columns, Row, Source
 from embedder.bulk.thumbnails import make_thumbnail
 from embedder.bulk.writer import STATE_FOLDER, OutputFormat, Writer, output_schema
@@ -30,8 +31,8 @@ PARTS_AT_ONCE = 4  # of one worker: the device has work while a part ends or a f
 OUTPUT_BATCH_ROWS = 512
 QUEUED_BATCHES = 4  # limit of the engine's queue, in full batches
 
-# Id, text and thumbnail of a row, and its embedding or error
-Submitted = tuple[Any, str | None, bytes | None, Future[Embedding] | EmbedderError]
+# Id, text, segment and thumbnail of a row, and its embedding or error
+Submitted = tuple[Any, str | None, Segment | None, bytes | None, Future[Embedding] | EmbedderError]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Job:
     settings: Settings
     has_text: bool = True  # of the output, if the input is a folder of pictures, clips and documents
     has_thumbnails: bool = False
+    segment_s: float | None = None  # of clips
 
 
 def job_schema(job: Job, source: Source, dimensions: int) -> pa.Schema:
@@ -57,6 +59,7 @@ def job_schema(job: Job, source: Source, dimensions: int) -> pa.Schema:
         job.output_dtype,
         has_text=source.format is FOLDER and job.has_text,
         has_thumbnail=job.has_thumbnails,
+        has_segments=job.segment_s is not None,
     )
 
 
@@ -66,7 +69,7 @@ class Worker:
     def __init__(self, job: Job) -> None:
         queued = min(job.settings.max_queued_tokens, QUEUED_BATCHES * job.settings.max_batch_tokens)
         self.job = job
-        self.source = Source(job.input, job.columns, job.settings, job.output / STATE_FOLDER)
+        self.source = Source(job.input, job.columns, job.settings, job.output / STATE_FOLDER, job.segment_s)
         self.embedder = Embedder(settings=job.settings.model_copy(update={"max_queued_tokens": queued}))
         dimensions = job.dimensions or self.embedder.engine.hidden_size
         self.schema = job_schema(job, self.source, dimensions)
@@ -96,7 +99,7 @@ class Worker:
         """Batches of the part's rows. The rows of the next batch are submitted before a batch is awaited."""
         submitted: list[Submitted] = []
         for row in self.source.rows(part, self.embedder.preprocessor.vision.regime):
-            submitted.append((row.id, row.text, self._thumbnail(row), self._submit(row, counter)))
+            submitted.append((row.id, row.text, row.segment, self._thumbnail(row), self._submit(row, counter)))
             if len(submitted) == 2 * OUTPUT_BATCH_ROWS:
                 yield self._batch(submitted[:OUTPUT_BATCH_ROWS], counts)
                 del submitted[:OUTPUT_BATCH_ROWS]
@@ -140,6 +143,9 @@ class Worker:
             columns.append(pa.array([text for _, text, *_ in submitted], pa.string()))
         if "thumbnail" in self.schema.names:
             columns.append(pa.array([thumbnail for *_, thumbnail, _ in submitted], pa.binary()))
+        if "start_s" in self.schema.names:
+            segments = [segment or (None, None) for _, _, segment, *_ in submitted]
+            columns += [pa.array([segment[side] for segment in segments], pa.float64()) for side in (0, 1)]
         return pa.record_batch(columns, schema=self.schema)
 
     def _vectors(self, embedded: Sequence[Embedding | None]) -> pa.Array:

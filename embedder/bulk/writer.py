@@ -40,9 +40,10 @@ def output_schema(
     *,
     has_text: bool = False,
     has_thumbnail: bool = False,
+    has_segments: bool = False,
 ) -> pa.Schema:
     """Columns of the output. Of `embedding` and `error` one is null. `text`: the text layer of a document's page.
-    `thumbnail`: JPEG.
+    `thumbnail`: JPEG. `start_s`, `end_s`: of a clip's segment.
     """
     num_values = (dimensions + 7) // 8 if output_dtype in ("binary", "ubinary") else dimensions
     return pa.schema(
@@ -54,6 +55,7 @@ def output_schema(
             "error": pa.string(),
             **({"text": pa.string()} if has_text else {}),
             **({"thumbnail": pa.binary()} if has_thumbnail else {}),
+            **({"start_s": pa.float64(), "end_s": pa.float64()} if has_segments else {}),
         }
     )
 

@@ -55,10 +55,13 @@ class Video:
     """A video: encoded bytes, their base64 (bare or as data URI), a URL, or a tuple of frames, each given as an image.
 
     `fps`: frames per second of a list of frames, or the sampling rate of an encoded video. None: the reference's.
+    `segment`: start and end in seconds of the part of an encoded video to embed, as if only that had been sent (in
+    Python only). None: all of it.
     """
 
     source: bytes | str | tuple[Media, ...]
     fps: float | None = None
+    segment: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.source, tuple):
@@ -69,6 +72,10 @@ class Video:
         is_number = isinstance(self.fps, int | float) and not isinstance(self.fps, bool)
         if self.fps is not None and not (is_number and 0.01 <= self.fps <= 1000):
             raise InvalidRequest(f"fps: got {describe_value(self.fps)}; allowed: a number from 0.01 to 1000")
+        if self.segment is not None and (isinstance(self.source, tuple) or not 0 <= self.segment[0] < self.segment[1]):
+            raise InvalidRequest(
+                f"segment: got {self.segment}; allowed: a start of at least 0 s and a later end, of an encoded video"
+            )
 
 
 Part = Text | Image | Video

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from embedder.inputs.decoder import Decoder, OpenClip, OpenImage
@@ -28,8 +29,8 @@ def load_video(
         return _decode_frames(images, collector)
     data = encoded_bytes(video.source, "video", settings.max_video_bytes)
     with decoder.open_clip(data, settings, deadline) as clip:
-        collector = _sample_clip(clip, video.fps, regime, settings)
-        for values in clip.decode(collector.sampling.indices):
+        collector, first = _sample_clip(clip, video, regime, settings)
+        for values in clip.decode([first + index for index in collector.sampling.indices]):
             collector.append(values)
         return collector.clip()
 
@@ -43,7 +44,7 @@ def measure_video(
     else:
         data = encoded_bytes(video.source, "video", settings.max_video_bytes)
         with decoder.open_clip(data, settings, deadline) as clip:
-            collector = _sample_clip(clip, video.fps, regime, settings)
+            collector, _ = _sample_clip(clip, video, regime, settings)
     return collector.expected_size, collector.sampling
 
 
@@ -75,8 +76,19 @@ def _decode_frames(images: dict[int, OpenImage], collector: FrameCollector) -> C
     return collector.clip()
 
 
-def _sample_clip(clip: OpenClip, sample_fps: float | None, regime: Regime, settings: Settings) -> FrameCollector:
-    sampling = regime.sample_encoded(clip.num_frames, clip.fps, sample_fps)
+def frames_of_segment(num_frames: int, fps: float, segment: tuple[float, float] | None) -> range:
+    """The frames that start in the segment (None: all); at least one. A frame's time is its number divided by `fps`."""
+    if segment is None:
+        return range(num_frames)
+    start, end = (math.ceil(seconds * fps - 1e-3) for seconds in segment)
+    first = min(start, num_frames - 1)
+    return range(first, max(first + 1, min(end, num_frames)))
+
+
+def _sample_clip(clip: OpenClip, video: Video, regime: Regime, settings: Settings) -> tuple[FrameCollector, int]:
+    """The collector of the sampled frames, and the number of the frame from which they are counted."""
+    frames = frames_of_segment(clip.num_frames, clip.fps, video.segment)
+    sampling = regime.sample_encoded(len(frames), clip.fps, video.fps)
     collector = FrameCollector(regime, sampling, is_list=False, max_tokens=settings.max_input_tokens)
     collector.check_num_tokens(clip.height, clip.width)
-    return collector
+    return collector, frames.start

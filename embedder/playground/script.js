@@ -540,8 +540,13 @@ function drawPages(found) {
   byId("results").replaceChildren(...pages.map(drawPage));
 }
 
-function pageName({ file, page }) {
-  return `${file}${page ? `, page ${page}` : ""}`;
+function pageName({ file, page, seconds }) {
+  return `${file}${page ? `, page ${page}` : seconds ? `, ${seconds} s` : ""}`;
+}
+
+/** The part of a file's URL that names the page of a document or the segment of a clip. */
+function fragment({ page, seconds }) {
+  return page ? `#page=${page}` : seconds ? `#t=${seconds.replace("-", ",")}` : "";
 }
 
 function drawPage(hit, index) {
@@ -550,7 +555,8 @@ function drawPage(hit, index) {
   const name = make("span", { className: "name", textContent: hit.file.split("/").at(-1), title: hit.file });
   const open = make("button", { type: "button", className: "open", ariaLabel: `Show ${pageName(hit)}`, onclick: () => viewPage(index) }, image);
   const words = make("div", { className: "words" }, name);
-  if (hit.page) words.append(make("span", { className: "muted small", textContent: `Page ${hit.page}` }));
+  const place = hit.page ? `Page ${hit.page}` : hit.seconds ? `${hit.seconds} s` : "";
+  if (place) words.append(make("span", { className: "muted small", textContent: place }));
   if (hit.score !== null) {
     const meter = make("meter", { min: 0, max: 1, value: Math.max(0, hit.score), ariaHidden: "true" });
     words.append(make("span", { className: "score" }, meter, make("span", { className: "value", textContent: hit.score.toFixed(3) })));
@@ -575,8 +581,8 @@ async function viewPage(index) {
   byId("viewer-previous").disabled = index === 0;
   byId("viewer-next").disabled = index === pages.length - 1;
   const file = byId("viewer-file");
-  file.textContent = hit.page ? `Open at page ${hit.page}` : "Open the file";
-  file.href = `playground/files/${hit.row}${hit.page ? `#page=${hit.page}` : ""}`;
+  file.textContent = hit.page ? `Open at page ${hit.page}` : hit.seconds ? `Open at ${hit.seconds} s` : "Open the file";
+  file.href = `playground/files/${hit.row}${fragment(hit)}`;
   file.onclick = (event) => key && (event.preventDefault(), openFile(hit)); // a link sends no key
   const image = byId("viewer-image");
   image.hidden = true;
@@ -595,7 +601,7 @@ async function viewPage(index) {
 
 async function openFile(hit) {
   try {
-    open(`${await load(`playground/files/${hit.row}`)}${hit.page ? `#page=${hit.page}` : ""}`);
+    open(`${await load(`playground/files/${hit.row}`)}${fragment(hit)}`);
   } catch (error) {
     byId("viewer-state").textContent = error.message;
   }

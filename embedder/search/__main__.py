@@ -19,7 +19,7 @@ import orjson
 from numpy.typing import NDArray
 
 try:
-    from embedder.bulk.pages import FolderPages
+    from embedder.bulk.pages import FolderPages, is_clip
     from embedder.search.collection import Collection, Hit
     from embedder.search.serve import serve
 except ModuleNotFoundError as missing:
@@ -27,7 +27,9 @@ except ModuleNotFoundError as missing:
 
 from embedder.embedder import Embedder
 from embedder.errors import EmbedderError
+from embedder.inputs.items import Video
 from embedder.inputs.prompt import QUERY_INSTRUCTION
+from embedder.inputs.regimes import Regime
 from embedder.model.checkpoint import find_checkpoint
 from embedder.reranker import Reranker
 from embedder.search.snippet import find_snippet, printable
@@ -116,22 +118,30 @@ def _rerank(query: dict[str, Any], hits: list[Hit], collection: Collection, sett
         loaded = reranker.models.reranker
         assert loaded is not None
         regime = loaded.preprocessor.vision.regime
-        documents = []
-        for hit in hits:
-            path = collection.folder / hit.file
-            documents.append({"image": pages.render(hit.file, hit.page, regime).image if hit.page else path})
+        documents = [_document(hit, collection.folder, pages, regime) for hit in hits]
         return [replace(hits[one.index], score=one.score) for one in reranker.rank(query, documents)]
+
+
+def _document(hit: Hit, folder: Path, pages: FolderPages, regime: Regime) -> dict[str, Any]:
+    """The page, picture or clip of a row, as an item. Raises `EmbedderError`."""
+    if hit.page:
+        return {"image": pages.render(hit.file, hit.page, regime).image}
+    if is_clip(hit.file):
+        return {"video": Video(pages.clip(hit.file), segment=hit.segment)}
+    return {"image": folder / hit.file}
 
 
 def _fields(hit: Hit, question: str) -> dict[str, Any]:
     snippet = find_snippet(hit.text, question, MAX_SNIPPET_CHARS)
-    return {"id": hit.id, "file": hit.file, "page": hit.page or None, "score": round(hit.score, 4), "snippet": snippet}
+    start_s, end_s = hit.segment or (None, None)
+    place = {"page": hit.page or None, "start_s": start_s, "end_s": end_s}
+    return {"id": hit.id, "file": hit.file, **place, "score": round(hit.score, 4), "snippet": snippet}
 
 
 def _table(hits: Sequence[Hit], question: str, width: int) -> list[str]:
-    """Aligned lines: score, file, page, snippet."""
-    rows = [("score", "file", "page")]
-    rows += [(f"{hit.score:.4f}", printable(hit.file), str(hit.page or "")) for hit in hits]
+    """Aligned lines: score, file, page or seconds of a segment, snippet."""
+    rows = [("score", "file", "seconds" if any(hit.segment for hit in hits) else "page")]
+    rows += [(f"{hit.score:.4f}", printable(hit.file), hit.place) for hit in hits]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     num_chars = max(MIN_SNIPPET_CHARS, width - sum(widths) - 6)
     snippets = ["text", *(find_snippet(hit.text, question, num_chars) for hit in hits)]

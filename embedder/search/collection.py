@@ -19,6 +19,7 @@ import pyarrow.dataset
 from numpy.typing import NDArray
 
 from embedder.bulk.pages import split_page
+from embedder.bulk.segments import Segment, format_seconds, split_segment
 from embedder.bulk.writer import STATE_FOLDER
 from embedder.engine.postprocess import OutputDtype, dequantize
 
@@ -38,6 +39,16 @@ class Hit:
     page: int
     score: float
     text: str
+
+    @property
+    def segment(self) -> Segment | None:
+        """Start and end in seconds, of a clip's segment."""
+        return split_segment(self.id)[1] if self.id != self.file else None
+
+    @property
+    def place(self) -> str:
+        """Number of the page or seconds of the segment, for people; empty of a whole file."""
+        return "-".join(map(format_seconds, self.segment)) if self.segment else str(self.page or "")
 
 
 class Collection:

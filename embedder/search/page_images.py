@@ -13,12 +13,13 @@ from pathlib import Path, PurePosixPath
 import PIL.Image
 
 from embedder.bulk.formats import FOLDER
-from embedder.bulk.pages import FolderPages, path_inside, split_page
-from embedder.bulk.source import read_inside
-from embedder.bulk.thumbnails import to_jpeg
+from embedder.bulk.pages import FolderPages, is_clip, path_inside, read_inside, split_page
+from embedder.bulk.segments import split_segment
+from embedder.bulk.thumbnails import load_frame, to_jpeg
 from embedder.errors import InvalidMedia
 from embedder.inputs.decoder_process import decoder_for_one_item
 from embedder.inputs.image import load_image
+from embedder.inputs.items import Video
 from embedder.inputs.regimes import CheckpointRegime
 from embedder.settings import Settings
 
@@ -41,7 +42,10 @@ class PageImages:
         self._num_bytes = 0
 
     def render(self, row_id: str, max_pixels: int) -> bytes:
-        """The picture of a row as JPEG, of at most `max_pixels`. Raises `InvalidMedia` and `MediaTooLarge`."""
+        """The picture of a row, of a clip its first frame, as JPEG of at most `max_pixels`.
+
+        Raises `InvalidMedia` and `MediaTooLarge`.
+        """
         return self._thread.submit(self._cached, row_id, max_pixels).result()
 
     def source(self, row_id: str) -> Path:
@@ -73,6 +77,10 @@ class PageImages:
         file, page = split_page(row_id)
         if page:
             return self._pages.render(file, page, regime).image
-        data = read_inside(self._folder, file, self._settings.max_image_bytes)
+        is_video = is_clip(file)
+        limit = self._settings.max_video_bytes if is_video else self._settings.max_image_bytes
+        data = read_inside(self._folder, file, limit)
         with decoder_for_one_item(self._settings) as decoder:
+            if is_video:
+                return load_frame(Video(data, segment=split_segment(row_id)[1]), regime, self._settings, decoder)
             return PIL.Image.fromarray(load_image(data, regime, self._settings, decoder=decoder))

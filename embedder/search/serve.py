@@ -224,6 +224,7 @@ def _fields(hit: Hit, asked: SearchRequest) -> dict[str, Any]:
         "row": hit.row,
         "file": hit.file,
         "page": hit.page or None,
+        "seconds": hit.place if hit.segment else None,
         "score": round(hit.score, 4) if asked.vector else None,
         "lines": lines or [one for one in [find_snippet(hit.text, "", MAX_LINE_CHARS)] if one],
     }
