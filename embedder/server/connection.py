@@ -27,8 +27,7 @@ MAX_HEAD_BYTES = 2**16
 MAX_HEAD_LINES = 256
 MAX_HELD_PER_CONNECTION = 2**16  # reading pauses above this; one read of the socket can add 256 KiB
 SLICE_BYTES = 2**13  # of a head or a chunked body, parsed at once
-MAX_SLICES = 64  # at once, which is more than one read of the socket has unless its slices are tiny
-TURN_S = 0.001
+TURN_S = 0.001  # of parsing; libuv reads a socket up to 32 times before it looks at another one
 COSTLY_PIECES = 128  # in a slice: then a chunk has less than 64 bytes on average
 MAX_DROPPED_BYTES = 2**21  # received after an error
 LISTENS_AFTER_S = 0.25  # until a caller that sends nothing more is asked whether it still listens
@@ -65,6 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_body_left = 0  # by content-length
         self._num_framing_bytes = 0  # of a chunked body, since the last byte of content
         self._is_costly = self._is_waiting_for_turn = False
+        self._spent_s = 0.0  # on parsing, in this iteration of the event loop
         self._num_dropped = 0  # bytes after an error
         self._is_refused = self._is_half_closed = self._was_asked = False
 
@@ -87,7 +87,12 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.transport.close()
             return
         self._hold(self._held[self._start :] + data if self._held else data)
-        self._parse()
+        begin_s = time.perf_counter()
+        if not self._spent_s:
+            self.loop.call_soon(self._forget_time)
+        if not self._is_waiting_for_turn:
+            self._parse(begin_s)
+        self._spent_s += time.perf_counter() - begin_s
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection open if the caller, which sends nothing more, may still wait for a response."""
@@ -137,9 +142,14 @@ class BoundedProtocol(HttpToolsProtocol):
         end_s = time.perf_counter() + TURN_S
         while self._may_parse() and time.perf_counter() < end_s:
             self._parse_slice()
-        self._parse()
+        self._parse(time.perf_counter())
 
     # Parsing
+
+    @property
+    def is_reading_paused(self) -> bool:
+        """Whether what was received has to be parsed first."""
+        return self._is_waiting_for_turn or len(self._held) - self._start > MAX_HELD_PER_CONNECTION
 
     def _hold(self, data: bytes) -> None:
         self.limits.held_bytes += len(data) - len(self._held)
@@ -152,21 +162,23 @@ class BoundedProtocol(HttpToolsProtocol):
         """Whether a whole request was read and its response is not complete."""
         return not self._has_head and self.cycle is not None and not self.cycle.response_complete
 
-    def _parse(self) -> None:
-        """Parse what was received, up to the end of one request."""
-        num_slices = 0
-        while self._may_parse() and not self._is_waiting_for_turn:
-            if self._is_costly or num_slices == MAX_SLICES:
-                self._is_waiting_for_turn = True
-                self.limits.turns.wait(self)
-            else:
-                self._parse_slice()
-                num_slices += 1
+    def _forget_time(self) -> None:
+        self._spent_s = 0.0
+
+    def _parse(self, begin_s: float) -> None:
+        """Parse what was received, up to the end of one request. Costly bytes, or very many, wait for their turn."""
+        end_s = begin_s + TURN_S - self._spent_s
+        while self._may_parse() and not self._is_costly and time.perf_counter() < end_s:
+            self._parse_slice()
+        is_over = (self._is_costly and self._may_parse()) or time.perf_counter() > end_s
+        if is_over and not self._is_waiting_for_turn:
+            self._is_waiting_for_turn = True
+            self.limits.turns.wait(self)
         if self.transport.is_closing():
             return
         if self._held and self.limits.held_bytes > MAX_HELD_BYTES:
             self.transport.abort()
-        elif len(self._held) - self._start > MAX_HELD_PER_CONNECTION:
+        elif self.is_reading_paused:
             self.flow.pause_reading()
         elif self.cycle is None or self.cycle.response_complete or len(self.cycle.body) <= HIGH_WATER_LIMIT:
             self.flow.resume_reading()
@@ -266,7 +278,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         self.epoch += 1
         if not self.transport.is_closing():
-            self._parse()
+            self._is_costly = bool(self._held)  # few clients send a request before the last response; many can be sent
+            self._parse(time.perf_counter())
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn."""
@@ -320,5 +333,5 @@ class _Flow(FlowControl):
         self._connection = connection
 
     def resume_reading(self) -> None:
-        if len(self._connection._held) - self._connection._start <= MAX_HELD_PER_CONNECTION:
+        if not self._connection.is_reading_paused:
             super().resume_reading()
