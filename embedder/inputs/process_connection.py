@@ -61,6 +61,7 @@ def confine(descriptor: int, parent: int, import_everything: Callable[[], None])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     sandbox.die_with_parent(parent)
     sandbox.be_killed_first()
+    os.nice(5)  # on a busy machine, what is decoded can wait; the event loop and a batch cannot
     import_everything()
     connection = Connection(socket.socket(fileno=descriptor))
     with open("/dev/null", "wb") as nothing:

@@ -28,6 +28,7 @@ MAX_HEAD_LINES = 256
 MAX_HELD_PER_CONNECTION = 2**16  # reading pauses above this; one read of the socket can add 256 KiB
 SLICE_BYTES = 2**13  # of a head or a chunked body, parsed at once
 TURN_S = 0.001  # of parsing; libuv reads a socket up to 32 times before it looks at another one
+REQUEST_S = 0.001  # of the event loop, for a request without work
 COSTLY_PIECES = 128  # in a slice: then a chunk has less than 64 bytes on average
 MAX_DROPPED_BYTES = 2**21  # received after an error
 LISTENS_AFTER_S = 0.25  # until a caller that sends nothing more is asked whether it still listens
@@ -136,13 +137,15 @@ class BoundedProtocol(HttpToolsProtocol):
         if not lingers:
             self.transport.close()
 
-    def take_turn(self) -> None:
-        """Parse for `TURN_S`, and then all that is not costly."""
+    def take_turn(self) -> float:
+        """Parse for `TURN_S`, and then all that is not costly. Returns `REQUEST_S` if a request is read to its end."""
         self._is_waiting_for_turn = False
+        was_responding = self._is_responding()
         end_s = time.perf_counter() + TURN_S
         while self._may_parse() and time.perf_counter() < end_s:
             self._parse_slice()
         self._parse(time.perf_counter())
+        return REQUEST_S if self._is_responding() and not was_responding else 0.0
 
     # Parsing
 

@@ -256,7 +256,7 @@ def test_connection_with_trickling_bytes_is_closed(port: int) -> None:
 
 
 def test_pipelined_requests_wait_unparsed(port: int, app: App) -> None:
-    num_requests = 300
+    num_requests = 100
     with socket.create_connection(("127.0.0.1", port), 10) as connection:
         connection.sendall(b"GET /wait HTTP/1.1\r\n\r\n" + b"GET / HTTP/1.1\r\n\r\n" * num_requests)
         assert app.is_waiting.wait(10)
@@ -362,12 +362,13 @@ def test_turns_leave_most_of_the_time_to_others() -> None:
     class Costly:
         num_turns = 0
 
-        def take_turn(self) -> None:
+        def take_turn(self) -> float:
             self.num_turns += 1
             end_s = time.perf_counter() + 0.005
             while time.perf_counter() < end_s:
                 pass
             turns.wait(self)  # type: ignore[arg-type]  # all that turns use
+            return 0.0
 
     turns, connections = Turns(), [Costly() for _ in range(10)]
 
