@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -185,11 +186,22 @@ def _read_json_with_surrogates(body: bytes, error: orjson.JSONDecodeError) -> An
     def read_int(digits: str) -> int | float:
         """As orjson: a number beyond 64 bits is a float."""
         number = int(digits) if len(digits) <= 20 else 2**64
-        return number if -(2**63) <= number < 2**64 else float(digits)
+        return number if -(2**63) <= number < 2**64 else read_float(digits)
+
+    def read_float(digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            raise invalid
+        return number
 
     try:
-        return json.loads(body.decode("utf-8", "surrogatepass"), parse_constant=refuse_constant, parse_int=read_int)
-    except (ValueError, RecursionError) as other:  # ValueError also for a number of thousands of digits
+        return json.loads(
+            body.decode("utf-8", "surrogatepass"),
+            parse_constant=refuse_constant,
+            parse_int=read_int,
+            parse_float=read_float,
+        )
+    except (ValueError, RecursionError) as other:
         raise invalid from other
 
 

@@ -192,16 +192,23 @@ def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
 
 
 def unknown_fields_message(unknown: Sequence[str], known: Iterable[str]) -> str:
-    """Message that names up to five unknown fields, each with the known name that is most like it, if one is."""
-    names = ", ".join(_with_nearest(name, known) for name in unknown[:5])
+    """Message that names up to five unknown fields, and for two of them the known name that is most like it, if one is.
+
+    To look for one takes 0.1 ms of the event loop, for each of a request's items.
+    """
+    names = ", ".join([*(_with_nearest(name, known) for name in unknown[:2]), *map(_shown, unknown[2:5])])
     more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
     return f"unknown field{'s' if len(unknown) > 1 else ''}: {names}{more}"
 
 
 def _with_nearest(name: str, known: Iterable[str]) -> str:
-    shown = name[:60].encode("ascii", "backslashreplace").decode() if not name.isprintable() else name[:60]
+    shown = _shown(name)
     nearest = difflib.get_close_matches(shown.lower(), known, n=1, cutoff=0.7)
     return f"{shown} (did you mean {nearest[0]}?)" if nearest else shown
+
+
+def _shown(name: str) -> str:
+    return name[:60].encode("ascii", "backslashreplace").decode() if not name.isprintable() else name[:60]
 
 
 def describe_value(value: object) -> str:

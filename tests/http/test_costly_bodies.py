@@ -27,6 +27,9 @@ def test_shape_of_other_values_is_refused_however_large_its_numbers_are(shape: l
 def test_number_beyond_64_bits_is_a_float_also_next_to_a_lone_surrogate() -> None:
     for number in ("99999999999999999999", "-9223372036854775809", "1" * 300):
         assert read_json(f'{{"a": {number}, "b": "\\ud800"}}'.encode())["a"] == orjson.loads(number) == float(number)
+    for number in ("1" * 400, "9" * 5000, "1e999", "-1e999"):
+        with pytest.raises(InvalidRequest, match="not valid JSON"):
+            read_json(f'{{"a": {number}, "b": "\\ud800"}}'.encode())
     assert read_json(b'{"a": 18446744073709551615, "b": "\\ud800"}')["a"] == 2**64 - 1
 
 
