@@ -1,8 +1,9 @@
 """An office file -> a PDF, by LibreOffice if it is installed.
 
 LibreOffice needs files, threads and processes of its own, so it cannot be confined as a page's renderer is. It gets
-what is possible: a profile folder that is new and has macros and links to other files disabled, no sockets but local
-ones, limits of memory, of file size and of time, and its whole process group is killed at the end.
+what is possible: a profile folder that is new and has macros and links to other files disabled, no files but those of
+the programs and fonts of the machine and its own folder, no sockets but local ones, limits of memory, of file size and
+of time, and its whole process group is killed at the end.
 """
 
 from __future__ import annotations
@@ -25,9 +26,18 @@ PROGRAMS = ("soffice", "libreoffice")
 TIMEOUT_S = 120.0  # the first start of a version of LibreOffice takes several seconds
 MAX_OFFICE_BYTES = 2**28
 
+# What LibreOffice reads of the machine: programs, libraries, fonts and their settings. No file of a user is there.
+READABLE = (
+    *("/usr", "/bin", "/lib", "/lib64", "/var/lib/libreoffice", "/var/spool/libreoffice"),
+    *("/etc/fonts", "/etc/libreoffice", "/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime", "/etc/passwd"),
+    *("/etc/group", "/etc/nsswitch.conf", "/etc/locale.alias", "/var/cache/fontconfig"),
+    *("/proc/cpuinfo", "/proc/meminfo", "/dev/urandom", "/dev/random"),
+)
+WRITABLE = ("/dev/null",)  # and its own folder
+
 _START = (
-    "import sys, json; sys.path[:], parent, command = json.loads(sys.argv[1]); "
-    "from embedder.documents.office_process import main; main(parent, command)"
+    "import sys, json; sys.path[:], *arguments = json.loads(sys.argv[1]); "
+    "from embedder.documents.office_process import main; main(*arguments)"
 )
 # Names of LibreOffice's own settings. Level 3 runs only macros of trusted places, of which there are none.
 _PROFILE = """<?xml version="1.0" encoding="UTF-8"?>
@@ -83,8 +93,9 @@ def _run(program: str, document: Path, work: Path, timeout_s: float) -> None:
         *("--outdir", str(work / "out"), str(document)),
     ]
     paths = [os.path.abspath(path) for path in (*sys.path, str(Path(__file__).parents[2])) if path]
+    arguments = paths, os.getpid(), command, [*READABLE, _installation(program)], [*WRITABLE, str(work)]
     process = subprocess.Popen(  # noqa: S603 - the arguments are ours
-        [sys.executable, "-I", "-S", "-c", _START, json.dumps([paths, os.getpid(), command])],
+        [sys.executable, "-I", "-S", "-c", _START, json.dumps(arguments)],
         env={**decoder_environment(), "HOME": str(work), "TMPDIR": str(work), "PATH": os.defpath, "LC_ALL": "C.UTF-8"},
         cwd=work,
         stdin=subprocess.DEVNULL,
@@ -100,3 +111,9 @@ def _run(program: str, document: Path, work: Path, timeout_s: float) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _installation(program: str) -> str:
+    """The folder of the program's own files: that of `program/soffice`, or only the one that the program is in."""
+    folder = Path(program).resolve().parent
+    return str(folder.parent if folder.name == "program" else folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.demo_documents import write_documents
+from embedder.documents import office
 from embedder.documents.office import convert_to_pdf, find_program
 from embedder.documents.pages import DocumentReader
 from embedder.errors import InvalidMedia, MediaTooLarge
@@ -43,6 +45,9 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         )
         program.write_text(head + code)
         program.chmod(0o755)
+        read = (sys.prefix, sys.base_prefix, str(tmp_path / "made"))
+        monkeypatch.setattr(office, "READABLE", (*office.READABLE, *read))
+        monkeypatch.setattr(office, "WRITABLE", (*office.WRITABLE, str(notes)))
         monkeypatch.setenv("PATH", str(folder))
         return notes
 
@@ -95,6 +100,44 @@ def test_program_has_no_network(install: Install, source: Path, tmp_path: Path) 
     )
     convert_to_pdf(source, tmp_path / "a.pdf")
     assert json.loads((notes / "seen").read_text()) == ["PermissionError"] * 3
+
+
+has_landlock = sys.platform == "linux" and ctypes.CDLL(None).syscall(444, None, 0, 1) >= 1  # its version
+
+
+@pytest.mark.skipif(not has_landlock, reason="no Landlock in this kernel")
+def test_program_has_no_files_but_its_own(install: Install, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of the user")
+    notes = install(
+        "results = {}\n"
+        "def attempt(name, action):\n"
+        "    try:\n"
+        "        action()\n"
+        "        results[name] = 'done'\n"
+        "    except OSError as error:\n"
+        "        results[name] = type(error).__name__\n"
+        "secret = notes.parent / 'secret'\n"
+        "own = pathlib.Path(os.environ['HOME']) / 'own'\n"
+        "attempt('read', secret.read_text)\n"
+        "attempt('list', lambda: os.listdir(notes.parent))\n"
+        "attempt('list home', lambda: os.listdir('/root' if os.getuid() == 0 else '/home'))\n"
+        "attempt('environment', pathlib.Path(f'/proc/{os.getppid()}/environ').read_bytes)\n"
+        "attempt('overwrite', lambda: secret.write_text(''))\n"
+        "attempt('create', lambda: (notes.parent / 'new').write_text(''))\n"
+        "attempt('link', lambda: (os.symlink(secret, own), own.read_text()))\n"
+        "attempt('signal', lambda: os.kill(os.getppid(), 0))\n"
+        "attempt('write', lambda: own.with_name('other').write_text(''))\n"
+        "attempt('execute', lambda: os.close(os.open('/usr/bin/env', os.O_RDONLY)))\n"
+        "(notes / 'seen').write_text(json.dumps(results))\n"
+        "(out / 'document.pdf').write_bytes(pdf)\n"
+    )
+    convert_to_pdf(source, tmp_path / "a.pdf")
+    seen = json.loads((notes / "seen").read_text())
+    assert seen.pop("signal") in ("PermissionError", "done")  # since Linux 6.12
+    allowed = [name for name, result in seen.items() if result == "done"]
+    assert allowed == ["write", "execute"]
+    assert set(seen.values()) == {"PermissionError", "done"}
+    assert (tmp_path / "secret").read_text() == "of the user"
 
 
 def test_program_that_takes_too_long_is_killed_with_what_it_has_started(
