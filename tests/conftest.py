@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -274,6 +274,11 @@ def _start_server(folder: Path, target: str, cwd: Path, settings: Mapping[str, s
     process.terminate()  # a kill would leave its worker running
     process.wait(60)
     return server
+
+
+def slow_except(values: Iterable[Any], *fast: Any) -> list[Any]:
+    """For `parametrize`: all values; those that are not `fast` are for the slow run."""
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @pytest.fixture(scope="session")

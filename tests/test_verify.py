@@ -32,7 +32,7 @@ from embedder.verify.examples import Examples, Input
 from embedder.verify.http_service import Service, ServiceFault
 from embedder.verify.published import FirstValues
 from embedder.verify.published_checks import check_published_embeddings
-from tests.conftest import ROOT, Server, encoded, picture, words
+from tests.conftest import ROOT, Server, encoded, picture, slow_except, words
 
 Vector = NDArray[np.float32]
 Answer = Callable[[str, list[Any], int | None], list[Vector]]  # of path, items and dimensions
@@ -262,7 +262,12 @@ def wrong_answer(fault: str, embedder: Embedder, raw_text: Callable[[str], Vecto
     return answer
 
 
-@pytest.mark.parametrize("fault", WRONG)
+@pytest.mark.parametrize(
+    "fault",
+    slow_except(
+        WRONG, "no template", "not normalized", "instruction dropped", "another order", "one route without template"
+    ),
+)
 def test_server_with_one_fault_fails_the_check_for_it(
     fault: str, embedder: Embedder, raw_text: Callable[[str], Vector], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -274,7 +279,14 @@ def test_server_with_one_fault_fails_the_check_for_it(
         assert failed(verdicts) - {"default instruction"} == WRONG[fault] - {"default instruction"}
 
 
-@pytest.mark.parametrize(("fault", "failures"), [("no template", TEXTS), ("blind", IMAGES), ("nothing", set())])
+@pytest.mark.parametrize(
+    ("fault", "failures"),
+    [
+        ("no template", TEXTS),
+        pytest.param("blind", IMAGES, marks=pytest.mark.slow),
+        pytest.param("nothing", set(), marks=pytest.mark.slow),
+    ],
+)
 def test_server_with_another_prompt_or_image_differs_from_its_folder(
     fault: str,
     failures: set[str],

@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import helm_python
-import kubernetes_validate
 import pytest
 import yaml
 
@@ -80,6 +79,8 @@ def test_every_overlay_has_values_of_the_chart() -> None:
 
 
 def test_ingress_of_the_chart_is_that_of_the_live_service() -> None:
+    import kubernetes_validate
+
     values = {"ingress": {"enabled": True, "tlsSecret": "tls"}}
     (ingress,) = [thing for thing in render_chart("one", values) if thing["kind"] == "Ingress"]
     kubernetes_validate.validate(ingress, "1.32", strict=True)

@@ -10,9 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import compose_spec
-import kubernetes_validate
-import promql_parser
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -69,6 +66,8 @@ def container_of(overlay: dict[str, Object]) -> Object:
 
 def test_objects_are_valid_kubernetes(objects: list[Object]) -> None:
     """Unknown fields are errors. The validator has no schemas for the kinds of the Prometheus operator and KEDA."""
+    import kubernetes_validate
+
     assert len(objects) >= 8
     for thing in objects:
         if thing["kind"] not in ("ServiceMonitor", "ScaledObject"):
@@ -76,6 +75,8 @@ def test_objects_are_valid_kubernetes(objects: list[Object]) -> None:
 
 
 def test_validation_rejects_a_misspelled_field(overlay: dict[str, Object]) -> None:
+    import kubernetes_validate
+
     wrong = {**overlay["Service"], "spec": {**overlay["Service"]["spec"], "selektor": {}}}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(wrong, "1.32", strict=True)
@@ -109,6 +110,8 @@ def test_overlays_can_run_next_to_each_other() -> None:
 
 
 def test_live_service_selects_the_pods_of_one_overlay() -> None:
+    import kubernetes_validate
+
     by_kind = {thing["kind"]: thing for thing in kustomize(DEPLOY / "kubernetes" / "live")}
     for thing in by_kind.values():
         kubernetes_validate.validate(thing, "1.32", strict=True)
@@ -176,6 +179,8 @@ def test_pods_are_as_hardened_as_the_container_test(overlay: dict[str, Object]) 
 
 
 def test_autoscaler_waits_for_a_second_full_batch(overlay: dict[str, Object]) -> None:
+    import promql_parser
+
     if "HorizontalPodAutoscaler" in overlay:
         (metric,) = overlay["HorizontalPodAutoscaler"]["spec"]["metrics"]
         name, tokens = metric["pods"]["metric"]["name"], metric["pods"]["target"]["averageValue"]
@@ -217,6 +222,8 @@ def test_no_other_file_states_the_version() -> None:
 
 
 def test_compose_file_is_valid_and_names_known_settings() -> None:
+    import compose_spec
+
     text = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
     assert compose_spec.PyCompose.from_yaml(text).service_names() == ["embedder"]
     with pytest.raises(ValueError, match="read_onli"):

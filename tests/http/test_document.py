@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import jsonschema
+import jsonschema_rs
 import numpy as np
 import orjson
 import pytest
@@ -262,7 +262,7 @@ def test_openapi_describes_documents_only_where_they_are_allowed() -> None:
         routes.close()
         document = orjson.loads(routes._document)
         body = document["paths"]["/embed"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        return jsonschema.Draft202012Validator({**body, "components": document["components"]})
+        return jsonschema_rs.Draft202012Validator({**body, "components": document["components"]})
 
     body = {"document": "AAAA", "pages": "1-3", "dimensions": 64}
     assert schemas(1).is_valid(body)

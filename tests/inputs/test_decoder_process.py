@@ -158,8 +158,8 @@ def test_frames_of_a_list_are_decoded_where_each_belongs(kinds: tuple[str | None
     "make",
     [
         pytest.param(hanging_clip, id="pictures in a packet"),
-        pytest.param(partial(hostile_clips.many_tags, 200_000), id="tags"),
-        pytest.param(partial(hostile_clips.many_metadata, 200_000), id="metadata"),
+        pytest.param(partial(hostile_clips.many_tags, 200_000), id="tags", marks=pytest.mark.slow),
+        pytest.param(partial(hostile_clips.many_metadata, 200_000), id="metadata", marks=pytest.mark.slow),
     ],
 )
 def test_clip_that_holds_ffmpeg_is_cut_off_at_the_deadline(
@@ -180,11 +180,13 @@ def test_clip_that_holds_ffmpeg_is_cut_off_at_the_deadline(
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(partial(hostile_clips.encrypted_samples, 100_000_000), id="encrypted samples"),
+        pytest.param(
+            partial(hostile_clips.encrypted_samples, 100_000_000), id="encrypted samples", marks=pytest.mark.slow
+        ),
         pytest.param(partial(hostile_clips.encrypted_samples, 100_000_000, 4), id="encrypted samples of four tracks"),
         pytest.param(partial(hostile_clips.many_attachments, 5_000_000), id="attachments"),
-        pytest.param(partial(hostile_clips.many_chapters, 5_000_000), id="chapters"),
-        pytest.param(partial(hostile_clips.many_cues, 5_000_000), id="cues"),
+        pytest.param(partial(hostile_clips.many_chapters, 5_000_000), id="chapters", marks=pytest.mark.slow),
+        pytest.param(partial(hostile_clips.many_cues, 5_000_000), id="cues", marks=pytest.mark.slow),
     ],
 )
 def test_clip_that_takes_gigabytes_is_refused_within_its_memory(

@@ -451,19 +451,24 @@ SIDE = 3000  # pixels
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
-        ("RGB", {"format": "JPEG"}),
-        ("RGB", {"format": "JPEG", "progressive": True, "subsampling": 0}),
         ("RGB", {"format": "JPEG", "progressive": True, "subsampling": 2}),
-        ("L", {"format": "JPEG", "progressive": True}),
-        ("CMYK", {"format": "JPEG", "progressive": True}),
-        ("RGB", {"format": "PNG"}),
         ("RGBA", {"format": "PNG"}),
-        ("I;16", {"format": "PNG"}),
-        ("RGBA", {"format": "WEBP", "lossless": True}),
-        ("P", {"format": "GIF"}),
         ("RGB", {"format": "AVIF", "speed": 10, "subsampling": "4:4:4"}),
-        ("CMYK", {"format": "TIFF", "compression": "tiff_lzw"}),
-        ("RGBA", {"format": "TIFF"}),
+        *(
+            pytest.param(mode, options, marks=pytest.mark.slow)
+            for mode, options in (
+                ("RGB", {"format": "JPEG"}),
+                ("RGB", {"format": "JPEG", "progressive": True, "subsampling": 0}),
+                ("L", {"format": "JPEG", "progressive": True}),
+                ("CMYK", {"format": "JPEG", "progressive": True}),
+                ("RGB", {"format": "PNG"}),
+                ("I;16", {"format": "PNG"}),
+                ("RGBA", {"format": "WEBP", "lossless": True}),
+                ("P", {"format": "GIF"}),
+                ("CMYK", {"format": "TIFF", "compression": "tiff_lzw"}),
+                ("RGBA", {"format": "TIFF"}),
+            )
+        ),
     ],
     ids=lambda value: str(value),
 )

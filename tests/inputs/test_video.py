@@ -28,7 +28,7 @@ from embedder.inputs.items import Video
 from embedder.inputs.regimes import CheckpointRegime
 from embedder.inputs.video import load_video
 from embedder.settings import Settings
-from tests.conftest import encoded, picture
+from tests.conftest import encoded, picture, slow_except
 from tests.model.test_parity import assert_equal
 from tests.oracle import Oracle
 
@@ -174,7 +174,7 @@ def test_single_frame_is_taken_twice() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("group", [7, 250])
+@pytest.mark.parametrize("group", slow_except([7, 250], 7))
 def test_frames_equal_those_of_decoding_everything(kind: str, group: int) -> None:
     data = clip(kind, 120, group=group)
     images = every_frame(data)

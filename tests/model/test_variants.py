@@ -29,7 +29,7 @@ from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model import weights
 from embedder.model.weights import load_model
 from embedder.settings import Settings
-from tests.conftest import picture
+from tests.conftest import picture, slow_except
 from tests.inputs.test_video import clip
 from tests.model.test_parity import assert_equal
 from tests.oracle import Oracle, ProcessorOracle
@@ -343,7 +343,12 @@ def media() -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize(
+    "name",
+    slow_except(
+        PROCESSORS, "image: both limits", "video: older limits only", "video: capped frames", "nested, older names"
+    ),
+)
 def test_processor_files_give_the_pixels_of_transformers(name: str, folder: Path, media: list[dict[str, Any]]) -> None:
     PROCESSORS[name](folder)
     settings, oracle = Settings(), ProcessorOracle(folder)
@@ -526,7 +531,9 @@ UNUSABLE: dict[str, tuple[Change, str]] = {
 ITEMS: list[dict[str, Any]] = [{"text": "red"}, {"image": picture(400, 300)}]
 
 
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize(
+    "name", slow_except(EQUAL, "torch_dtype", "rope_scaling", "head of its own", "trunk only", "sharded")
+)
 def test_folder_gives_the_vectors_of_transformers(name: str, folder: Path) -> None:
     EQUAL[name](folder)
     with Embedder(str(folder), device="cpu") as embedder:

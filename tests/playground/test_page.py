@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
-from tests.conftest import Server, encoded, start_server
+from tests.conftest import Server, encoded, slow_except, start_server
 from tests.playground.browser import LOOKS, Page, fits, needs_chromium, open_chromium, screenshot
 
 pytestmark = needs_chromium
@@ -288,9 +288,7 @@ def test_tabs_and_dimensions_work_from_the_keyboard(page: Page) -> None:
     assert page.one("#dimensions input:checked").get_attribute("value") == "128"
 
 
-@pytest.mark.parametrize(
-    "look", [look if look == "phone" else pytest.param(look, marks=pytest.mark.slow) for look in LOOKS]
-)
+@pytest.mark.parametrize("look", slow_except(LOOKS, "phone"))
 def test_page_fits_every_screen_in_light_and_dark(look: str, page: Page, screenshots: Path) -> None:
     with page.looking(look) as (width, scheme):
         page.open()

@@ -22,7 +22,7 @@ from selenium.webdriver.common.keys import Keys
 
 from embedder.errors import InvalidMedia
 from embedder.settings import Settings
-from tests.conftest import ROOT, encoded
+from tests.conftest import ROOT, encoded, slow_except
 from tests.playground.browser import LOOKS, Page, fits, needs_chromium, open_chromium, screenshot
 from tests.search.conftest import Indexed
 
@@ -262,7 +262,7 @@ def test_page_that_cannot_be_shown_says_why(page: Page, indexed: Indexed) -> Non
 
 
 @needs_chromium
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("look", slow_except(LOOKS, "phone-dark"))
 def test_collection_fits_every_screen_in_light_and_dark(
     look: str, page: Page, indexed: Indexed, tmp_path: Path
 ) -> None:

@@ -52,14 +52,17 @@ def without_its_end(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-SLOW = pytest.mark.slow  # found by the worker, which loads torch first
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        *("variable", "model", "usual port"),
-        *(pytest.param(fault, marks=SLOW) for fault in ("key file", "port", "device", "weights")),
+        "model",
+        *(
+            pytest.param(fault, marks=SLOW)
+            for fault in ("variable", "usual port", "key file", "port", "device", "weights")
+        ),
     ],
 )
 def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path, tmp_path: Path) -> None:
