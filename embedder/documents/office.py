@@ -9,6 +9,7 @@ of time, and its whole process group is killed at the end.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -16,8 +17,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from embedder.documents.office_process import SOCKET_FOLDER
 from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.settings import decoder_environment
 
@@ -73,7 +77,7 @@ def convert_to_pdf(source: Path, target: Path, timeout_s: float = TIMEOUT_S) -> 
             shutil.copyfile(source, document)
         except OSError as error:
             raise InvalidMedia(f"the document cannot be read: {error.strerror}") from error
-        _run(program, document, work, timeout_s)
+        _convert(program, document, work, timeout_s)
         made = work / "out" / "document.pdf"
         if made.is_symlink() or not made.is_file():
             raise InvalidMedia("LibreOffice cannot convert this file; it is damaged, or needs a password")
@@ -82,18 +86,33 @@ def convert_to_pdf(source: Path, target: Path, timeout_s: float = TIMEOUT_S) -> 
         temporary.rename(target)
 
 
-def _run(program: str, document: Path, work: Path, timeout_s: float) -> None:
-    """Run LibreOffice, and kill every process of its group afterwards."""
+def _convert(program: str, document: Path, work: Path, timeout_s: float) -> None:
+    """Run LibreOffice twice: to complete its new profile, after which it starts again, and then on the document.
+
+    Only the first run, which reads nothing of a caller, may remove the socket between its two starts.
+    """
     user = work / "profile" / "user"
     user.mkdir(parents=True)
     (user / "registrymodifications.xcu").write_text(_PROFILE)
-    command = [
-        *(program, "--headless", "--norestore", "--nolockcheck", "--nodefault", "--nologo"),
-        *(f"-env:UserInstallation={(work / 'profile').as_uri()}", "--convert-to", "pdf"),
-        *("--outdir", str(work / "out"), str(document)),
-    ]
+    profile = (work / "profile").as_uri()
+    command = [program, "--headless", "--norestore", "--nolockcheck", "--nodefault", "--nologo"]
+    command.append(f"-env:UserInstallation={profile}")
+    deadline = time.monotonic() + timeout_s
+    socket = Path(SOCKET_FOLDER, f"OSL_PIPE_{os.getuid()}_SingleOfficeIPC_{_socket_hash(profile)}")
+    try:
+        _run([*command, "--terminate_after_init"], work, deadline, [SOCKET_FOLDER])
+        _run([*command, "--convert-to", "pdf", "--outdir", str(work / "out"), str(document)], work, deadline, [])
+    except subprocess.TimeoutExpired as error:
+        raise MediaTooLarge(f"converting the office file took more than {timeout_s:g} s; convert it to PDF") from error
+    finally:
+        socket.unlink(missing_ok=True)
+
+
+def _run(command: Sequence[str], work: Path, deadline: float, writable: Sequence[str]) -> None:
+    """Run a command of LibreOffice, and kill every process of its group afterwards. Raises `TimeoutExpired`."""
     paths = [os.path.abspath(path) for path in (*sys.path, str(Path(__file__).parents[2])) if path]
-    arguments = paths, os.getpid(), command, [*READABLE, _installation(program)], [*WRITABLE, str(work)]
+    readable = [*READABLE, _installation(command[0])]
+    arguments = paths, os.getpid(), command, readable, [*WRITABLE, *writable, str(work)]
     process = subprocess.Popen(  # noqa: S603 - the arguments are ours
         [sys.executable, "-I", "-S", "-c", _START, json.dumps(arguments)],
         env={**decoder_environment(), "HOME": str(work), "TMPDIR": str(work), "PATH": os.defpath, "LC_ALL": "C.UTF-8"},
@@ -104,13 +123,17 @@ def _run(program: str, document: Path, work: Path, timeout_s: float) -> None:
         start_new_session=True,
     )
     try:
-        process.wait(timeout_s)
-    except subprocess.TimeoutExpired as error:
-        raise MediaTooLarge(f"converting the office file took more than {timeout_s:g} s; convert it to PDF") from error
+        process.wait(max(0.0, deadline - time.monotonic()))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _socket_hash(profile: str) -> str:
+    """How LibreOffice names the socket of a profile (`OfficeIPCThread` in its source)."""
+    digest = hashlib.md5(profile.encode("utf-16-le"), usedforsecurity=False).digest()
+    return "".join(f"{byte:x}" for byte in digest)
 
 
 def _installation(program: str) -> str:

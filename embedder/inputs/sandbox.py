@@ -40,7 +40,7 @@ _LANDLOCK_CREATE, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT = 444, 445, 446
 _LANDLOCK_VERSION, _PATH_BENEATH = 1, 1
 _FILE_RIGHTS = {1: 0x1FFF, 2: 0x2000, 3: 0x4000, 5: 0x8000}
 _READ_RIGHTS = 0b1101  # execute, read a file, read a folder
-_SOCKET_RIGHTS = 0x220  # make a socket, remove a file: there is no right to remove only sockets
+_MAKE_SOCKET = 0x200
 _RIGHTS_OF_A_FILE = 0b111 | 0x4000 | 0x8000  # execute, write, read, truncate, control a device
 _SCOPES = 0b11  # abstract sockets, signals
 _ANY = (0, None)
@@ -143,7 +143,7 @@ def refuse_network() -> bool:
 def restrict_files(readable: Sequence[str], writable: Sequence[str], with_sockets: Sequence[str]) -> bool:
     """Refuse, from now on and in every program that this process becomes, all files but those below these paths.
 
-    `with_sockets`: folders in which local sockets may be made, and files removed, but not read or written.
+    `with_sockets`: folders in which local sockets may be made, and nothing else may be done.
     By Landlock (Linux 5.13), which also keeps signals and abstract sockets inside where it can (6.12). A path that does
     not exist is left out. What is readable can be executed too. Returns False where the kernel cannot do it.
     """
@@ -159,7 +159,7 @@ def restrict_files(readable: Sequence[str], writable: Sequence[str], with_socket
     if ruleset < 0:
         return False
     try:
-        for paths, rights in ((readable, _READ_RIGHTS), (writable, handled), (with_sockets, _SOCKET_RIGHTS)):
+        for paths, rights in ((readable, _READ_RIGHTS), (writable, handled), (with_sockets, _MAKE_SOCKET)):
             for path in paths:
                 _allow_path(libc, ruleset, path, rights & handled)
         return _prctl(_PR_SET_NO_NEW_PRIVS, 1) and libc.syscall(_LANDLOCK_RESTRICT, ruleset, 0) == 0

@@ -39,6 +39,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         program = folder / "soffice"
         head = (
             f"#!{sys.executable} -IS\nimport os, sys, pathlib, socket, time, json\n"
+            "if '--terminate_after_init' in sys.argv:\n    sys.exit()\n"
             f"notes = pathlib.Path({str(notes)!r})\n"
             "out = pathlib.Path(sys.argv[sys.argv.index('--outdir') + 1])\nout.mkdir()\n"
             f"pdf = pathlib.Path({str(tmp_path / 'made' / 'report-01.pdf')!r}).read_bytes()\n"
@@ -125,6 +126,7 @@ def test_program_has_no_files_but_its_own(install: Install, source: Path, tmp_pa
         "attempt('overwrite', lambda: secret.write_text(''))\n"
         "attempt('create', lambda: (notes.parent / 'new').write_text(''))\n"
         "attempt('link', lambda: (os.symlink(secret, own), own.read_text()))\n"
+        "attempt('remove', secret.unlink)\n"
         "attempt('signal', lambda: os.kill(os.getppid(), 0))\n"
         "attempt('write', lambda: own.with_name('other').write_text(''))\n"
         "attempt('execute', lambda: os.close(os.open('/usr/bin/env', os.O_RDONLY)))\n"
@@ -193,6 +195,7 @@ def test_without_libreoffice_the_error_says_what_to_do(
 @pytest.mark.slow
 @pytest.mark.skipif(find_program() is None, reason="no LibreOffice")
 def test_real_libreoffice_converts_and_refuses(tmp_path: Path) -> None:
+    sockets = set(Path("/tmp").glob("OSL_PIPE_*"))
     (tmp_path / "a.rtf").write_text(r"{\rtf1\ansi Hello from RTF\par\page Second page\par}")
     (tmp_path / "bad.docx").write_bytes(b"PK\x03\x04 no document" + os.urandom(100))
     convert_to_pdf(tmp_path / "a.rtf", tmp_path / "a.pdf")
@@ -201,6 +204,7 @@ def test_real_libreoffice_converts_and_refuses(tmp_path: Path) -> None:
         assert "Second page" in reader.render(tmp_path / "a.pdf", 2, CheckpointRegime()).text
     with pytest.raises(InvalidMedia):
         convert_to_pdf(tmp_path / "bad.docx", tmp_path / "bad.pdf")
+    assert set(Path("/tmp").glob("OSL_PIPE_*")) == sockets
 
 
 def test_folder_with_office_files_is_read_where_libreoffice_is_installed(
