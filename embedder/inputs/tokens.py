@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from embedder.errors import RequestTooLarge
 from embedder.inputs import video
 from embedder.inputs.decoder import Decoder
 from embedder.inputs.decoder_process import can_start_processes, decoder_for_one_item
@@ -41,9 +42,25 @@ def _decoder(settings: Settings) -> AbstractContextManager[Decoder]:
     return decoder_for_one_item(settings) if can_start_processes() else nullcontext(Decoder())
 
 
-def text_tokens(text: str, preprocessor: Preprocessor) -> list[dict[str, Any]]:
-    """The tokens of a text by itself, without the prompt: id, text, and place in characters."""
+MAX_SHOWN_TOKENS = 2**16  # of a request: each is up to 500 bytes here, and built with the GIL
+
+
+def check_num_shown(num_tokens: int) -> None:
+    """Raise `RequestTooLarge` for more tokens than a response may show."""
+    if num_tokens > MAX_SHOWN_TOKENS:
+        raise RequestTooLarge(
+            f"{num_tokens} or more tokens; allowed: up to {MAX_SHOWN_TOKENS} in one request. Send fewer texts, or "
+            "`items`, which are only counted"
+        )
+
+
+def text_tokens(text: str, preprocessor: Preprocessor, num_shown: int = 0) -> list[dict[str, Any]]:
+    """The tokens of a text by itself, without the prompt: id, text, and place in characters.
+
+    `num_shown`: tokens of the response's other texts. Raises `RequestTooLarge`.
+    """
     encoding = preprocessor.tokenizer.encode_batch([text], add_special_tokens=False)[0]
+    check_num_shown(num_shown + len(encoding))
     return [
         {"id": token, "text": text[start:stop], "special": False, "start": start, "stop": stop}
         for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)

@@ -87,11 +87,31 @@ def strange_head(draw: random.Random, port: int) -> None:
         b"GET / HTTP/1.1\r\n" + draw.randbytes(draw.randrange(300)) + b"\r\n\r\n",
         POST + b"transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
         POST + b"content-length: 5\r\ncontent-length: 6\r\n\r\nhello",
+        POST + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /livez HTTP/1.1\r\n\r\n",
+        POST + b"transfer-encoding: xchunked\r\ncontent-length: 15\r\n\r\n" + GOOD,
+        POST + b"transfer-encoding : chunked\r\n\r\n0\r\n\r\n",
+        POST + b"transfer-encoding: chunked\r\n\r\n" + b"f" * draw.randrange(1, 40) + b"\r\n" + GOOD,
+        POST + b"transfer-encoding: chunked\r\n\r\n-1\r\n\r\n",
+        POST + b"a: b\r\n c: d\r\ncontent-length: 15\r\n\r\n" + GOOD,
+        POST + OFFERS[0] + b"content-length: 15\r\n\r\n" + GOOD * draw.randrange(1, 4),
+        POST.replace(b"HTTP/1.1", b"HTTP/1.0") + b"content-length: 15\r\n\r\n" + GOOD,
         POST + b"transfer-encoding: chunked\r\n\r\nf\r\n" + GOOD + b"\r\n0\r\nx-api-key: k\r\n\r\n",
     )
     with open_connection(port) as connection:
         connection.sendall(draw.choice(kinds))
         connection.recv(2**16)
+
+
+def slow_reader(draw: random.Random, port: int) -> None:
+    """Large responses that are read a few bytes at a time, or not at all."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(draw.randrange(1, 9)):
+            connection = stack.enter_context(open_connection(port, buffer_bytes=4096))
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: a\r\n\r\n")
+            for _ in range(draw.randrange(9)):
+                connection.recv(draw.randrange(1, 99))
+                time.sleep(0.02)
+        time.sleep(draw.uniform(0, 2))
 
 
 def dropped(draw: random.Random, port: int) -> None:
@@ -115,5 +135,6 @@ KINDS: tuple[Callable[[random.Random, int], None], ...] = (
     pipeline,
     tiny_chunks,
     strange_head,
+    slow_reader,
     dropped,
 )

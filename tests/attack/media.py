@@ -9,10 +9,13 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import PIL.Image
 
 from tests.attack.bodies import post
 from tests.conftest import encoded, picture
-from tests.inputs import hostile
+from tests.inputs import hostile, hostile_clips
 
 _MASTER = ("1549A966", "1654AE6B", "1254C367", "1941A469", "1043A770", "1C53BB6B", "1F43B675", "AE", "45B9", "7373")
 _PLAIN = ("D7", "83", "86", "B0", "BA", "61A7", "B6", "BB", "45A3", "4487", "67C8", "A3", "E7", "55B0", "63A2")
@@ -94,6 +97,44 @@ def _good_files() -> list[bytes]:
     return [*files, encoded(image, "JPEG", progressive=True), *hostile.videos().values(), zlib.compress(b"a")]
 
 
+def clips(draw: random.Random, port: int) -> None:
+    """A clip whose containers or packets hold FFmpeg for a long time or take much memory."""
+    _, data = hostile_clips.random_clip(draw, 0.1)
+    post(port, "/embed", json.dumps({"items": [{"video": base64.b64encode(data).decode()}]}).encode())
+
+
+def large(draw: random.Random, port: int) -> None:
+    """Pictures of a few kilobytes that take much memory, in several requests at once."""
+    body = json.dumps({"input": _large_picture(draw.choice(("WEBP", "PNG", "GIF")), draw.choice((2000, 4000, 7000)))})
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda _: post(port, "/img/embed", body.encode()), range(draw.randrange(1, 7))))
+
+
+@functools.cache
+def _large_picture(kind: str, side: int) -> str:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    return base64.b64encode(encoded(PIL.Image.new("RGB", (side, side), "red"), kind, **options)).decode()
+
+
+def documents(draw: random.Random, port: int) -> None:
+    """A damaged PDF or TIFF file, of which some pages are asked for."""
+    data = bytearray(draw.choice(_good_documents()))
+    for _ in range(draw.randrange(9)):
+        place = draw.randrange(len(data))
+        data[place : place + draw.randrange(9)] = draw.randbytes(draw.randrange(9))
+    body = {"document": base64.b64encode(data).decode(), "pages": draw.choice(("1", "1-3", "2,9", "1-99999"))}
+    post(port, "/embed", json.dumps(body).encode())
+
+
+@functools.cache
+def _good_documents() -> list[bytes]:
+    documents = []
+    for kind in ("PDF", "TIFF"):
+        first, *others = (picture(300, 400, seed) for seed in range(3))
+        documents.append(encoded(first, kind, save_all=True, append_images=others))
+    return documents
+
+
 def media(draw: random.Random, port: int) -> None:
     """A few pictures or clips in one request, in which each fails alone."""
     items = []
@@ -104,4 +145,4 @@ def media(draw: random.Random, port: int) -> None:
     post(port, "/embed", json.dumps({"items": items}).encode())
 
 
-KINDS: tuple[Callable[[random.Random, int], None], ...] = (media,)
+KINDS: tuple[Callable[[random.Random, int], None], ...] = (media, clips, large, documents)

@@ -20,6 +20,7 @@ pytest.importorskip("litserve", reason="the peers come with the `bench` extra")
 from benchmarks import (
     choices,
     contenders,
+    decoding,
     gaps,
     goals,
     gpu,
@@ -164,6 +165,13 @@ def test_preprocessing_says_how_many_cores_feed_a_gpu(tmp_path: Path) -> None:
     per_core = data["images_per_s"]["image-448"][preprocessing.OURS]
     assert data["gpu_images_per_s"]["2b"] == pytest.approx(data["cores"]["2b"] * per_core)
     assert data["gpu_images_per_s"]["8b"] < data["gpu_images_per_s"]["2b"] / 3
+
+
+@pytest.mark.slow
+def test_decoding_in_processes_takes_about_as_long_as_in_threads(tmp_path: Path) -> None:
+    decoding.main(["--rounds", "1", "--num-items", "2", "--results", str(tmp_path)])
+    for kind, rates in saved(tmp_path, "decoding")["items_per_s"].items():
+        assert rates[decoding.RATIO] > SLOWEST / 2, kind
 
 
 @pytest.mark.slow

@@ -41,9 +41,10 @@ def test_number_beyond_64_bits_is_a_float_also_next_to_a_lone_surrogate() -> Non
         ({"prompt": "a" * 200_001}, 400, "text of 200001 characters"),
         ({"items": ["a" * 200_001]}, 400, "text of 200001 characters"),
         ({"messages": [{"role": "user", "content": "a" * 200_001}]}, 400, "text of 200001 characters"),
-        ({"inputs": [" \n" * 70_000] * 4}, 413, "allowed: up to 262144 in one request"),
+        ({"inputs": [" \n" * 20_000] * 4}, 413, "allowed: up to 65536 in one request"),
+        ({"prompt": " \n" * 70_000}, 413, "allowed: up to 65536 in one request"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_tokens_of_a_text_are_counted_up_to_a_limit(
     body: dict[str, Any], status: int, message: str, client: httpx.Client

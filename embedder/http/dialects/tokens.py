@@ -15,18 +15,17 @@ from typing import Any
 from pydantic import BaseModel, Field, RootModel, StrictBool, StrictInt
 
 from embedder.engine.admission import check_num_chars
-from embedder.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge, attributed_to_item
+from embedder.errors import DeadlineExceeded, InvalidRequest, attributed_to_item
 from embedder.http.dialects.embed import parse_embed
 from embedder.http.dialects.messages import item_from_conversation, item_from_string
 from embedder.http.request_body import NonEmptyList, RequestBody, check_item_count, validate_body
 from embedder.inputs.address import has_url
 from embedder.inputs.items import EmbeddingItem, Text, item_from_fields
 from embedder.inputs.preprocess import Preprocessor
-from embedder.inputs.tokens import item_ids, text_of, text_tokens, token_strings
+from embedder.inputs.tokens import check_num_shown, item_ids, text_of, text_tokens, token_strings
 from embedder.settings import Settings
 
 MAX_IDS = 50_000  # of a request
-MAX_SHOWN_TOKENS = 2**18  # of a request: each takes about 500 bytes here, and 80 in the response
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,7 @@ def tokenize(body: Mapping[str, Any], preprocessor: Preprocessor, settings: Sett
     item = item_from_fields({"instruction": request.instruction, **fields})
     check_num_chars(item, settings)
     ids = item_ids(item, preprocessor)
+    check_num_shown(len(ids))
     strings = {"token_strs": token_strings(ids, preprocessor)} if request.return_token_strs else {}
     return {"count": len(ids), "max_model_len": settings.max_input_tokens, "tokens": ids, **strings}
 
@@ -110,13 +110,8 @@ def _show_texts(texts: list[str], preprocessor: Preprocessor, settings: Settings
     for index, text in enumerate(texts):
         with attributed_to_item(index):
             check_num_chars(EmbeddingItem((Text(text or " "),)), settings)
-        shown.append(text_tokens(text, preprocessor))
+        shown.append(text_tokens(text, preprocessor, num_tokens))
         num_tokens += len(shown[-1])
-        if num_tokens > MAX_SHOWN_TOKENS:
-            raise RequestTooLarge(
-                f"more than {num_tokens} tokens; allowed: up to {MAX_SHOWN_TOKENS} in one request. Send fewer texts, "
-                "or `items`, which are only counted"
-            )
         _check_deadline(deadline, settings)
     return shown
 
