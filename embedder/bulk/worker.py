@@ -22,6 +22,7 @@ from embedder.bulk.source import Columns, Row, Source
 from embedder.bulk.thumbnails import make_thumbnail
 from embedder.bulk.writer import STATE_FOLDER, OutputFormat, Writer, output_schema
 from embedder.embedder import Embedder
+from embedder.engine.observer import Observer
 from embedder.engine.postprocess import Embedding, OutputDtype, quantize
 from embedder.errors import EmbedderError, EngineFailed
 from embedder.inputs.items import item_from_fields
@@ -64,13 +65,17 @@ def job_schema(job: Job, source: Source, dimensions: int) -> pa.Schema:
 
 
 class Worker:
-    """A Ray actor: part in, counts out. Raises `EngineFailed` if the engine cannot embed anything anymore."""
+    """A Ray actor: part in, counts out. Raises `EngineFailed` if the engine cannot embed anything anymore.
 
-    def __init__(self, job: Job) -> None:
+    `observer`: of the engine.
+    """
+
+    def __init__(self, job: Job, observer: Observer | None = None) -> None:
         queued = min(job.settings.max_queued_tokens, QUEUED_BATCHES * job.settings.max_batch_tokens)
         self.job = job
         self.source = Source(job.input, job.columns, job.settings, job.output / STATE_FOLDER, job.segment_s)
-        self.embedder = Embedder(settings=job.settings.model_copy(update={"max_queued_tokens": queued}))
+        settings = job.settings.model_copy(update={"max_queued_tokens": queued})
+        self.embedder = Embedder(settings=settings, observer=observer)
         dimensions = job.dimensions or self.embedder.engine.hidden_size
         self.schema = job_schema(job, self.source, dimensions)
         self.writer = Writer(job.output, job.output_format)

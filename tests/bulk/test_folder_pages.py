@@ -13,6 +13,7 @@ import pytest
 from benchmarks.demo_documents import write_documents
 from embedder.settings import Settings
 from tests.conftest import encoded
+from tests.documents.hostile_pdfs import BAD_PAGES, GOOD, ODD, REFUSED
 
 pytest.importorskip("ray", reason="comes with the `bulk` extra")
 
@@ -68,14 +69,31 @@ def test_parts_of_a_thread_share_a_process(folder: Path) -> None:
 
 
 def run(folder: Path, output: Path, checkpoint: Path, **options: Any) -> list[dict[str, Any]]:
-    settings = Settings(model=str(checkpoint), device="cpu", max_pixels=65536)
+    timeout_s = options.pop("decode_timeout_s", 60.0)
+    settings = Settings(model=str(checkpoint), device="cpu", max_pixels=65536, decode_timeout_s=timeout_s)
     worker = Worker(Job(folder, output, "parquet", Columns(), None, "float32", settings, **options))
     worker.writer.state_folder.mkdir(parents=True, exist_ok=True)
-    for part in worker.source.parts(100):
+    for part in worker.source.parts(1000):
         worker({"part": part.to_json()})
     worker.close()
     rows: list[dict[str, Any]] = pq.read_table(output / "part-0000000.parquet").to_pylist()
     return rows
+
+
+@pytest.mark.slow  # some of the files hold a process until it is killed
+def test_hostile_documents_cost_only_their_own_rows(tmp_path: Path, random_checkpoint: Path) -> None:
+    folder = tmp_path / "input"
+    folder.mkdir()
+    hostile = {**{name: data for name, (data, _) in REFUSED.items()}, **BAD_PAGES, **ODD}
+    for number, (name, data) in enumerate(hostile.items()):
+        (folder / f"{number:02}-{name}.pdf").write_bytes(data)
+        (folder / f"{number:02}-zz-good.pdf").write_bytes(GOOD)
+    rows = run(folder, tmp_path / "out", random_checkpoint, decode_timeout_s=3.0)
+    good = [row for row in rows if row["id"].endswith("good.pdf#page=1")]
+    assert len(good) == len(hostile)
+    assert all(row["error"] is None for row in good)
+    assert {row["id"].partition(".pdf")[0] for row in rows} == {path.stem for path in folder.iterdir()}
+    assert {row["error"].partition(":")[0] for row in rows if row["error"]} == {"invalid_media", "media_too_large"}
 
 
 def test_thumbnails_and_texts_are_columns_that_can_be_chosen(
