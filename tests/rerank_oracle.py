@@ -6,15 +6,15 @@ the torchvision declaration; pictures and clips are resized by transformers, as 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from tests.oracle import CLIPS, media_by_processor  # after its torchvision declaration
+from tests.oracle import ProcessorOracle, media_by_processor  # after its torchvision declaration
 
-from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor  # isort: skip
-from transformers.image_utils import SizeDict  # isort: skip
+from transformers import Qwen3VLForConditionalGeneration  # isort: skip
 
 SYSTEM = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that the "
@@ -24,14 +24,21 @@ INSTRUCTION = "Given a search query, retrieve relevant candidates that answer th
 
 
 class RerankOracle:
-    """transformers' whole model over one checkpoint. `max_pixels`: of an image."""
+    """transformers' whole model over one checkpoint, with the pictures and clips of one preprocessing regime.
 
-    def __init__(self, folder: Path, max_pixels: int | None = None) -> None:
+    `max_pixels`: of an image.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        max_pixels: int | None = None,
+        regime: Literal["checkpoint", "reference"] = "checkpoint",
+    ) -> None:
         model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
         self.model = model.model
-        self.processor = Qwen3VLProcessor.from_pretrained(folder, padding_side="left")
-        if max_pixels:
-            self.processor.image_processor.size = SizeDict(shortest_edge=4096, longest_edge=max_pixels)
+        self.media = ProcessorOracle(folder, regime, max_pixels)
+        self.processor = self.media.processor
         vocabulary = self.processor.tokenizer.get_vocab()
         head = model.lm_head.weight.data
         self.direction = head[vocabulary["yes"]] - head[vocabulary["no"]]
@@ -45,7 +52,8 @@ class RerankOracle:
         text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         # transformers 4.57, of the checkpoints' time, put a clip's frames in the place of this whole triple
         text = text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
-        media = media_by_processor(self.processor, [conversation])
+        by_script = self.media.regime == "reference"
+        media = (self.media._by_script if by_script else partial(media_by_processor, self.processor))([conversation])
         inputs = self.processor(text=[text], return_tensors="pt", **media)
         self._cut(inputs, max_length)
         state = self.model(**inputs).last_hidden_state[0, -1]
@@ -64,17 +72,11 @@ class RerankOracle:
         """Videos, then images, then texts; or a mixture in its own order."""
         fields = {"text": value} if isinstance(value, str) else value
         parts = fields.get("content") or [
-            {"type": kind, kind: one}
+            {"type": kind, kind: one, **({"fps": fields.get("fps")} if kind == "video" else {})}
             for kind in ("video", "image", "text")
             for one in ([] if kind not in fields else [fields[kind]] if kind != "image" else _list(fields[kind]))
         ]
-        content = [dict(part) for part in parts]
-        for part in content:
-            if isinstance(part.get("video"), bytes):
-                name = f"clip {len(CLIPS)}"
-                CLIPS[name] = part["video"]
-                part["video"] = name
-        return content
+        return [self.media._element(part) for part in parts]
 
     def _cut(self, inputs: Any, max_length: int) -> None:
         """Keep special tokens and the first of the others, up to `max_length`, then the tail."""

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from embedder.errors import InputTooLong, InvalidMedia, InvalidRequest, ModelUna
 from embedder.model.packing import PackedPatches
 from embedder.model.vision import Vision
 from tests.conftest import picture, words
+from tests.inputs.test_video import clip
 from tests.rerank_oracle import RerankOracle
 
 MAX_DIFFERENCE = 1e-5  # of a score, float32, against the oracle
@@ -100,6 +101,28 @@ def test_query_that_leaves_nothing_for_a_document_is_an_error(random_reranker: P
             reranker.score(words(300), ["red"])
         with pytest.raises(InputTooLong, match=r"cannot be cut; allowed: \d+"):
             reranker.score("red", [{"image": picture(400, 400)}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", ["checkpoint", "reference"])
+def test_clips_and_large_pictures_equal_the_reference_in_both_regimes(
+    regime: Literal["checkpoint", "reference"], random_reranker: Path
+) -> None:
+    """Clips and lists of frames are sampled, and large and small pictures resized, as each regime does."""
+    oracle = RerankOracle(random_reranker, regime=regime)
+    documents: list[dict[str, Any]] = [
+        {"video": clip(num_frames=60, width=96, height=64), "text": "what moves"},
+        {"video": clip(num_frames=8, rate=2, width=130, height=70), "fps": 2.0},
+        {"video": [picture(64, 64, seed) for seed in range(70)]},
+        {"image": [picture(40, 30), picture(1500, 300)]},
+    ]
+    queries = ["a moving bar", {"video": clip(num_frames=30, width=96, height=64), "text": "like this"}]
+    with Reranker(str(random_reranker), device="cpu", preprocessing=regime) as reranker:
+        for query in queries:
+            expected = [oracle.score(query, document) for document in documents]
+            scores = reranker.score(query, documents)
+            np.testing.assert_allclose(scores, expected, rtol=0, atol=MAX_DIFFERENCE)
+            assert len({round(score, 4) for score in scores}) == len(documents)
 
 
 @pytest.mark.slow
