@@ -31,23 +31,26 @@ from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.settings import Settings
 
 HIDDEN_SIZE = 64
+PICTURES_PER_CLIP = 8
 PROCESSES, THREADS, RATIO = "in processes", "in threads", "processes / threads"
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Clips and pictures per second, decoded in processes and in threads.")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--num-items", type=int, default=24, help="of each kind, in a round")
+    parser.add_argument(
+        "--num-items", type=int, default=24, help="clips of each kind in a round; of pictures there are more"
+    )
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
     about = report.environment(report.command("decoding", chosen))
     with random_folder("tiny") as folder:
         preprocess = load_preprocessor(folder)
     items = {kind: make() for kind, make in KINDS.items()}
-    rates = {
-        kind: _rates([items[kind][number % len(items[kind])] for number in range(chosen.num_items)], preprocess, chosen)
-        for kind in tqdm(items, desc="kinds", unit="kind")
-    }
+    rates = {}
+    for kind, some in tqdm(items.items(), desc="kinds", unit="kind"):
+        num_items = chosen.num_items * (1 if kind.startswith("clips") else PICTURES_PER_CLIP)
+        rates[kind] = _rates([some[number % len(some)] for number in range(num_items)], preprocess, chosen.rounds)
     rows = [
         [kind, *(report.number(one[name]) for name in (PROCESSES, THREADS)), f"{one[RATIO]:.2f}"]
         for kind, one in rates.items()
@@ -60,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return data
 
 
-def _rates(items: list[EmbeddingItem], preprocess: Preprocessor, chosen: argparse.Namespace) -> dict[str, float]:
+def _rates(items: list[EmbeddingItem], preprocess: Preprocessor, rounds: int) -> dict[str, float]:
     """Items per second in both ways, and the median of the rounds' ratios."""
     engines = {name: _engine(preprocess, has_processes=name == PROCESSES) for name in (PROCESSES, THREADS)}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     try:
-        for round_number in range(chosen.rounds + 1):  # in the first, processes start
+        for round_number in range(rounds + 1):  # in the first, processes start
             for name in sorted(engines, reverse=bool(round_number % 2)):
                 begin_s = time.perf_counter()
                 for future in [engines[name].submit(item) for item in items]:

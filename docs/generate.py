@@ -137,6 +137,7 @@ TABLES: dict[str, Callable[[str], str]] = {
 
 FIGURES: dict[str, Callable[[], str]] = {
     "bulk.ratio": lambda: f"{record('bulk')['ratio']:.2f}",
+    "decoding.clips": lambda: f"{decoding_ratio('clips, 320x240'):.2f}",
     "growth.library": lambda: f"{record('growth')['verdicts']['library']['time_ratio']:.2f}",
     "growth.server": lambda: f"{record('growth')['verdicts']['server']['time_ratio']:.2f}",
     "page_rendering.ms": lambda: f"{1000 * render_s_per_page():.0f}",
@@ -151,6 +152,11 @@ FIGURES: dict[str, Callable[[], str]] = {
     "soak.refused": lambda: f"{record('soak')['refused']:,}",
     "soak.wrong": lambda: f"{record('soak')['wrong']}",
 }
+
+
+def decoding_ratio(kind: str) -> float:
+    """Items of a kind per second, decoded as the service does, over those decoded in its threads only."""
+    return float(record("decoding")["items_per_s"][kind]["processes / threads"])
 
 
 def render_s_per_page() -> float:

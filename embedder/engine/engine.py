@@ -187,8 +187,7 @@ class Engine:
             self._has_capacity.wait_for(lambda: not self._pending)
             self._end_threads()
         if not self.failure:  # after a failure a thread may hang forever
-            self._workers.join()
-            self._device_thread.join()
+            self._workers.join(self._device_thread)
 
     def _admit(self, num_tokens: int, reservation: Reservation | None, wait: bool) -> float:
         """Count the item in, and return the time."""

@@ -151,12 +151,13 @@ class PreprocessWorkers:
             process.close()
         self._notify_all()
 
-    def join(self) -> None:
-        """Wait for the threads' end, but not for one that hangs: it ends with this process."""
+    def join(self, *others: threading.Thread) -> None:
+        """Wait for the threads' end, and that of `others`, but not for one that hangs: it ends with this process."""
         deadline = time.monotonic() + JOIN_S
-        for thread in self._threads:
+        threads = [*self._threads, *others]
+        for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if hanging := [thread.name for thread in self._threads if thread.is_alive()]:
+        if hanging := [thread.name for thread in threads if thread.is_alive()]:
             logger.error("closing without waiting for threads that have not ended: %s", ", ".join(hanging))
 
     def _start(self, name: str, target: Callable[..., None], *arguments: object) -> None:

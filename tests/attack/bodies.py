@@ -159,9 +159,9 @@ def string(draw: random.Random, port: int) -> None:
     path, body = draw.choice(
         (
             ("/embed", {"items": [{draw.choice(("image", "video")): value}] * number}),
-            ("/v1/embeddings", {"input": [value] * min(number, 5)}),  # some are texts, which are work as any other
+            ("/v1/embeddings", {"input": [value] * min(number, 5), "truncate": "none"}),  # some are texts
             ("/img/embed", {"input": [value] * number}),
-            ("/rerank", {"query": "a", "documents": [value] * min(number, 5)}),
+            ("/rerank", {"query": "a", "documents": [value] * min(number, 5), "truncate": False}),
         )
     )
     post(port, path, json.dumps(body).encode())

@@ -449,3 +449,18 @@ def test_close_finishes_what_was_admitted_and_refuses_the_rest(model: FakeModel)
     with pytest.raises(ShuttingDown):
         engine.submit(item("late"))
     opener.join()
+
+
+def test_close_does_not_wait_for_a_device_that_hangs(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a CPU no watchdog ends the process, and nobody may wait for the batch anymore."""
+    monkeypatch.setattr("embedder.engine.preprocess_workers.JOIN_S", 0.1)
+    engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, Settings())
+    model.gate.clear()
+    future = engine.submit(item("a"))
+    assert model.is_entered.wait(10)
+    future.cancel()
+    engine.close()
+    assert caplog.messages == ["closing without waiting for threads that have not ended: engine"]
+    model.gate.set()
