@@ -25,6 +25,14 @@ QUERIES = ("sunset", "volcano", "crescent moon", "snowman", "strawberry", "red h
 NUM_DRAWINGS = 150
 INSTRUCTION = "Retrieve images or text relevant to the user's query."
 
+LIBRARIES = {
+    "qdrant": "qdrant_client",
+    "lancedb": "lancedb",
+    "pgvector": "pgvector",
+    "milvus": "pymilvus",
+    "chroma": "chromadb",
+}
+
 Search = Callable[[str], list[tuple[str, float]]]
 
 
@@ -55,54 +63,59 @@ def expected(small_server: Server, drawings: Path) -> dict[str, list[tuple[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("store", ["qdrant", "lancedb"])
+@pytest.mark.parametrize("store", ["qdrant", "lancedb", "milvus", "chroma"])
 def test_pages_of_documents_are_found_in_a_store(
     store: str, indexed: search_conftest.Indexed, small_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = pytest.importorskip({"qdrant": "qdrant_client"}.get(store, store), reason="comes with the `stores` extra")
+    library = pytest.importorskip(LIBRARIES[store], reason="see `stores` in pyproject.toml")
     example = importlib.import_module(f"deploy.vector_stores.search_{store}")
     monkeypatch.setattr(example, "URL", small_server.url)
-    if store == "qdrant":
-        target = library.QdrantClient(":memory:")
-        example.index(target, indexed.output)
-    else:
-        target = example.index(library.connect(tmp_path), indexed.output)
-    found = example.search(target, indexed.subjects[0][1], limit=3)
+    with open_store(store, library, tmp_path) as client:
+        table = example.index(client, indexed.output)
+        found = example.search(client if table is None else table, indexed.subjects[0][1], limit=3)
     assert found[0][0] == "reports/report-01.pdf#page=2"
     assert len(found) == 3
-    if store == "qdrant":
-        target.close()
 
 
-SLOW = pytest.mark.slow
+@contextlib.contextmanager
+def open_store(store: str, library: Any, folder: Path) -> Iterator[Any]:
+    """The client that the example's `index` takes, with an empty store in the folder or in memory."""
+    match store:
+        case "qdrant":
+            client = library.QdrantClient(":memory:")
+            yield client
+            client.close()
+        case "lancedb":
+            yield library.connect(folder)
+        case "milvus":
+            client = library.MilvusClient(str(folder / "pictures.db"))
+            yield client
+            client.close()
+        case "chroma":
+            yield library.PersistentClient(str(folder), library.Settings(anonymized_telemetry=False))
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param("qdrant", marks=SLOW), "lancedb", pytest.param("pgvector", marks=SLOW)]
-)
+OTHERS = [pytest.param(store, marks=pytest.mark.slow) for store in ("qdrant", "pgvector", "milvus", "chroma")]
+
+
+@pytest.fixture(scope="module", params=["lancedb", *OTHERS])
 def search(
     request: pytest.FixtureRequest, small_server: Server, drawings: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Search]:
     """The example's `search`, over the drawings."""
     folder = tmp_path_factory.mktemp("store")
-    library = {"qdrant": "qdrant_client", "lancedb": "lancedb", "pgvector": "pgvector"}[request.param]
-    pytest.importorskip(library, reason="comes with the `stores` extra")
+    library = pytest.importorskip(LIBRARIES[request.param], reason="see `stores` in pyproject.toml")
     example = importlib.import_module(f"deploy.vector_stores.search_{request.param}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(example, "URL", small_server.url)
-        match request.param:
-            case "qdrant":
-                client = importlib.import_module("qdrant_client").QdrantClient(":memory:")
-                example.index(client, drawings)
-                yield lambda query: example.search(client, query)
-                client.close()
-            case "lancedb":
-                table = example.index(importlib.import_module("lancedb").connect(folder), drawings)
-                yield lambda query: example.search(table, query)
-            case "pgvector":
-                with postgres() as url, example.connect(url) as connection:
-                    example.index(connection, drawings)
-                    yield lambda query: example.search(connection, query)
+        if request.param == "pgvector":
+            with postgres() as url, example.connect(url) as connection:
+                example.index(connection, drawings)
+                yield lambda query: example.search(connection, query)
+        else:
+            with open_store(request.param, library, folder) as client:
+                table = example.index(client, drawings)
+                yield lambda query: example.search(client if table is None else table, query)
 
 
 @contextlib.contextmanager
