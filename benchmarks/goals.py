@@ -17,6 +17,7 @@ from benchmarks import contenders, peers, report
 NOT_MEASURED = "not measured yet"
 LIBRARY, GPU = "library-small-float32", "gpu"
 TEXTS, SHORT_TEXTS, PICTURES = "server-small-text-mixed", "server-small-text-16", "server-small-image-448"
+RANKINGS = "rerank-small"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,14 @@ def _on_gpu(shape: str, name: str, figure: str) -> Callable[[dict[str, Any]], fl
         return float(max(ours, key=lambda one: one["items_per_s"])[figure])
 
     return reached
+
+
+def _ranked(name: str, who: str, peer: str) -> Callable[[dict[str, Any]], float | None]:
+    def ratio(data: dict[str, Any]) -> float | None:
+        row = _workload(data["workloads"], name)
+        return float(row[who]["documents_per_s"] / row[peer]["documents_per_s"]) if peer in row else None
+
+    return ratio
 
 
 def _cell(data: dict[str, Any], callers: int) -> dict[str, Any]:
@@ -167,6 +176,18 @@ GOALS = (
         "service against vLLM, 448x448 JPEGs, 16 callers: requests/s",
         PICTURES,
         _served(16, "requests_per_s", OURS, VLLM),
+        1.5,
+    ),
+    Goal(
+        "reranker, a picture and 100 texts, library against sentence-transformers: documents/s",
+        RANKINGS,
+        _ranked("picture query, texts", "library", "CrossEncoder"),
+        3,
+    ),
+    Goal(
+        "the same, service against vLLM",
+        RANKINGS,
+        _ranked("picture query, texts", OURS, VLLM),
         1.5,
     ),
 )

@@ -1,8 +1,8 @@
 """The command `python -m tests.contracts [--environments FOLDER]`.
 
 Installs the clients of each requirements file into an environment of its own, starts the service with the bundled
-model, and prints a table of contracts and checks. Exit status 1 if a check fails. The JDK's check needs `java`, curl's
-`curl`.
+model and a random reranker, and prints a table of contracts and checks. Exit status 1 if a check fails. The JDK's check
+needs `java`, curl's `curl`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import random_checkpoint
 from tests.conftest import ROOT, start_server
 from tests.contracts.checks import LEFT_OUT
 
@@ -38,7 +39,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         environments = chosen.environments or Path(folder) / "clients"
         pythons = {one.stem: install(one, environments / one.stem) for one in REQUIREMENTS}
-        server = start_server(Path(folder), device="cpu", dtype="float32")
+        reranker = Path(folder) / "reranker"
+        random_checkpoint.main(["tiny", str(reranker), "--reranker", "--dtype", "float32"])
+        server = start_server(Path(folder), model="bundled", reranker=str(reranker), device="cpu", dtype="float32")
         try:
             rows = []
             for name, python in pythons.items():

@@ -347,8 +347,9 @@ def run(row: Check, url: str) -> Outcome:
 
 
 if __name__ == "__main__":
-    from tests.contracts import behaviors, checks  # this module by its name: it has the rows of both
+    from tests.contracts import behaviors, checks, ranking  # this module by its name: it has the rows of all
 
     rows = [row for row in checks.CHECKS if row.environment == sys.argv[2]]
     assert behaviors.SOURCES
+    assert ranking.DOCUMENTS
     print(json.dumps([asdict(run(row, sys.argv[1])) for row in rows]))

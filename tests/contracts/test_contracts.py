@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Server
+from tests.contracts import ranking
 from tests.contracts.behaviors import SOURCES
 from tests.contracts.checks import CHECKS, Check, run
 
@@ -18,6 +19,16 @@ CHEAP = {"", "openai", "langchain_openai", "cohere", "huggingface_hub"}
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_client_gets_the_vectors_of_the_native_route(row: Check, server: Server) -> None:
     assert run(row, server.url).error == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row", [row for row in CHECKS if row.environment == ranking.ENVIRONMENT], ids=lambda row: row.run.__name__
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_client_gets_the_ranking_of_the_native_route(row: Check, reranking_server: Server) -> None:
+    assert run(row, reranking_server.url).error == ""
 
 
 def test_outcome_of_a_check_that_fails_has_the_reason() -> None:
