@@ -61,7 +61,7 @@ except (ValueError, OSError) as error:
     raise SystemExit(f"the service does not start: {error}") from None
 
 DRAIN = Drain()
-ROUTES = Routes(SETTINGS, METRICS, version=embedder.__version__, needs_key=KEYS.are_needed)
+ROUTES = Routes(SETTINGS, METRICS, version=embedder.__version__, needs_key=KEYS.are_needed, owner_of=KEYS.owner)
 REQUIREMENTS = Path(__file__).with_name("deploy").joinpath("requirements.txt").read_text(encoding="utf-8")
 NUM_GPUS = count_gpus()
 
@@ -138,6 +138,7 @@ class Qwen3VLEmbedding:
         self.is_ready = True
         METRICS.serving(SETTINGS, self.models.info(), embedder.__version__)
         assert ROUTES.serving is not None
+        ROUTES.run_batches(lambda: DRAIN.is_draining)
         if self.models.embedder:
             collection = ROUTES.serving.collection.build(self.models.engine)
             self.building = asyncio.create_task(collection)  # the loop itself keeps no reference to a task

@@ -150,6 +150,16 @@ class Settings(BaseModel):
         description="Hosts that URLs may name: `a.com, *.b.com, http://c.com:8080`, or `*`; empty: URLs are refused.",
     )
     url_timeout_s: float = Field(10.0, gt=0, description="Seconds to fetch one URL, redirects included.")
+    # Batches
+    batch_folder: str = Field(
+        "", description="Folder, shared by all workers, of OpenAI's files and batches (`/v1/files`); empty: none."
+    )
+    max_batch_bytes: int = Field(
+        10 * 2**30, ge=1024, description="Bytes of all files in `EMBEDDER_BATCH_FOLDER`; more is refused with 413."
+    )
+    batch_days: float = Field(
+        30.0, gt=0, description="Days after which files and finished batches are removed from the folder."
+    )
     # Access
     api_key: SecretStr | None = Field(
         None, description="API key that callers need, or several separated by commas; unset: none is needed."
@@ -263,6 +273,7 @@ FIRST_OF_TOPIC = {  # settings are declared by topic
     "max_batch_tokens": "Batching and queue",
     "max_items_per_request": "Requests",
     "max_image_bytes": "Images and videos",
+    "batch_folder": "Batches",
     "api_key": "Access",
     "access_log": "Log and playground",
 }

@@ -304,8 +304,9 @@ def reranking_server(
 
 @pytest.fixture(scope="session")
 def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The service with the model of the package, and its drawings."""
-    server = start_server(tmp_path_factory.mktemp("server"))
+    """The service with the model of the package, its drawings, and OpenAI's batches."""
+    folder = tmp_path_factory.mktemp("server")
+    server = start_server(folder, batch_folder=str(folder / "batches"))
     yield server
     assert server.stop() == 0
 

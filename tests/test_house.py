@@ -173,7 +173,7 @@ def test_environment_is_read_by_settings_and_for_other_packages_variables_only()
 
 
 def test_wall_clock_is_not_read() -> None:
-    """It can jump, so deadlines use the monotonic clock."""
+    """It can jump, so deadlines use the monotonic clock. Times of OpenAI's batches have to outlast a restart."""
     readers = {
         str(path.relative_to(PACKAGE))
         for path in FILES
@@ -181,7 +181,7 @@ def test_wall_clock_is_not_read() -> None:
         if isinstance(node, ast.Attribute)
         and ast.unparse(node) in ("time.time", "datetime.now", "datetime.datetime.now", "datetime.utcnow")
     }
-    assert not readers
+    assert readers == {"http/batches/store.py"}
 
 
 def test_ledger_of_tricks_names_code_and_tests_that_exist() -> None:

@@ -57,13 +57,14 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "reranker_revision": "r",
         "demo_folder": "f",
         "workers": "auto",
+        "batch_folder": "f",
         "url_hosts": "a.com, *.b.com",
         "api_key": "k",
         "api_key_file": "f",
         "log_format": "json",
     }
     given |= {"access_log": "true", "execution": "eager", "preprocessing": "reference", "raw_orientation": "true"}
-    given |= {"default_instruction": "Find.", "request_timeout_s": "1.5"}
+    given |= {"default_instruction": "Find.", "request_timeout_s": "1.5", "batch_days": "1.5"}
     for name in FIELDS:
         monkeypatch.setenv(f"{PREFIX}{name.upper()}", given.setdefault(name, "4096"))
     settings = Settings.from_environment().model_dump()

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 
@@ -22,10 +22,16 @@ from embedder.settings import Settings
 logger = logging.getLogger(__name__)
 
 Headers = Iterable[tuple[bytes, bytes]]
+OwnerOf = Callable[[Headers], str]
 
 MAX_FILE_BYTES = 2**20
 _KEY = re.compile(rb"[!-~]+")  # ASCII without spaces: what every client and proxy can send in a header
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def everyone(_: Headers) -> str:
+    """The owner of all requests where no key is needed."""
+    return "everyone"
 
 
 class Access(Enum):
@@ -66,12 +72,21 @@ class ApiKeys:
         """Whether no key is needed, or the headers hold one as `Authorization: Bearer` or `x-api-key`."""
         if self._path:
             self._read_again(self._path)
-        known = (*self._from_setting, *self._from_file)
         presented = [key.strip() for key in _presented(headers) if key.strip()]
-        matches = [hmac.compare_digest(_digest(key), other) for key in presented for other in known]
-        if any(matches) or not known:
+        if self._known_digest(presented) is not None or not self.are_needed:
             return Access.GRANTED
         return Access.WRONG_KEY if presented else Access.NO_KEY
+
+    def owner(self, headers: Headers) -> str:
+        """A name for the caller with the key in these headers, the same for each request; `everyone` without keys."""
+        digest = self._known_digest([key.strip() for key in _presented(headers)])
+        return hashlib.sha256(b"owner" + digest).hexdigest()[:32] if digest else everyone(headers)
+
+    def _known_digest(self, presented: Iterable[bytes]) -> bytes | None:
+        """The digest of the last presented key that is known. Compares all of them, in constant time each."""
+        known = (*self._from_setting, *self._from_file)
+        matches = [other for key in presented for other in known if hmac.compare_digest(_digest(key), other)]
+        return matches[-1] if matches else None
 
     def _read_again(self, path: Path) -> None:
         """Read the file if it has changed. If it cannot be read, or is empty, the keys read before stay valid."""

@@ -37,7 +37,9 @@ KEYS = {  # the ways to send an API key, if the service needs one
     "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
 
+JSON = "application/json"
 _FILE = {"type": "string", "format": "binary"}
+_OBJECT = {"type": "object"}
 
 ROW_EXAMPLES: dict[str, dict[str, Any]] = {  # bodies of BentoML's APIs, each answered with 200
     "/embed_texts": {"texts": {"texts": ["red", {"text": "green", "dimensions": 64}]}},
@@ -82,6 +84,7 @@ def openapi_document(
                 "/embed_images", "image", "Embed images, for BentoML's clients (adaptive batching)", settings
             ),
             **({RANKING_PATH: _post_queries(settings)} if settings.reranker else {}),
+            **(_batch_paths() if settings.batch_folder else {}),
             "/health": _probe("/health", "200 once the service has embedded a text and an image"),
             "/info": _get("/info", "Model, sizes, limits and device", {"type": "object"}),
         },
@@ -300,7 +303,7 @@ def _operation(
             "summary": summary,
             "requestBody": {
                 "required": True,
-                "content": {"application/json": {"schema": body, "examples": values}},
+                "content": {JSON: {"schema": body, "examples": values}},
             },
             "responses": {"200": response, **errors},
         }
@@ -320,6 +323,32 @@ def _get(path: str, summary: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"get": {"operationId": _operation_id(path), "summary": summary, "responses": responses}}
 
 
+def _batch_paths() -> dict[str, Any]:
+    """OpenAI's files and batches; their objects are described in docs/api/batches.md."""
+    form = {"type": "object", "properties": {"purpose": {"const": "batch"}, "file": _FILE}}
+    names = ("input_file_id", "endpoint", "completion_window")
+    batch = {"type": "object", "properties": {name: {"type": "string"} for name in names}, "required": names[:2]}
+    files, batches = "/v1/files", "/v1/batches"
+    delete = _get(f"{files}/{{id}}", "Delete a file", _OBJECT)["get"]
+    paths = {
+        files: _get(files, "List files", _OBJECT) | _post_object(files, "Upload a file", FORM, form),
+        f"{files}/{{id}}": _get(f"{files}/{{id}}", "Describe a file", _OBJECT)
+        | {"delete": {**delete, "operationId": "delete_file"}},
+        f"{files}/{{id}}/content": _get(f"{files}/{{id}}/content", "Download a file", {"type": "string"}),
+        batches: _get(batches, "List batches", _OBJECT) | _post_object(batches, "Start a batch", JSON, batch),
+        f"{batches}/{{id}}": _get(f"{batches}/{{id}}", "Describe a batch", _OBJECT),
+        f"{batches}/{{id}}/cancel": _post_object(f"{batches}/{{id}}/cancel", "Stop a batch", JSON, None),
+    }
+    identifier = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    return {path: {**one, **({"parameters": [identifier]} if "{id}" in path else {})} for path, one in paths.items()}
+
+
+def _post_object(path: str, summary: str, content_type: str, schema: dict[str, Any] | None) -> dict[str, Any]:
+    body = {"requestBody": {"required": True, "content": {content_type: {"schema": schema}}}} if schema else {}
+    operation = _get(path, summary, _OBJECT)["get"]
+    return {"post": {**operation, "operationId": f"post_{operation['operationId']}", **body}}
+
+
 def _operation_id(path: str) -> str:
     """`/v1/embeddings` -> v1_embeddings: what a generated client calls it."""
     return re.sub(r"\W+", "_", path).strip("_")
@@ -330,7 +359,7 @@ def _error(path: str, text: str) -> dict[str, Any]:
 
 
 def _response(description: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": schema}}}
+    return {"description": description, "content": {JSON: {"schema": schema}}}
 
 
 def _ref(name: str) -> dict[str, Any]:

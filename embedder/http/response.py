@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
+from starlette.responses import Response
 
 from embedder.engine.postprocess import Embedding, to_base64
 from embedder.errors import EmbedderError, ErrorType
@@ -71,3 +72,16 @@ def error_body(error: EmbedderError) -> bytes:
 def to_json(fields: Any) -> bytes:
     """JSON bytes; numpy arrays become lists."""
     return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def json_response(body: bytes, headers: Mapping[str, str] | None = None) -> Response:
+    """A response with status 200."""
+    return Response(body, headers=headers, media_type="application/json")
+
+
+def with_headers(response: bytes | Response, headers: Mapping[str, str]) -> Response:
+    """A dialect's response, a JSON body or a whole response, with these headers."""
+    if isinstance(response, bytes):
+        return json_response(response, headers)
+    response.headers.update(headers)
+    return response

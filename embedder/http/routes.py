@@ -19,7 +19,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from embedder.engine.aio import embed_all, embed_each, score_each
 from embedder.engine.postprocess import Embedding
-from embedder.errors import EmbedderError, NotFound, NotReady
+from embedder.errors import EmbedderError, InvalidRequest, NotFound, NotReady
+from embedder.http.api_keys import OwnerOf, everyone
+from embedder.http.batches.batches import Batches
+from embedder.http.batches.routes import FILES_PATH
 from embedder.http.dialects import (
     cohere,
     dashscope,
@@ -45,7 +48,7 @@ from embedder.http.disconnect import unless_disconnected
 from embedder.http.document_pages import DocumentPages
 from embedder.http.openapi import ROW_EXAMPLES, openapi_document
 from embedder.http.request_body import read_json
-from embedder.http.response import to_json
+from embedder.http.response import json_response, to_json, with_headers
 from embedder.http.timing import timing_headers, traced_items
 from embedder.http.uploads import is_upload, upload_fields
 from embedder.playground.collection import HEADERS, PAGE, Collection, page_file
@@ -78,7 +81,7 @@ DIALECTS: tuple[Dialect[Any], ...] = (
 )
 EMBEDDING_PATHS = tuple(by_path(DIALECTS))
 RERANKING_PATHS = tuple(by_path(rerank.RERANKING))
-UPLOAD_PATHS = frozenset(one.path for one in DIALECTS if one.upload)  # take files, too
+UPLOAD_PATHS = frozenset({FILES_PATH, *(one.path for one in DIALECTS if one.upload)})  # take files, too
 EXAMPLES: dict[str, dict[str, Any]] = {  # bodies by path and name
     **{
         path: {name: body for one in dialects for name, body in one.examples.items()}
@@ -120,7 +123,9 @@ register_url_convertor("model", ModelName())
 class Routes:
     """ASGI app: this service's routes, and `default` for every other path. Routes raise; they render no errors."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, *, version: str, needs_key: bool) -> None:
+    def __init__(
+        self, settings: Settings, metrics: Metrics, *, version: str, needs_key: bool, owner_of: OwnerOf = everyone
+    ) -> None:
         self.settings = settings
         self.metrics = metrics
         self.serving: Serving | None = None
@@ -130,6 +135,7 @@ class Routes:
         served = (*optional, *DIALECTS, *(rerank.RERANKING if settings.reranker else ()))
         self._document = to_json(openapi_document(served, settings, version, needs_key=needs_key))
         self._dialects = by_path((document.EMBED, *DIALECTS))
+        self._reranking = by_path(rerank.RERANKING)
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # one: counting may not take the cores from embedding
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/v1/models": self._models,
@@ -154,14 +160,15 @@ class Routes:
         }
         post: dict[str, Callable[[Request], Awaitable[Response]]] = {
             **{path: partial(self._embed, dialects) for path, dialects in self._dialects.items()},
-            **{path: partial(self._rerank, dialects) for path, dialects in by_path(rerank.RERANKING).items()},
+            **{path: partial(self._rerank, dialects) for path, dialects in self._reranking.items()},
             **{route.path: partial(self._tokens, route) for route in tokens.ROUTES},
         }
         get_routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
         post_routes = [Route(_any_model(path), endpoint, methods=["POST"]) for path, endpoint in post.items()]
+        self._batches = Batches(settings, owner_of)
         # last, because its path takes any rest
         metadata = Route("/v2/models/{model:model}", self._page(kserve.model_metadata), methods=["GET"])
-        self._router = Router([*get_routes, *post_routes, metadata])
+        self._router = Router([*get_routes, *post_routes, *self._batches.routes, metadata])
 
     def over(self, default: ASGIApp) -> ASGIApp:
         """These routes, with `default` for the paths that they do not have."""
@@ -169,8 +176,25 @@ class Routes:
         return self
 
     def close(self) -> None:
-        """End the processes of the routes."""
+        """End the processes of the routes, and the batch that runs."""
         self._document_pages.close()
+        self._batches.close()
+
+    def run_batches(self, is_stopping: Callable[[], bool]) -> None:
+        """Run OpenAI's batches, if the service has them, until the worker stops."""
+        self._batches.start(self._respond_to_line, lambda: self._serving.engine.pending_tokens, is_stopping)
+
+    async def _respond_to_line(self, path: str, fields: Mapping[str, Any]) -> bytes:
+        """The body of a route's response to a line of a batch."""
+        if path in self._reranking:
+            response = await self._scores(self._reranking[path], fields)
+        else:
+            model, dialect = self._served("embedder"), choose_dialect(self._dialects[path], fields)
+            parsed = dialect.parse(fields, self.settings)
+            response = dialect.respond(parsed, await self._outcomes(dialect, parsed), model)
+        if isinstance(response, bytes):
+            return response
+        raise InvalidRequest("encoding_format: responses in a batch are JSON; allowed: float, base64")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -217,7 +241,7 @@ class Routes:
             error.render = dialect.errors.render if dialect.errors else None
             raise
         headers = {**timing_headers(started_s, traces), **(self._cache_headers(outcomes) or {})}
-        return _with_headers(response, headers)
+        return with_headers(response, headers)
 
     async def _outcomes(self, dialect: Dialect[Any], parsed: Any) -> Outcomes:
         if isinstance(parsed, document.DocumentPagesRequest):
@@ -239,13 +263,15 @@ class Routes:
 
     async def _rerank(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
         started_s = time.monotonic()
-        model = self._served("reranker")
         fields = read_json((await request.receive())["body"])
-        dialect = choose_dialect(dialects, fields)
-        parsed = dialect.parse(fields, self.settings)
         with traced_items() as traces:
-            outcomes = await unless_disconnected(self._score_each(parsed), request.receive)
-        return _with_headers(dialect.respond(parsed, outcomes, model), timing_headers(started_s, traces))
+            response = await unless_disconnected(self._scores(dialects, fields), request.receive)
+        return with_headers(response, timing_headers(started_s, traces))
+
+    async def _scores(self, dialects: Sequence[Dialect[Any]], fields: Mapping[str, Any]) -> bytes | Response:
+        model, dialect = self._served("reranker"), choose_dialect(dialects, fields)
+        parsed = dialect.parse(fields, self.settings)
+        return dialect.respond(parsed, await self._score_each(parsed), model)
 
     async def _score_each(self, parsed: ScoringRequest) -> Outcomes:
         timeout_s = self.settings.request_timeout_s
@@ -358,19 +384,6 @@ def path_hint(path: str) -> str:
 async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
     """ASGI app without any routes."""
     raise NotFound("there is no such path")
-
-
-def json_response(body: bytes, headers: Mapping[str, str] | None = None) -> Response:
-    """A response with status 200."""
-    return Response(body, headers=headers, media_type="application/json")
-
-
-def _with_headers(response: bytes | Response, headers: Mapping[str, str]) -> Response:
-    """A dialect's response, a JSON body or a whole response, with these headers."""
-    if isinstance(response, bytes):
-        return json_response(response, headers)
-    response.headers.update(headers)
-    return response
 
 
 def _count_for_log(outcomes: Outcomes) -> None:

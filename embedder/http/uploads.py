@@ -43,28 +43,44 @@ async def upload_fields(
 
     Raises `InvalidRequest` and `RequestTooLarge`.
     """
-    fields, options = _Fields(), _Fields()
+    options = _Fields()
     for option, text in parse_qsl(query):
         options.add(option, text)
-    media_type, parameters = parse_options_header(content_type)
+    media_type, _ = parse_options_header(content_type)
     if media_type.decode("latin-1") != FORM:
-        fields.add(name, body)
-        return {**options.values, **fields.values}
+        return {**options.values, name: [body]}
+    fields = await _form(content_type, body, max_items)
+    return {**options.values, **fields.values}
+
+
+async def form_with_file(content_type: str, body: bytes) -> tuple[dict[str, list[bytes | str]], str]:
+    """The values of each field of a form, in order, and the name of its last file.
+
+    Raises `InvalidRequest` and `RequestTooLarge`.
+    """
+    fields = await _form(content_type, body, max_items=1)
+    return fields.values, fields.file_name
+
+
+async def _form(content_type: str, body: bytes, max_items: int) -> _Fields:
+    _, parameters = parse_options_header(content_type)
     boundary = parameters.get(b"boundary", b"")
     if not boundary:
         raise InvalidRequest(f"content type: got {content_type[:60]!r}; allowed: {FORM} with a boundary")
+    fields = _Fields()
     if len(body) <= INLINE_BYTES:
         _read_form(body, boundary, max_items, fields)
     else:
         await asyncio.to_thread(_read_form, body, boundary, max_items, fields)
-    return {**options.values, **fields.values}
+    return fields
 
 
 @dataclass
 class _Fields:
-    """Values by the name of their field."""
+    """Values by the name of their field. `file_name`: of the last file that has one."""
 
     values: dict[str, list[bytes | str]] = field(default_factory=dict)
+    file_name: str = ""
 
     def add(self, name: str, value: bytes | str) -> None:
         """Add a value. `name[]`, as some libraries call a list, counts as `name`; an empty text as not given."""
@@ -133,6 +149,7 @@ class _PartReader:
             raise InvalidRequest(f"{name[:60]}: content-transfer-encoding: got {coding[:60]!r}; allowed: binary")
         content_type = self._headers.get(b"content-type", b"").decode("latin-1")
         is_file = b"filename" in disposition.lower() or is_upload(content_type)
+        self._fields.file_name = parameters.get(b"filename", b"").decode("utf-8", "replace") or self._fields.file_name
         data = b"".join(self._pieces)
         self._fields.add(name, data if is_file else _text(name[:60], data))
 

@@ -33,8 +33,8 @@ from embedder.http.dialects.dialect import ServedModel
 from embedder.http.drain import Drain
 from embedder.http.guard import RequestGuard
 from embedder.http.request_body import RequestBody, validate_body
-from embedder.http.response import to_json
-from embedder.http.routes import OPEN_PATHS, Routes, Serving, json_response, not_found
+from embedder.http.response import json_response, to_json
+from embedder.http.routes import OPEN_PATHS, Routes, Serving, not_found
 from embedder.inputs.data_uri import decode_base64
 from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.playground.collection import HEADERS

@@ -59,6 +59,17 @@ def test_keys_are_described_where_they_are_needed() -> None:
     assert DOCUMENT["security"] == [{}]
 
 
+def test_batches_are_described_where_the_operator_allows_them() -> None:
+    import openapi_spec_validator
+
+    document = openapi_document(DIALECTS, Settings(batch_folder="/batches"), "1")
+    openapi_spec_validator.validate(document)
+    assert set(document["paths"]) - set(DOCUMENT["paths"]) == {
+        *("/v1/files", "/v1/files/{id}", "/v1/files/{id}/content"),
+        *("/v1/batches", "/v1/batches/{id}", "/v1/batches/{id}/cancel"),
+    }
+
+
 @pytest.mark.parametrize("path", ROUTES)
 def test_input_list_is_limited_by_the_setting(path: str) -> None:
     options = resolve(body_schema(path)["properties"]["input"])["anyOf"]

@@ -1,0 +1,44 @@
+"""Files and batches of one worker, if the operator has chosen a folder for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from starlette.routing import Route
+
+from embedder.http.api_keys import OwnerOf
+from embedder.http.batches.routes import BatchRoutes
+from embedder.http.batches.runner import BatchRunner, Respond
+from embedder.http.batches.store import BatchStore
+from embedder.settings import Settings
+
+SECONDS_PER_DAY = 86_400
+
+
+class Batches:
+    """The routes, and the task that runs batches. Without `EMBEDDER_BATCH_FOLDER` it has neither."""
+
+    def __init__(self, settings: Settings, owner_of: OwnerOf) -> None:
+        self._settings = settings
+        self._task: asyncio.Task[None] | None = None
+        self.routes: list[Route] = []
+        if settings.batch_folder:
+            retention_s = settings.batch_days * SECONDS_PER_DAY
+            self._store = BatchStore(Path(settings.batch_folder), settings.max_batch_bytes, retention_s)
+            endpoints = ["/v1/embeddings", *(["/v1/rerank"] if settings.reranker else [])]
+            self.routes = BatchRoutes(self._store, endpoints, owner_of).routes()
+
+    def start(self, respond: Respond, num_pending: Callable[[], int], is_stopping: Callable[[], bool]) -> None:
+        """Run batches in this event loop until the worker stops."""
+        if self.routes:
+            runner = BatchRunner(
+                self._store, self._settings, respond=respond, num_pending=num_pending, is_stopping=is_stopping
+            )
+            self._task = asyncio.create_task(runner.run())
+
+    def close(self) -> None:
+        """Stop; the lines that are not written yet run again later."""
+        if self._task:  # this may be another thread
+            self._task.get_loop().call_soon_threadsafe(self._task.cancel)

@@ -1,0 +1,266 @@
+"""Runs batches whenever no request waits, and resumes them after a restart or the end of a worker.
+
+The lines of a file are answered in order, a few at once, and written together. A journal has the part and the size of
+each line that is written; what a worker has written beyond it before it ended is cut off. Batches take turns, so that a
+long one does not delay the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from embedder.errors import (
+    DeadlineExceeded,
+    DeviceFailed,
+    EmbedderError,
+    NotReady,
+    Overloaded,
+    RequestTooLarge,
+    ShuttingDown,
+)
+from embedder.http.batches.lines import Line, check_lines, raw_lines, read_line, response_line
+from embedder.http.batches.store import FINAL, BatchStore, now
+from embedder.http.error_forms import error_form
+from embedder.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 1.0  # between two looks for new batches
+LINES_AT_ONCE = 16
+LINES_PER_TURN = 50 * LINES_AT_ONCE  # of one batch, then the others have their turn
+MAX_WAIT_S = 5.0  # for requests; then some lines run all the same, so that a busy service also finishes its batches
+MAX_STARTS = 3  # without a line that is done: the lines there end the workers
+MAX_TIMEOUTS = 3  # of a line
+CLEAN_EVERY_S = 600.0
+
+COUNTS = {"output": "completed", "errors": "failed"}  # part -> its name in OpenAI's counts
+
+Respond = Callable[[str, Mapping[str, Any]], Awaitable[bytes]]
+
+
+class BatchRunner:
+    """Runs the batches of a store in one worker.
+
+    `respond` gives the body of a route's response to a body, or raises. `num_pending` is the number of tokens that wait
+    or run in the engine. `is_stopping`: whether the worker drains.
+    """
+
+    def __init__(
+        self,
+        store: BatchStore,
+        settings: Settings,
+        *,
+        respond: Respond,
+        num_pending: Callable[[], int],
+        is_stopping: Callable[[], bool],
+    ) -> None:
+        self.store = store
+        self.settings = settings
+        self.respond = respond
+        self.num_pending = num_pending
+        self.is_stopping = is_stopping
+
+    async def run(self) -> None:
+        """Run until the worker stops."""
+        cleaned_s = float("-inf")
+        while not self.is_stopping():
+            if time.monotonic() - cleaned_s > CLEAN_EVERY_S:
+                await asyncio.to_thread(self.store.remove_old)
+                cleaned_s = time.monotonic()
+            turns = [await self._turn(*one) for one in await asyncio.to_thread(self.store.unfinished)]
+            if not any(turns):
+                await asyncio.sleep(POLL_S)
+
+    async def _turn(self, owner: str, identifier: str) -> bool:
+        """Run some lines of a batch. False if another worker runs it, or this one stops."""
+        with self.store.lock(owner, identifier) as is_free:
+            if not is_free or self.is_stopping():
+                return False
+            try:
+                run = await asyncio.to_thread(_BatchRun.open, self.store, self.settings, owner, identifier)
+                if run is None:
+                    return True
+                try:
+                    await self._run_lines(run)
+                except (NotReady, ShuttingDown, DeviceFailed, asyncio.CancelledError):
+                    run.end_turn()
+                    raise
+                await asyncio.to_thread(run.end_turn)
+            except (NotReady, ShuttingDown, DeviceFailed):
+                return False
+            except (OSError, ValueError) as error:  # the disk, or a file that somebody has changed
+                logger.error("batch %s stops: %s", identifier, error)
+                return False
+            return True
+
+    async def _run_lines(self, run: _BatchRun) -> None:
+        for _ in range(LINES_PER_TURN // LINES_AT_ONCE):
+            if self.is_stopping():
+                return
+            lines = await asyncio.to_thread(run.next_lines)
+            if not lines:
+                return
+            await self._wait_for_requests()
+            answers = await asyncio.gather(*(self._answer(run.endpoint, line) for line in lines))
+            await asyncio.to_thread(run.write, answers)
+
+    async def _wait_for_requests(self) -> None:
+        deadline_s = time.monotonic() + MAX_WAIT_S
+        while self.num_pending() and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.02)
+
+    async def _answer(self, endpoint: str, line: Line) -> tuple[int, bytes]:
+        """Status, and the line for the output or error file."""
+        num_timeouts = 0
+        identifier = os.urandom(12).hex()
+        while True:
+            try:
+                body = await self.respond(endpoint, line.body)
+            except Overloaded as error:
+                await asyncio.sleep(min(error.retry_after_s, MAX_WAIT_S))
+            except (NotReady, ShuttingDown, DeviceFailed):
+                raise
+            except EmbedderError as error:
+                num_timeouts += isinstance(error, DeadlineExceeded)
+                if not isinstance(error, DeadlineExceeded) or num_timeouts == MAX_TIMEOUTS:
+                    return error.status, response_line(
+                        line, identifier, error.status, error_form(endpoint).render(error)
+                    )
+            else:
+                return 200, response_line(line, identifier, 200, body)
+
+
+@dataclass
+class _BatchRun:
+    """One batch while this worker holds its lock. `num_done`: lines written."""
+
+    store: BatchStore
+    settings: Settings
+    owner: str
+    batch: dict[str, Any]
+    num_done: int
+
+    @classmethod
+    def open(cls, store: BatchStore, settings: Settings, owner: str, identifier: str) -> _BatchRun | None:
+        """The batch, ready to go on; None if it is finished, now or already."""
+        batch = store.read_batch(owner, identifier)
+        if batch["status"] in FINAL:
+            return None
+        run = cls(store, settings, owner, batch, 0)
+        if batch["status"] == "finalizing":
+            store.finish(owner, batch, batch["_final"])
+            return None
+        if batch["status"] == "validating" and not run._validate():
+            return None
+        run._read_journal()
+        return run if run._may_start() else None
+
+    @property
+    def endpoint(self) -> str:
+        return str(self.batch["endpoint"])
+
+    def next_lines(self) -> list[Line]:
+        """The next lines; none if the batch is finished, which is stored then."""
+        batch = self.batch
+        is_cancelled = self._path("cancel").exists()
+        if is_cancelled or now() > batch["expires_at"]:
+            self.store.finish(self.owner, batch, "cancelled" if is_cancelled else "expired")
+            return []
+        lines = raw_lines(self._input())
+        chosen = [
+            read_line(line, self.endpoint, self.settings)
+            for line in islice(lines, self.num_done, self.num_done + LINES_AT_ONCE)
+        ]
+        if not chosen:
+            self.store.finish(self.owner, batch, "completed")
+        return chosen
+
+    def write(self, answers: Sequence[tuple[int, bytes]]) -> None:
+        """Append the lines to their files, then to the journal, and store the counts."""
+        try:
+            self.store.check_space(sum(len(line) for _, line in answers))
+        except RequestTooLarge as error:
+            self._fail([_fault(error.code, error.message)])
+            return
+        parts = [(_part(status), line) for status, line in answers]
+        for part in COUNTS:
+            if lines := [line for name, line in parts if name == part]:
+                with self._path(part).open("ab") as file:
+                    file.writelines(lines)
+                    file.flush()
+                    os.fsync(file.fileno())
+        with self._path("journal").open("a", encoding="ascii") as journal:
+            journal.writelines(f"{part} {len(line)}\n" for part, line in parts)
+        self._count(part for part, _ in parts)
+        self.store.save_batch(self.owner, self.batch)
+
+    def _read_journal(self) -> None:
+        """Count what is done, and cut off what the files have beyond it."""
+        path = self._path("journal")
+        path.touch()
+        complete, _, _ = path.read_text(encoding="ascii").rpartition("\n")
+        entries = [(part, int(size)) for part, size in (line.split() for line in complete.splitlines())]
+        path.write_text("".join(f"{part} {size}\n" for part, size in entries), encoding="ascii")
+        self.batch["request_counts"] |= dict.fromkeys(COUNTS.values(), 0)
+        self._count(part for part, _ in entries)
+        for part in COUNTS:
+            with self._path(part).open("ab") as file:
+                file.truncate(sum(size for name, size in entries if name == part))
+
+    def _count(self, parts: Iterable[str]) -> None:
+        for part in parts:
+            self.batch["request_counts"][COUNTS[part]] += 1
+            self.num_done += 1
+
+    def end_turn(self) -> None:
+        """An orderly end: the next start is not one after a worker's death."""
+        if self.batch["status"] not in FINAL:
+            self.batch["_starts"] = 0
+            self.store.save_batch(self.owner, self.batch)
+
+    def _validate(self) -> bool:
+        count, faults = check_lines(self._input(), self.endpoint, self.settings)
+        self.batch["request_counts"]["total"] = count
+        if faults:
+            self._fail(faults)
+            return False
+        self.batch |= {"status": "in_progress", "in_progress_at": now()}
+        return True
+
+    def _may_start(self) -> bool:
+        """Count the starts without progress, and fail the batch after some."""
+        batch = self.batch
+        is_same = batch.get("_done_at_start") == self.num_done
+        batch |= {"_starts": batch.get("_starts", 0) + 1 if is_same else 1, "_done_at_start": self.num_done}
+        if batch["_starts"] > MAX_STARTS:
+            first, last = self.num_done + 1, self.num_done + LINES_AT_ONCE
+            self._fail([_fault("worker_ended", f"the worker ended {MAX_STARTS} times at lines {first} to {last}")])
+            return False
+        self.store.save_batch(self.owner, batch)
+        return True
+
+    def _fail(self, faults: list[dict[str, Any]]) -> None:
+        self.batch["errors"] = {"object": "list", "data": faults}
+        self.store.finish(self.owner, self.batch, "failed")
+
+    def _input(self) -> Path:
+        return self.store.content(self.owner, self.batch["input_file_id"])
+
+    def _path(self, part: str) -> Path:
+        return self.store.path(self.owner, self.batch["id"], part)
+
+
+def _fault(code: str, message: str) -> dict[str, Any]:
+    return {"code": code, "message": message, "param": None, "line": None}
+
+
+def _part(status: int) -> str:
+    return "output" if status == 200 else "errors"

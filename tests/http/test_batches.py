@@ -1,0 +1,419 @@
+"""OpenAI's files and batches: each line is answered once and in order, whatever ends a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+
+from embedder import Embedder
+from embedder.errors import (
+    DeadlineExceeded,
+    DeviceFailed,
+    InvalidMedia,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    RequestTooLarge,
+    ShuttingDown,
+)
+from embedder.http.api_keys import ApiKeys
+from embedder.http.batches import runner as runner_module
+from embedder.http.batches.runner import LINES_AT_ONCE, MAX_STARTS, BatchRunner, Respond
+from embedder.http.batches.store import BatchStore
+from embedder.settings import Settings
+from tests.conftest import Server, start_server
+
+OWNER, ENDPOINT = "0" * 32, "/v1/embeddings"
+SETTINGS = Settings()
+
+
+def line(name: str, body: Any = None, **fields: Any) -> bytes:
+    whole = {"custom_id": name, "method": "POST", "url": ENDPOINT, "body": {"input": name} if body is None else body}
+    whole |= fields
+    return json.dumps(whole).encode() + b"\n"
+
+
+LINES = b"".join(line(f"line {index}") for index in range(3 * LINES_AT_ONCE + 5))
+
+
+async def echo(_: str, fields: Mapping[str, Any]) -> bytes:
+    """The body again; an input that names an error fails so."""
+    text = fields["input"]
+    if text == "broken":
+        raise InvalidMedia("image 0: not a picture")
+    return json.dumps({"echo": text}).encode()
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BatchStore:
+    monkeypatch.setattr(runner_module, "POLL_S", 0.01)
+    return BatchStore(tmp_path / "batches", 10**7, retention_s=1000)
+
+
+def add(store: BatchStore, content: bytes = LINES, owner: str = OWNER, window_s: int = 1000) -> str:
+    file = store.add_file(owner, content, "in.jsonl")
+    return str(store.add_batch(owner, file["id"], ENDPOINT, "24h", window_s, {})["id"])
+
+
+def run(store: BatchStore, respond: Respond = echo, pending: Callable[[], int] = lambda: 0, max_s: float = 30) -> None:
+    """Run until all batches are finished, or until the task is cancelled by an error of `respond`."""
+
+    def is_done() -> bool:
+        return not store.unfinished()
+
+    runner = BatchRunner(store, SETTINGS, respond=respond, num_pending=pending, is_stopping=is_done)
+    asyncio.run(asyncio.wait_for(runner.run(), max_s))
+
+
+def results(store: BatchStore, identifier: str, key: str = "output_file_id", owner: str = OWNER) -> list[Any]:
+    file = store.batch(owner, identifier)[key]
+    return [json.loads(one) for one in store.content(owner, file).read_bytes().splitlines()] if file else []
+
+
+def test_each_line_is_answered_in_order_and_errors_have_a_file_of_their_own(store: BatchStore) -> None:
+    content = (
+        line("a") + b"\n" + line("b", {"input": "broken"}) + line("c").rstrip()
+    )  # an empty line, and no last break
+    identifier = add(store, content)
+    run(store)
+    batch = store.batch(OWNER, identifier)
+    assert batch["status"] == "completed"
+    assert batch["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
+    output, errors = results(store, identifier), results(store, identifier, "error_file_id")
+    assert [(one["custom_id"], one["response"]["body"]) for one in output] == [
+        ("a", {"echo": "a"}),
+        ("c", {"echo": "c"}),
+    ]
+    assert [one["response"]["status_code"] for one in output] == [200, 200]
+    (error,) = errors
+    assert (error["custom_id"], error["response"]["status_code"]) == ("b", 400)
+    assert error["response"]["body"]["error"]["message"] == "image 0: not a picture"
+    assert store.file(OWNER, batch["output_file_id"])["purpose"] == "batch_output"
+
+
+class Killed(BaseException):
+    """The end of a worker."""
+
+
+@pytest.mark.parametrize("moment", ["answer", "data", "journal", "record", "finish"])
+def test_batch_goes_on_where_a_worker_was_killed(
+    moment: str, store: BatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`moment`: what the worker was doing, half done."""
+    content = b"".join(line(str(index), {"input": "broken" if index % 3 else "fine"}) for index in range(50))
+    identifier = add(store, content)
+    answered = 0
+
+    async def until_killed(path: str, fields: Mapping[str, Any]) -> bytes:
+        nonlocal answered
+        answered += 1
+        if answered == 30 and moment in ("answer", "journal"):
+            raise Killed
+        return await echo(path, fields)
+
+    with monkeypatch.context() as patch:
+        if moment == "data":  # after the output of the second sixteen lines, before their errors
+            killer = kill_at(3)
+            patch.setattr(os, "fsync", lambda _: next(killer))
+        elif moment == "record":
+            killer = kill_at(3)
+            patch.setattr(store, "save_batch", lambda *_: next(killer))
+        elif moment == "finish":
+            killer = kill_at(1)
+            patch.setattr(store, "_describe_file", lambda *_: next(killer))
+        with pytest.raises(Killed):
+            run(store, until_killed)
+    if moment == "journal":
+        path = store.path(OWNER, identifier, "journal")
+        path.write_bytes(path.read_bytes()[:-3])
+    run(store)
+    assert store.batch(OWNER, identifier)["request_counts"] == {"total": 50, "completed": 17, "failed": 33}
+    output, errors = results(store, identifier), results(store, identifier, "error_file_id")
+    assert [int(one["custom_id"]) for one in output] == [index for index in range(50) if index % 3 == 0]
+    assert [int(one["custom_id"]) for one in errors] == [index for index in range(50) if index % 3]
+
+
+def kill_at(count: int) -> Any:
+    for _ in range(count - 1):
+        yield None
+    raise Killed
+
+
+def test_line_that_ends_the_workers_fails_its_batch_only(store: BatchStore) -> None:
+    async def kill(_: str, fields: Mapping[str, Any]) -> bytes:
+        if fields["input"] == "poison":
+            raise Killed
+        return await echo(_, fields)
+
+    identifier = add(store, line("fine") * 1 + line("poison"))
+    other = add(store)
+    for _ in range(MAX_STARTS):
+        with pytest.raises(Killed):
+            run(store, kill)
+    run(store, kill)
+    batch = store.batch(OWNER, identifier)
+    assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "worker_ended")
+    assert store.batch(OWNER, other)["status"] == "completed"
+
+
+def test_worker_that_stops_in_order_does_not_count_as_ended(store: BatchStore) -> None:
+    identifier = add(store)
+    for error in (ShuttingDown("stop"), DeviceFailed("gone")) * MAX_STARTS:
+        stopping = [False]
+
+        async def stop(_: str, __: Mapping[str, Any], error: Exception = error, stopping: Any = stopping) -> bytes:
+            stopping[0] = True
+            raise error
+
+        runner = BatchRunner(store, SETTINGS, respond=stop, num_pending=lambda: 0, is_stopping=partial(all, stopping))
+        asyncio.run(asyncio.wait_for(runner.run(), 30))
+    run(store)
+    assert store.batch(OWNER, identifier)["status"] == "completed"
+
+
+def test_lines_wait_while_requests_wait(store: BatchStore) -> None:
+    waited: list[int] = []
+    pending = iter([7, 3, 1])
+
+    def num_pending() -> int:
+        waited.append(next(pending, 0))
+        return waited[-1]
+
+    async def respond(path: str, fields: Mapping[str, Any]) -> bytes:
+        assert waited[-1] == 0
+        return await echo(path, fields)
+
+    identifier = add(store, line("a"))
+    run(store, respond, num_pending)
+    assert waited == [7, 3, 1, 0]
+    assert store.batch(OWNER, identifier)["status"] == "completed"
+
+
+def test_full_queue_is_waited_for_and_a_timeout_is_tried_again(store: BatchStore) -> None:
+    calls: list[str] = []
+
+    async def respond(path: str, fields: Mapping[str, Any]) -> bytes:
+        calls.append(fields["input"])
+        if fields["input"] == "busy" and calls.count("busy") < 3:
+            raise Overloaded("full", retry_after_s=0)
+        if fields["input"] == "slow":
+            raise DeadlineExceeded("late")
+        return await echo(path, fields)
+
+    identifier = add(store, line("busy") + line("slow"))
+    run(store, respond)
+    assert [one["custom_id"] for one in results(store, identifier)] == ["busy"]
+    assert results(store, identifier, "error_file_id")[0]["response"]["status_code"] == 504
+    assert (calls.count("busy"), calls.count("slow")) == (3, runner_module.MAX_TIMEOUTS)
+
+
+FAULTY = {
+    "empty": (b"\n \n", "empty_file"),
+    "not JSON": (line("a") + b"{\n", "invalid_request"),
+    "no id": (line("a") + line("b", custom_id=None), "invalid_request"),
+    "id twice": (line("a") + line("a"), "invalid_request"),
+    "other endpoint": (line("a", url="/v1/chat/completions"), "invalid_request"),
+    "other method": (line("a", method="GET"), "invalid_request"),
+    "no body": (line("a", []), "invalid_request"),
+    "list": (b"[1]\n", "invalid_request"),
+    "many values": (line("a", {"input": [0] * 200_000}), "request_too_large"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_file_with_a_fault_fails_before_any_line_runs(fault: str, store: BatchStore) -> None:
+    async def never(_: str, __: Mapping[str, Any]) -> bytes:
+        raise AssertionError
+
+    content, code = FAULTY[fault]
+    identifier = add(store, content)
+    run(store, never)
+    batch = store.batch(OWNER, identifier)
+    assert batch["status"] == "failed"
+    assert [one["code"] for one in batch["errors"]["data"]] == [code]
+    assert batch["output_file_id"] is None
+
+
+def test_cancelled_batch_keeps_the_lines_that_are_done(store: BatchStore) -> None:
+    identifier = add(store)
+
+    async def cancel_later(path: str, fields: Mapping[str, Any]) -> bytes:
+        if fields["input"] == "line 3":
+            assert store.cancel(OWNER, identifier)["status"] == "cancelling"
+        return await echo(path, fields)
+
+    run(store, cancel_later)
+    assert store.batch(OWNER, identifier)["status"] == "cancelled"
+    assert len(results(store, identifier)) == LINES_AT_ONCE
+    with pytest.raises(InvalidRequest, match="is cancelled and cannot be cancelled"):
+        store.cancel(OWNER, identifier)
+
+
+def test_batch_expires(store: BatchStore) -> None:
+    identifier = add(store, window_s=-1)
+    run(store)
+    assert store.batch(OWNER, identifier)["status"] == "expired"
+
+
+def test_batches_take_turns(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "LINES_PER_TURN", LINES_AT_ONCE)
+    order: list[str] = []
+
+    async def respond(path: str, fields: Mapping[str, Any]) -> bytes:
+        order.append(fields["input"])
+        return await echo(path, fields)
+
+    add(store)
+    add(store, line("other"))
+    run(store, respond)
+    assert order.index("other") in (0, LINES_AT_ONCE)  # both are as old
+    assert len(order) == len(set(order))
+
+
+def test_another_worker_leaves_a_locked_batch_alone(store: BatchStore) -> None:
+    identifier = add(store)
+    with store.lock(OWNER, identifier) as is_free:
+        assert is_free
+        with pytest.raises(TimeoutError):
+            run(store, max_s=0.5)
+    run(store)
+    assert store.batch(OWNER, identifier)["status"] == "completed"
+
+
+def test_space_is_limited(store: BatchStore) -> None:
+    with pytest.raises(RequestTooLarge, match="EMBEDDER_MAX_BATCH_BYTES"):
+        store.add_file(OWNER, bytes(10**7 + 1), "x")
+
+    async def large(_: str, __: Mapping[str, Any]) -> bytes:
+        return json.dumps({"vector": "0" * 10**6}).encode()
+
+    identifier = add(store)
+    run(store, large)
+    batch = store.batch(OWNER, identifier)
+    assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "request_too_large")
+    assert store.num_bytes() <= 10**7 + 10_000
+
+
+def test_owners_see_their_own_files_only(store: BatchStore) -> None:
+    identifier = add(store)
+    file = store.files(OWNER)[0]["id"]
+    for other in ("1" * 32, "everyone"):
+        assert store.files(other) == store.batches(other) == []
+        for read in (store.file, store.content, store.delete_file):
+            with pytest.raises(NotFound, match="of this API key"):
+                read(other, file)
+        for read in (store.batch, store.cancel):
+            with pytest.raises(NotFound):
+                read(other, identifier)
+        with pytest.raises(NotFound):
+            store.add_batch(other, file, ENDPOINT, "24h", 60, {})
+
+
+def test_owner_is_the_same_for_each_request_with_a_key() -> None:
+    keys = ApiKeys(Settings(api_key="first,second"))
+    bearer, header = [(b"authorization", b"Bearer first")], [(b"x-api-key", b"first")]
+    assert keys.owner(bearer) == keys.owner(header) != keys.owner([(b"x-api-key", b"second")])
+    assert "first" not in keys.owner(bearer)
+    assert ApiKeys(Settings()).owner(bearer) == "everyone"
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "../x", "file-" + "0" * 24 + "/..", "file-", "batch_" + "0" * 24, "file-" + "A" * 24, ""]
+)
+def test_names_that_are_no_ids_are_not_found(name: str, store: BatchStore) -> None:
+    with pytest.raises(NotFound):
+        store.content(OWNER, name)
+
+
+def test_files_in_use_stay_and_old_ones_go(store: BatchStore) -> None:
+    identifier = add(store, line("a"))
+    file = store.batch(OWNER, identifier)["input_file_id"]
+    with pytest.raises(InvalidRequest, match="is the input of batch_"):
+        store.delete_file(OWNER, file)
+    store.retention_s = -10
+    store.remove_old()
+    assert store.file(OWNER, file)["bytes"] == len(line("a"))
+    store.retention_s = 1000
+    run(store)
+    store.remove_old()
+    assert len(store.files(OWNER)) == 2
+    store.delete_file(OWNER, file)
+    assert len(store.files(OWNER)) == 1
+    store.retention_s = -10
+    store.remove_old()
+    assert store.files(OWNER) == store.batches(OWNER) == []
+    assert not list(store.folder.glob("*/*"))
+
+
+# The service, with OpenAI's client
+
+
+def wait_for(client: openai.OpenAI, identifier: str) -> Any:
+    deadline = time.monotonic() + 60
+    while (batch := client.batches.retrieve(identifier)).status not in ("completed", "failed", "cancelled"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return batch
+
+
+@pytest.mark.slow
+def test_openai_client_gets_the_vectors_of_a_file_across_the_death_of_a_worker(
+    random_checkpoint: Path, embedder: Embedder, tmp_path: Path
+) -> None:
+    texts = [f"text number {index}" for index in range(400)]
+    content = b"".join(line(str(index), {"input": [text], "model": "any"}) for index, text in enumerate(texts))
+    server = start_server(
+        tmp_path,
+        model=str(random_checkpoint),
+        device="cpu",
+        dtype="float32",
+        workers="2",
+        preprocess_threads="1",
+        batch_folder=str(tmp_path / "batches"),
+        api_key="first,second",
+    )
+    try:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="first", max_retries=5)
+        file = client.files.create(file=("texts.jsonl", content), purpose="batch")
+        assert (file.filename, file.bytes) == ("texts.jsonl", len(content))
+        batch = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h", metadata={"name": "test"}
+        )
+        kill_a_worker(server)
+        batch = wait_for(client, batch.id)
+        assert (batch.status, batch.request_counts.completed, batch.metadata) == ("completed", 400, {"name": "test"})
+        lines = [json.loads(one) for one in client.files.content(batch.output_file_id).text.splitlines()]
+        assert [one["custom_id"] for one in lines] == [str(index) for index in range(400)]
+        vectors = np.array([one["response"]["body"]["data"][0]["embedding"] for one in lines], np.float32)
+        assert np.abs(vectors - embedder.embed([{"text": text} for text in texts])).max() < 1e-6
+        assert [one.id for one in client.batches.list(limit=1)] == [batch.id]
+        assert {one.id for one in client.files.list()} == {file.id, batch.output_file_id}
+        other = openai.OpenAI(base_url=f"{server.url}/v1", api_key="second", max_retries=0)
+        assert list(other.files.list()) == []
+        with pytest.raises(openai.NotFoundError):
+            other.files.content(batch.output_file_id)
+        assert client.files.delete(file.id).deleted
+        with pytest.raises(openai.BadRequestError, match="allowed: /v1/embeddings"):
+            client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        with pytest.raises(openai.BadRequestError, match="purpose"):
+            client.files.create(file=("texts.jsonl", content), purpose="fine-tune")
+    finally:
+        server.stop()
+
+
+def kill_a_worker(server: Server) -> None:
+    workers = [
+        int(pid) for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    ]
+    os.kill(workers[0], signal.SIGKILL)
