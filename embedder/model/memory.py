@@ -20,10 +20,10 @@ def check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> int:
     needed = weights_bytes(folder, dtype)
     free = free_bytes(device)
     if free is not None and needed > free:
+        smaller = "set EMBEDDER_DTYPE=bfloat16, " if dtype.itemsize > 2 else ""
         raise ModelUnavailable(
             f"the weights take {needed / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')}; {device} has "
-            f"{free / 2**30:.1f} GiB free. Serve a smaller checkpoint, set EMBEDDER_DTYPE=bfloat16, or use a device "
-            "with more memory"
+            f"{free / 2**30:.1f} GiB free. Serve a smaller checkpoint, {smaller}or use a device with more memory"
         )
     return needed
 
