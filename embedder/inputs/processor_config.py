@@ -212,8 +212,9 @@ def _section(
     """Raises `ModelUnavailable` for null where transformers' class does not take the default instead."""
     given = {key: value for key, value in fields.items() if value is not None}
     section = _Section(file, {**defaults, **given})
+    optional = {_NULL_IS_DEFAULT[type_key], *(("size",) if file == "preprocessor_config.json" else ())}
     for key, default in defaults.items():
-        if default is not None and key != _NULL_IS_DEFAULT[type_key] and fields.get(key, default) is None:
+        if default is not None and key not in optional and fields.get(key, default) is None:
             raise ModelUnavailable(f"{file}: {key} is null; leave it out or give a value")
     if given.get(type_key, types[0]) not in types:
         raise section.fault(type_key, " or ".join(types))

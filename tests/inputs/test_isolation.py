@@ -104,7 +104,11 @@ def test_good_clip_has_its_vector_after_clips_that_hang(two_threads: Embedder) -
 
 
 @pytest.mark.parametrize(
-    "data", [encoded(picture(64, 64)), gif_of_comments(picture(64, 64))], ids=["in a thread", "in a process"]
+    "data",
+    [
+        pytest.param(encoded(picture(64, 64)), id="in a thread", marks=pytest.mark.slow),
+        pytest.param(gif_of_comments(picture(64, 64)), id="in a process"),
+    ],
 )
 def test_small_picture_passes_large_ones(data: bytes, patient: Embedder) -> None:
     webp = encoded(PIL.Image.new("RGB", (2800, 2800)), "WEBP", lossless=True)

@@ -297,9 +297,10 @@ def test_packed_vision_tower_is_transformers(model: Any, arranged: Any, preproce
     inputs = [preprocessor(item) for item in items]
     packed = pack(inputs, 2, CPU).vision
     assert packed is not None
+    assert packed.patches is not None
     forward = Forward(arranged, preprocessor.vision, "sdpa")
     with torch.inference_mode():
-        tokens, deepstack = forward.vision(packed)
+        tokens, deepstack = forward.vision(packed.patches)
         ordered = [*inputs[1].patches, *inputs[0].patches]  # pictures first, the small one before the large
         pixels = [one.pixels.reshape(-1, 3, one.num_frames, 256).repeat(2 // one.num_frames, 2) for one in ordered]
         normalized = (torch.from_numpy(np.concatenate(pixels)).flatten(1).float() / 255 - 0.5) / 0.5

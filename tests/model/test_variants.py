@@ -275,6 +275,7 @@ PROCESSORS: dict[str, Change] = {
     "video: older limits": put(VIDEOS, **OLDER_LIMITS),
     "video: older limits only": both(drop(VIDEOS, "size"), put(VIDEOS, **OLDER_LIMITS)),
     "video: newer limits": put(VIDEOS, size=LIMITS),
+    "video: 9 frames above the limit": put(VIDEOS, size={"shortest_edge": 4096, "longest_edge": 20_000}),
     "video: no limits": drop(VIDEOS, "size"),
     "video: rate": put(VIDEOS, fps=0.5),
     "video: fewest frames": put(VIDEOS, min_frames=9),
@@ -346,7 +347,11 @@ def media() -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "name",
     slow_except(
-        PROCESSORS, "image: both limits", "video: older limits only", "video: capped frames", "nested, older names"
+        PROCESSORS,
+        "image: both limits",
+        "video: older limits only",
+        "video: 9 frames above the limit",
+        "nested, older names",
     ),
 )
 def test_processor_files_give_the_pixels_of_transformers(name: str, folder: Path, media: list[dict[str, Any]]) -> None:

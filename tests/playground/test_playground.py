@@ -173,6 +173,7 @@ def test_without_a_folder_and_the_small_model_there_is_nothing_to_search(client:
     assert (fields["status"], fields["num_pictures"], fields["pictures"]) == ("none", 0, [])
 
 
+@pytest.mark.slow
 def test_missing_folder_stops_the_start_with_one_line(random_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as failure:
         start_server(tmp_path, model=str(random_checkpoint), demo_folder="./no-such-folder")

@@ -43,6 +43,7 @@ def test_bento_serves_from_another_folder(bento_tag: str, random_checkpoint: Pat
     assert server.stop() == 0
 
 
+@pytest.mark.slow
 def test_bento_without_its_model_does_not_start_and_says_why(bento_tag: str, tmp_path: Path) -> None:
     home, tag = bento_tag.split("|")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
