@@ -33,7 +33,13 @@ def encrypted() -> bytes:
 
 def bomb(num_bytes: int) -> bytes:
     """A PDF with a page of `num_bytes` bytes of operators, in a thousandth of that."""
-    packed = zlib.compress(b"q " * (num_bytes // 2), 9)
+    piece = b"q " * 2**19
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)  # compressed once, because that takes longer than the tests
+    block = compressor.compress(piece) + compressor.flush(zlib.Z_FULL_FLUSH)
+    count, checksum = num_bytes // len(piece), 1
+    for _ in range(count):
+        checksum = zlib.adler32(piece, checksum)
+    packed = b"\x78\xda" + block * count + compressor.flush() + checksum.to_bytes(4, "big")
     body = b"<< /Filter /FlateDecode /Length %d >>\nstream\n%b\nendstream" % (len(packed), packed)
     return join(
         [

@@ -18,10 +18,12 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from embedder.server import connection_limits
 from embedder.server.connection import MAX_HEAD_BYTES, bound_connections
-from embedder.server.connection_limits import COSTLY_SHARE, SWEEP_S, Turns
+from embedder.server.connection_limits import COSTLY_SHARE, Turns
 
 MAX_WAIT_S = 1.0
+SWEEP_S = 0.1
 PIECE = b"y" * 2**16
 ANSWER = b"z" * 2**24  # more than the kernel buffers
 
@@ -89,6 +91,14 @@ def serve(app: Any, **limits: Any) -> Iterator[int]:
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
     thread.join(10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sweeps() -> Iterator[None]:
+    """Limits are checked more often than in the service, so that tests wait less."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection_limits, "SWEEP_S", SWEEP_S)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -454,7 +464,7 @@ def test_bodies_may_be_larger_and_slower_than_heads(port: int) -> None:
 
 def test_connection_is_kept_for_the_next_request(port: int) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    for _ in range(3):
+    for _ in range(2):
         connection.request("POST", "/", PIECE)
         assert connection.getresponse().read() == str(len(PIECE)).encode()
         time.sleep(MAX_WAIT_S + 0.2)  # uvicorn limits idle time
