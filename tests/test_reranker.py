@@ -17,7 +17,7 @@ from embedder.engine.ranking import best_first
 from embedder.errors import InputTooLong, InvalidMedia, InvalidRequest, ModelUnavailable
 from embedder.model.packing import PackedPatches
 from embedder.model.vision import Vision
-from tests.conftest import picture, words
+from tests.conftest import picture, slow_except, words
 from tests.inputs.test_video import clip
 from tests.rerank_oracle import RerankOracle
 
@@ -58,7 +58,7 @@ def oracle(random_reranker: Path) -> RerankOracle:
     return RerankOracle(random_reranker)
 
 
-@pytest.mark.parametrize("name", QUERIES)
+@pytest.mark.parametrize("name", slow_except(QUERIES, "images and text", "clip"))
 def test_scores_equal_the_reference(name: str, reranker: Reranker, oracle: RerankOracle) -> None:
     documents = list(DOCUMENTS.values())
     instruction = INSTRUCTION if name == "text" else None

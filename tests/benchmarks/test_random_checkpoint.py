@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.random_checkpoint import SHAPES, build_tokenizer, main, shape_config, write_checkpoint
+from tests.conftest import slow_except
 
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration, Qwen3VLModel, Qwen3VLProcessor  # isort: skip
 
@@ -37,8 +38,8 @@ def test_tokenizer_appends_endoftext_and_keeps_qwens_order(tokenizer: Any, tmp_p
     assert loaded.decode(loaded("Grün, 12 <|im_end|>\n", add_special_tokens=False).input_ids) == "Grün, 12 <|im_end|>\n"
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("prefixed", [True, False])
+@pytest.mark.parametrize("tied", slow_except([True, False], True))
+@pytest.mark.parametrize("prefixed", slow_except([True, False], False))
 def test_both_key_layouts_load_the_same_model(tokenizer: Any, tmp_path: Path, prefixed: bool, tied: bool) -> None:
     plain = Qwen3VLModel.from_pretrained(write(tmp_path / "plain", tokenizer, tied))
     folder = write(tmp_path / "other", tokenizer, tied, prefixed=prefixed)

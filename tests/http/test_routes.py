@@ -24,7 +24,7 @@ from embedder.engine.postprocess import OutputDtype, dequantize, int8_step, quan
 from embedder.errors import EmbedderError
 from embedder.http.dialects.dialect import by_path
 from embedder.http.routes import DIALECTS
-from tests.conftest import encoded, picture, start_server, words
+from tests.conftest import encoded, picture, slow_except, start_server, words
 from tests.inputs.test_video import clip
 
 SAME = 1e-6  # float32, one content on two routes or in two batches
@@ -351,7 +351,10 @@ def outcome(path: str, response: httpx.Response) -> Any:
     return body["embedding"][0] if isinstance(body["embedding"][0], list) else body["embedding"]
 
 
-@pytest.mark.parametrize("name", CONTENTS)
+MORE_FORMATS = ("BMP", "GIF", "ICO", "TIFF", "WebP", "gray image", "motion photo", "transparent image")
+
+
+@pytest.mark.parametrize("name", slow_except(CONTENTS, *(set(CONTENTS) - set(MORE_FORMATS))))
 def test_content_is_the_same_on_every_route_that_can_carry_it(
     name: str, http: httpx.Client, bento: Any, library: Embedder
 ) -> None:

@@ -108,6 +108,7 @@ def test_forward_pass_runs_on_a_gpu_without_waiting_for_it(
             assert counter.device_to_host == 1, batch  # the rows
 
 
+@pytest.mark.slow
 @needs_fake_cuda
 def test_gpu_before_ampere_runs_sdpa_in_float16(preprocessor: Preprocessor) -> None:
     batches = {batch: inputs_of(preprocessor, batch) for batch in BATCHES}

@@ -100,10 +100,17 @@ def encoded_clip(case: int) -> dict[str, Any]:
     return {"video": clip("H.264 in MP4", count, rate, width, height), **({"fps": fps} if fps else {})}
 
 
+def param(make: Make, case: int, of_case: tuple[Any, ...]) -> Any:
+    """One case; many frames are for the slow run."""
+    is_long = make is not image and of_case[0] >= 60
+    name = f"{make.__name__} {of_case}"
+    return pytest.param(make, case, id=name, marks=[pytest.mark.slow] if is_long else [])
+
+
 CASES = [
-    *[pytest.param(image, case, id=f"image {IMAGE_SIZES[case]}") for case in range(len(IMAGE_SIZES))],
-    *[pytest.param(frame_list, case, id=f"list {LISTS[case]}") for case in range(len(LISTS))],
-    *[pytest.param(encoded_clip, case, id=f"clip {CLIPS[case]}") for case in range(len(CLIPS))],
+    param(make, case, of_case)
+    for make, cases in ((image, IMAGE_SIZES), (frame_list, LISTS), (encoded_clip, CLIPS))
+    for case, of_case in enumerate(cases)
 ]
 
 

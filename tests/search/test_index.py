@@ -22,7 +22,13 @@ from embedder.search.index import Index
 
 @pytest.mark.parametrize(
     ("output_format", "output_dtype"),
-    [("parquet", "float32"), ("parquet", "int8"), ("parquet", "ubinary"), ("lance", "float32")],
+    [
+        ("parquet", "int8"),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (("parquet", "float32"), ("parquet", "ubinary"), ("lance", "float32"))
+        ),
+    ],
 )
 def test_two_stages_find_what_comparing_all_values_finds(output_format: Any, output_dtype: Any, tmp_path: Path) -> None:
     """Matryoshka vectors: the first values hold most of the information."""
