@@ -266,6 +266,15 @@ def test_batch_expires(store: BatchStore) -> None:
     assert store.batch(OWNER, identifier)["status"] == "expired"
 
 
+def test_input_is_read_once_in_a_turn(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+    raw_lines = runner_module.raw_lines
+    monkeypatch.setattr(runner_module, "raw_lines", lambda path: (reads.append(path), raw_lines(path))[1])
+    add(store)
+    run(store)
+    assert len(reads) == 1
+
+
 def test_batches_take_turns(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "LINES_PER_TURN", LINES_AT_ONCE)
     order: list[str] = []

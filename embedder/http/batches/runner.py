@@ -11,8 +11,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -140,13 +140,14 @@ class BatchRunner:
 
 @dataclass
 class _BatchRun:
-    """One batch while this worker holds its lock. `num_done`: lines written."""
+    """One batch while this worker holds its lock. `num_done`: lines written. `lines`: those after them."""
 
     store: BatchStore
     settings: Settings
     owner: str
     batch: dict[str, Any]
-    num_done: int
+    num_done: int = 0
+    lines: Iterator[bytes] = field(default_factory=lambda: iter(()))
 
     @classmethod
     def open(cls, store: BatchStore, settings: Settings, owner: str, identifier: str) -> _BatchRun | None:
@@ -154,13 +155,14 @@ class _BatchRun:
         batch = store.read_batch(owner, identifier)
         if batch["status"] in FINAL:
             return None
-        run = cls(store, settings, owner, batch, 0)
+        run = cls(store, settings, owner, batch)
         if batch["status"] == "finalizing":
             store.finish(owner, batch, batch["_final"])
             return None
         if batch["status"] == "validating" and not run._validate():
             return None
         run._read_journal()
+        run.lines = islice(raw_lines(run._input()), run.num_done, None)
         return run if run._may_start() else None
 
     @property
@@ -174,11 +176,7 @@ class _BatchRun:
         if is_cancelled or now() > batch["expires_at"]:
             self.store.finish(self.owner, batch, "cancelled" if is_cancelled else "expired")
             return []
-        lines = raw_lines(self._input())
-        chosen = [
-            read_line(line, self.endpoint, self.settings)
-            for line in islice(lines, self.num_done, self.num_done + LINES_AT_ONCE)
-        ]
+        chosen = [read_line(line, self.endpoint, self.settings) for line in islice(self.lines, LINES_AT_ONCE)]
         if not chosen:
             self.store.finish(self.owner, batch, "completed")
         return chosen

@@ -7,6 +7,7 @@ Each owner, a caller's API key, has a folder of its own:
     batch_<id>.json                 what the API says about a batch, and how often it was started
     batch_<id>.output, .errors      the lines written so far
     batch_<id>.journal              part and bytes of each of them, in the order of the input
+    batch_<id>.open                 exists until the batch is finished
     batch_<id>.cancel               exists if the caller has cancelled the batch
     batch_<id>.lock                 locked by the worker that runs the batch; freed by the system when the worker ends
 
@@ -135,6 +136,7 @@ class BatchStore:
             "metadata": dict(metadata) or None,
         }
         self._save(owner, batch)
+        self.path(owner, str(batch["id"]), "open").touch()
         return batch
 
     def batches(self, owner: str) -> list[dict[str, Any]]:
@@ -187,17 +189,13 @@ class BatchStore:
         batch["status"] = batch["_final"]
         batch[_FINAL_TIMES[batch["_final"]]] = now()
         self._save(owner, batch)
-        for part in ("journal", "cancel", "lock"):
+        for part in ("journal", "cancel", "lock", "open"):
             self.path(owner, batch["id"], part).unlink(missing_ok=True)
 
     def unfinished(self) -> list[tuple[str, str]]:
-        """Owner and id of each batch that is not finished."""
-        return [
-            (folder.name, batch["id"])
-            for folder in sorted(self.folder.glob("*/"))
-            for batch in reversed(self._records(folder.name, "batch_"))
-            if batch["status"] not in FINAL
-        ]
+        """Owner and id of each batch that is not finished, the oldest first."""
+        marks = [(_changed_s(mark), mark) for mark in self.folder.glob("*/batch_*.open")]
+        return [(mark.parent.name, mark.stem) for _, mark in sorted(marks)]
 
     @contextmanager
     def lock(self, owner: str, identifier: str) -> Iterator[bool]:
@@ -267,6 +265,13 @@ def _load(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:  # removed meanwhile
         return None
     return record
+
+
+def _changed_s(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # finished meanwhile
+        return 0.0
 
 
 def _size(path: Path) -> int:
