@@ -193,7 +193,7 @@ def running(folder: Path) -> Iterator[Campaign]:
             patch.setenv(name, str(value))
         server = start_server(
             folder,
-            target="tests.faults.service:Qwen3VLEmbedding",
+            target="tests.faults.faulty_service:Qwen3VLEmbedding",
             device="cpu",
             request_timeout_s=str(REQUEST_TIMEOUT_S),
             stuck_after_s=str(STUCK_AFTER_S),

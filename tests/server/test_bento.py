@@ -10,7 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import httpx
+import pathspec
 import pytest
+import yaml
 
 from deploy.build import check_bentoml
 from deploy.lock import CPU_LOCK, locked_versions
@@ -41,6 +43,19 @@ def test_bento_serves_from_another_folder(bento_tag: str, random_checkpoint: Pat
     answer = httpx.post(f"{server.url}/txt/embed", json={"input": "red"})
     assert answer.json()["dimensions"] == 192
     assert server.stop() == 0
+
+
+def test_image_has_no_file_of_the_other_folders() -> None:
+    """The patterns are those of .gitignore: a name without a slash is included from every folder."""
+    patterns = yaml.safe_load((ROOT / "bentofile.yaml").read_text(encoding="utf-8"))["include"]
+    included = pathspec.GitIgnoreSpec.from_lines(patterns)
+    others = ("benchmarks", "deploy", "docs", "tests", "training")
+    files = [path.relative_to(ROOT) for folder in others for path in (ROOT / folder).rglob("*") if path.is_file()]
+    wrong = {str(path) for path in files if included.match_file(path)} - {
+        "deploy/requirements.txt",
+        "deploy/requirements-cuda.txt",
+    }
+    assert not wrong
 
 
 @pytest.mark.slow
