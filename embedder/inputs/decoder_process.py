@@ -89,7 +89,8 @@ class DecoderProcess:
         """Start the process, unless it runs. Raises `OSError` and `RuntimeError`."""
         if self._process is not None and self._process.poll() is None:
             return
-        self.stop()
+        if self._process is not None:
+            self.replace("crash", f"it ended with status {self._process.returncode} between two items")
         if self._is_closed:
             raise ShuttingDown("the service is shutting down")
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

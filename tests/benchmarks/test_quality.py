@@ -30,6 +30,7 @@ from benchmarks.quality.tasks import LOCAL_TASKS
 from benchmarks.quality.vectors import Vectors
 from embedder import Embedder
 from embedder.inputs.prompt import QUERY_INSTRUCTION
+from embedder.model.forward import Forward
 from embedder.settings import Settings
 from tests.conftest import ROOT, Server, encoded, picture
 
@@ -327,13 +328,13 @@ def test_ablations_report_every_setting(tmp_path: Path) -> None:
 
 def test_item_that_depends_on_its_batch_is_detected(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
     """In batches of three or more, the last item gets a small part of the first."""
-    forward = embedder.forward
+    forward = Forward.__call__
 
-    def leak(batch: Any) -> Any:
-        states = forward(batch)
+    def leak(self: Forward, batch: Any) -> Any:
+        states = forward(self, batch)
         return torch.cat([states[:-1], states[-1:] + 1e-4 * states[:1]]) if len(states) > 2 else states
 
-    monkeypatch.setattr(embedder.models.embedder, "forward", leak)
+    monkeypatch.setattr(Forward, "__call__", leak)
     found = neighbors.measure(embedder, 20)
     assert not found["is_within"]
     assert found["worst"]["difference"] > 1e-6

@@ -243,6 +243,7 @@ def test_process_that_dies_between_items_fails_none(good: Any, decoding: Decodin
     os.kill(decoding.pid, signal.SIGKILL)
     wait_for_end(decoding.pid)
     assert np.array_equal(decoding.load(GOOD), good)
+    assert decoding.ended == ["crash"]
 
 
 def test_process_that_is_stopped_is_replaced_at_the_deadline(good: Any, decoding: Decoding) -> None:
