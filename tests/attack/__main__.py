@@ -42,6 +42,8 @@ def main() -> int:
     ]
     faults += [f"the service ended with status {status}"] if status else []
     faults += [f"{log.count('Traceback')} tracebacks in the log"] if "Traceback" in log else []
+    if "Traceback" in log:
+        print(log[max(0, log.index("Traceback") - 500) :][:8000])
     verdict = f"{len(faults)} FAULTS" if faults else "held"
     lines = [*report.lines(), *(f"FAULT: {fault}" for fault in faults), f"VERDICT: {verdict}"]
     print("\n".join(lines))
