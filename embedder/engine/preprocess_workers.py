@@ -174,16 +174,14 @@ class PreprocessWorkers:
                     job.model_input = self._preprocess(item, decoder)
                 if self._has_cache:
                     job.key = content_key(job.model_input)
-        except (NeedsProcess, ProcessKilled) as reason:
+        except NeedsProcess as need:
             job.fetched = None if item is job.item else item
-            if isinstance(reason, NeedsProcess):
-                return reason.with_traceback(None)  # its frames hold the item's bytes
-            if not job.is_repeated:
-                job.is_repeated = True
-                return NeedsProcess()
-            self._observer.preprocessed(job.trace)
-            self._fail(job, reason)
+            return need.with_traceback(None)  # its frames hold the item's bytes
         except EmbedderError as error:
+            if isinstance(error, ProcessKilled) and not job.is_repeated:
+                job.is_repeated = True
+                job.fetched = None if item is job.item else item
+                return NeedsProcess()
             self._observer.preprocessed(job.trace)
             self._fail(job, error)
         except KeyboardInterrupt:  # of a program that submits a short text

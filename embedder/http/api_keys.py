@@ -72,14 +72,14 @@ class ApiKeys:
         """Whether no key is needed, or the headers hold one as `Authorization: Bearer` or `x-api-key`."""
         if self._path:
             self._read_again(self._path)
-        presented = [key.strip() for key in _presented(headers) if key.strip()]
+        presented = list(_presented(headers))
         if self._known_digest(presented) is not None or not self.are_needed:
             return Access.GRANTED
         return Access.WRONG_KEY if presented else Access.NO_KEY
 
     def owner(self, headers: Headers) -> str:
         """A name for the caller with the key in these headers, the same for each request; `everyone` without keys."""
-        digest = self._known_digest([key.strip() for key in _presented(headers)])
+        digest = self._known_digest(_presented(headers))
         return hashlib.sha256(b"owner" + digest).hexdigest()[:32] if digest else everyone(headers)
 
     def _known_digest(self, presented: Iterable[bytes]) -> bytes | None:
@@ -167,11 +167,14 @@ def _digest(key: bytes) -> bytes:
 
 
 def _presented(headers: Headers) -> Iterator[bytes]:
+    """The keys in the headers, without the empty ones."""
     for name, value in headers:
+        key = b""
         match name.lower():
             case b"x-api-key":
-                yield value
+                key = value.strip()
             case b"authorization":
-                scheme, _, key = value.strip().partition(b" ")
-                if scheme.lower() == b"bearer":
-                    yield key
+                scheme, _, rest = value.strip().partition(b" ")
+                key = rest.strip() if scheme.lower() == b"bearer" else b""
+        if key:
+            yield key

@@ -33,7 +33,6 @@ MAX_FILES = 1000  # of an owner
 FinalStatus = Literal["completed", "failed", "expired", "cancelled"]
 FINAL: tuple[FinalStatus, ...] = ("completed", "failed", "expired", "cancelled")
 _ID = re.compile(r"(file-|batch_)[0-9a-f]{24}")
-_FINAL_TIMES = {status: f"{status}_at" for status in FINAL}
 
 
 class BatchStore:
@@ -118,7 +117,7 @@ class BatchStore:
         if len(self._records(owner, "batch_")) >= MAX_FILES:
             raise RequestTooLarge(f"{MAX_FILES} batches are stored for this API key, the limit; wait until some expire")
         created_at = now()
-        times = ("in_progress_at", "finalizing_at", "cancelling_at", *_FINAL_TIMES.values())
+        times = ("in_progress_at", "finalizing_at", "cancelling_at", *(f"{status}_at" for status in FINAL))
         batch = {
             "id": f"batch_{secrets.token_hex(12)}",
             "object": "batch",
@@ -187,7 +186,7 @@ class BatchStore:
             if content.exists():
                 batch[key] = self._describe_file(owner, identifier, f"{batch['id']}_{part}.jsonl", "batch_output")["id"]
         batch["status"] = batch["_final"]
-        batch[_FINAL_TIMES[batch["_final"]]] = now()
+        batch[f"{batch['status']}_at"] = now()
         self._save(owner, batch)
         for part in ("journal", "cancel", "lock", "open"):
             self.path(owner, batch["id"], part).unlink(missing_ok=True)
