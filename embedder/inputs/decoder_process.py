@@ -105,7 +105,7 @@ class DecoderProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,
+                process_group=0,  # Ctrl-C is not for it. In a session of its own, `nice` would have no effect
             )
         ready = self._receive(time.monotonic() + START_TIMEOUT_S)
         if ready is None:

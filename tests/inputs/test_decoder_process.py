@@ -246,6 +246,14 @@ def test_process_that_dies_between_items_fails_none(good: Any, decoding: Decodin
     assert decoding.ended == ["crash"]
 
 
+def test_process_yields_to_its_parent_and_is_out_of_reach_of_the_terminal(decoding: Decoding) -> None:
+    """Linux compares priorities only within a session, unless a container or a service manager sets groups."""
+    decoding.load(GOOD)
+    assert os.getpriority(os.PRIO_PROCESS, decoding.pid) > os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getsid(decoding.pid) == os.getsid(0)
+    assert os.getpgid(decoding.pid) == decoding.pid
+
+
 def test_process_that_is_stopped_is_replaced_at_the_deadline(good: Any, decoding: Decoding) -> None:
     decoding.limit(Settings(decode_timeout_s=1))
     os.kill(decoding.pid, signal.SIGSTOP)
