@@ -16,13 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from embedder.errors import InvalidRequest, UnsupportedContentType
 
 CODINGS = ("gzip", "deflate", "zstd")
-PIECE_BYTES = 2**20
+FIRST_BYTES, PIECE_BYTES = 2**16, 2**20  # of the first piece, which the event loop may make, and of the others
 MAX_WINDOW_BYTES = 2**23  # of zstd, which RFC 8878 recommends to support; a frame may ask for gigabytes
 MAX_MEMBERS = 1000  # gzip members or zstd frames in one body: an empty one costs microseconds
 INLINE_BYTES = 2**14  # a body up to this size is decompressed in the event loop, up to its first piece
 
 _ZLIB_INPUT_BYTES = 2**16  # given at once: zlib copies, with the GIL, what of it follows the end of a member
-_ZSTD_INPUT_BYTES = 2**8  # given at once: 4 bytes can become 128 KiB
+_ZSTD_FIRST_INPUT_BYTES, _ZSTD_INPUT_BYTES = 2**4, 2**8  # given at once: 4 bytes can become 128 KiB
 _ALIASES = {"x-gzip": "gzip"}
 
 MIN_COMPRESSED_BYTES = 2**10  # of a response: a smaller one fits in one packet anyway
@@ -60,16 +60,17 @@ async def decompress(coding: str, body: bytes, check: Callable[[int], None]) -> 
 
 
 def _zlib_pieces(coding: str, body: bytes) -> Iterator[bytes]:
-    start = 0
+    start, size = 0, FIRST_BYTES
     for _ in range(MAX_MEMBERS):
         member = zlib.decompressobj(_window_bits(coding, body[start : start + 2]))
         while not member.eof:
             given = body[start : start + _ZLIB_INPUT_BYTES]
-            piece = member.decompress(given, PIECE_BYTES)
+            piece = member.decompress(given, size)
             used = len(given) - len(member.unused_data if member.eof else member.unconsumed_tail)
             start += used
             if piece:
                 yield piece
+                size = PIECE_BYTES
             elif not used and not member.eof:
                 raise EOFError("it is cut off")
         if start == len(body):
@@ -89,17 +90,18 @@ def _window_bits(coding: str, body: bytes) -> int:
 
 def _zstd_pieces(body: bytes) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
-    start = 0
+    start, size, num_given = 0, FIRST_BYTES, _ZSTD_FIRST_INPUT_BYTES
     for _ in range(MAX_MEMBERS):
         frame, pending = decompressor.decompressobj(), bytearray()
         while not frame.eof:
             if start >= len(body):
                 raise EOFError("it is cut off")
-            pending += frame.decompress(body[start : start + _ZSTD_INPUT_BYTES])
-            start += _ZSTD_INPUT_BYTES
-            if len(pending) >= PIECE_BYTES:
+            pending += frame.decompress(body[start : start + num_given])
+            start += num_given
+            if len(pending) >= size:
                 yield bytes(pending)
                 pending.clear()
+                size, num_given = PIECE_BYTES, _ZSTD_INPUT_BYTES
         yield bytes(pending)
         start = min(start, len(body)) - len(frame.unused_data)
         if start == len(body):

@@ -7,10 +7,12 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from embedder.errors import InvalidRequest
 from embedder.http.dialects import kserve
-from embedder.http.request_body import read_json
+from embedder.http.dialects.tokens import DecodeRequest, DetokenizeRequest
+from embedder.http.request_body import read_json, validate_body
 from embedder.settings import Settings
 
 
@@ -31,6 +33,29 @@ def test_number_beyond_64_bits_is_a_float_also_next_to_a_lone_surrogate() -> Non
         with pytest.raises(InvalidRequest, match="not valid JSON"):
             read_json(f'{{"a": {number}, "b": "\\ud800"}}'.encode())
     assert read_json(b'{"a": 18446744073709551615, "b": "\\ud800"}')["a"] == 2**64 - 1
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        (DecodeRequest, {"ids": ["a"] * 1000}),
+        (DecodeRequest, {"ids": [["a"] * 10] * 100}),
+        (DetokenizeRequest, {"tokens": ["a"] * 1000}),
+    ],
+    ids=range(3),
+)
+def test_faults_of_a_body_are_explained_up_to_a_limit(model: type[BaseModel], fields: dict[str, Any]) -> None:
+    """Explaining 50,000 of them is one call of pydantic that holds the GIL for 0.2 s."""
+    with pytest.raises(InvalidRequest, match=r"\[0\]: got 'a'") as caught:
+        validate_body(model, fields)
+    assert isinstance(caught.value.__cause__, ValidationError)
+    assert caught.value.__cause__.error_count() < 5
+
+
+def test_very_many_unknown_fields_are_refused_without_explaining_each() -> None:
+    with pytest.raises(InvalidRequest, match="unknown fields: k0, k1, k2, k3, k4 and 995 more") as caught:
+        validate_body(DecodeRequest, {f"k{number}": 1 for number in range(1000)} | {"ids": [1]})
+    assert caught.value.__cause__ is None
 
 
 @pytest.mark.parametrize(

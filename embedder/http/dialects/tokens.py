@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, RootModel, StrictBool, StrictInt
 
@@ -26,6 +26,7 @@ from embedder.inputs.tokens import check_num_shown, item_ids, text_of, text_toke
 from embedder.settings import Settings
 
 MAX_IDS = 50_000  # of a request
+Ids = Annotated[list[StrictInt], Field(fail_fast=True)]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class TokenizeResponse(RootModel[Any]):
 class DetokenizeRequest(RequestBody):
     """Body of vLLM's `POST /detokenize`."""
 
-    tokens: list[StrictInt] = Field(description="Token ids.")
+    tokens: Ids = Field(description="Token ids.")
 
 
 class DetokenizeResponse(BaseModel):
@@ -71,7 +72,7 @@ class DetokenizeResponse(BaseModel):
 class DecodeRequest(RequestBody):
     """Body of TEI's `POST /decode`."""
 
-    ids: list[StrictInt] | list[list[StrictInt]] = Field(description="Token ids of one text, or of several.")
+    ids: Ids | Annotated[list[Ids], Field(fail_fast=True)] = Field(description="Token ids of one text, or of several.")
     skip_special_tokens: StrictBool = True
 
 
