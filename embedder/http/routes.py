@@ -23,6 +23,7 @@ from embedder.errors import EmbedderError, InvalidRequest, NotFound, NotReady
 from embedder.http.api_keys import OwnerOf, everyone
 from embedder.http.batches.batches import Batches
 from embedder.http.batches.routes import FILES_PATH
+from embedder.http.body_reader import BodyReader, in_form_of
 from embedder.http.dialects import (
     cohere,
     dashscope,
@@ -40,7 +41,7 @@ from embedder.http.dialects import (
     tokens,
     voyage,
 )
-from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, Upload, by_path, choose_dialect
+from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, by_path, choose_dialect
 from embedder.http.dialects.rows import row_items, row_queries, score_rows, scores_response
 from embedder.http.dialects.scoring import ScoringRequest
 from embedder.http.dialects.tokens import TokenRoute
@@ -50,7 +51,6 @@ from embedder.http.openapi import ROW_EXAMPLES, openapi_document
 from embedder.http.request_body import read_json
 from embedder.http.response import json_response, to_json, with_headers
 from embedder.http.timing import timing_headers, traced_items
-from embedder.http.uploads import is_upload, upload_fields
 from embedder.playground.collection import HEADERS, PAGE, Collection, page_file
 from embedder.settings import Settings
 from embedder.telemetry.log import count_items
@@ -130,6 +130,7 @@ class Routes:
         self.metrics = metrics
         self.serving: Serving | None = None
         self._default: ASGIApp = not_found
+        self._bodies = BodyReader(settings)
         self._document_pages = DocumentPages(settings)
         optional = (document.EMBED,) if settings.max_document_pages else ()
         served = (*optional, *DIALECTS, *(rerank.RERANKING if settings.reranker else ()))
@@ -186,12 +187,12 @@ class Routes:
 
     async def _respond_to_line(self, path: str, fields: Mapping[str, Any]) -> bytes:
         """The body of a route's response to a line of a batch."""
-        if path in self._reranking:
-            response = await self._scores(self._reranking[path], fields)
-        else:
-            model, dialect = self._served("embedder"), choose_dialect(self._dialects[path], fields)
-            parsed = dialect.parse(fields, self.settings)
-            response = dialect.respond(parsed, await self._outcomes(dialect, parsed), model)
+        is_scoring = path in self._reranking
+        dialect = choose_dialect(self._reranking[path] if is_scoring else self._dialects[path], fields)
+        model = self._served("reranker" if is_scoring else "embedder")
+        parsed = dialect.parse(fields, self.settings)
+        outcomes = await (self._score_each(parsed) if is_scoring else self._outcomes(dialect, parsed))
+        response = dialect.respond(parsed, outcomes, model)
         if isinstance(response, bytes):
             return response
         raise InvalidRequest("encoding_format: responses in a batch are JSON; allowed: float, base64")
@@ -222,24 +223,11 @@ class Routes:
     async def _embed(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
         started_s = time.monotonic()
         model = self._served("embedder")
-        body = (await request.receive())["body"]  # the guard has read all of it
-        upload = dialects[0].upload
-        is_file = upload is not None and is_upload(request.headers.get("content-type", ""))
-        fields: Mapping[str, Any] = {} if is_file else read_json(body)
-        if upload and not is_file and request.query_params:
-            fields = {**upload.options(request.query_params), **fields}
-        dialect = choose_dialect(dialects, fields)
-        try:
-            if upload and is_file:
-                parsed = await self._parse_upload(upload, request, body)
-            else:
-                parsed = dialect.parse(fields, self.settings)
+        dialect, parsed = await self._bodies.read(dialects, request)
+        with in_form_of(dialect):
             with traced_items() as traces:
                 outcomes = await unless_disconnected(self._outcomes(dialect, parsed), request.receive)
             response = dialect.respond(parsed, outcomes, model)
-        except EmbedderError as error:
-            error.render = dialect.errors.render if dialect.errors else None
-            raise
         headers = {**timing_headers(started_s, traces), **(self._cache_headers(outcomes) or {})}
         return with_headers(response, headers)
 
@@ -251,27 +239,16 @@ class Routes:
             return outcomes
         return await (self._embed_each(parsed.items) if dialect.fails_per_item else self._embed_all(parsed.items))
 
-    async def _parse_upload(self, upload: Upload[Any], request: Request, body: bytes) -> Any:
-        values = await upload_fields(
-            request.headers["content-type"],
-            body,
-            request.scope.get("query_string", b"").decode("latin-1"),
-            name=upload.name,
-            max_items=self.settings.max_items_per_request,
-        )
-        return upload.parse(values, self.settings)
-
     async def _rerank(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
         started_s = time.monotonic()
-        fields = read_json((await request.receive())["body"])
+        self._served("reranker")
+        dialect, parsed = await self._bodies.read(dialects, request)
         with traced_items() as traces:
-            response = await unless_disconnected(self._scores(dialects, fields), request.receive)
+            response = await unless_disconnected(self._scores(dialect, parsed), request.receive)
         return with_headers(response, timing_headers(started_s, traces))
 
-    async def _scores(self, dialects: Sequence[Dialect[Any]], fields: Mapping[str, Any]) -> bytes | Response:
-        model, dialect = self._served("reranker"), choose_dialect(dialects, fields)
-        parsed = dialect.parse(fields, self.settings)
-        return dialect.respond(parsed, await self._score_each(parsed), model)
+    async def _scores(self, dialect: Dialect[Any], parsed: ScoringRequest) -> bytes | Response:
+        return dialect.respond(parsed, await self._score_each(parsed), self._served("reranker"))
 
     async def _score_each(self, parsed: ScoringRequest) -> Outcomes:
         timeout_s = self.settings.request_timeout_s
@@ -280,9 +257,12 @@ class Routes:
         return outcomes
 
     async def _tokens(self, route: TokenRoute, request: Request) -> Response:
-        fields = read_json((await request.receive())["body"])
-        work = partial(route.handle, fields, self._serving.preprocessor, self.settings)
-        return json_response(to_json(await asyncio.get_running_loop().run_in_executor(self._tokenizing, work)))
+        body = (await request.receive())["body"]
+
+        def work() -> bytes:
+            return to_json(route.handle(read_json(body), self._serving.preprocessor, self.settings))
+
+        return json_response(await asyncio.get_running_loop().run_in_executor(self._tokenizing, work))
 
     def _page(self, fields: Callable[[ServedModel], Any]) -> Callable[[Request], Awaitable[Response]]:
         """A handler that responds with these fields of the served model."""
