@@ -12,7 +12,8 @@ The modules, in the order in which a row passes them:
     plan        which rows each part has, brought up to date when the input has changed
     state       the options and the plan of an output, kept for the next run
     progress    rows that are finished, from the workers to the command
-    __main__    the command: distributes the missing parts over Ray actors
+    actors      the missing parts, distributed over Ray actors
+    __main__    the command
 
 A run that was killed resumes with the parts whose file is missing. A worker reads, embeds and writes a part by itself,
 so no rows pass through Ray's object store, and a small /dev/shm is enough.

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
-import logging
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,10 +20,8 @@ from typing import Any, get_args
 
 try:
     import pyarrow as pa
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext
 
-    from embedder.bulk.worker import PARTS_AT_ONCE, Job, Worker, job_schema
+    from embedder.bulk.worker import Job, job_schema
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: pip install -e '.[bulk]'") from None
 
@@ -41,7 +38,6 @@ from embedder.model.checkpoint import find_checkpoint
 from embedder.settings import Settings
 
 MIN_SEGMENT_S = 0.1
-OBJECT_STORE_BYTES = 80 * 2**20  # about Ray's minimum; only counts pass through it
 ALL_EMBEDDED, PARTS_MISSING, ROWS_WITH_ERRORS = 0, 1, 3  # exit status; argparse exits with 2
 
 
@@ -49,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if importlib.util.find_spec("ray") is None:
+        raise SystemExit("ray is not installed: pip install -e '.[bulk]'")
     with contextlib.ExitStack() as stack:
         try:
             job = _job(options)
@@ -73,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unit = "page" if source.has_documents else "row"
         try:
             is_complete = _embed(job, plan.parts, writer, options.address, unit)
-        except (ray.exceptions.RayError, ConnectionError) as error:
+        except ConnectionError as error:
             print(f"stopped: {error}\nrun the same command again to resume", file=sys.stderr)
             return PARTS_MISSING
         if not is_complete:
@@ -179,57 +177,10 @@ def _finish(schema: pa.Schema, parts: Sequence[Part], writer: Writer) -> int:
 
 
 def _run(job: Job, parts: Sequence[Part], address: str | None) -> Iterator[dict[str, Any]]:
-    """Embed the parts with Ray. Yields the counts of each part when it is finished."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray reports each of its steps, between the lines of the progress bar. `main` reports what fails.
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if address:
-        ray.init(address, logging_level=logging.ERROR)
-    else:
-        os.environ.setdefault("RAY_worker_niceness", "0")  # with the default of 15, workers were 25 % slower
-        ray.init(
-            "local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
-        )
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.memory_usage_poll_interval_s = None  # polling each worker's memory every second cost 17 % of the rate
-    alive = ray.nodes()  # type: ignore[no-untyped-call]
-    nodes = [node["Resources"] for node in alive if node["Alive"] and node["Resources"].get("CPU")]
-    gpus = 0 if job.settings.device == "cpu" else sum(int(node.get("GPU", 0)) for node in nodes)
-    num_workers, resources = share_resources(job.settings, gpus, [int(node["CPU"]) for node in nodes])
-    try:
-        items = ray.data.from_items([{"part": part.to_json()} for part in parts], override_num_blocks=len(parts))
-        counted = items.map(
-            Worker,  # type: ignore[arg-type]  # Ray turns the class into actors
-            fn_constructor_args=(job,),
-            compute=ActorPoolStrategy(
-                size=num_workers, max_concurrent_calls_per_actor=PARTS_AT_ONCE, enable_true_multi_threading=True
-            ),
-            **resources,
-        )
-        yield from counted.iter_rows()
-    finally:
-        ray.shutdown()
+    """Embed the parts with Ray. Ray is imported here because that takes 3.5 s, which wrong arguments need not wait."""
+    from embedder.bulk.actors import run_parts
 
-
-def share_resources(settings: Settings, num_gpus: int, cpus: Sequence[int]) -> tuple[int, dict[str, Any]]:
-    """Number of workers, and the resources that Ray reserves for each. `cpus`: number of cores of each node.
-
-    A worker gets a GPU or an equal fraction of one. Without GPUs it gets an equal share of the smallest node's cores,
-    which is also torch's number of threads.
-    """
-    num_workers = settings.num_workers(num_gpus or len(cpus))
-    if num_gpus:
-        return num_workers, {
-            "num_gpus": 1 / math.ceil(num_workers / num_gpus),
-            "num_cpus": min(1, sum(cpus) / num_workers),
-        }
-    cores = min(cpus) / math.ceil(num_workers / len(cpus))
-    return num_workers, {"num_cpus": cores if cores < 1 else int(cores)}
+    return run_parts(job, parts, address)
 
 
 if __name__ == "__main__":

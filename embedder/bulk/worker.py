@@ -6,6 +6,7 @@ does not depend on the size of a part. The scheduler forms batches across all pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -175,3 +176,19 @@ def _result(submitted: Future[Embedding] | EmbedderError) -> Embedding | Embedde
 
 def _error_text(error: EmbedderError) -> str:
     return f"{error.code}: {error}".encode("utf-8", "backslashreplace").decode()
+
+
+def share_resources(settings: Settings, num_gpus: int, cpus: Sequence[int]) -> tuple[int, dict[str, Any]]:
+    """Number of workers, and the resources that Ray reserves for each. `cpus`: number of cores of each node.
+
+    A worker gets a GPU or an equal fraction of one. Without GPUs it gets an equal share of the smallest node's cores,
+    which is also torch's number of threads.
+    """
+    num_workers = settings.num_workers(num_gpus or len(cpus))
+    if num_gpus:
+        return num_workers, {
+            "num_gpus": 1 / math.ceil(num_workers / num_gpus),
+            "num_cpus": min(1, sum(cpus) / num_workers),
+        }
+    cores = min(cpus) / math.ceil(num_workers / len(cpus))
+    return num_workers, {"num_cpus": cores if cores < 1 else int(cores)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("matplotlib", reason="comes with the `bench` extra")
-pytest.importorskip("ray", reason="comes with the `bulk` extra")
+pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
 
 from benchmarks import page_rendering
 from embedder.engine.observer import Batch

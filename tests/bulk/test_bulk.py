@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import fcntl
-import importlib.util
 import io
 import json
 import os
@@ -26,8 +25,6 @@ from embedder.settings import Settings
 from tests.bulk.interrupted import run_and_kill
 from tests.conftest import ROOT, encoded, picture, words
 
-if importlib.util.find_spec("ray") is None:  # its import takes seconds
-    pytest.skip("ray comes with the `bulk` extra", allow_module_level=True)
 pytest.importorskip("lance", reason="comes with the `bulk` extra")
 
 import lance
@@ -36,9 +33,9 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from embedder.bulk import formats
-from embedder.bulk.__main__ import main, share_resources
+from embedder.bulk.__main__ import main
 from embedder.bulk.source import Columns, Source
-from embedder.bulk.worker import Job, Worker
+from embedder.bulk.worker import Job, Worker, share_resources
 from embedder.bulk.writer import Writer, output_schema
 
 PNGS = [encoded(picture(40 + 8 * index, 48, index)) for index in range(3)]

@@ -15,7 +15,7 @@ from embedder.settings import Settings
 from tests.conftest import encoded
 from tests.documents.hostile_pdfs import BAD_PAGES, GOOD, ODD, REFUSED
 
-pytest.importorskip("ray", reason="comes with the `bulk` extra")
+pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
 
 import pyarrow.parquet as pq
 

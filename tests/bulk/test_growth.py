@@ -14,7 +14,7 @@ import pytest
 from benchmarks.demo_documents import write_documents
 from tests.conftest import encoded, picture
 
-pytest.importorskip("ray", reason="comes with the `bulk` extra")
+pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
 
 import lance
 import pyarrow as pa

@@ -17,7 +17,7 @@ from tests.bulk.interrupted import run_and_kill
 from tests.conftest import ROOT, encoded, picture
 from tests.inputs.test_video import clip
 
-pytest.importorskip("ray", reason="comes with the `bulk` extra")
+pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
 
 import pyarrow.dataset
 

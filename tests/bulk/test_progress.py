@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("ray", reason="comes with the `bulk` extra")
+pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
 
 from embedder.bulk import progress
 from embedder.bulk.progress import Progress, Reporter, read_counts

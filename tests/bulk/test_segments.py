@@ -18,7 +18,7 @@ from embedder.inputs.video import frames_of_segment
 from tests.conftest import encoded, picture
 from tests.inputs.test_video import clip, every_frame
 
-pytest.importorskip("ray", reason="comes with the `bulk` extra")
+pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
 
 import pyarrow.parquet as pq
 

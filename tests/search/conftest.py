@@ -23,7 +23,7 @@ class Indexed:
 @pytest.fixture(scope="session")
 def indexed(tmp_path_factory: pytest.TempPathFactory) -> Indexed:
     """Two reports of four pages, a picture and a broken PDF, embedded by the bundled model without Ray."""
-    pytest.importorskip("ray", reason="comes with the `bulk` extra")
+    pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
     from embedder.bulk.source import Columns
     from embedder.bulk.state import start
     from embedder.bulk.worker import Job, Worker

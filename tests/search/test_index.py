@@ -11,7 +11,7 @@ import pytest
 
 from embedder.engine.postprocess import quantize
 
-pytest.importorskip("ray", reason="comes with the `bulk` extra")
+pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
 
 import pyarrow
 

@@ -19,7 +19,7 @@ from tests.bulk.interrupted import run_and_kill
 from tests.conftest import ROOT
 from tests.search.conftest import Indexed
 
-pytest.importorskip("ray", reason="comes with the `bulk` extra")
+pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
 
 import pyarrow.dataset
 

@@ -26,7 +26,7 @@ from tests.conftest import ROOT, encoded, slow_except
 from tests.playground.browser import LOOKS, Page, fits, needs_chromium, open_chromium, screenshot
 from tests.search.conftest import Indexed
 
-pytest.importorskip("ray", reason="comes with the `bulk` extra")
+pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
 
 from embedder.bulk.thumbnails import THUMBNAIL_PIXELS
 from embedder.search import page_images
