@@ -197,10 +197,12 @@ def finish(row: NDArray[np.float32], dimensions: int | None, *, normalize: bool)
     return vector
 
 
+VOCABULARY = sorted(set(" ".join(TEXTS[:40]).split()))
+
+
 def words(count: int, seed: int = 0) -> str:
     """`count` English words."""
-    vocabulary = sorted(set(" ".join(TEXTS[:40]).split()))
-    return " ".join(random.Random(seed).choices(vocabulary, k=count))
+    return " ".join(random.Random(seed).choices(VOCABULARY, k=count))
 
 
 @dataclass
