@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import random
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -32,6 +34,9 @@ if TYPE_CHECKING:  # see `pytest_collection`
 # the same examples in every run, and no folder that remembers them
 hypothesis.settings.register_profile("house", database=None, derandomize=True, deadline=None)
 hypothesis.settings.load_profile("house")
+
+# Each HTTP client reads 140 certificates, which takes 45 ms of CPU time. No test needs them, so they are read once.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 ROOT = Path(__file__).parents[1]
 TEXTS = list(topics.values())  # the text of Python's own help: English that every installation has

@@ -398,7 +398,7 @@ def authority() -> trustme.CA:
 def secure(authority: trustme.CA, *names: str) -> tuple[Site, list[str | None], ssl.SSLContext]:
     """A site with a certificate for these names, the names that clients request (SNI), and a context that trusts it."""
     asked: list[str | None] = []
-    tls, trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    tls, trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     authority.issue_cert(*names).configure_cert(tls)
     authority.configure_trust(trusting)
     tls.sni_callback = lambda _, name, __: asked.append(name)
