@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -28,6 +29,9 @@ import pytest
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:  # see `pytest_collection`
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadFileScheduling
+
     from embedder import Embedder, Reranker
     from tests.fake_model import FakeModel
 
@@ -82,6 +86,28 @@ def pytest_collection(session: pytest.Session) -> None:
         from embedder.torchvision_shim import declare_torchvision_operators
 
         declare_torchvision_operators()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:
+    """With `--dist loadfile`, run the files that share a server in one process, so that it is started once."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadServerScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return shared_server(file) or file
+
+    return LoadServerScheduling(config, log)
+
+
+@functools.cache
+def shared_server(file: str) -> str | None:
+    """The fixture for a server that the tests of a file use, if any."""
+    uses = re.findall(r"\b(small_server|server|client): (?:Server|httpx.Client)\b", (ROOT / file).read_text("utf-8"))
+    return "small_server" if "small_server" in uses else "server" if uses else None
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
