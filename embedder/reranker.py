@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, overload
 
 from embedder.engine.observer import Observer
 from embedder.engine.postprocess import Embedding
 from embedder.engine.ranking import best_first, sigmoid
-from embedder.errors import InvalidRequest, attributed_to_item, attributed_to_query
+from embedder.errors import ITEM_ERRORS, EmbedderError, InvalidRequest, attributed_to_item, attributed_to_query
+from embedder.inputs.items import EmbeddingItem
 from embedder.inputs.pairs import Query, pair_with, part_of_pair
 from embedder.inputs.preprocess import ModelInput
 from embedder.inputs.python_items import PythonItem, is_single_item, item_from_python
@@ -58,41 +60,71 @@ class Reranker:
         )
         self.engine = self.models.engine
 
+    @overload
     def score(
-        self, query: PythonItem, documents: Iterable[PythonItem], *, instruction: str | None = None
-    ) -> list[float]:
+        self,
+        query: PythonItem,
+        documents: Iterable[PythonItem],
+        *,
+        instruction: str | None = None,
+        errors: Literal["raise"] = "raise",
+    ) -> list[float]: ...
+
+    @overload
+    def score(
+        self,
+        query: PythonItem,
+        documents: Iterable[PythonItem | EmbedderError],
+        *,
+        instruction: str | None = None,
+        errors: Literal["return"],
+    ) -> list[float | EmbedderError]: ...
+
+    def score(
+        self,
+        query: PythonItem,
+        documents: Iterable[PythonItem | EmbedderError],
+        *,
+        instruction: str | None = None,
+        errors: Literal["raise", "return"] = "raise",
+    ) -> list[Any]:
         """The probability, from 0 to 1, that each document answers the query, in the documents' order.
 
         The query and the documents are given as to `Embedder.embed`: texts, PIL images, or mappings with `text`,
         `image`, `video` or `content`. `instruction` describes the task; the default is the reference's.
 
-        Raises the `EmbedderError` of the query, or of the first document that fails, with its index.
+        Raises the `EmbedderError` of the query, or of the first document that fails, with its index. With `errors`
+        "return", the result has the error of a document in the place of its score. A document may also be given as the
+        error that it has already had.
         """
         if is_single_item(documents):
             kind = type(documents).__name__
             raise InvalidRequest(
                 f"documents: got a single {kind}; allowed: a list of items, as in score(query, [item])"
             )
-        items = []
+        items: list[EmbeddingItem | EmbedderError] = []
         for index, document in enumerate(documents):
-            with attributed_to_item(index):
+            with _failing(index, errors, items):
+                if isinstance(document, EmbedderError):
+                    raise document
                 items.append(part_of_pair(item_from_python(document, None, None)))
         if not items:
             return []
         request = object()
         asked, prepared = self._prepare(query, instruction, len(items), request)
-        futures: list[Future[Embedding]] = []
+        futures: list[Future[Embedding] | EmbedderError] = []
+        scores: list[float | EmbedderError] = []
         try:
             for index, item in enumerate(items):
-                with attributed_to_item(index):
-                    futures.append(self.engine.submit(pair_with(asked, prepared, item), request=request, wait=True))
-            scores = []
+                with _failing(index, errors, futures):
+                    futures.append(self._submit(item, asked, prepared, request))
             for index, future in enumerate(futures):
-                with attributed_to_item(index):
-                    scores.append(sigmoid(float(future.result().vector[0])))
+                with _failing(index, errors, scores):
+                    scores.append(future if isinstance(future, EmbedderError) else _score(future))
         finally:
             for future in futures:
-                future.cancel()  # after an error
+                if isinstance(future, Future):
+                    future.cancel()  # after an error
         return scores
 
     def rank(
@@ -133,3 +165,26 @@ class Reranker:
             asked = Query(item.parts, instruction, num_documents=num_documents)
             prepared: Any = self.engine.submit(asked, request=request, wait=True).result()
         return asked, prepared
+
+    def _submit(
+        self, item: EmbeddingItem | EmbedderError, asked: Query, prepared: ModelInput, request: object
+    ) -> Future[Embedding] | EmbedderError:
+        if isinstance(item, EmbedderError):
+            return item
+        return self.engine.submit(pair_with(asked, prepared, item), request=request, wait=True)
+
+
+@contextmanager
+def _failing(index: int, errors: Literal["raise", "return"], outcomes: list[Any]) -> Iterator[None]:
+    """With `errors` "return", add the error of a document to `outcomes`. Both ways it gets the document's index."""
+    try:
+        with attributed_to_item(index):
+            yield
+    except ITEM_ERRORS as error:
+        if errors == "raise":
+            raise
+        outcomes.append(error)
+
+
+def _score(future: Future[Embedding]) -> float:
+    return sigmoid(float(future.result().vector[0]))

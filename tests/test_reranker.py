@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from embedder import Embedder, Reranker
 from embedder.engine.ranking import best_first
-from embedder.errors import InputTooLong, InvalidMedia, InvalidRequest, ModelUnavailable
+from embedder.errors import EmbedderError, InputTooLong, InvalidMedia, InvalidRequest, ModelUnavailable
 from embedder.model.packing import PackedPatches
 from embedder.model.vision import Vision
 from tests.conftest import picture, slow_except, words
@@ -216,6 +216,17 @@ def test_what_cannot_be_scored_is_an_error(
 ) -> None:
     with pytest.raises(error, match=message):
         reranker.score(query, documents)
+
+
+def test_document_that_fails_has_its_error_in_the_place_of_the_score(reranker: Reranker) -> None:
+    missing = InvalidMedia("the page is gone")
+    scores = reranker.score("red", ["green", {"image": b"no picture"}, {"text": ""}, missing, "red"], errors="return")
+    assert [type(one) for one in scores] == [float, InvalidMedia, InvalidRequest, InvalidMedia, float]
+    assert [one.item for one in scores if isinstance(one, EmbedderError)] == [1, 2, 3]
+    assert scores[::4] == pytest.approx(reranker.score("red", ["green", "red"]), abs=MAX_BATCH_DIFFERENCE)
+    assert reranker.score("red", [missing], errors="return") == [missing]
+    with pytest.raises(InvalidMedia, match=r"^item 1: the page is gone"):
+        reranker.score("red", ["green", missing])
 
 
 def test_embedding_model_and_reranker_are_told_apart(
