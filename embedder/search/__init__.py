@@ -2,6 +2,8 @@
 
 collection  an output -> the rows whose vectors are nearest to a query
 index       the same for many searches, in two stages
+documents   its rows -> what a reranker judges
+rerank      results -> the same in the order of a reranker
 snippet     a page's text layer and a question -> the lines to show
 serve       the playground on an output; page_images makes its pictures
 __main__    the command: embeds the query, searches, reranks, prints

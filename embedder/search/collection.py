@@ -1,7 +1,7 @@
 """An output of `embedder.bulk` -> the rows whose vectors are nearest to a query.
 
-Every vector is compared: a single search reads all of them from the disk anyway, so an index or smaller vectors would
-save nothing. Rows are read in batches, and only the best are kept. For many searches there is `index`.
+Every vector is compared: a single search reads all of them from the disk anyway, so smaller vectors would save nothing.
+They are read in batches; ids and texts are read of the best rows only. For many searches there is `index`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from embedder.bulk.pages import split_page
 from embedder.bulk.segments import Segment, format_seconds, split_segment
 from embedder.bulk.writer import STATE_FOLDER
 from embedder.engine.postprocess import OutputDtype, dequantize
+from embedder.errors import EmbedderError
 
 Batch = tuple[list[str], NDArray[np.float32], list[str]]  # ids, vectors (num_rows, num_values), and texts
 
@@ -30,7 +31,8 @@ Batch = tuple[list[str], NDArray[np.float32], list[str]]  # ids, vectors (num_ro
 class Hit:
     """A row that was found. `page`: 0 of a file without pages. `text`: the page's text layer, if it has one.
 
-    `row`: its number among the rows that have a vector.
+    `row`: its number among the rows that have a vector. `score`: the cosine. `reranked`: what a reranker says, a
+    probability or why there is none; None if it was not asked.
     """
 
     row: int
@@ -39,6 +41,7 @@ class Hit:
     page: int
     score: float
     text: str
+    reranked: float | EmbedderError | None = None
 
     @property
     def segment(self) -> Segment | None:
@@ -54,7 +57,9 @@ class Hit:
 class Collection:
     """A finished output. Raises `ValueError` if the folder is none.
 
-    `model`: name and revision of the checkpoint. `dimensions`: of the vectors; None: the model's. `folder`: the input.
+    `model`: name and revision of the checkpoint. `dimensions`: of the vectors; None: the model's. `folder`: of the
+    input. `input`: the input itself, with the names of its `columns`. The last three are None in outputs of older
+    versions.
     """
 
     def __init__(self, output: Path) -> None:
@@ -70,6 +75,8 @@ class Collection:
             cast(OutputDtype, job["output_dtype"]),
         )
         self.folder = Path(job["folder"]) if "folder" in job else None
+        self.input = Path(job["input"]) if "input" in job else None
+        self.columns: dict[str, str | None] = job.get("columns", {})
         self._dataset = _open_lance(output) if job["format"] == "lance" else _open_parquet(output)
         self._has_text = "text" in self._dataset.schema.names
 
@@ -81,25 +88,36 @@ class Collection:
 
     def search(self, query: NDArray[np.float32], limit: int) -> list[Hit]:
         """The `limit` rows of the largest cosine to `query`, the best first. Rows with an error are left out."""
-        found: list[tuple[float, int, str, str]] = []
-        num_rows = 0
-        for ids, vectors, texts in self.batches(has_text=True):
-            scores = cosines(vectors, query)
+        found: list[tuple[float, int, int]] = []  # score, number of the row, and its place in the output
+        num_rows = first = 0
+        for batch in self._dataset.to_batches(columns=["embedding"], batch_size=8192):
+            column = batch.column(0)
+            places = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+            scores = cosines(self._vectors(column.drop_null() if column.null_count else column), query)
             best = np.argsort(-scores, kind="stable")[:limit]
-            found += [(-float(scores[row]), num_rows + int(row), ids[row], texts[row]) for row in best]
+            found += [(-float(scores[row]), num_rows + int(row), first + int(places[row])) for row in best]
             found = sorted(found)[:limit]
-            num_rows += len(ids)
-        return [Hit(row, row_id, *split_page(row_id), -score, text) for score, row, row_id, text in found]
+            num_rows += len(scores)
+            first += len(batch)
+        if not found:
+            return []
+        places_found = sorted(place for _, _, place in found)
+        ids, _, texts = self.take(places_found)
+        named = dict(zip(places_found, zip(ids, texts, strict=True), strict=True))
+        return [
+            Hit(row, named[place][0], *split_page(named[place][0]), -score, named[place][1])
+            for score, row, place in found
+        ]
 
-    def batches(self, *, has_text: bool = False) -> Iterator[Batch]:
-        """All rows that have a vector, in order. The texts are empty unless `has_text`."""
-        columns = self._columns(has_text=has_text)
-        for batch in self._dataset.to_batches(columns=columns, batch_size=8192):
-            yield self._batch(batch)
+    def batches(self) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
+        """Ids and vectors of all rows that have a vector, in order."""
+        for batch in self._dataset.to_batches(columns=["id", "embedding"], batch_size=8192):
+            yield self._batch(batch)[:2]
 
     def take(self, places: Sequence[int]) -> Batch:
         """The rows at these places in the output, ascending and with a vector."""
-        table = self._read(places, self._columns(has_text=True))
+        columns = ["id", "embedding", *(["text"] if self._has_text else [])]
+        table = self._read(places, columns)
         return self._batch(table.combine_chunks().to_batches()[0])
 
     def thumbnail(self, place: int) -> bytes | None:
@@ -126,6 +144,28 @@ class Collection:
         is_valid = self._dataset.to_table(columns=["error"]).column(0).is_null().to_numpy(zero_copy_only=False)
         return np.flatnonzero(is_valid)
 
+    def part_of(self, row: int) -> tuple[int, int]:
+        """Number of the part that has a row, and the row's place in this part, from 0."""
+        place, first = int(self._places[row]), 0
+        for number, num_rows in self._parts:
+            if place < first + num_rows:
+                return number, place - first
+            first += num_rows
+        raise IndexError(f"row {row} of {first}")
+
+    @cached_property
+    def _places(self) -> NDArray[np.int64]:
+        return self.places()
+
+    @cached_property
+    def _parts(self) -> list[tuple[int, int]]:
+        """Numbers of the parts, in the order of their rows, and their numbers of rows."""
+        if isinstance(self._dataset, pyarrow.dataset.FileSystemDataset):
+            files = [(Path(file.path).stem, file.metadata.num_rows) for file in self._dataset.get_fragments()]
+            return [(int(name.removeprefix("part-")), num_rows) for name, num_rows in files]
+        written = [(int(path.stem), json.loads(path.read_text())) for path in sorted(self.state.glob("*.fragment"))]
+        return [(number, sum(one["physical_rows"] for one in fragments)) for number, fragments in written]
+
     @cached_property
     def _groups(self) -> list[tuple[Any, int]] | None:
         """Parquet's row groups and their numbers of rows; None of a Lance data set, which reads single rows."""
@@ -134,23 +174,24 @@ class Collection:
         groups = [group for file in self._dataset.get_fragments() for group in file.split_by_row_group()]
         return [(group, group.row_groups[0].num_rows) for group in groups]  # `count_rows` counts the whole file
 
-    def _columns(self, *, has_text: bool) -> list[str]:
-        return ["id", "embedding", *(["text"] if has_text and self._has_text else [])]
-
     def _batch(self, batch: pa.RecordBatch) -> Batch:
         embedded = batch.filter(batch.column("embedding").is_valid())
-        column = embedded.column("embedding")
-        values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
         has_text = "text" in embedded.schema.names
-        texts = [text or "" for text in embedded.column("text").to_pylist()] if has_text else [""] * len(column)
-        vectors = dequantize(values, self.output_dtype, self.num_values)
+        texts = [text or "" for text in embedded.column("text").to_pylist()] if has_text else [""] * len(embedded)
+        vectors = self._vectors(embedded.column("embedding"))
         return [str(one) for one in embedded.column("id").to_pylist()], vectors, texts
+
+    def _vectors(self, column: pa.Array) -> NDArray[np.float32]:
+        """(num_rows, num_values)."""
+        values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+        return dequantize(values, self.output_dtype, self.num_values)
 
 
 def cosines(vectors: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
     """The cosine of each row's first values, as many as the query has, to the query."""
     first = vectors[:, : len(query)]
-    scores: NDArray[np.float32] = (first @ query) / (np.linalg.norm(first, axis=1) * np.linalg.norm(query) + 1e-12)
+    lengths = np.sqrt(np.einsum("ij,ij->i", first, first))  # an eighth of the time of np.linalg.norm
+    scores: NDArray[np.float32] = (first @ query) / (lengths * np.linalg.norm(query) + 1e-12)
     return scores
 
 

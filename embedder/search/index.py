@@ -24,7 +24,7 @@ class Index:
         self._collection = collection
         self.ids: list[str] = []
         first = [np.empty((0, min(first_values, collection.num_values)), np.float32)]
-        for ids, vectors, _ in collection.batches():
+        for ids, vectors in collection.batches():
             self.ids += ids
             first.append(vectors[:, :first_values].copy())
         self._first: NDArray[np.float32] = np.concatenate(first)
@@ -44,6 +44,10 @@ class Index:
     def first_rows(self, limit: int) -> list[Hit]:
         """The first rows of the collection, with a score of 0."""
         return self._hits(list(range(min(limit, len(self.ids)))), None)
+
+    def row(self, number: int) -> Hit:
+        """A row by its number, without score and text."""
+        return Hit(number, self.ids[number], *split_page(self.ids[number]), 0.0, "")
 
     def thumbnail(self, row: int) -> bytes | None:
         """The thumbnail that the output has of a row; None if it has none."""
