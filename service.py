@@ -26,7 +26,8 @@ from embedder.http.content_coding import CompressedResponses
 from embedder.http.dialects.dialect import ServedModel
 from embedder.http.drain import Drain
 from embedder.http.guard import RequestGuard
-from embedder.http.routes import EMBEDDING_PATHS, OPEN_PATHS, RERANKING_PATHS, UPLOAD_PATHS, Routes, Serving
+from embedder.http.playground_routes import OPEN_PATHS
+from embedder.http.routes import EMBEDDING_PATHS, RERANKING_PATHS, UPLOAD_PATHS, Routes, Serving
 from embedder.model.checkpoint import find_models
 from embedder.model.gpus import count_gpus
 from embedder.playground.collection import Collection

@@ -48,10 +48,11 @@ from embedder.http.dialects.tokens import TokenRoute
 from embedder.http.disconnect import unless_disconnected
 from embedder.http.document_pages import DocumentPages
 from embedder.http.openapi import ROW_EXAMPLES, openapi_document
+from embedder.http.playground_routes import PlaygroundRoutes, Score
 from embedder.http.request_body import read_json
 from embedder.http.response import json_response, to_json, with_headers
 from embedder.http.timing import timing_headers, traced_items
-from embedder.playground.collection import HEADERS, PAGE, Collection, page_file
+from embedder.playground.collection import Collection
 from embedder.settings import Settings
 from embedder.telemetry.log import count_items
 from embedder.telemetry.metrics import CONTENT_TYPE, Metrics
@@ -91,7 +92,6 @@ EXAMPLES: dict[str, dict[str, Any]] = {  # bodies by path and name
     **ROW_EXAMPLES,
 }
 _POST_PATHS = (*EXAMPLES, *(path for path in RERANKING_PATHS if path not in EXAMPLES))
-OPEN_PATHS = frozenset({"/playground", "/playground/", *(f"/playground/{name}" for name in PAGE)})  # need no key
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,6 @@ class Routes:
             "/metrics": self._metrics,
             "/openapi.json": self._openapi,
             "/docs.json": self._openapi,  # where BentoML has its own
-            "/playground/collection": self._collection,
-            "/playground/thumbnails/{index}": self._thumbnail,
-            "/playground": self._playground,
-            "/playground/{name}": self._playground,
         }
         post: dict[str, Callable[[Request], Awaitable[Response]]] = {
             **{path: partial(self._embed, dialects) for path, dialects in self._dialects.items()},
@@ -169,7 +165,8 @@ class Routes:
         self._batches = Batches(settings, owner_of)
         # last, because its path takes any rest
         metadata = Route("/v2/models/{model:model}", self._page(kserve.model_metadata), methods=["GET"])
-        self._router = Router([*get_routes, *post_routes, *self._batches.routes, metadata])
+        playground = PlaygroundRoutes(lambda: self._serving.collection, self.scoring)
+        self._router = Router([*get_routes, *post_routes, *self._batches.routes, *playground.routes, metadata])
 
     def over(self, default: ASGIApp) -> ASGIApp:
         """These routes, with `default` for the paths that they do not have."""
@@ -249,6 +246,11 @@ class Routes:
 
     async def _scores(self, dialect: Dialect[Any], parsed: ScoringRequest) -> bytes | Response:
         return dialect.respond(parsed, await self._score_each(parsed), self._served("reranker"))
+
+    def scoring(self) -> Score:
+        """The function that scores a request's documents. Raises `NotFound` if the service has no reranker."""
+        self._served("reranker")
+        return self._score_each
 
     async def _score_each(self, parsed: ScoringRequest) -> Outcomes:
         timeout_s = self.settings.request_timeout_s
@@ -333,18 +335,6 @@ class Routes:
     async def _openapi(self, _: Request) -> Response:
         return json_response(self._document)
 
-    async def _collection(self, _: Request) -> Response:
-        return json_response(to_json(self._serving.collection.fields()), HEADERS)
-
-    async def _thumbnail(self, request: Request) -> Response:
-        index = request.path_params["index"]
-        is_number = index.isdecimal() and len(index) < 10  # a route of `int` would convert any number of digits
-        picture = self._serving.collection.thumbnail(int(index)) if is_number else None
-        return _file_response((picture, "image/webp") if picture else None)
-
-    async def _playground(self, request: Request) -> Response:
-        return _file_response(page_file(request.path_params.get("name", "index.html")))
-
 
 def _any_model(path: str) -> str:
     return path.replace("{model}", "{model:model}")
@@ -368,9 +358,3 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 def _count_for_log(outcomes: Outcomes) -> None:
     count_items(len(outcomes), sum(one.num_tokens for one in outcomes if isinstance(one, Embedding)))
-
-
-def _file_response(file: tuple[bytes, str] | None) -> Response:
-    if file is None:
-        raise NotFound("the playground has no such file")
-    return Response(file[0], headers={**HEADERS, "cache-control": "no-cache"}, media_type=file[1])

@@ -13,7 +13,7 @@ import importlib.resources
 import io
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from embedder.errors import (
     DeviceFailed,
     EmbedderError,
     InvalidMedia,
+    NotFound,
     Overloaded,
     RequestTooLarge,
     ShuttingDown,
@@ -49,7 +50,7 @@ PAGE = {
 }
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
@@ -64,17 +65,22 @@ _DEMO = _PACKAGE / "demo"
 _PIXELS_TOGETHER = 512 * 512  # about 250 tokens, so that requests of clients wait little
 _TIMEOUT_S = 600.0  # requests of clients go first
 
-Source = tuple[str, Callable[[], PIL.Image.Image]]  # a name, and a function that opens the image
+Read = Callable[[], bytes | PIL.Image.Image]  # reads an image: the bytes of a file, or a drawing
+Source = tuple[str, Read]  # with its name
 Opened = tuple[PIL.Image.Image, bytes] | EmbedderError  # the image and its thumbnail
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of the collection. `thumbnail`: WebP. `vector`: (hidden_size,) float32, unit length."""
+    """One image of the collection. `thumbnail`: WebP. `vector`: (hidden_size,) float32, unit length.
+
+    `read`: None if the service has no reranker.
+    """
 
     name: str
     thumbnail: bytes
     vector: NDArray[np.float32]
+    read: Read | None
 
 
 class Collection:
@@ -85,6 +91,7 @@ class Collection:
 
     def __init__(self, settings: Settings, *, is_bundled_model: bool) -> None:
         self.title, self.license, self.num_left_out = "", "", 0
+        self._settings = settings
         self._sources: list[Source] = []
         if settings.demo_folder:
             self._take_folder(Path(settings.demo_folder), settings)
@@ -106,7 +113,7 @@ class Collection:
         """Embed every image. An image that fails is listed in `skipped` with the reason."""
         pixels_together = _PIXELS_TOGETHER
         while self._sources:
-            opened = await asyncio.to_thread(_open_some, self._sources, pixels_together)
+            opened = await asyncio.to_thread(_open_some, self._sources, pixels_together, self._settings)
             items = [entry if isinstance(entry, EmbedderError) else _item(entry[0]) for entry in opened]
             try:
                 outcomes = await embed_each(engine, items, _TIMEOUT_S)
@@ -121,11 +128,12 @@ class Collection:
                 continue
             except DeadlineExceeded:
                 continue
-            for (name, _), entry, outcome in zip(self._sources, opened, outcomes, strict=False):
+            for (name, read), entry, outcome in zip(self._sources, opened, outcomes, strict=False):
                 if isinstance(entry, EmbedderError) or isinstance(outcome, EmbedderError):
                     self._skip(name, str(outcome))
                 else:
-                    self.pictures.append(Picture(name, entry[1], outcome.vector))
+                    kept = read if self._settings.reranker else None
+                    self.pictures.append(Picture(name, entry[1], outcome.vector, kept))
             del self._sources[: len(opened)]
 
     def fields(self) -> dict[str, Any]:
@@ -149,6 +157,12 @@ class Collection:
         """The WebP thumbnail of image `index`, or None if there is no such image."""
         return self.pictures[index].thumbnail if 0 <= index < len(self.pictures) else None
 
+    def documents(self, indices: Sequence[int]) -> list[EmbeddingItem | EmbedderError]:
+        """The images as documents for the reranker, or why they cannot be read anymore. Raises `NotFound`."""
+        if not all(0 <= index < len(self.pictures) for index in indices):
+            raise NotFound(f"the collection has no such images: got {indices}; allowed: 0 to {len(self.pictures) - 1}")
+        return [_document(self.pictures[index]) for index in indices]
+
     def _skip(self, name: str, reason: str) -> None:
         logger.warning("the playground skips %s: %s", name, reason)
         self.skipped.append((name, reason))
@@ -160,7 +174,7 @@ class Collection:
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         self.title = folder.resolve().name
         self.num_left_out = max(0, len(paths) - MAX_PICTURES)
-        self._sources = [(path.name, functools.partial(_read, path, settings)) for path in paths[:MAX_PICTURES]]
+        self._sources = [(path.name, functools.partial(_read, path)) for path in paths[:MAX_PICTURES]]
 
     def _take_demo(self) -> None:
         """Use the drawings in the package, cut from one sheet."""
@@ -168,7 +182,7 @@ class Collection:
         self.title, self.license = sheet_of["style"], sheet_of["license"]
         side, columns = sheet_of["tile_pixels"], sheet_of["columns"]
 
-        @functools.cache  # freed with the last source
+        @functools.cache  # 13 MB; freed with the last source, unless a reranker needs the drawings again
         def sheet() -> PIL.Image.Image:
             with PIL.Image.open(_DEMO / sheet_of["sheet"]) as image:
                 return image.convert("RGB")
@@ -188,13 +202,14 @@ def page_file(name: str) -> tuple[bytes, str] | None:
     return (_PACKAGE / "playground" / name).read_bytes(), PAGE[name]
 
 
-def _open_some(sources: list[Source], pixels_together: int) -> list[Opened]:
+def _open_some(sources: list[Source], pixels_together: int, settings: Settings) -> list[Opened]:
     """Open the next images, up to about `pixels_together` pixels; an image that cannot be opened becomes its error."""
     opened: list[Opened] = []
     num_pixels = 0
-    for _, opener in sources:
+    for _, read in sources:
         try:
-            image = opener()
+            data = read()
+            image = decode_image(open_image(data, settings)) if isinstance(data, bytes) else data
         except EmbedderError as error:
             opened.append(error)
         else:
@@ -213,14 +228,21 @@ def _thumbnail(image: PIL.Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _item(image: PIL.Image.Image) -> EmbeddingItem:
+def _item(image: bytes | PIL.Image.Image) -> EmbeddingItem:
     return EmbeddingItem((Image(image),))
 
 
-def _read(path: Path, settings: Settings) -> PIL.Image.Image:
-    """Decode a file of the folder, with the limits for images in requests. Raises `InvalidMedia`, `MediaTooLarge`."""
+def _document(picture: Picture) -> EmbeddingItem | EmbedderError:
+    assert picture.read is not None  # only a service with a reranker asks
     try:
-        data = path.read_bytes()
+        return _item(picture.read())
+    except InvalidMedia as error:
+        return error
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a file of the folder. Raises `InvalidMedia`."""
+    try:
+        return path.read_bytes()
     except OSError as error:
         raise InvalidMedia(f"the file cannot be read: {error.strerror}") from error
-    return decode_image(open_image(data, settings))

@@ -1,8 +1,9 @@
-// The playground. POST /embed computes the vectors; this script computes the heat map and the ranking.
+// The playground. POST /embed computes the vectors; this script computes the heat map and the ranking by similarity.
 "use strict";
 
 const MAX_ENTRIES = 24; // a larger matrix is not readable
 const RESULTS_AT_ONCE = 24;
+const NUM_RERANKED = 24; // the service's limit
 const SLOW_S = 8;
 const SUGGESTIONS = ["red", "fruit", "animal", "car", "night"]; // words that the bundled model was trained on
 
@@ -345,8 +346,9 @@ async function addExample() {
 
 let collection = null; // the body of playground/collection, once all images are embedded
 let collectionRequested = false;
-let query = null; // {name, text | file, url, vector?, error?}
+let query = null; // {name, text | file, url, vector?, error?, reranked: {score} by row}
 let searching = null;
+let ranking = null;
 let numShown = RESULTS_AT_ONCE;
 
 async function loadCollection() {
@@ -361,7 +363,7 @@ async function loadCollection() {
       setTimeout(() => tab === "search" && loadCollection(), 1000);
       return;
     }
-    for (const picture of answer.pictures ?? []) picture.vector = decodeVector(picture.vector);
+    for (const [row, picture] of (answer.pictures ?? []).entries()) Object.assign(picture, { row, vector: decodeVector(picture.vector) });
     collection = answer;
     drawCollection();
     drawResults();
@@ -382,6 +384,7 @@ function drawBuilding(answer) {
 }
 
 function drawCollection() {
+  byId("rerank-row").hidden = !info.reranker;
   if (collection.has_pages) {
     byId("search-label").textContent = `Search ${counted(collection.num_pictures, "page")}${collection.title && ` of ${collection.title}`}`;
     byId("query").placeholder = "a question about the pages";
@@ -436,6 +439,9 @@ async function searchAgain() {
   searching?.abort();
   const run = (searching = new AbortController());
   numShown = RESULTS_AT_ONCE;
+  ranking?.abort();
+  ranking = null;
+  query.reranked = new Map();
   drawRequest();
   showProgress(state, "Embedding the query…", () => run.abort());
   try {
@@ -455,42 +461,98 @@ async function searchAgain() {
   }
 }
 
-/** Show the images, most similar first; before the first query, in their own order. */
-function drawResults() {
+/** Show what is most similar to the query, then, if that is wanted, the first of it in the order of the reranker. */
+async function drawResults() {
   drawRequest();
   if (!collection) return;
-  if (collection.has_pages) return void searchPages();
-  const ranked = rank();
-  byId("results").replaceChildren(...ranked.slice(0, numShown).map(drawResult));
-  byId("more-results").hidden = numShown >= ranked.length;
-  drawAsked(counted(ranked.length, "image"));
+  const state = byId("search-state");
+  ranking?.abort();
+  if (ranking?.isShown) hideState(state);
+  const run = (ranking = new AbortController());
+  try {
+    const draw = collection.has_pages ? drawPages : drawPictures;
+    const found = await (collection.has_pages ? findPages(run.signal) : rank());
+    if (ranking !== run) return;
+    draw(found);
+    if (!byId("rerank").checked || !query?.vector || !found.length) return;
+    const first = found.slice(0, NUM_RERANKED);
+    const isAsked = first.some((hit) => !query.reranked.has(hit.row));
+    run.isShown = isAsked;
+    if (isAsked) showProgress(state, `Reranking the first ${first.length}…`, () => run.abort());
+    const reranked = await rerank(first, run.signal);
+    if (ranking !== run) return;
+    if (isAsked) hideState(state);
+    draw([...reranked, ...found.slice(NUM_RERANKED)]);
+  } catch (error) {
+    if (ranking !== run) return;
+    run.isShown = true;
+    showFailure(state, error, drawResults);
+  }
 }
 
-function drawAsked(found) {
+/** The hits, each with `reranked`: {score} or {error}. The best are the first; those with an error the last. */
+async function rerank(hits, signal) {
+  const { reranked } = query; // scores stay valid if the dimensions change
+  const rows = hits.map(({ row }) => row).filter((row) => !reranked.has(row));
+  const errors = new Map();
+  if (rows.length) {
+    const asked = query.file ? { image: await readBase64(query.file) } : query.text;
+    const instruction = instructionFor("search");
+    const body = JSON.stringify({ query: asked, rows, ...(instruction && { instruction }) });
+    const answer = await ask("playground/rerank", { method: "POST", headers: { "content-type": "application/json" }, body, signal });
+    for (const { row, score, error } of answer.results) error ? errors.set(row, { error: error.message }) : reranked.set(row, { score });
+  }
+  const judged = hits.map((hit) => Object.assign(hit, { reranked: reranked.get(hit.row) ?? errors.get(hit.row) }));
+  return judged.sort((left, right) => (right.reranked.score ?? -1) - (left.reranked.score ?? -1));
+}
+
+function drawPictures(ranked) {
+  byId("results").replaceChildren(...ranked.slice(0, numShown).map(drawResult));
+  byId("more-results").hidden = numShown >= ranked.length;
+  drawAsked(counted(ranked.length, "image"), ranked);
+}
+
+function drawAsked(found, hits) {
   const asked = byId("asked");
   asked.hidden = !query?.vector;
   if (asked.hidden) return;
+  const judged = hits.filter((hit) => hit.reranked).length;
   const words = make("p", {}, `${found} by similarity to `, make("strong", { textContent: query.name }), `, ${dimensions} dimensions`);
+  if (judged) words.append(`; the first ${judged} in the order of the reranker`);
   asked.replaceChildren(...(query.url ? [thumb(query)] : []), words);
 }
 
 function rank() {
-  if (!query) return collection.pictures.map((picture) => ({ picture }));
+  if (!query) return collection.pictures.map((picture) => ({ picture, row: picture.row }));
   if (!query.vector) return [];
   const own = truncate(query.vector);
-  const ranked = collection.pictures.map((picture) => ({ picture, score: dot(own, truncate(picture.vector)) }));
+  const ranked = collection.pictures.map((picture) => ({ picture, row: picture.row, score: dot(own, truncate(picture.vector)) }));
   return ranked.sort((left, right) => right.score - left.score);
 }
 
-function drawResult({ picture, score }, index) {
+function drawResult(hit, index) {
+  const { picture } = hit;
   const image = make("img", { alt: "", loading: "lazy", width: 96, height: 96 });
   showThumbnail(image, picture);
   const result = make("li", { className: "result" }, image, make("span", { className: "name", textContent: picture.name, title: picture.name }));
-  if (score === undefined) return result;
-  const meter = make("meter", { min: 0, max: 1, value: Math.max(0, score), ariaHidden: "true" });
+  if (hit.score === undefined) return result;
   result.prepend(make("span", { className: "rank", textContent: index + 1 }));
-  result.append(make("span", { className: "score" }, meter, make("span", { className: "value", textContent: score.toFixed(3) })));
+  result.append(...drawScores(hit));
   return result;
+}
+
+/** The similarity; if the hit was reranked, first the reranker's score or why there is none, each with its name. */
+function drawScores({ score, reranked }) {
+  const similarity = drawScore(score, reranked ? "similarity" : "");
+  if (!reranked) return [similarity];
+  if (reranked.error) return [make("p", { className: "not-reranked small", textContent: `Not reranked: ${reranked.error}` }), similarity];
+  return [drawScore(reranked.score, "reranker"), similarity];
+}
+
+function drawScore(score, name) {
+  const meter = make("meter", { min: 0, max: 1, value: Math.max(0, score), ariaHidden: "true" });
+  const value = make("span", { className: "value", textContent: score.toFixed(3) });
+  return make("span", { className: `score ${name}` }, ...(name ? [make("span", { className: "muted", textContent: name })] : []), meter, value);
 }
 
 /** Load a thumbnail. Retry, because another worker may not have it yet. With a key use `fetch`: `img` sends no header. */
@@ -509,35 +571,26 @@ async function showThumbnail(image, picture, maxTries = 6, tries = 1) {
 
 const MAX_PAGES_SHOWN = 500; // the service's limit
 
-let pages = []; // the results: {row, file, page, score, lines, url?}
-let ranking = null;
-let viewed = -1; // index in `pages`
+let pages = []; // the results: {row, file, page, seconds, is_clip, score, lines, url?, reranked?}
+let viewed = null; // one of them
 
-/** Rank the pages by the query; before the first query, show them in their own order. */
-async function searchPages() {
-  ranking?.abort();
-  const run = (ranking = new AbortController());
-  const state = byId("search-state");
+/** The pages by similarity to the query; before the first query, in their own order. */
+async function findPages(signal) {
+  if (query && !query.vector) return [];
   const limit = Math.min(numShown, MAX_PAGES_SHOWN);
-  try {
-    if (query && !query.vector) return drawPages([]);
-    const asked = query ? { vector: encodeVector(truncate(query.vector.subarray(0, collection.dimensions))), question: query.text ?? "" } : {};
-    const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ ...asked, limit }), signal: run.signal };
-    const answer = await ask("playground/search", options);
-    drawPages(answer.results);
-    byId("more-results").hidden = answer.results.length < limit || limit === MAX_PAGES_SHOWN;
-    drawAsked(`The best ${counted(answer.results.length, "page")}`);
-  } catch (error) {
-    if (ranking === run) showFailure(state, error, () => (hideState(state), searchPages()));
-  }
+  const asked = query ? { vector: encodeVector(truncate(query.vector.subarray(0, collection.dimensions))), question: query.text ?? "" } : {};
+  const options = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ ...asked, limit }), signal };
+  return (await ask("playground/search", options)).results;
 }
 
 function drawPages(found) {
-  for (const { url } of pages) if (url) URL.revokeObjectURL(url);
+  for (const page of pages) if (page.url && !found.includes(page)) URL.revokeObjectURL(page.url);
   pages = found;
-  byId("more-results").hidden = true;
-  byId("asked").hidden = true;
+  const limit = Math.min(numShown, MAX_PAGES_SHOWN);
   byId("results").replaceChildren(...pages.map(drawPage));
+  byId("more-results").hidden = pages.length < limit || limit === MAX_PAGES_SHOWN;
+  drawAsked(`The best ${counted(pages.length, "page")}`, pages);
+  if (viewed) drawNeighbors();
 }
 
 function pageName({ file, page, seconds }) {
@@ -549,18 +602,15 @@ function fragment({ page, seconds }) {
   return page ? `#page=${page}` : seconds ? `#t=${seconds.replace("-", ",")}` : "";
 }
 
-function drawPage(hit, index) {
+function drawPage(hit) {
   const image = make("img", { alt: "", loading: "lazy" });
   showThumbnail(image, Object.assign(hit, { thumbnail: `thumbnails/${hit.row}` }), 1);
   const name = make("span", { className: "name", textContent: hit.file.split("/").at(-1), title: hit.file });
-  const open = make("button", { type: "button", className: "open", ariaLabel: `Show ${pageName(hit)}`, onclick: () => viewPage(index) }, image);
+  const open = make("button", { type: "button", className: "open", ariaLabel: `Show ${pageName(hit)}`, onclick: () => viewPage(hit) }, image);
   const words = make("div", { className: "words" }, name);
   const place = hit.page ? `Page ${hit.page}` : hit.seconds ? `${hit.seconds} s` : "";
   if (place) words.append(make("span", { className: "muted small", textContent: place }));
-  if (hit.score !== null) {
-    const meter = make("meter", { min: 0, max: 1, value: Math.max(0, hit.score), ariaHidden: "true" });
-    words.append(make("span", { className: "score" }, meter, make("span", { className: "value", textContent: hit.score.toFixed(3) })));
-  }
+  if (hit.score !== null) words.append(...drawScores(hit));
   words.append(make("ul", { className: "lines small" }, ...hit.lines.map(drawLine)));
   return make("li", { className: "page" }, open, words);
 }
@@ -572,31 +622,70 @@ function drawLine(line) {
   return make("li", {}, ...parts.map((part) => (wanted.has(part.toLowerCase()) ? make("mark", { textContent: part }) : part)));
 }
 
-/** Show a page large, or the reason why it cannot be shown. */
-async function viewPage(index) {
-  viewed = index;
-  const hit = pages[index];
+/** Show a page large or play a clip, or show the reason why that cannot be done. */
+async function viewPage(hit) {
+  viewed = hit;
   byId("viewer-name").textContent = pageName(hit);
   byId("viewer-lines").replaceChildren(...hit.lines.map(drawLine));
-  byId("viewer-previous").disabled = index === 0;
-  byId("viewer-next").disabled = index === pages.length - 1;
+  drawNeighbors();
   const file = byId("viewer-file");
   file.textContent = hit.page ? `Open at page ${hit.page}` : hit.seconds ? `Open at ${hit.seconds} s` : "Open the file";
   file.href = `playground/files/${hit.row}${fragment(hit)}`;
   file.onclick = (event) => key && (event.preventDefault(), openFile(hit)); // a link sends no key
-  const image = byId("viewer-image");
-  image.hidden = true;
-  byId("viewer-state").textContent = "Rendering the page…";
+  byId("viewer-image").hidden = true;
+  stopClip();
   if (!byId("viewer").open) byId("viewer").showModal();
   try {
-    const url = await load(`playground/pages/${hit.row}`);
-    if (viewed !== index) return URL.revokeObjectURL(url);
-    URL.revokeObjectURL(image.src);
-    Object.assign(image, { src: url, alt: pageName(hit), hidden: false });
-    byId("viewer-state").textContent = "";
+    await (hit.is_clip ? playClip(hit) : showPicture(hit));
   } catch (error) {
-    if (viewed === index) byId("viewer-state").textContent = error.message;
+    if (viewed === hit) byId("viewer-state").textContent = error.message;
   }
+}
+
+function drawNeighbors() {
+  const index = pages.indexOf(viewed);
+  byId("viewer-previous").disabled = index < 1;
+  byId("viewer-next").disabled = index < 0 || index === pages.length - 1;
+}
+
+async function showPicture(hit) {
+  const image = byId("viewer-image");
+  byId("viewer-state").textContent = "Rendering the page…";
+  const url = await load(`playground/pages/${hit.row}`);
+  if (viewed !== hit) return URL.revokeObjectURL(url);
+  URL.revokeObjectURL(image.src);
+  Object.assign(image, { src: url, alt: pageName(hit), hidden: false });
+  byId("viewer-state").textContent = "";
+}
+
+/** Play a clip, of a segment only that part. If the browser cannot play it, show its first frame. */
+async function playClip(hit) {
+  const video = byId("viewer-video");
+  byId("viewer-state").textContent = "Loading the clip…";
+  const path = `playground/files/${hit.row}`;
+  const source = key ? await load(path) : path; // a video sends no key
+  if (viewed !== hit) return;
+  video.onloadeddata = () => (byId("viewer-state").textContent = "");
+  video.onerror = async () => {
+    stopClip();
+    try {
+      await showPicture(hit);
+      if (viewed === hit) byId("viewer-state").textContent = "This browser cannot play the clip. This is its first frame.";
+    } catch (error) {
+      if (viewed === hit) byId("viewer-state").textContent = error.message;
+    }
+  };
+  Object.assign(video, { src: `${source}${fragment(hit)}`, hidden: false });
+  video.play().catch(() => {}); // where playing needs another click, the controls are there
+}
+
+function stopClip() {
+  const video = byId("viewer-video");
+  video.onerror = null;
+  URL.revokeObjectURL(video.src.split("#")[0]);
+  video.removeAttribute("src");
+  video.load(); // ends the download
+  video.hidden = true;
 }
 
 async function openFile(hit) {
@@ -618,13 +707,15 @@ async function load(path) {
 function listenToViewer() {
   const viewer = byId("viewer");
   byId("viewer-close").onclick = () => viewer.close();
-  byId("viewer-previous").onclick = () => viewPage(viewed - 1);
-  byId("viewer-next").onclick = () => viewPage(viewed + 1);
-  viewer.onclose = () => (viewed = -1);
+  const step = (by) => pages[pages.indexOf(viewed) + by];
+  byId("viewer-previous").onclick = () => viewPage(step(-1));
+  byId("viewer-next").onclick = () => viewPage(step(1));
+  viewer.onclose = () => (stopClip(), (viewed = null));
   viewer.onclick = (event) => event.target === viewer && viewer.close(); // the area around it
   viewer.onkeydown = ({ key: pressed }) => {
-    if (pressed === "ArrowLeft" && viewed > 0) viewPage(viewed - 1);
-    if (pressed === "ArrowRight" && viewed < pages.length - 1) viewPage(viewed + 1);
+    if (document.activeElement === byId("viewer-video")) return; // its own keys
+    if (pressed === "ArrowLeft" && !byId("viewer-previous").disabled) viewPage(step(-1));
+    if (pressed === "ArrowRight" && !byId("viewer-next").disabled) viewPage(step(1));
   };
 }
 
@@ -748,6 +839,7 @@ function listen() {
   byId("example").onclick = () => info && addExample();
   byId("compare-instruction").onchange = compareAgain;
   byId("search-instruction").onchange = searchAgain;
+  byId("rerank").onchange = drawResults;
   byId("more-results").onclick = () => {
     numShown += 2 * RESULTS_AT_ONCE;
     drawResults();
@@ -794,7 +886,8 @@ async function start() {
   }
   byId("banner").hidden = true;
   const name = info.is_bundled_model ? "Bundled demo model" : info.model;
-  byId("model").replaceChildren(make("strong", { textContent: name }), `, ${info.hidden_size} dimensions, on ${info.device}`);
+  const judge = info.reranker ? `; reranker ${info.reranker.model}` : "";
+  byId("model").replaceChildren(make("strong", { textContent: name }), `, ${info.hidden_size} dimensions, on ${info.device}${judge}`);
   byId("limits").textContent =
     `Limits: ${MAX_ENTRIES} items; images of up to ${megabytes(info.limits.max_image_bytes)} and ` +
     `${(info.limits.max_image_pixels / 1e6).toLocaleString("en")} megapixels.`;

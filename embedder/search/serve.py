@@ -11,7 +11,7 @@ import contextlib
 import mimetypes
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,22 +24,26 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import embedder
+from embedder.bulk.pages import is_clip
 from embedder.bulk.thumbnails import THUMBNAIL_PIXELS
-from embedder.embedder import Embedder
-from embedder.errors import InvalidRequest, NotFound
+from embedder.errors import EmbedderError, InvalidRequest, NotFound
 from embedder.http.api_keys import ApiKeys
 from embedder.http.boundary import RequestBoundary
 from embedder.http.dialects.dialect import ServedModel
 from embedder.http.drain import Drain
 from embedder.http.guard import RequestGuard
+from embedder.http.playground_routes import OPEN_PATHS, rerank_found
 from embedder.http.request_body import RequestBody, validate_body
 from embedder.http.response import json_response, to_json
-from embedder.http.routes import OPEN_PATHS, Routes, Serving, not_found
+from embedder.http.routes import Routes, Serving, not_found
 from embedder.inputs.data_uri import decode_base64
+from embedder.inputs.items import EmbeddingItem
 from embedder.inputs.prompt import QUERY_INSTRUCTION
+from embedder.models import Models
 from embedder.playground.collection import HEADERS
 from embedder.playground.collection import Collection as Pictures
 from embedder.search.collection import Collection, Hit
+from embedder.search.documents import Documents
 from embedder.search.index import Index
 from embedder.search.page_images import PAGE_PIXELS, PageImages
 from embedder.search.snippet import find_lines, find_snippet
@@ -60,11 +64,18 @@ class SearchRequest(RequestBody):
 
 
 class CollectionRoutes:
-    """ASGI app: what the playground asks about a collection, and `default` for every other path."""
+    """ASGI app: what the playground asks about a collection, and `service` for every other path.
 
-    def __init__(self, collection: Collection, settings: Settings, default: ASGIApp) -> None:
+    `documents` reads what a reranker judges; None without one.
+    """
+
+    def __init__(
+        self, collection: Collection, settings: Settings, service: Routes, documents: Documents | None
+    ) -> None:
         self._collection = collection
         self._index = Index(collection)
+        self._service = service
+        self._documents = documents
         self._images = PageImages(collection.folder, settings, collection.state) if collection.folder else None
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/": self._start,
@@ -74,15 +85,23 @@ class CollectionRoutes:
             "/playground/files/{row}": self._file,
         }
         routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
-        self._router = Router([*routes, Route("/playground/search", self._search, methods=["POST"])], default=default)
+        post = {"/playground/search": self._search, "/playground/rerank": self._rerank}
+        routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in post.items()]
+        self._router = Router(routes, default=service.over(not_found))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._router(scope, receive, send)
 
+    @property
+    def num_rows(self) -> int:
+        """Number of rows that can be found."""
+        return len(self._index.ids)
+
     def close(self) -> None:
-        """End the process that renders pages."""
-        if self._images:
-            self._images.close()
+        """End the processes that open documents."""
+        for one in (self._images, self._documents):
+            if one:
+                one.close()
 
     async def _start(self, _: Request) -> Response:
         return RedirectResponse("playground#search")
@@ -109,6 +128,15 @@ class CollectionRoutes:
             query = _vector(asked.vector, self._collection.num_values)
             hits = await asyncio.to_thread(self._index.search, query, asked.limit)
         return json_response(to_json({"results": [_fields(hit, asked) for hit in hits]}), HEADERS)
+
+    async def _rerank(self, request: Request) -> Response:
+        return await rerank_found(request, self._read_rows, self._service.scoring())
+
+    def _read_rows(self, rows: Sequence[int]) -> list[EmbeddingItem | EmbedderError]:
+        assert self._documents is not None  # or there would be no scoring
+        if not all(0 <= row < self.num_rows for row in rows):
+            raise NotFound(f"the collection has no such rows: got {rows}; allowed: 0 to {self.num_rows - 1}")
+        return self._documents.read([self._index.row(row) for row in rows])
 
     async def _thumbnail(self, request: Request) -> Response:
         self._row_id(request)
@@ -159,22 +187,20 @@ class LocalOnly:
 
 
 def serve(collection: Collection, settings: Settings, host: str, port: int) -> None:
-    """Serve until a signal ends it. Raises `OSError` if the port is taken, and `ModelUnavailable`."""
-    settings = settings.model_copy(update={"reranker": "", "demo_folder": ""})
+    """Serve until a signal ends it. Raises `OSError` if the port is taken, `ValueError`, and `ModelUnavailable`."""
+    settings = settings.model_copy(update={"demo_folder": ""})
     listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    with listening, Embedder(settings=settings) as loaded:
-        routes = _service_routes(loaded, settings)
-        app = CollectionRoutes(collection, settings, routes.over(not_found))
+    with listening, contextlib.closing(Models(settings)) as models, contextlib.ExitStack() as stack:
+        service = stack.enter_context(contextlib.closing(_service_routes(models, settings)))
+        regime = models.reranker.preprocessor.vision.regime if models.reranker else None
+        documents = Documents(collection, settings, regime) if regime else None
+        app = stack.enter_context(contextlib.closing(CollectionRoutes(collection, settings, service, documents)))
         shown = f"[{host}]" if ":" in host else host
-        print(f"search {len(app._index.ids)} rows at http://{shown}:{listening.getsockname()[1]}/", flush=True)
+        print(f"search {app.num_rows} rows at http://{shown}:{listening.getsockname()[1]}/", flush=True)
         guarded = with_guards(app, settings, is_local=host in _LOCAL_NAMES)
         server = uvicorn.Server(uvicorn.Config(guarded, log_level="warning", lifespan="off", server_header=False))
-        try:
-            with contextlib.suppress(KeyboardInterrupt):
-                server.run(sockets=[listening])
-        finally:
-            app.close()
-            routes.close()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listening])
 
 
 def with_guards(app: ASGIApp, settings: Settings, *, is_local: bool) -> ASGIApp:
@@ -186,15 +212,18 @@ def with_guards(app: ASGIApp, settings: Settings, *, is_local: bool) -> ASGIApp:
     return RequestBoundary(LocalOnly(guarded) if is_local else guarded, drain=drain, is_logged=False)
 
 
-def _service_routes(loaded: Embedder, settings: Settings) -> Routes:
-    """The service's routes over the model."""
+def _service_routes(models: Models, settings: Settings) -> Routes:
+    """The service's routes over the models."""
     version = embedder.__version__
     routes = Routes(settings, Metrics(()), version=version, needs_key=ApiKeys(settings).are_needed)
-    info = {**loaded.info(), "version": version}
-    model = ServedModel(loaded.checkpoint.name, settings.max_input_tokens, info)
+    info = {**models.info(), "version": version}
+    embedding, reranking = (
+        ServedModel(one.checkpoint.name, settings.max_input_tokens, info) if one else None
+        for one in (models.embedder, models.reranker)
+    )
     pictures = Pictures(settings, is_bundled_model=False)
     routes.serving = Serving(
-        loaded.engine, loaded.preprocessor, model, info, pictures, time.monotonic(), lambda: True, None
+        models.engine, models.preprocessor, embedding, info, pictures, time.monotonic(), lambda: True, reranking
     )
     return routes
 
@@ -225,6 +254,7 @@ def _fields(hit: Hit, asked: SearchRequest) -> dict[str, Any]:
         "file": hit.file,
         "page": hit.page or None,
         "seconds": hit.place if hit.segment else None,
+        "is_clip": is_clip(hit.file),
         "score": round(hit.score, 4) if asked.vector else None,
         "lines": lines or [one for one in [find_snippet(hit.text, "", MAX_LINE_CHARS)] if one],
     }

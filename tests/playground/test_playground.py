@@ -173,6 +173,14 @@ def test_without_a_folder_and_the_small_model_there_is_nothing_to_search(client:
     assert (fields["status"], fields["num_pictures"], fields["pictures"]) == ("none", 0, [])
 
 
+def test_service_without_a_reranker_reranks_nothing(client: httpx.Client) -> None:
+    response = client.post("/playground/rerank", json={"query": "red", "rows": [0]})
+    assert (response.status_code, response.json()["error"]["message"].partition(":")[0]) == (
+        404,
+        "this service has no reranker",
+    )
+
+
 @pytest.mark.slow
 def test_missing_folder_stops_the_start_with_one_line(random_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as failure:
