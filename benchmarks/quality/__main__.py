@@ -7,7 +7,13 @@ import sys
 
 import benchmarks.quality
 
-COMMANDS = {"colors": "colors", "mteb": "suite", "ablations": "ablations", "report": "everything"}
+COMMANDS = {
+    "colors": "colors",
+    "mteb": "suite",
+    "rerank": "reranking",
+    "ablations": "ablations",
+    "report": "everything",
+}
 
 if __name__ == "__main__":
     command = sys.argv[1] if len(sys.argv) > 1 else ""

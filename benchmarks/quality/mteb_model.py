@@ -68,12 +68,15 @@ def instruction_for(metadata: TaskMetadata, prompt_type: PromptType | None) -> s
     documents none. In tasks without queries and documents (classification, clustering, similarity), every input uses
     the task's prompt.
     """
-    prompt = metadata.prompt
-    if isinstance(prompt, dict):
-        prompt = prompt.get(prompt_type.value if prompt_type else "query")
-    elif prompt_type == PromptType.document:
+    if isinstance(metadata.prompt, str) and prompt_type == PromptType.document:
         return None
-    return prompt or (QUERY_INSTRUCTION if prompt_type == PromptType.query else None)
+    return prompt_of(metadata, prompt_type) or (QUERY_INSTRUCTION if prompt_type == PromptType.query else None)
+
+
+def prompt_of(metadata: TaskMetadata, prompt_type: PromptType | None) -> str | None:
+    """The task's own prompt; None if it has none."""
+    prompt = metadata.prompt
+    return prompt.get(prompt_type.value if prompt_type else "query") if isinstance(prompt, dict) else prompt
 
 
 def items_of(batch: dict[str, Any]) -> Iterator[Item]:

@@ -20,15 +20,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.quality import ablations, colors, neighbors, suite
+from benchmarks.quality import ablations, colors, neighbors, reranking, suite
 from benchmarks.quality.color_data import COLORS, NAMES, ciede2000
+from benchmarks.quality.drawing_data import drawings_of_the_demo
 from benchmarks.quality.local_schema import Client, Endpoint, LocalService, read_models
 from benchmarks.quality.mteb_model import EmbedderModel, instruction_for, items_of
 from benchmarks.quality.published import MMTEB
 from benchmarks.quality.targets import Item, Library, RequestFailed, Service
 from benchmarks.quality.tasks import LOCAL_TASKS
 from benchmarks.quality.vectors import Vectors
-from embedder import Embedder
+from embedder import Embedder, Reranker
 from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.model.forward import Forward
 from embedder.settings import Settings
@@ -174,6 +175,80 @@ def test_published_scores_are_compared_with_a_complete_run_of_their_benchmark() 
     assert f"| {MMTEB} | 63.9 | 65.0 | +1.1 |" in text
     assert "NOT RUN: c: no hub" in text
     assert not suite.compare("bundled", rows, complete=None)
+
+
+# Reranking
+
+
+def test_both_orders_of_the_embedders_candidates_are_measured_and_read_again(
+    random_checkpoint: Path,
+    random_reranker: Path,
+    embedder: Embedder,
+    reranker: Reranker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = ["--model", str(random_checkpoint), "--reranker", str(random_reranker), "--candidates", "5"]
+    tasks = ["--tasks", "Drawings", "MirroredDrawings", "--count", "12"]
+    command = [*models, *tasks, "--output", str(tmp_path / "kept"), "--results", str(tmp_path)]
+    assert reranking.main(command) == 0
+    data = json.loads((tmp_path / "rerank.json").read_text())
+    found = {(row["task"], row["order"]): row for row in data["tasks"]}
+    assert len(found) == 4
+    names, pictures = drawings_of_the_demo()
+    names, pictures = names[:12], pictures[:12]
+    similarity = np.stack(embedder.embed(names, instruction="Find the drawing.")) @ np.stack(embedder.embed(pictures)).T
+    candidates = [np.argsort(-row, kind="stable")[:5].tolist() for row in similarity]
+    for order in ("embedder", "reranker"):
+        inverse_ranks = []
+        for wanted, chosen in enumerate(candidates):
+            if order == "reranker":
+                documents = [pictures[place] for place in chosen]
+                judged = reranker.rank(names[wanted], documents, instruction="Find the drawing.")
+                chosen = [chosen[one.index] for one in judged]
+            inverse_ranks.append(1 / (1 + chosen.index(wanted)) if wanted in chosen else 0.0)
+        row = found["Drawings-12", order]
+        assert row["mrr"] == pytest.approx(100 * np.mean(inverse_ranks), abs=0.01)
+        assert row["map"] == pytest.approx(row["mrr"], abs=0.01), "one document is relevant"
+        assert row["nDCG@10"] >= row["mrr"] - 0.01
+    assert found["Drawings-12", "embedder"] != found["Drawings-12", "reranker"]
+    text = (tmp_path / "rerank.md").read_text()
+    assert "the embedder's first 5 are ordered" in text
+    assert "/tmp" not in text
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(reranking.RerankerModel, "predict", refuse)
+    assert reranking.main(command) == 0
+    assert json.loads((tmp_path / "rerank.json").read_text())["tasks"] == data["tasks"]
+    fewer = [*models[:-1], "4", *tasks, "--output", str(tmp_path / "kept"), "--results", str(tmp_path / "fewer")]
+    assert reranking.main(fewer) == 1, "other candidates are other results"
+    failed = json.loads((tmp_path / "fewer" / "rerank.json").read_text())
+    assert list(failed["not_run"]) == ["Drawings-12", "MirroredDrawings-12"]
+    assert "computed again" in (tmp_path / "fewer" / "rerank.md").read_text()
+
+
+def test_tasks_that_bring_candidates_keep_them(embedder: Embedder, reranker: Reranker, tmp_path: Path) -> None:
+    """As mteb's tasks of the type Reranking do."""
+    task = LOCAL_TASKS["Swatches"](6)
+    task.metadata = task.metadata.model_copy(update={"type": "Reranking"})
+    split = task.dataset["default"]["test"]
+    split["top_ranked"] = {f"q{row}": [f"d{row}", f"d{(row + 1) % 6}"] for row in range(6)}
+    asked: list[list[str]] = []
+
+    class Recorded(reranking.RerankerModel):
+        def predict(self, inputs1: Any, inputs2: Any, **options: Any) -> NDArray[np.float64]:
+            asked.append([text for batch in inputs1 for text in batch["text"]])
+            return super().predict(inputs1, inputs2, **options)
+
+    with Vectors(Library(embedder), tmp_path) as vectors:
+        models = EmbedderModel(vectors), Recorded(reranker)
+        rows, failures = reranking.measure([task], models, tmp_path, candidates=1, batch_size=4)
+    assert not failures
+    assert len(asked[0]) == 12
+    assert [row["order"] for row in rows] == ["embedder", "reranker"]
+    assert all(row["mrr"] >= 50 for row in rows), "the right one is among two"
 
 
 # Colors. The second service shares no code with ours: it knows each name's RGB, but confuses every tenth with the next.
@@ -353,4 +428,4 @@ def test_help_exits_with_0_and_an_unknown_command_with_1() -> None:
     assert shown.returncode == 0
     assert "python -m benchmarks.quality ablations" in shown.stdout
     assert unknown.returncode == 1
-    assert "got 'color' as COMMAND; allowed: colors, mteb, ablations, report" in unknown.stderr
+    assert "got 'color' as COMMAND; allowed: colors, mteb, rerank, ablations, report" in unknown.stderr
