@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from pydantic import Field, StrictInt
@@ -13,12 +14,14 @@ from starlette.routing import Route
 
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EmbedderError, NotFound
+from embedder.http.body_reader import BodyReader
 from embedder.http.dialects.dialect import Outcomes
 from embedder.http.dialects.scoring import ScoringRequest, query_item, score_of
 from embedder.http.disconnect import unless_disconnected
 from embedder.http.request_body import RequestBody, validate_body
 from embedder.http.response import json_response, to_json
 from embedder.inputs.items import EmbeddingItem
+from embedder.inputs.pairs import Query
 from embedder.playground.collection import HEADERS, PAGE, Collection, page_file
 
 OPEN_PATHS = frozenset({"/playground", "/playground/", *(f"/playground/{name}" for name in PAGE)})  # need no key
@@ -38,17 +41,23 @@ class RerankFound(RequestBody):
     )
 
 
-async def rerank_found(request: Request, read_rows: ReadRows, score: Score) -> Response:
+async def rerank_found(request: Request, bodies: BodyReader, read_rows: ReadRows, score: Score) -> Response:
     """Score rows of a collection. `read_rows` gives their documents, or raises `NotFound` if there are no such rows.
 
     The response has an entry for each row, in order: its score, or its error.
     """
-    asked = validate_body(RerankFound, (await request.receive())["body"])
-    query = query_item(asked.query, asked.instruction, len(asked.rows), None)
-    documents = await asyncio.to_thread(read_rows, asked.rows)
+    body = (await request.receive())["body"]
+    rows, query = await bodies.run(body, partial(_read, body))
+    documents = await asyncio.to_thread(read_rows, rows)
     outcomes = await unless_disconnected(score(ScoringRequest(query, tuple(documents))), request.receive)
-    results = [{"row": row, **_fields(outcome)} for row, outcome in zip(asked.rows, outcomes, strict=True)]
+    results = [{"row": row, **_fields(outcome)} for row, outcome in zip(rows, outcomes, strict=True)]
     return json_response(to_json({"results": results}), HEADERS)
+
+
+def _read(body: bytes) -> tuple[list[int], Query]:
+    """The rows, and the query. Raises `InvalidRequest`."""
+    asked = validate_body(RerankFound, body)
+    return asked.rows, query_item(asked.query, asked.instruction, len(asked.rows), None)
 
 
 def _fields(outcome: Embedding | EmbedderError) -> dict[str, Any]:
@@ -62,7 +71,8 @@ class PlaygroundRoutes:
     documents, or raises `NotFound`.
     """
 
-    def __init__(self, collection: Callable[[], Collection], scoring: Callable[[], Score]) -> None:
+    def __init__(self, bodies: BodyReader, collection: Callable[[], Collection], scoring: Callable[[], Score]) -> None:
+        self._bodies = bodies
         self._collection_served = collection
         self._scoring = scoring
         self.routes = [
@@ -83,7 +93,8 @@ class PlaygroundRoutes:
         return _file_response((picture, "image/webp") if picture else None)
 
     async def _rerank(self, request: Request) -> Response:
-        return await rerank_found(request, self._collection_served().documents, self._scoring())
+        score = self._scoring()
+        return await rerank_found(request, self._bodies, self._collection_served().documents, score)
 
     async def _file(self, request: Request) -> Response:
         return _file_response(page_file(request.path_params.get("name", "index.html")))

@@ -130,7 +130,7 @@ class Routes:
         self.metrics = metrics
         self.serving: Serving | None = None
         self._default: ASGIApp = not_found
-        self._bodies = BodyReader(settings)
+        self.bodies = BodyReader(settings)
         self._document_pages = DocumentPages(settings)
         optional = (document.EMBED,) if settings.max_document_pages else ()
         served = (*optional, *DIALECTS, *(rerank.RERANKING if settings.reranker else ()))
@@ -165,7 +165,7 @@ class Routes:
         self._batches = Batches(settings, owner_of)
         # last, because its path takes any rest
         metadata = Route("/v2/models/{model:model}", self._page(kserve.model_metadata), methods=["GET"])
-        playground = PlaygroundRoutes(lambda: self._serving.collection, self.scoring)
+        playground = PlaygroundRoutes(self.bodies, lambda: self._serving.collection, self.scoring)
         self._router = Router([*get_routes, *post_routes, *self._batches.routes, *playground.routes, metadata])
 
     def over(self, default: ASGIApp) -> ASGIApp:
@@ -220,7 +220,7 @@ class Routes:
     async def _embed(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
         started_s = time.monotonic()
         model = self._served("embedder")
-        dialect, parsed = await self._bodies.read(dialects, request)
+        dialect, parsed = await self.bodies.read(dialects, request)
         with in_form_of(dialect):
             with traced_items() as traces:
                 outcomes = await unless_disconnected(self._outcomes(dialect, parsed), request.receive)
@@ -239,7 +239,7 @@ class Routes:
     async def _rerank(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
         started_s = time.monotonic()
         self._served("reranker")
-        dialect, parsed = await self._bodies.read(dialects, request)
+        dialect, parsed = await self.bodies.read(dialects, request)
         with traced_items() as traces:
             response = await unless_disconnected(self._scores(dialect, parsed), request.receive)
         return with_headers(response, timing_headers(started_s, traces))

@@ -84,7 +84,8 @@ class Picture:
 
 
 class Collection:
-    """The images that the page searches, embedded by `build`. Empty without a folder and without the bundled model.
+    """The images that the page searches, embedded by `build`. Empty without a folder and without the bundled model, and
+    without any embedding model.
 
     Raises `ValueError` if `EMBEDDER_DEMO_FOLDER` is not a folder.
     """
@@ -93,9 +94,9 @@ class Collection:
         self.title, self.license, self.num_left_out = "", "", 0
         self._settings = settings
         self._sources: list[Source] = []
-        if settings.demo_folder:
+        if settings.has_embedder and settings.demo_folder:
             self._take_folder(Path(settings.demo_folder), settings)
-        elif is_bundled_model:
+        elif settings.has_embedder and is_bundled_model:
             self._take_demo()
         self.num_pictures = len(self._sources)
         self.pictures: list[Picture] = []

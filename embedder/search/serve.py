@@ -130,7 +130,8 @@ class CollectionRoutes:
         return json_response(to_json({"results": [_fields(hit, asked) for hit in hits]}), HEADERS)
 
     async def _rerank(self, request: Request) -> Response:
-        return await rerank_found(request, self._read_rows, self._service.scoring())
+        score = self._service.scoring()
+        return await rerank_found(request, self._service.bodies, self._read_rows, score)
 
     def _read_rows(self, rows: Sequence[int]) -> list[EmbeddingItem | EmbedderError]:
         assert self._documents is not None  # or there would be no scoring

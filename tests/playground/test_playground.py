@@ -9,6 +9,7 @@ import http.client
 import io
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -22,8 +23,8 @@ import pytest
 
 from embedder import Embedder
 from embedder.engine.postprocess import Embedding
-from embedder.errors import DeadlineExceeded, Overloaded, ShuttingDown
-from embedder.inputs.items import EmbeddingItem
+from embedder.errors import DeadlineExceeded, InvalidMedia, NotFound, Overloaded, ShuttingDown
+from embedder.inputs.items import EmbeddingItem, Image
 from embedder.playground.collection import MAX_PICTURES, PAGE, Collection
 from embedder.settings import Settings
 from tests.conftest import ROOT, Server, encoded, picture, start_server
@@ -268,6 +269,29 @@ def test_large_folder_is_limited_and_the_rest_is_counted(tmp_path: Path) -> None
         (tmp_path / f"{index:05}.png").touch()
     collection = Collection(Settings(demo_folder=str(tmp_path)), is_bundled_model=False)
     assert (collection.num_pictures, collection.num_left_out) == (MAX_PICTURES, 3)
+
+
+def test_pictures_are_read_again_for_the_reranker(pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(pictures, folder)
+    settings = Settings(model="bundled", reranker="any", demo_folder=str(folder))
+    collection = Collection(settings, is_bundled_model=False)
+    engine: Any = FakeEngine([DONE, DONE, DONE])
+    asyncio.run(collection.build(engine))
+    (folder / "cliff.JPG").unlink()
+    last, gone = collection.documents([2, 1])
+    assert isinstance(last, EmbeddingItem)
+    assert last.parts == (Image((folder / "dune <b>.webp").read_bytes()),)
+    assert isinstance(gone, InvalidMedia)
+    assert str(gone) == "the file cannot be read: No such file or directory"
+    for row in (3, -1):
+        with pytest.raises(NotFound, match="allowed: 0 to 2"):
+            collection.documents([0, row])
+
+
+def test_reranker_by_itself_searches_nothing(pictures: Path) -> None:
+    settings = Settings(reranker="any", demo_folder=str(pictures))
+    assert Collection(settings, is_bundled_model=True).status == "none"
 
 
 def test_small_model_comes_with_its_drawings(embedder: Embedder) -> None:
