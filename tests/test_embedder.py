@@ -92,7 +92,7 @@ def test_progress_is_shown_if_asked_for(embedder: Embedder, capsys: pytest.Captu
 def test_error_has_the_index_of_its_item(embedder: Embedder) -> None:
     with pytest.raises(
         InvalidMedia,
-        match=r"^item 2: image: not a JPEG, PNG, .*AVIF, TIFF or ICO file, but a PDF document",
+        match=r"^item 2: image: not a JPEG, PNG, .*AVIF, TIFF, ICO or HEIC file, but a PDF document",
     ):
         embedder.embed(["red", "green", {"image": b"%PDF-1.7 ..."}, "blue"])
     with pytest.raises(UnsupportedDimensions, match=r"^item 1: dimensions: got 5000"):

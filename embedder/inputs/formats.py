@@ -38,12 +38,7 @@ _FORMATS = (  # the first that matches counts
     # A file named .tif is a document with pages, see `embedder.documents`; as an item, it is its first page.
     FileFormat("TIFF", "a TIFF image", rb"II[*+]\0|MM\0[*+]", pillow="TIFF"),
     FileFormat("ICO", "an ICO image", rb"\0\0\x01\0[^\0]", (".ico",), pillow="ICO"),
-    FileFormat(
-        "HEIC",
-        "a HEIC image",
-        rb".{4}ftyp(hei[cxms]|hev[cx]|m[is]f1)",
-        reason="its decoders start threads, which a confined decoding process may not; convert it to JPEG or AVIF",
-    ),
+    FileFormat("HEIC", "a HEIC image", rb".{4}ftyp(hei[cxms]|hev[cxms]|m[is]f1)", (".heic", ".heif"), pillow="HEIF"),
     FileFormat("MP4", "an MP4 video", rb".{4}ftyp(?!qt)", (".mp4",), ffmpeg="mov"),
     FileFormat("MOV", "a MOV video", rb".{4}(ftyp|moov|mdat|wide|free|skip)", (".mov",), ffmpeg="mov"),
     FileFormat("WebM", "a WebM video", rb"\x1aE\xdf\xa3.{,64}webm", (".webm",), ffmpeg="matroska"),

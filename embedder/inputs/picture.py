@@ -11,6 +11,7 @@ import struct
 import warnings
 
 import numpy as np
+import pi_heif
 import PIL.AvifImagePlugin
 import PIL.Image
 
@@ -21,15 +22,18 @@ from embedder.inputs.items import Media
 from embedder.inputs.jpeg import coefficient_bytes_per_pixel, count_scans
 from embedder.inputs.limits import MediaLimits, check_deadline, check_num_pixels, decode_deadline
 from embedder.inputs.orientation import exif_orientation, turn_upright
+from embedder.inputs.structure import is_cut_off
 
 MAX_JPEG_SCANS = 100  # a camera's progressive JPEG has 10; each takes 60 bytes and can cost a pass over all pixels
+MAX_BOXES_BYTES = 2**16  # of an AVIF or HEIC file, searched for its codec
 MIN_SIDE_PIXELS = 2  # a 1-pixel side would reach the model as one color, enlarged 64 times
 
 # Pillow warns of damaged metadata, which is the caller's, and of many pixels, which `max_image_pixels` limits. The
 # filter is set once, not around each call, because `catch_warnings` is not for several threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a decoding process may start no threads
-_BYTES_PER_PIXEL = {"WEBP": 20.0, "AVIF": 24.0}
+PIL.AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each item is decoded by one CPU
+pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+_BYTES_PER_PIXEL = {"WEBP": 20.0, "AVIF": 24.0, "HEIF": 20.0}
 _ERRORS = (
     OSError,
     SyntaxError,
@@ -42,13 +46,14 @@ _ERRORS = (
     struct.error,
 )
 _PILLOW_FORMATS = tuple(one.pillow for one in IMAGE_FORMATS)
+_HEIC = ("HEIF",)
 
 
 def decode_peak_bytes(image: PIL.Image.Image, data: bytes) -> int:
     """Approximate peak memory of decoding the file `data`, in bytes.
 
-    Bytes per pixel as measured with Pillow 13: RGB takes 4 and its upright copy 4, the decoders of WebP and AVIF hold
-    several copies, and so does converting any other mode to RGB. A JPEG of several scans also holds all its
+    Bytes per pixel as measured with Pillow 13: RGB takes 4 and its upright copy 4, the decoders of WebP, AVIF and HEIC
+    hold several copies, and so does converting any other mode to RGB. A JPEG of several scans also holds all its
     coefficients.
     """
     bytes_per_pixel = _BYTES_PER_PIXEL.get(image.format or "", 8.0 if image.mode == "RGB" else 13.0)
@@ -116,8 +121,11 @@ def _read_header(data: bytes, limits: MediaLimits, deadline: float) -> PIL.Image
     num_scans = count_scans(data, MAX_JPEG_SCANS + 1)
     if num_scans > MAX_JPEG_SCANS:
         raise MediaTooLarge(f"JPEG image of more than {MAX_JPEG_SCANS} scans; allowed: up to {MAX_JPEG_SCANS}")
+    formats = _formats_to_try(data)
+    if formats == _HEIC and is_cut_off(data):  # its library would leave missing tiles black
+        raise InvalidMedia("HEIC image that is cut off: its last part is longer than the file")
     try:
-        return PIL.Image.open(_DeadlineBytes(data, limits, deadline), formats=_PILLOW_FORMATS)
+        return PIL.Image.open(_DeadlineBytes(data, limits, deadline), formats=formats)
     except PIL.Image.DecompressionBombError as error:
         raise MediaTooLarge(
             f"{error}; allowed: up to {limits.max_image_pixels} pixels (EMBEDDER_MAX_IMAGE_PIXELS)"
@@ -126,6 +134,13 @@ def _read_header(data: bytes, limits: MediaLimits, deadline: float) -> PIL.Image
         raise InvalidMedia(unsupported_format("image", data)) from error
     except _ERRORS as error:
         raise InvalidMedia(f"image header cannot be read: {error}") from error
+
+
+def _formats_to_try(data: bytes) -> tuple[str, ...]:
+    """Pillow's names. A file may claim to be both AVIF and HEIC; the boxes that configure its codec tell."""
+    head = data[:MAX_BOXES_BYTES]
+    is_heic = head[4:8] == b"ftyp" and b"hvcC" in head and b"av1C" not in head
+    return _HEIC if is_heic else _PILLOW_FORMATS
 
 
 def decode_image(image: PIL.Image.Image, *, is_raw: bool = False) -> PIL.Image.Image:

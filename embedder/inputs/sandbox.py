@@ -1,8 +1,9 @@
 """What a decoding process may do: compute, and use the memory and the socket that it has. Nothing else.
 
 Limits of resources apply everywhere. On Linux with x86-64 or ARM a seccomp filter refuses every system call that is not
-in the list, among them those that open files, create sockets, start processes or send signals. Neither needs a
-privilege, so both work in a container without capabilities and with a read-only root.
+in the list, among them those that open files, create sockets, start processes or send signals. Threads are allowed,
+because the decoder of HEIC starts one. Neither needs a privilege, so both work in a container without capabilities and
+with a read-only root.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _MAX_OPEN_FILES = 32
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of `_ALLOWED`, and AUDIT_ARCH_*
 # Instructions of classic BPF: BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_JMP|BPF_JGE|BPF_K, BPF_RET|BPF_K
 _LOAD, _EQUAL, _AT_LEAST, _GIVE = 0x20, 0x15, 0x35, 0x06
-# SECCOMP_RET_ALLOW, _ERRNO with EPERM, _KILL_PROCESS
-_GIVE_ALLOW, _GIVE_REFUSE, _GIVE_KILL = 0x7FFF0000, 0x00050001, 0x80000000
+# SECCOMP_RET_ALLOW, _ERRNO with EPERM and with ENOSYS, _KILL_PROCESS
+_GIVE_ALLOW, _GIVE_REFUSE, _GIVE_UNKNOWN, _GIVE_KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
 _AF_UNIX = 1
 _SOCKET = (41, 198)  # the numbers of the system call `socket` on x86-64 and ARM
 _REFUSED = {  # what connects, or could do so unseen
@@ -44,6 +45,7 @@ _MAKE_SOCKET = 0x200
 _RIGHTS_OF_A_FILE = 0b111 | 0x4000 | 0x8000  # execute, write, read, truncate, control a device
 _SCOPES = 0b11  # abstract sockets, signals
 _ANY = (0, None)
+_CLONE3 = 435  # its flags are in memory, where no filter can read them; glibc then uses clone
 # Name: number on x86-64, number on ARM, and the argument that must have a certain value.
 _ALLOWED: dict[str, tuple[int, int, tuple[int, int | None]]] = {
     "read": (0, 63, _ANY),
@@ -69,6 +71,7 @@ _ALLOWED: dict[str, tuple[int, int, tuple[int, int | None]]] = {
     "sendto": (44, 206, _ANY),
     "sendmsg": (46, 211, _ANY),
     "recvmsg": (47, 212, _ANY),
+    "clone": (56, 220, (0, 0x3D0F00)),  # only a thread, with the flags of pthread_create
     "exit": (60, 93, _ANY),
     "fcntl": (72, 25, (1, 1030)),  # only F_DUPFD_CLOEXEC: others can send signals
     "gettimeofday": (96, 169, _ANY),
@@ -82,11 +85,13 @@ _ALLOWED: dict[str, tuple[int, int, tuple[int, int | None]]] = {
     "clock_getres": (229, 114, _ANY),
     "clock_nanosleep": (230, 115, _ANY),
     "exit_group": (231, 94, _ANY),
+    "set_robust_list": (273, 99, _ANY),
     "newfstatat": (262, 79, (3, 0x1000)),  # only AT_EMPTY_PATH: of an open file
     "prlimit64": (302, 261, (0, 0)),  # only of this process
     "getcpu": (309, 168, _ANY),
     "getrandom": (318, 278, _ANY),
     "membarrier": (324, 283, _ANY),
+    "rseq": (334, 293, _ANY),
 }
 
 
@@ -197,11 +202,11 @@ def _program(column: int, architecture: int) -> bytes:
         number, (argument, value) = (call[0], call[1])[column], call[2]
         if value is None:
             steps += [(equal, 0, 1, number), (give, 0, 0, allow)]
-        else:  # the low half of the argument; the kernel reads no more of these four
+        else:  # the low half of the argument; the kernel reads no more of these
             place = 16 + 8 * argument
             steps += [(equal, 0, 4, number), (load, 0, 0, place), (equal, 0, 1, value), (give, 0, 0, allow)]
             steps += [(give, 0, 0, refuse)]
-    steps += [(give, 0, 0, refuse)]
+    steps += [(equal, 0, 1, _CLONE3), (give, 0, 0, _GIVE_UNKNOWN), (give, 0, 0, refuse)]
     return b"".join(struct.pack("HBBI", *step) for step in steps)
 
 

@@ -33,7 +33,20 @@ def is_bounded(data: bytes) -> bool:
         return _has_few_blocks(data)
     if data.startswith(_BMP):
         return int.from_bytes(data[14:18], "little") >= 40 and not any(data[30:34])  # not run-length encoded
-    return data[8:12] == _WEBP and _has_few_webp_chunks(data)  # not AVIF, TIFF and ICO: read in Python, or unbounded
+    return data[8:12] == _WEBP and _has_few_webp_chunks(data)  # not AVIF, HEIC, TIFF and ICO
+
+
+def is_cut_off(data: bytes) -> bool:
+    """Whether the last box of an AVIF or HEIC file is longer than the file."""
+    position = 0
+    for _ in range(MAX_BLOCKS):
+        size = int.from_bytes(data[position : position + 4])
+        if size == 1:  # the size follows, in eight bytes
+            size = int.from_bytes(data[position + 8 : position + 16])
+        position += size
+        if size < 8 or position >= len(data):  # of no size: up to the end
+            break
+    return position > len(data)
 
 
 def _has_few_segments(data: bytes) -> bool:

@@ -160,9 +160,9 @@ def test_column_of_content_that_a_folder_of_images_cannot_have_is_refused(tmp_pa
 
 def test_files_that_are_left_out_are_counted_by_suffix(tmp_path: Path) -> None:
     folder = as_folder(tmp_path)
-    for name in ("a.txt", "inner/b.TXT", "c.heic", "README"):
+    for name in ("a.txt", "inner/b.TXT", "c.jxl", "README"):
         (folder / name).write_text("not an image")
-    assert Source(folder, Columns(), Settings()).num_left_out == {".txt": 2, ".heic": 1, "": 1}
+    assert Source(folder, Columns(), Settings()).num_left_out == {".txt": 2, ".jxl": 1, "": 1}
     assert Source(write_jsonl(folder / "d.jsonl", [{"text": "a"}]), Columns(), Settings()).num_left_out == {}
 
 
@@ -339,10 +339,10 @@ def test_exit_status_says_whether_rows_have_errors(errors: list[str | None], sta
 def test_files_left_out_are_reported_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in" / "a.jsonl", ROWS[:1])
-    for name in ("a.txt", "b.txt", "c.heic", "README"):
+    for name in ("a.txt", "b.txt", "c.jxl", "README"):
         (tmp_path / "in" / name).touch()
     assert start(tmp_path / "in", tmp_path / "out") == 0
-    assert "left out: 1 without suffix, 2 .txt, 1 .heic\n" in capsys.readouterr().err
+    assert "left out: 1 without suffix, 2 .txt, 1 .jxl\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output_format", ["parquet", "lance"])

@@ -61,7 +61,7 @@ def write_files(folder: Path) -> tuple[set[str], set[str]]:
         suffix = list(whole)[number % len(whole)]
         bad.add(write(number, f"broken.{suffix}", whole[suffix][: len(whole[suffix]) * 2 // 3]))
     for number in range(NUM_UNKNOWN):
-        write(number, f"notes.{('txt', 'heic', 'zip')[number % 3]}", b"not embedded")
+        write(number, f"notes.{('txt', 'jxl', 'zip')[number % 3]}", b"not embedded")
     return good, bad
 
 
@@ -78,7 +78,7 @@ def test_1500_mixed_files_are_embedded_once_after_a_kill(tmp_path: Path, random_
     assert 45 <= len(before) < 90
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 3, again.stderr
-    assert "left out: 34 .txt, 33 .heic, 33 .zip\n" in again.stderr
+    assert "left out: 34 .txt, 33 .jxl, 33 .zip\n" in again.stderr
     assert "rows of the output with an error: 100 invalid_media\n" in again.stderr
     after = {path.name: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
     assert before.items() <= after.items()

@@ -44,6 +44,7 @@ PICTURES = {
     "AVIF": encoded(picture(40, 60, 7), "AVIF"),
     "TIFF": encoded(picture(60, 40, 8), "TIFF", compression="tiff_lzw"),
     "ICO": encoded(picture(64, 64, 9), "ICO"),
+    "HEIC": encoded(picture(70, 40, 10), "HEIF"),
     "motion photo": encoded(picture(64, 48, 1), "JPEG") + b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\2\xff\xd8" * 9000,
     "transparent image": encoded(picture(50, 50, 5).convert("RGBA")),
     "gray image": encoded(picture(50, 50, 6).convert("L")),

@@ -29,7 +29,7 @@ from embedder.inputs.regimes import CheckpointRegime
 from embedder.inputs.video import load_video
 from embedder.settings import Settings
 from tests.conftest import encoded, picture
-from tests.inputs import hostile
+from tests.inputs import heic, hostile
 
 SETTINGS = Settings(max_image_pixels=1_000_000, max_items_per_request=20, decode_timeout_s=5)
 REGIME = CheckpointRegime(max_pixels=65_536, clip_max_pixels=1_000_000)
@@ -67,9 +67,12 @@ def check_request(data: bytes) -> None:
         assert 1 <= len(items) <= SETTINGS.max_items_per_request
 
 
-IMAGES = {kind: encoded(picture(40, 36), kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "AVIF", "TIFF", "ICO")}
+IMAGES = {
+    kind: encoded(picture(40, 36), kind)
+    for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "AVIF", "TIFF", "ICO", "HEIF")
+}
 CHECKS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
-    "media": (check_image, list(IMAGES.values())),
+    "media": (check_image, [*IMAGES.values(), *heic.hostile_files().values()]),
     "video": (check_video, list(hostile.videos().values())),
     "request": (check_request, [json.dumps(body).encode() for body in hostile.GOOD_BODIES.values()]),
 }

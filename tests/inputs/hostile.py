@@ -104,7 +104,9 @@ def jpeg_of_scans(image: PIL.Image.Image, num_scans: int) -> bytes:
 def pictures() -> Iterator[tuple[str, bytes | str]]:
     """Encoded pictures, or strings in place of their base64."""
     image = picture(64, 48)
-    files = {kind: encoded(image, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "AVIF", "TIFF", "ICO")}
+    files = {
+        kind: encoded(image, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "AVIF", "TIFF", "ICO", "HEIF")
+    }
     files["progressive JPEG"] = encoded(image, "JPEG", progressive=True)
     yield from _cut(files)
     for kind, data in files.items():

@@ -132,6 +132,7 @@ def test_every_kind_of_clip_has_the_frames_of_a_thread(decoding: Decoding) -> No
         pytest.param(encoded(picture(4200, 4200), "JPEG"), id="large JPEG"),
         pytest.param(encoded(picture(2700, 2700), "WEBP"), id="large WebP"),
         pytest.param(encoded(picture(300, 200), "AVIF"), id="AVIF"),
+        pytest.param(encoded(picture(300, 200), "HEIF"), id="HEIC"),
         pytest.param(encoded(picture(300, 200).convert("CMYK"), "TIFF", compression="tiff_lzw"), id="TIFF"),
         pytest.param(encoded(picture(300, 200).convert("1"), "TIFF", compression="group4"), id="fax"),
         pytest.param(encoded(picture(128, 128), "ICO"), id="ICO"),
@@ -313,7 +314,7 @@ def test_process_has_no_secrets_sockets_or_heavy_libraries(decoding: Decoding) -
 
 
 HOSTILE_CODE = """
-import ctypes, os, socket, sys, resource, signal
+import ctypes, os, socket, sys, resource, signal, threading
 from embedder.inputs import sandbox
 parent = os.getppid()
 memory = sandbox.open_memory_file()
@@ -350,6 +351,14 @@ for name, attempt in attempts.items():
 for name, number in {"ptrace": 101, "process_vm_readv": 310, "io_uring_setup": 425, "openat2": 437}.items():
     if libc.syscall(number, parent, 0, 0, 0, 0, 0) != -1 or ctypes.get_errno() != 1:
         print(name)
+for flags in (0, signal.SIGCHLD, 0x100, 0x4100, 0x20000000, 0x3D0F00 | 0x20000000, 0x3D0F00 & ~0x10000):
+    if libc.syscall(56, flags, 0, 0, 0, 0) != -1 or ctypes.get_errno() != 1:
+        print("clone", flags)
+if libc.syscall(435, 0, 0) != -1 or ctypes.get_errno() != 38:
+    print("clone3")
+thread = threading.Thread(target=lambda: None)  # allowed: the decoder of HEIC needs one
+thread.start()
+thread.join()
 assert sandbox.address_space(memory) > 0
 print("done")
 """

@@ -94,7 +94,7 @@ def with_exif(file_format: str, num_entries: int) -> bytes:
         pytest.param(JPEG[:-2] + segments(1000) + JPEG[-2:], id="JPEG of many comments at the end"),
         pytest.param(jpeg_of_scans(picture(64, 64), 40), id="JPEG of many scans"),
         pytest.param(JPEG[:40], id="JPEG without a scan"),
-        *(pytest.param(encoded(picture(64, 48), kind), id=kind) for kind in ("AVIF", "TIFF", "ICO")),
+        *(pytest.param(encoded(picture(64, 48), kind), id=kind) for kind in ("AVIF", "TIFF", "ICO", "HEIF")),
     ],
 )
 def test_picture_that_could_hold_the_interpreter_needs_a_process(data: bytes) -> None:

@@ -133,7 +133,7 @@ def test_broken_image_shows_the_services_message_and_the_others_are_compared(pag
     page.driver.execute_script(DROP, base64.b64encode(swatch).decode(), "whole.png")
     page.matrix(2)
     (message,) = page.texts(".item.failed .error")
-    assert "image: not a JPEG, PNG, WebP, GIF, BMP, AVIF, TIFF or ICO file" in message
+    assert "image: not a JPEG, PNG, WebP, GIF, BMP, AVIF, TIFF, ICO or HEIC file" in message
     assert page.texts(".item.failed .what") == ["<b>broken</b>.png"]
 
 
@@ -186,7 +186,7 @@ def test_broken_query_shows_the_services_message(page: Page) -> None:
     page.driver.execute_script(DROP, base64.b64encode(b"%PDF-1.7").decode(), "paper.png")
     page.wait(lambda: page.texts("#search-state [role=alert]"))
     assert page.texts("#search-state [role=alert]")[0].startswith(
-        "paper.png: image: not a JPEG, PNG, WebP, GIF, BMP, AVIF, TIFF or ICO file, but a PDF document"
+        "paper.png: image: not a JPEG, PNG, WebP, GIF, BMP, AVIF, TIFF, ICO or HEIC file, but a PDF document"
     )
     assert page.texts(".result") == []
     page.one("#query").send_keys("red", Keys.ENTER)
