@@ -34,6 +34,7 @@ from tests.oracle import Oracle
 
 CHECKPOINT = CheckpointRegime(max_frames=8)
 SETTINGS = Settings(max_image_pixels=1_000_000, max_image_bytes=200_000)
+VP8 = {"auto-alt-ref": "1", "lag-in-frames": "10", "deadline": "realtime", "threads": "1"}  # several spin: 2 s a clip
 KINDS = {  # container, codec, pixel format, options
     "mpeg4 in MP4": ("mp4", "mpeg4", "yuv420p", {"bf": "2"}),
     "H.264 in MP4": ("mp4", "libx264", "yuv420p", {"x264-params": "open-gop=1:bframes=3:scenecut=0"}),
@@ -41,7 +42,7 @@ KINDS = {  # container, codec, pixel format, options
     "H.264 in fragments": ("mp4", "libx264", "yuv420p", {}),
     "H.264 in Matroska": ("matroska", "libx264", "yuv420p", {}),
     "H.265 in MP4": ("mp4", "libx265", "yuv420p", {"x265-params": "log-level=none"}),
-    "VP8 in WebM": ("webm", "libvpx", "yuv420p", {"auto-alt-ref": "1", "lag-in-frames": "10", "deadline": "realtime"}),
+    "VP8 in WebM": ("webm", "libvpx", "yuv420p", VP8),
     "VP9 in WebM": ("webm", "libvpx-vp9", "yuv420p", {"deadline": "realtime", "cpu-used": "8"}),
     "Motion JPEG in Matroska": ("matroska", "mjpeg", "yuvj420p", {}),
     "ProRes in MOV": ("mov", "prores", "yuv422p10le", {}),
