@@ -79,18 +79,13 @@ def inputs_of(preprocessor: Preprocessor, batch: str) -> list[ModelInput]:
 # The forward pass over fake CUDA tensors
 
 COMBINATIONS = [
-    pytest.param(shape, attention, version, marks=marks, id=f"{shape}-{attention}-torch-{version}")
-    for shape, attention, version, marks in (
-        ("2b", "varlen", "2.11", ()),
-        ("2b", "varlen", "2.13", pytest.mark.slow),
-        ("2b", "flash_attn", "2.13", pytest.mark.slow),
-        ("8b", "varlen", "2.11", pytest.mark.slow),
-        ("8b", "varlen", "2.13", pytest.mark.slow),
-        ("8b", "flash_attn", "2.13", pytest.mark.slow),
-    )
+    pytest.param(shape, attention, version, id=f"{shape}-{attention}-torch-{version}")
+    for shape in ("2b", "8b")
+    for attention, version in (("varlen", "2.11"), ("varlen", "2.13"), ("flash_attn", "2.13"))
 ]
 
 
+@pytest.mark.slow  # 10 CPU seconds each; in the default run, the next test but one runs the 2B's texts
 @needs_fake_cuda
 @pytest.mark.parametrize(("shape", "attention", "version"), COMBINATIONS)
 def test_forward_pass_runs_on_a_gpu_without_waiting_for_it(
