@@ -93,9 +93,13 @@ Bars = dict[str, dict[str, float]]
 
 
 def save(folder: Path, name: str, data: dict[str, Any], text: str, bars: Bars, axis: str) -> None:
-    """Write `NAME.json`, `NAME.md` and `NAME.png`. `bars`: the values by name for each row of the plot."""
+    """Write `NAME.json`, `NAME.md` and `NAME.png`. `bars`: the values by name for each row of the plot.
+
+    Without bars there is no plot.
+    """
     write(folder, name, data, text)
-    _plot(folder / f"{name}.png", bars, axis)
+    if bars:
+        _plot(folder / f"{name}.png", bars, axis)
 
 
 def write(folder: Path, name: str, data: dict[str, Any], text: str) -> None:

@@ -165,7 +165,10 @@ def measure(
             continue
         for order, result in zip((EMBEDDER, RERANKER), results, strict=True):
             scores = [one for split in result.scores.values() for one in split]
-            metrics = {name: 100 * float(np.mean([one[key] for one in scores])) for name, key in METRICS.items()}
+            metrics = {
+                name: round(100 * float(np.mean([one[key] for one in scores])), 3)  # stored results have 5 digits
+                for name, key in METRICS.items()
+            }
             rows.append({"task": name, "order": order, **metrics})
     return rows, failures
 
