@@ -14,11 +14,11 @@ import pytest
 
 from benchmarks.demo_documents import make_pdf, text, write_documents
 from embedder.documents.limits import MAX_TEXT_BYTES
-from embedder.documents.pages import DocumentReader
+from embedder.documents.pages import MAX_DOCUMENT_BYTES, DocumentReader
 from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.regimes import CheckpointRegime
 from embedder.settings import Settings
-from tests.documents.hostile_pdfs import BAD_PAGES, GOOD, ODD, REFUSED, pdf
+from tests.documents.hostile_pdfs import BAD_PAGES, GOOD, ODD, REFUSED, join, pdf
 
 REGIME = CheckpointRegime()
 
@@ -82,6 +82,40 @@ def test_document_that_cannot_be_used_is_refused_with_the_reason(
     data, reason = REFUSED[name]
     with pytest.raises(InvalidMedia, match=re.escape(reason)):
         reader.count_pages(write(tmp_path, data))
+
+
+def pdf_of_many_pages(count: int) -> bytes:
+    """Blank pages, the last of which is twice as wide."""
+    first = 3
+    kids = " ".join(f"{number} 0 R" for number in range(first, first + count))
+    page = "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {} 100] >>"
+    return join(
+        [
+            b"<< /Type /Catalog /Pages 2 0 R >>",
+            f"<< /Type /Pages /Kids [{kids}] /Count {count} >>".encode(),
+            *[page.format(100).encode()] * (count - 1),
+            page.format(200).encode(),
+        ]
+    )
+
+
+def test_document_of_10000_pages_is_opened_and_one_of_too_many_is_refused(
+    tmp_path: Path, reader: DocumentReader
+) -> None:
+    path = write(tmp_path, pdf_of_many_pages(10_000))
+    assert reader.count_pages(path) == 10_000
+    first, last = (reader.render(path, number, REGIME).image for number in (1, 10_000))
+    assert first.width == first.height < last.width / 1.5
+    with pytest.raises(MediaTooLarge, match="document of more than 20000 pages; allowed: up to 20000"):
+        reader.count_pages(write(tmp_path, pdf_of_many_pages(20_001), "b.pdf"))
+
+
+def test_document_of_too_many_bytes_is_refused_without_reading_it(tmp_path: Path, reader: DocumentReader) -> None:
+    path = write(tmp_path, GOOD)
+    with path.open("ab") as file:
+        file.truncate(MAX_DOCUMENT_BYTES + 1)  # sparse
+    with pytest.raises(MediaTooLarge, match=f"document of {MAX_DOCUMENT_BYTES + 1} bytes"):
+        reader.count_pages(path)
 
 
 @pytest.mark.parametrize("name", BAD_PAGES)
