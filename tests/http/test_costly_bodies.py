@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -13,7 +15,9 @@ from embedder.errors import InvalidRequest
 from embedder.http.dialects import kserve
 from embedder.http.dialects.tokens import DecodeRequest, DetokenizeRequest
 from embedder.http.request_body import read_json, validate_body
+from embedder.http.routes import EXAMPLES
 from embedder.settings import Settings
+from tests.conftest import slow_except
 
 
 @pytest.mark.parametrize(
@@ -33,6 +37,28 @@ def test_number_beyond_64_bits_is_a_float_also_next_to_a_lone_surrogate() -> Non
         with pytest.raises(InvalidRequest, match="not valid JSON"):
             read_json(f'{{"a": {number}, "b": "\\ud800"}}'.encode())
     assert read_json(b'{"a": 18446744073709551615, "b": "\\ud800"}')["a"] == 2**64 - 1
+
+
+def with_surrogates(value: Any) -> Iterator[Any]:
+    """The value with a lone surrogate in the place of one string, or in one name, for each of them."""
+    if isinstance(value, str):
+        yield "\ud800"
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield {**value, f"{name}\ud800": inner}
+            yield from ({**value, name: changed} for changed in with_surrogates(inner))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from ([*value[:index], changed, *value[index + 1 :]] for changed in with_surrogates(inner))
+
+
+@pytest.mark.parametrize("path", slow_except(EXAMPLES, kserve.INFER.path))
+def test_lone_surrogate_anywhere_is_no_bug_of_the_service(path: str, client: httpx.Client) -> None:
+    """A response cannot repeat it, because it is not Unicode text."""
+    for body in EXAMPLES[path].values():
+        for changed in (*with_surrogates(body), {**body, "id": "\ud800"}, {**body, "user": "\ud800"}):
+            headers = {"content-type": "application/json"}
+            assert client.post(path, content=json.dumps(changed), headers=headers).status_code != 500, changed
 
 
 @pytest.mark.parametrize(

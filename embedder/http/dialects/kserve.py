@@ -19,7 +19,7 @@ from embedder.http.dialects.dialect import Dialect, ServedModel
 from embedder.http.dialects.messages import item_from_string
 from embedder.http.request_body import RequestBody, check_item_count, parse_each, validate_body
 from embedder.http.response import to_json
-from embedder.inputs.items import EmbeddingItem, describe_value, item_from_fields, refuse_unknown
+from embedder.inputs.items import EmbeddingItem, check_text, describe_value, item_from_fields, refuse_unknown
 from embedder.settings import Settings
 
 _NAMES = ("text", "image", "input")
@@ -74,6 +74,7 @@ class InferItems:
 def parse_infer(body: bytes | Mapping[str, Any], settings: Settings) -> InferItems:
     """Body -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(InferRequest, body)
+    check_text("id", request.id or "")
     (tensor,) = request.inputs
     refuse_unknown(tensor.parameters or {}, set())
     options = {name: value for name, value in (request.parameters or {}).items() if name != "binary_data_output"}
