@@ -17,12 +17,11 @@ from pydantic.json_schema import models_json_schema
 
 from embedder.errors import EmbedderError, ModelUnavailable, error_classes
 from embedder.http.accepted_fields import ACCEPTED
-from embedder.http.dialects.dialect import Dialect, by_path
+from embedder.http.dialects.dialect import Dialect, TokenRoute, by_path
 from embedder.http.dialects.messages import PART_TYPES
 from embedder.http.dialects.openai_models import ModelsResponse
 from embedder.http.dialects.rerank import ScoringFields
 from embedder.http.dialects.tokens import ROUTES as TOKEN_ROUTES
-from embedder.http.dialects.tokens import TokenRoute
 from embedder.http.error_forms import ErrorForm, error_form
 from embedder.http.request_body import RequestBody
 from embedder.http.response import ErrorResponse

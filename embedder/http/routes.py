@@ -41,10 +41,9 @@ from embedder.http.dialects import (
     tokens,
     voyage,
 )
-from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, by_path, choose_dialect
+from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, TokenRoute, by_path, choose_dialect
 from embedder.http.dialects.rows import row_items, row_queries, score_rows, scores_response
 from embedder.http.dialects.scoring import ScoringRequest
-from embedder.http.dialects.tokens import TokenRoute
 from embedder.http.disconnect import unless_disconnected
 from embedder.http.document_pages import DocumentPages
 from embedder.http.openapi import ROW_EXAMPLES, openapi_document

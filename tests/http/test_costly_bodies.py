@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from embedder.errors import InvalidRequest
 from embedder.http.dialects import kserve
-from embedder.http.dialects.tokens import DecodeRequest, DetokenizeRequest
+from embedder.http.dialects.detokenize import DecodeRequest, DetokenizeRequest
 from embedder.http.request_body import read_json, validate_body
 from embedder.http.routes import EXAMPLES
 from embedder.settings import Settings

@@ -9,7 +9,7 @@ pooling             vLLM's `/pooling`
 cohere, cohere_response
                     Cohere's two versions
 tei, voyage, ollama, dashscope, kserve    one file each
-tokens              `/tokenize`, `/detokenize`, `/decode`: routes without vectors
-rerank, tei_rerank, score
+tokens, detokenize  `/tokenize`, `/detokenize`, `/decode`: routes without vectors
+rerank, rerank_response, tei_rerank, score
                     the routes that score documents; `scoring` is what they have in common
 """

@@ -1,4 +1,4 @@
-"""What a route that embeds has to define; each dialect file defines one or two."""
+"""What a route has to define; each dialect file defines one or two."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from embedder.engine.aio import Outcome
 from embedder.errors import EmbedderError
 from embedder.http.error_forms import ErrorForm
 from embedder.inputs.items import EmbeddingItem
+from embedder.inputs.preprocess import Preprocessor
 from embedder.settings import Settings
 
 
@@ -80,6 +81,18 @@ class Dialect(Generic[Parsed]):
     given: str = ""
     errors: ErrorForm | None = None
     upload: Upload[Parsed] | None = None
+
+
+@dataclass(frozen=True)
+class TokenRoute:
+    """A route that answers from the tokenizer alone. `handle` gives the fields of the response."""
+
+    path: str
+    summary: str
+    request: type[BaseModel]
+    response: type[BaseModel]
+    handle: Callable[[Mapping[str, Any], Preprocessor, Settings], Any]
+    examples: Mapping[str, Any]
 
 
 def by_path(dialects: Sequence[Dialect[Any]]) -> dict[str, list[Dialect[Any]]]:

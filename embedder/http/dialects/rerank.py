@@ -5,28 +5,24 @@ Query and documents are texts, or items as on `/embed`. On `/rerank`, a body wit
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pydantic import AliasChoices, BaseModel, Field, StrictBool, StrictInt
+from pydantic import AliasChoices, Field, StrictBool, StrictInt
 
-from embedder.engine.postprocess import Embedding
-from embedder.errors import EmbedderError
-from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
+from embedder.http.dialects.dialect import Dialect
+from embedder.http.dialects.rerank_response import RerankResponse, relevance_response, rerank_response
 from embedder.http.dialects.score import SCORE
 from embedder.http.dialects.scoring import (
     ScoringRequest,
     TruncateOption,
-    best_results,
     document_item,
     list_documents,
     query_item,
 )
 from embedder.http.dialects.tei_rerank import RERANK_TEI
 from embedder.http.request_body import check_item_count, validate_body
-from embedder.http.response import CUT_TEXTS, Usage, to_json, usage_fields
 from embedder.inputs.items import EXAMPLE_DATA_URI
 from embedder.settings import Settings
 
@@ -55,33 +51,6 @@ class RerankRequest(ScoringFields):
     return_documents: StrictBool = Field(False, description="Repeat each document in its result.")
 
 
-class RerankError(BaseModel):
-    """A document that has no score."""
-
-    index: int
-    code: str
-    message: str
-
-
-class RerankResult(BaseModel):
-    """A document's place in the request, and its score; `relevance_score` on `/v1/rerank` and `/v2/rerank`."""
-
-    index: int
-    score: float | None = Field(None, description="From 0 to 1; the log-odds with `raw_scores`.")
-    relevance_score: float | None = None
-    document: Any = Field(None, description="The document; absent without `return_documents`.")
-
-
-class RerankResponse(BaseModel):
-    """Response of `/rerank`, `/v1/rerank` and `/v2/rerank`: the best first."""
-
-    results: list[RerankResult]
-    errors: list[RerankError] | None = Field(None, description="Documents that have no score, in order, if any.")
-    model: str
-    usage: Usage
-    warnings: list[str] | None = Field(None, description=CUT_TEXTS)
-
-
 def parse_documents(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringRequest:
     """Body of `/rerank`, `/v1/rerank` and `/v2/rerank` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(RerankRequest, body)
@@ -101,40 +70,6 @@ def parse_scoring(request: ScoringFields, settings: Settings) -> ScoringRequest:
         raw_scores=request.raw_scores,
         warnings=warnings,
     )
-
-
-def rerank_response(request: ScoringRequest, outcomes: Outcomes, model: ServedModel) -> bytes:
-    """Outcomes -> response body of `/rerank`. If every document failed, raises the first error."""
-    return to_json(_body(request, outcomes, model, "score"))
-
-
-def relevance_response(request: ScoringRequest, outcomes: Outcomes, model: ServedModel) -> bytes:
-    """Outcomes -> response body of `/v1/rerank` and `/v2/rerank`. If every document failed, raises the first error."""
-    body = _body(request, outcomes, model, "relevance_score")
-    meta = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}}
-    return to_json({"id": f"rerank-{uuid.uuid4()}", **body, "meta": meta})
-
-
-def _body(request: ScoringRequest, outcomes: Outcomes, model: ServedModel, name: str) -> dict[str, Any]:
-    scored = {index: one for index, one in enumerate(outcomes) if isinstance(one, Embedding)}
-    errors = [
-        {"index": index, "code": one.code, "message": one.message}
-        for index, one in enumerate(outcomes)
-        if isinstance(one, EmbedderError)
-    ]
-    body = {
-        "results": best_results(request, outcomes, name),
-        **({"errors": errors} if errors else {}),
-        "model": model.name,
-        **usage_fields(scored, model.max_input_tokens),
-    }
-    if warnings := [*request.warnings, *body.get("warnings", ())]:
-        body["warnings"] = warnings
-    first = outcomes[0]
-    if not scored and isinstance(first, EmbedderError):
-        first.details = body
-        raise first
-    return body
 
 
 _DOCUMENTS: list[Any] = ["a red square", {"image": EXAMPLE_DATA_URI}]

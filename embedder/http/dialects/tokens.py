@@ -1,44 +1,30 @@
-"""Counting and showing tokens: `POST /tokenize`, `/detokenize` and `/decode`.
+"""Counting and showing tokens: `POST /tokenize`.
 
-The body's field decides the contract of `/tokenize`: `items` is this service's own, and counts the tokens of items of
-any kind as an embedding request would, without decoding a picture; `prompt` and `messages` are vLLM's, `inputs` is
-TEI's. Each is handled in a thread.
+The body's field decides the contract: `items` is this service's own, and counts the tokens of items of any kind as an
+embedding request would, without decoding a picture; `prompt` and `messages` are vLLM's, `inputs` is TEI's. The routes
+of `ROUTES` are handled in a thread.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Any
 
-from pydantic import BaseModel, Field, RootModel, StrictBool, StrictInt
+from pydantic import Field, RootModel, StrictBool
 
 from embedder.engine.admission import check_num_chars
 from embedder.errors import DeadlineExceeded, InvalidRequest, attributed_to_item
+from embedder.http.dialects.detokenize import TO_TEXT
+from embedder.http.dialects.dialect import TokenRoute
 from embedder.http.dialects.embed import parse_embed
 from embedder.http.dialects.messages import item_from_conversation, item_from_string
 from embedder.http.request_body import NonEmptyList, RequestBody, check_item_count, validate_body
 from embedder.inputs.address import has_url
 from embedder.inputs.items import EmbeddingItem, Text, item_from_fields
 from embedder.inputs.preprocess import Preprocessor
-from embedder.inputs.tokens import check_num_shown, item_ids, text_of, text_tokens, token_strings
+from embedder.inputs.tokens import check_num_shown, item_ids, text_tokens, token_strings
 from embedder.settings import Settings
-
-MAX_IDS = 50_000  # of a request
-Ids = Annotated[list[StrictInt], Field(fail_fast=True)]
-
-
-@dataclass(frozen=True)
-class TokenRoute:
-    """A route that answers from the tokenizer alone. `handle` gives the fields of the response."""
-
-    path: str
-    summary: str
-    request: type[BaseModel]
-    response: type[BaseModel]
-    handle: Callable[[Mapping[str, Any], Preprocessor, Settings], Any]
-    examples: Mapping[str, Any]
 
 
 class TokenizeRequest(RequestBody):
@@ -55,29 +41,6 @@ class TokenizeRequest(RequestBody):
 
 class TokenizeResponse(RootModel[Any]):
     """`counts` for items; `tokens` and `count` for vLLM's clients; lists of tokens for TEI's."""
-
-
-class DetokenizeRequest(RequestBody):
-    """Body of vLLM's `POST /detokenize`."""
-
-    tokens: Ids = Field(description="Token ids.")
-
-
-class DetokenizeResponse(BaseModel):
-    """Response of `POST /detokenize`."""
-
-    prompt: str
-
-
-class DecodeRequest(RequestBody):
-    """Body of TEI's `POST /decode`."""
-
-    ids: Ids | Annotated[list[Ids], Field(fail_fast=True)] = Field(description="Token ids of one text, or of several.")
-    skip_special_tokens: StrictBool = True
-
-
-class DecodeResponse(RootModel[list[str]]):
-    """Response of `POST /decode`: the texts."""
 
 
 def tokenize(body: Mapping[str, Any], preprocessor: Preprocessor, settings: Settings) -> Any:
@@ -141,27 +104,6 @@ def _count_items(request: TokenizeRequest, preprocessor: Preprocessor, settings:
     return {"counts": counts, "max_input_tokens": settings.max_input_tokens}
 
 
-def detokenize(body: Mapping[str, Any], preprocessor: Preprocessor, _: Settings) -> Any:
-    """Body of `/detokenize` -> response. Raises `InvalidRequest`."""
-    request = validate_body(DetokenizeRequest, body)
-    return {"prompt": text_of(_check_ids(request.tokens), preprocessor, skip_special_tokens=False)}
-
-
-def decode(body: Mapping[str, Any], preprocessor: Preprocessor, _: Settings) -> Any:
-    """Body of `/decode` -> response. Raises `InvalidRequest`."""
-    request = validate_body(DecodeRequest, body)
-    lists = [ids for ids in request.ids if isinstance(ids, list)] or [
-        [one for one in request.ids if isinstance(one, int)]
-    ]
-    return [text_of(_check_ids(ids), preprocessor, skip_special_tokens=request.skip_special_tokens) for ids in lists]
-
-
-def _check_ids(ids: list[int]) -> list[int]:
-    if len(ids) > MAX_IDS or any(not 0 <= one < 2**31 for one in ids):
-        raise InvalidRequest(f"token ids: allowed: up to {MAX_IDS} numbers from 0 to 2**31 - 1")
-    return ids
-
-
 ROUTES = (
     TokenRoute(
         "/tokenize",
@@ -171,20 +113,5 @@ ROUTES = (
         tokenize,
         {"items": {"items": ["red"]}, "vLLM: prompt": {"prompt": "red"}, "TEI: texts": {"inputs": ["red"]}},
     ),
-    TokenRoute(
-        "/detokenize",
-        "Token ids to text, in the format of vLLM's clients",
-        DetokenizeRequest,
-        DetokenizeResponse,
-        detokenize,
-        {"ids": {"tokens": [0, 1]}},
-    ),
-    TokenRoute(
-        "/decode",
-        "Token ids to texts, in the format of TEI's clients",
-        DecodeRequest,
-        DecodeResponse,
-        decode,
-        {"ids": {"ids": [[0, 1]]}},
-    ),
+    *TO_TEXT,
 )
