@@ -9,8 +9,9 @@ import pytest
 from tests.attack import campaign
 from tests.conftest import start_server
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 @pytest.mark.filterwarnings("ignore:lance is not fork-safe")  # other tests import it; the attackers do not use it
 def test_quiet_callers_are_answered_next_to_random_attacks(tmp_path: Path) -> None:
     """The latencies are printed, not compared: they are those of the machine, too."""

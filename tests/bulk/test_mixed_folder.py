@@ -21,6 +21,8 @@ pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
 
 import pyarrow.dataset
 
+pytestmark = pytest.mark.slow
+
 NUM_PICTURES, NUM_PDFS, NUM_TIFFS, NUM_CLIPS, NUM_BROKEN, NUM_UNKNOWN = 1100, 90, 70, 40, 100, 100
 
 
@@ -65,7 +67,6 @@ def write_files(folder: Path) -> tuple[set[str], set[str]]:
     return good, bad
 
 
-@pytest.mark.slow  # Ray starts twice
 @pytest.mark.timeout(600)
 def test_1500_mixed_files_are_embedded_once_after_a_kill(tmp_path: Path, random_checkpoint: Path) -> None:
     folder, output = tmp_path / "in", tmp_path / "out"

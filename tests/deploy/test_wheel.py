@@ -12,8 +12,9 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_wheel_has_every_file_of_the_package(tmp_path: Path) -> None:
     source = tmp_path / "source"  # building leaves files behind
     shutil.copytree(ROOT / "embedder", source / "embedder", ignore=shutil.ignore_patterns("__pycache__"))

@@ -9,10 +9,11 @@ import pytest
 
 from tests.conftest import Server
 
+pytestmark = pytest.mark.slow
+
 NUM_CONNECTIONS, IDLE_S = 256, 55
 
 
-@pytest.mark.slow
 def test_connections_that_were_idle_serve_another_request(server: Server) -> None:
     reused: list[bool] = []
 

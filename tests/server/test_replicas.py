@@ -12,8 +12,9 @@ import pytest
 from embedder import Embedder
 from tests.conftest import start_server
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_two_replicas_serve_the_same_vectors(tmp_path: Path, embedder: Embedder) -> None:
     model = str(embedder.checkpoint.folder)
     server = start_server(tmp_path, model=model, device="cpu", workers="2", preprocess_threads="1")
