@@ -22,9 +22,11 @@ from embedder.model.packing import Sequences
 
 logger = logging.getLogger(__name__)
 
-# Up to this size, a mask is faster than queries of zeros before the first one. With these, the kernel skips blocks of
-# keys that no query attends: 1.7 times as fast for 1,480 queries and 20 more keys, 0.6 times for 20 queries (AMD EPYC).
-MAX_MASK_BYTES = 2**16
+# With more keys than queries, sdpa takes a mask, or queries of zeros before the first one. A mask is faster for few
+# queries: 100 times for 12 queries and 6,126 keys, twice for 300 and 1,000, as fast for 600 and 1,000, 0.6 times for
+# 1,480 and 1,500. The kernel then skips blocks of keys that no query attends (x86 with AVX2, one core, 2026-11-29).
+MAX_CACHED_MASK = 2**16  # elements; small sequences also take a mask whatever their lengths are
+MAX_MASK = 2**24  # elements; sdpa makes floats of them
 
 
 class Attention(Protocol):
@@ -109,7 +111,7 @@ def sdpa_attention(
     for query_run, key_run in zip(queries.runs, keys.runs, strict=True):
         run_query, mask = query_run.view(query), None
         num_missing = key_run.length - query_run.length if causal else 0  # the keys before the first query's
-        if num_missing and query_run.length * key_run.length <= MAX_MASK_BYTES:
+        if num_missing and _takes_mask(query_run.length, key_run.length):
             mask = causal_mask(query_run.length, key_run.length, query.device)
         elif num_missing:
             run_query = F.pad(run_query, (0, 0, 0, 0, num_missing, 0))
@@ -125,10 +127,22 @@ def sdpa_attention(
     return attended
 
 
-@lru_cache(maxsize=1024)  # every layer needs the same one
+def _takes_mask(num_queries: int, num_keys: int) -> bool:
+    size = num_queries * num_keys
+    return size <= MAX_CACHED_MASK or (2 * num_queries <= num_keys and size <= MAX_MASK)
+
+
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
     """(num_queries, num_keys) bool, True where a query attends a key; aligned at the ends."""
+    make = _cached_mask if num_queries * num_keys <= MAX_CACHED_MASK else _make_mask
+    return make(num_queries, num_keys, device)
+
+
+def _make_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
     return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+
+
+_cached_mask = lru_cache(maxsize=1024)(_make_mask)  # every layer needs the same one
 
 
 def varlen_attention(

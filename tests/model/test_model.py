@@ -239,12 +239,14 @@ def test_package_called_flash_attn_that_lacks_the_function_is_not_chosen(
     flash_attn_import_error.cache_clear()
 
 
-@pytest.mark.parametrize("max_mask_bytes", [0, 2**16])
+@pytest.mark.parametrize("max_cached_mask", [0, attention.MAX_CACHED_MASK])
+@pytest.mark.parametrize("max_mask", [0, attention.MAX_MASK])
 def test_causal_attention_with_more_keys_is_the_same_with_and_without_a_mask(
-    max_mask_bytes: int, monkeypatch: pytest.MonkeyPatch
+    max_cached_mask: int, max_mask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "MAX_MASK_BYTES", max_mask_bytes)
-    own, keys = [3, 3, 1, 40, 6], [7, 7, 1, 60, 6]
+    monkeypatch.setattr(attention, "MAX_CACHED_MASK", max_cached_mask)
+    monkeypatch.setattr(attention, "MAX_MASK", max_mask)
+    own, keys = [3, 3, 1, 40, 6, 10], [7, 7, 1, 60, 6, 50]
     query = randn(sum(own), 6, 8)
     key, value = randn(sum(keys), 2, 8, seed=1), randn(sum(keys), 2, 8, seed=2)
     where = sequences(own, paired_with=keys), sequences(keys, paired_with=own)
@@ -252,14 +254,25 @@ def test_causal_attention_with_more_keys_is_the_same_with_and_without_a_mask(
     assert (attended - naive_attention(query, key, value, own, keys, causal=True)).abs().max() < 1e-5
 
 
-def test_long_texts_need_no_mask() -> None:
-    """Every length would have one of its own, of up to 64 MB."""
-    before = attention.causal_mask.cache_info()
-    query, key = randn(300, 2, 8), randn(320, 2, 8, seed=1)
-    where = sequences([300], paired_with=[320]), sequences([320], paired_with=[300])
+@pytest.mark.parametrize(("own", "keys", "computed"), [(300, 320, 320), (300, 700, 300), (20, 4000, 20)])
+def test_a_short_document_after_a_long_query_computes_only_its_own_tokens(
+    own: int, keys: int, computed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a mask of many lengths kept: each would have one of its own, of up to 16 MB."""
+    lengths, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        lengths.append(query.shape[2])
+        return sdpa(query, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    kept = attention._cached_mask.cache_info()
+    query, key = randn(own, 2, 8), randn(keys, 2, 8, seed=1)
+    where = sequences([own], paired_with=[keys]), sequences([keys], paired_with=[own])
     attended = sdpa_attention(query, key, key, *where, causal=True)
-    assert attention.causal_mask.cache_info() == before
-    assert (attended - naive_attention(query, key, key, [300], [320], causal=True)).abs().max() < 1e-5
+    assert lengths == [computed]
+    assert attention._cached_mask.cache_info() == kept
+    assert (attended - naive_attention(query, key, key, [own], [keys], causal=True)).abs().max() < 1e-5
 
 
 # The whole, step by step
