@@ -1,4 +1,4 @@
-"""PDF files that are encrypted, broken, enormous or made to hold a reader up, by name."""
+"""PDF files that are encrypted, broken, enormous or made to block a reader, by name."""
 
 from __future__ import annotations
 

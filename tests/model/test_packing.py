@@ -1,4 +1,4 @@
-"""Items laid one behind the other: every token and patch is there once, and is found again."""
+"""Items laid one after the other: every token and patch is there once, and is found again."""
 
 from __future__ import annotations
 
