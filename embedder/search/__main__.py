@@ -91,7 +91,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         return settings.model_copy(update={"reranker": ""})
     if not options.rerank and not settings.reranker:
         raise ValueError("--rerank needs a reranker's checkpoint folder or hub id, or EMBEDDER_RERANKER with one")
-    return settings.model_copy(update={"reranker": options.rerank or settings.reranker})
+    model = settings.model or "bundled"  # next to a reranker, an empty name would mean no embedding model
+    return settings.model_copy(update={"model": model, "reranker": options.rerank or settings.reranker})
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -48,8 +48,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         PIL.Image.new("RGB", (96, 96), (13 * number, 80, 90)).save(folder / f"swatch-{number:02}.png")
     (folder / "red.png").write_bytes(encoded(PIL.Image.new("RGB", (96, 96), "red")))
     with pytest.MonkeyPatch.context() as patch:
-        bundled = ROOT / "embedder" / "default_model"
-        assert run_bulk(patch, bundled, folder, base / "vectors", "--segment-seconds", "2")[0] == 0
+        assert run_bulk(patch, Path("bundled"), folder, base / "vectors", "--segment-seconds", "2")[0] == 0
     return folder, base / "vectors"
 
 
@@ -59,7 +58,7 @@ def url(documents: tuple[Path, Path], random_reranker: Path) -> Iterator[str]:
     options = ["--serve", "--port", "0", "--rerank", str(random_reranker)]
     command = [sys.executable, "-m", "embedder.search", str(documents[1]), *options]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
-    environment |= {"EMBEDDER_MODEL": str(ROOT / "embedder" / "default_model"), "EMBEDDER_DEVICE": "cpu"}
+    environment["EMBEDDER_DEVICE"] = "cpu"
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
