@@ -100,15 +100,14 @@ class EmbeddingModel:
         return (self.vision_digest, ours.mean, ours.std) == (other.vision_digest, theirs.mean, theirs.std)
 
     def find_budget(self, kept_bytes: int) -> int:
-        """`max_batch_tokens`, or as much of it as fits the GPU next to the kept prefixes and `kept_bytes` more.
+        """`max_batch_tokens`, or as much of it as fits the GPU next to `kept_bytes`.
 
         Call it before the model has a vision cache, which would not compute equal images again.
         """
 
         def run(inputs: list[ModelInput]) -> None:
-            kept_sizes = self.forward.language.max_prefix_bytes, kept_bytes
             with device_errors(self.device):
-                kept = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in kept_sizes]
+                kept = torch.empty(kept_bytes, dtype=torch.uint8, device=self.device)
             self.launch(inputs)()
             del kept
 

@@ -161,7 +161,8 @@ class Models:
 
     def _limit_batches_to_memory(self) -> Settings:
         """The settings with `max_batch_tokens` lowered to what fits the GPU next to all models."""
-        kept_bytes = self.settings.vision_cache_bytes if self.reranker else 0
+        vision_cache_bytes = self.settings.vision_cache_bytes if self.reranker else 0
+        kept_bytes = vision_cache_bytes + sum(model.forward.language.max_prefix_bytes for model in self._loaded)
         budget = min(model.find_budget(kept_bytes) for model in self._loaded)
         return self.settings.model_copy(update={"max_batch_tokens": budget})
 

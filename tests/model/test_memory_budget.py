@@ -14,7 +14,9 @@ from embedder.errors import DeviceOutOfMemory, ModelUnavailable
 from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.inputs.processor_config import read_vision_config
 from embedder.inputs.tokenizer_files import load_tokenizer
+from embedder.loaded_model import EmbeddingModel
 from embedder.model.memory_budget import find_budget
+from embedder.models import Models
 from embedder.settings import Settings
 
 
@@ -59,6 +61,21 @@ def test_device_without_room_for_a_sentence_is_refused(preprocessor: Preprocesso
 
 def test_batches_go_through_the_real_model(embedder: Embedder, preprocessor: Preprocessor) -> None:
     assert find_budget(preprocessor, lambda inputs: embedder.models._launch(inputs)()) == 4096
+
+
+def test_batches_are_tried_next_to_what_every_model_keeps(
+    random_checkpoint: Path, random_reranker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    monkeypatch.setattr(EmbeddingModel, "find_budget", lambda _, kept_bytes: kept.append(kept_bytes) or 512)
+    both = Settings(model=str(random_checkpoint), reranker=str(random_reranker), device="cpu", vision_cache_bytes=1000)
+    models = Models(both)
+    try:
+        assert models._limit_batches_to_memory().max_batch_tokens == 512
+        prefixes = [model.forward.language.max_prefix_bytes for model in models._loaded]
+        assert kept == [1000 + sum(prefixes)] * 2
+    finally:
+        models.close()
 
 
 @pytest.mark.gpu
