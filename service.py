@@ -38,10 +38,10 @@ from embedder.server.connection import bound_connections
 from embedder.server.lifecycle import (
     check_port,
     drain_at_sigterm,
-    end_stopped_workers,
+    end_hanging_workers,
     exit_when_a_worker_fails_to_start,
-    exit_when_orphaned,
     failing_start,
+    keep_in_touch,
     replace_dead_workers_at_once,
     stop_at_sigterm_during_a_start,
     worker_server,
@@ -96,7 +96,7 @@ class Qwen3VLEmbedding:
         exit_when_a_worker_fails_to_start()
         stop_at_sigterm_during_a_start()
         replace_dead_workers_at_once()
-        end_stopped_workers(SETTINGS.request_timeout_s)
+        end_hanging_workers(SETTINGS.request_timeout_s)
         try:
             make_metrics_folder()
             check_port()
@@ -135,7 +135,7 @@ class Qwen3VLEmbedding:
             server = worker_server()
             bound_connections(server.config, SETTINGS.request_timeout_s)
             drain_at_sigterm(DRAIN, server, 2 * SETTINGS.request_timeout_s)  # for a body, and again for its items
-            exit_when_orphaned(self.arbiter)
+            keep_in_touch(self.arbiter)
         self.is_ready = True
         METRICS.serving(SETTINGS, self.models.info(), embedder.__version__)
         assert ROUTES.serving is not None

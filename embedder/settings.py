@@ -248,6 +248,11 @@ def metrics_folder() -> str | None:
     return os.environ.get(PROMETHEUS_FOLDER)
 
 
+def heartbeat_file(pid: int) -> Path | None:
+    """The file that a worker touches every second; None outside of a service."""
+    return Path(os.environ[METRICS_FOLDER], f"alive_{pid}") if METRICS_FOLDER in os.environ else None
+
+
 def decoder_environment() -> dict[str, str]:
     """The environment of a decoding process: nothing that could be a secret."""
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}

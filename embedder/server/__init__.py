@@ -47,11 +47,11 @@ lifecycle.replace_dead_workers_at_once
     them, after the service's own hook has run.
     Goes when: BentoML logs and replaces workers that end.
     Test: tests/server/test_lifecycle.py, `killed_worker`.
-lifecycle.end_stopped_workers
+lifecycle.end_hanging_workers
     Wraps `Watcher.call_hook` of circus and reads `Watcher.processes` (kantoku 0.18).
-    circus does not notice that a worker is stopped, and the worker's callers wait without an end.
+    circus does not notice that a worker is stopped or hangs, and the worker's callers wait without an end.
     Goes when: circus watches whether its processes are alive.
-    Test: tests/faults/test_faults.py, `worker_is_stopped`.
+    Test: tests/faults/test_faults.py, `worker_is_stopped`, `interpreter_hangs`.
 lifecycle.worker_server, lifecycle.drain_at_sigterm
     Finds uvicorn's server through its signal handler, and delays `handle_exit` (uvicorn 0.54, BentoML 1.4.40).
     BentoML creates the server itself, and uvicorn closes idle and arriving connections at once.

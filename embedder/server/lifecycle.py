@@ -31,11 +31,13 @@ from circus.watcher import Watcher
 
 from embedder.errors import EmbedderError
 from embedder.http.drain import Drain
+from embedder.settings import heartbeat_file
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.05  # between checks whether a draining worker has requests left
 PARENT_POLL_S = 1.0
+MIN_HANG_S = 20.0  # an event loop that does not run for so long is lost; the machine may be busy, too
 SENDING_S = 5  # after the drain, for responses that are being sent
 
 
@@ -116,26 +118,34 @@ def replace_dead_workers_at_once() -> None:
     Watcher.call_hook = log_and_call_hook
 
 
-def end_stopped_workers(max_s: float) -> None:
-    """Kill a worker that is stopped (SIGSTOP) for more than `max_s` seconds; another one replaces it.
+def end_hanging_workers(max_s: float) -> None:
+    """Kill a worker that is stopped (SIGSTOP) for more than `max_s` seconds, or whose event loop does not run for so
+    long and for more than `MIN_HANG_S`; another one replaces it.
 
     Its callers would wait without an end. Time is counted in looks, so a pause of the whole service does not count.
     """
     call_hook = Watcher.call_hook
+    max_hang_s = max(max_s, MIN_HANG_S)
 
-    def look(watcher: Watcher, pid: int, stopped_s: float) -> None:
+    def look(watcher: Watcher, pid: int, last_beat: int | None, stopped_s: float, silent_s: float) -> None:
         if pid not in watcher.processes:
             return
+        beat = _last_beat(pid)
         stopped_s = stopped_s + PARENT_POLL_S if _is_stopped(pid) else 0.0
-        if stopped_s > max_s:
-            logger.error("a worker (process %d) is stopped for more than %g s and is killed", pid, max_s)
+        silent_s = silent_s + PARENT_POLL_S if beat is not None and beat == last_beat else 0.0
+        if stopped_s > max_s or silent_s > max_hang_s:
+            what = ("is stopped", max_s) if stopped_s else ("does not run its event loop", max_hang_s)
+            logger.error("a worker (process %d) %s for more than %g s and is killed", pid, *what)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        watcher.loop.call_later(PARENT_POLL_S, look, watcher, pid, stopped_s)
+        watcher.loop.call_later(PARENT_POLL_S, look, watcher, pid, beat, stopped_s, silent_s)
 
     def watch_and_call_hook(watcher: Watcher, hook_name: str, **arguments: Any) -> Any:
         if hook_name == "after_spawn":
-            watcher.loop.call_later(PARENT_POLL_S, look, watcher, arguments["pid"], 0.0)
+            pid = arguments["pid"]
+            if path := heartbeat_file(pid):
+                path.unlink(missing_ok=True)  # of an earlier process with the same id
+            watcher.loop.call_later(PARENT_POLL_S, look, watcher, pid, None, 0.0, 0.0)
         return call_hook(watcher, hook_name, **arguments)
 
     Watcher.call_hook = watch_and_call_hook
@@ -146,6 +156,15 @@ def _is_stopped(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:  # it has ended, or this is not Linux
         return False
+
+
+def _last_beat(pid: int) -> int | None:
+    """When the worker's event loop ran last, in nanoseconds; None if it has not begun, or the folder was deleted."""
+    path = heartbeat_file(pid)
+    try:
+        return path.stat().st_mtime_ns if path else None
+    except OSError:
+        return None
 
 
 def _how_it_ended(pid: int, exit_code: int) -> str:
@@ -226,11 +245,18 @@ def drain_at_sigterm(drain: Drain, server: uvicorn.Server, max_s: float) -> None
     signal.signal(signal.SIGTERM, begin)
 
 
-def exit_when_orphaned(arbiter: int) -> None:
-    """Send this worker SIGTERM when its parent is gone; otherwise it would keep the port and the GPU forever."""
+def keep_in_touch(arbiter: int) -> None:
+    """Show the parent every second that the event loop runs, for `end_hanging_workers`.
+
+    Send this worker SIGTERM when its parent is gone; otherwise it would keep the port and the GPU forever.
+    """
     loop = asyncio.get_running_loop()
+    heartbeat = heartbeat_file(os.getpid())
 
     def check_parent() -> None:
+        if heartbeat:
+            with contextlib.suppress(OSError):  # temporary files were deleted, or the disk is full: nothing is judged
+                heartbeat.touch()
         if os.getppid() == arbiter:
             loop.call_later(PARENT_POLL_S, check_parent)
         else:

@@ -116,6 +116,11 @@ def worker_is_stopped(campaign: Campaign) -> float:
     return campaign.in_a_batch("stop")
 
 
+def interpreter_hangs(campaign: Campaign) -> float:
+    """A library holds the GIL, so that no thread of the worker runs."""
+    return campaign.in_a_batch("hold")
+
+
 def worker_is_paused(campaign: Campaign) -> float:
     """Stopped for 3 s, as a debugger or a snapshot of the machine does."""
     (worker,) = campaign.server.workers
@@ -154,6 +159,7 @@ FAULTS = (
     Fault(temporary_folder_is_swept, _KILLED, frozenset({"connection"}), replaces_worker=True),
     Fault(disk_is_full, _KILLED, frozenset({"connection"}), replaces_worker=True),
     Fault(worker_is_stopped, "is stopped", frozenset({"connection"}), replaces_worker=True),
+    Fault(interpreter_hangs, "does not run its event loop", frozenset({"connection"}), replaces_worker=True),
 )
 
 

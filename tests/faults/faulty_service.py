@@ -6,6 +6,7 @@ The file that `EMBEDDING_TESTS_FAULT` names says which fault and in how many bat
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -51,6 +52,8 @@ def happen(fault: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        case "hold":
+            ctypes.PyDLL(None).sleep(3600)  # a call by PyDLL keeps the GIL
         case "balloon":  # until the kernel ends the process
             taken = []
             while True:
