@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -18,7 +19,13 @@ from tests.conftest import ROOT
 
 PACKAGE = Path(embedder.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*FILES, ROOT / "service.py"]}
+
+
+@functools.cache
+def trees() -> dict[Path, ast.Module]:
+    """The syntax tree of each file, parsed in the process that runs these tests."""
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*FILES, ROOT / "service.py"]}
+
 
 EVERYWHERE = {"errors", "settings", "torchvision_shim"}
 MAY_IMPORT = {  # folder or module of the package -> which others it may import
@@ -83,7 +90,7 @@ def test_every_folder_imports_only_the_folders_below_it() -> None:
     assert {folder(path) for path in FILES} == set(MAY_IMPORT)
     wrong = set()
     for path in FILES:
-        for name in imported(TREES[path]):
+        for name in imported(trees()[path]):
             root, _, rest = name.partition(".")
             target = rest.partition(".")[0] or "__init__"
             if root == "embedder" and target in MAY_IMPORT:
@@ -97,7 +104,7 @@ def test_internals_of_other_packages_stay_in_their_folder() -> None:
     wrong = {
         (str(path.relative_to(ROOT)), name)
         for path in FILES
-        for name in imported(TREES[path])
+        for name in imported(trees()[path])
         if folder(path) not in ONLY_IN.get(name.partition(".")[0], {folder(path)})
     }
     assert not wrong
@@ -109,7 +116,7 @@ def test_what_is_imported_directly_is_declared() -> None:
     declared = {re.split(r"[\[<>=; ]", one)[0].lower().replace("_", "-") for one in needed}
     packages = packages_distributions()
     missing = set()
-    for tree in TREES.values():
+    for tree in trees().values():
         for name in {name.partition(".")[0] for name in imported(tree)} - set(sys.stdlib_module_names) - {"embedder"}:
             distributions = {one.lower().replace("_", "-") for one in packages.get(name, [name])}
             if not distributions & declared:
@@ -126,7 +133,7 @@ def test_modules_and_functions_stay_small() -> None:
     assert not large
     long = {
         (str(path.relative_to(ROOT)), node.name)
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES
@@ -142,7 +149,7 @@ def test_coined_names_are_not_used_again() -> None:
     pattern = re.compile(rf"\b_?(?:{'|'.join(coined.split())})\b")
     found = {
         (str(path.relative_to(ROOT)), name)
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         for name in pattern.findall(ast.unparse(tree))
     }
     assert not found
@@ -152,7 +159,7 @@ def test_exception_is_caught_whole_only_at_the_top_of_a_request_a_start_or_a_bat
     catchers = {
         str(path.relative_to(PACKAGE))
         for path in FILES
-        for node in ast.walk(TREES[path])
+        for node in ast.walk(trees()[path])
         if isinstance(node, ast.ExceptHandler)
         and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
     }
@@ -166,7 +173,7 @@ def test_environment_is_read_by_settings_and_for_other_packages_variables_only()
     readers = {
         folder(path)
         for path in FILES
-        for node in ast.walk(TREES[path])
+        for node in ast.walk(trees()[path])
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "environb", "getenv"}
     }
     assert readers <= {"settings", "model", "bulk", "__init__"}
@@ -177,7 +184,7 @@ def test_wall_clock_is_not_read() -> None:
     readers = {
         str(path.relative_to(PACKAGE))
         for path in FILES
-        for node in ast.walk(TREES[path])
+        for node in ast.walk(trees()[path])
         if isinstance(node, ast.Attribute)
         and ast.unparse(node) in ("time.time", "datetime.now", "datetime.datetime.now", "datetime.utcnow")
     }
@@ -185,12 +192,12 @@ def test_wall_clock_is_not_read() -> None:
 
 
 def test_ledger_of_tricks_names_code_and_tests_that_exist() -> None:
-    ledger = ast.get_docstring(TREES[PACKAGE / "server" / "__init__.py"]) or ""
+    ledger = ast.get_docstring(trees()[PACKAGE / "server" / "__init__.py"]) or ""
     names = re.findall(r"^(\w+)\.(\w+)(?:, (\w+)\.(\w+))?$", ledger, re.MULTILINE)
     pairs = [pair for match in names for pair in (match[:2], match[2:]) if pair[0]]
     assert len(pairs) >= 9
     for module, name in pairs:
-        tree = TREES[PACKAGE / "server" / f"{module}.py"]
+        tree = trees()[PACKAGE / "server" / f"{module}.py"]
         assert name in {getattr(node, "name", None) for node in tree.body}, (module, name)
     tests = re.findall(r"Test: (tests/[\w/]+\.py)", ledger)
     assert len(tests) == len(names)

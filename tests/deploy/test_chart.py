@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import helm_python
 import pytest
 import yaml
 
@@ -32,6 +31,8 @@ def merged(base: Object, more: Object) -> Object:
 
 def render_chart(release: str, values: Object) -> list[Object]:
     """The objects of a release, after a check of the values against the chart's schema."""
+    import helm_python  # here, because it takes 2.4 s, which each process of the tests would spend on collecting them
+
     chosen: Object = {}
     for name in values.get("files", []):
         chosen = merged(chosen, yaml.safe_load((CHART / name).read_text(encoding="utf-8")))
@@ -111,6 +112,8 @@ def test_ingress_allows_what_the_service_allows() -> None:
     ],
 )
 def test_values_that_cannot_be_meant_are_refused(values: Object) -> None:
+    import helm_python
+
     with pytest.raises(helm_python.HelmError):
         render_chart("one", values)
 
@@ -142,6 +145,8 @@ def test_another_revision_changes_the_selectors() -> None:
 
 
 def test_chart_has_no_faults_for_helm_lint() -> None:
+    import helm_python
+
     report = helm_python.lint(CHART, strict=True, kube_version="v1.30.0")
     faults = [message for message in report["messages"] if message["severity"] > 1]
     assert (faults, report["errors"]) == ([], [])
