@@ -182,7 +182,7 @@ BAD_ROWS = {
     '{"image": "nul\\u0000.png"}': "cannot be read: ValueError",
     '{"image": "long.png"}': "file of 2000 bytes; allowed: up to 1000",
     '{"image": "http://localhost/a.png"}': "URL",
-    '{"image": "a.txt"}': "ICO file (starts with 'hello')",
+    '{"image": "a.txt"}': "HEIC file (starts with 'hello')",
     '{"image": "!"}': "not valid base64",
     '{"text": "' + "x" * 3000 + '"}': "line of more than 2500 bytes",
 }
