@@ -18,7 +18,7 @@ from deploy.vector_stores.drawings import write_drawings
 from tests.conftest import Server
 from tests.search import conftest as search_conftest
 
-pytestmark = pytest.mark.filterwarnings("ignore:XDG_RUNTIME_DIR is not set")  # of the PostgreSQL wheel's lock
+pytestmark = pytest.mark.slow
 
 indexed = search_conftest.indexed  # the fixture
 QUERIES = ("sunset", "volcano", "crescent moon", "snowman", "strawberry", "red heart")
@@ -62,7 +62,6 @@ def expected(small_server: Server, drawings: Path) -> dict[str, list[tuple[str, 
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("store", ["qdrant", "lancedb", "milvus", "chroma"])
 def test_pages_of_documents_are_found_in_a_store(
     store: str, indexed: search_conftest.Indexed, small_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -95,10 +94,7 @@ def open_store(store: str, library: Any, folder: Path) -> Iterator[Any]:
             yield library.PersistentClient(str(folder), library.Settings(anonymized_telemetry=False))
 
 
-OTHERS = [pytest.param(store, marks=pytest.mark.slow) for store in ("qdrant", "pgvector", "milvus", "chroma")]
-
-
-@pytest.fixture(scope="module", params=["lancedb", *OTHERS])
+@pytest.fixture(scope="module", params=LIBRARIES)
 def search(
     request: pytest.FixtureRequest, small_server: Server, drawings: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Search]:
@@ -131,6 +127,7 @@ def postgres() -> Iterator[str]:
             database.cleanup()
 
 
+@pytest.mark.filterwarnings("ignore:XDG_RUNTIME_DIR is not set")  # of the PostgreSQL wheel's lock
 @pytest.mark.parametrize("query", QUERIES)
 def test_store_finds_what_brute_force_finds(query: str, search: Search, expected: Any) -> None:
     """The first stage keeps 100 of 150, so a false first stage or metric would show."""

@@ -78,6 +78,7 @@ def test_bento_without_its_model_does_not_start_and_says_why(bento_tag: str, tmp
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_requirements_of_the_image_can_be_resolved(bento_tag: str, tmp_path: Path) -> None:
     """As the image resolves them, with the requirement on itself that BentoML adds; nothing is installed."""
     home, tag = bento_tag.split("|")
