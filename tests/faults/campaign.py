@@ -19,9 +19,9 @@ from tests.conftest import ROOT, Server, start_server
 from tests.faults.callers import NUM_CALLERS, Callers
 
 REQUEST_TIMEOUT_S, STUCK_AFTER_S = 20.0, 3.0
-SLACK_S = 10.0  # of a caller that shares few cores with 63 others
+SLACK_S = 40.0  # a connection may wait for the start of the next worker, on few cores that 64 callers share
 AFTER_BATCHES = 5
-GIVE_UP_S = 55.0
+GIVE_UP_S = 85.0
 
 
 class NotPossibleHere(Exception):
@@ -145,7 +145,8 @@ class Fault:
         return self.cause.__name__.replace("_", " ")
 
 
-_FAILED = frozenset({"device_failed", "shutting_down", "not_ready", "connection"})
+_LOST = frozenset({"connection", "deadline_exceeded"})  # the next worker starts with the requests of all callers
+_FAILED = _LOST | {"device_failed", "shutting_down", "not_ready"}
 _KILLED = r"was ended by signal 9 \(out of memory\?"
 FAULTS = (
     Fault(batch_fails, "running its halves", frozenset()),
@@ -154,12 +155,12 @@ FAULTS = (
     Fault(worker_is_paused, "", frozenset()),
     Fault(device_error, "the engine stops with", _FAILED, replaces_worker=True),
     Fault(device_hangs, r"did not finish a batch within", _FAILED, replaces_worker=True),
-    Fault(worker_is_killed, _KILLED, frozenset({"connection"}), replaces_worker=True),
-    Fault(kernel_is_out_of_memory, _KILLED, frozenset({"connection"}), replaces_worker=True),
-    Fault(temporary_folder_is_swept, _KILLED, frozenset({"connection"}), replaces_worker=True),
-    Fault(disk_is_full, _KILLED, frozenset({"connection"}), replaces_worker=True),
-    Fault(worker_is_stopped, "is stopped", frozenset({"connection"}), replaces_worker=True),
-    Fault(interpreter_hangs, "does not run its event loop", frozenset({"connection"}), replaces_worker=True),
+    Fault(worker_is_killed, _KILLED, _LOST, replaces_worker=True),
+    Fault(kernel_is_out_of_memory, _KILLED, _LOST, replaces_worker=True),
+    Fault(temporary_folder_is_swept, _KILLED, _LOST, replaces_worker=True),
+    Fault(disk_is_full, _KILLED, _LOST, replaces_worker=True),
+    Fault(worker_is_stopped, "is stopped", _LOST, replaces_worker=True),
+    Fault(interpreter_hangs, "does not run its event loop", _LOST, replaces_worker=True),
 )
 
 
