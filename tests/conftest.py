@@ -30,6 +30,7 @@ import pytest
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:  # see `pytest_collection`
+    from selenium import webdriver
     from xdist.remote import Producer
     from xdist.scheduler import LoadFileScheduling
 
@@ -363,3 +364,12 @@ def client(server: Server) -> Iterator[httpx.Client]:
     """An HTTP client of the service."""
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """A browser with an empty profile."""
+    from tests.playground.browser import open_chromium
+
+    with open_chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver

@@ -70,6 +70,17 @@ class Page:
         self.driver.get(f"{self.url}/playground")
         self.wait(lambda: self.all("#dimensions label"))
 
+    def open_collection(self, num_pages: int) -> None:
+        """Open the page of `embedder.search --serve`, which first shows this many results."""
+        self.driver.get("about:blank")
+        self.driver.get(f"{self.url}/")
+        self.wait(lambda: len(self.all(".page")) == num_pages)
+
+    def check_log(self) -> None:
+        """The browser has logged no error of the page, except failed requests, which tests provoke."""
+        complaints = [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]
+        assert [message for message in complaints if "Failed to load resource" not in message] == []
+
     def wait(self, condition: Callable[[], Any], seconds: float = 30) -> Any:
         return WebDriverWait(self.driver, seconds, 0.05).until(lambda _: condition())
 
@@ -104,6 +115,12 @@ class Page:
     def ranking(self) -> list[tuple[str, float]]:
         self.wait(lambda: self.texts(".result .value") and not self.one("#search-state").is_displayed())
         return list(zip(self.texts(".result .name"), map(float, self.texts(".result .value")), strict=True))
+
+    def ask(self, question: str) -> None:
+        """Search pages of documents."""
+        self.one("#query").clear()
+        self.one("#query").send_keys(question, Keys.ENTER)
+        self.wait(lambda: question in self.one("#asked").text and self.all(".page .value"))
 
     def choose_dimensions(self, size: int) -> None:
         self.one(f"#dimensions label:has(> input[value='{size}'])").click()

@@ -25,7 +25,7 @@ from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
 from tests.conftest import Server, encoded, slow_except, start_server
-from tests.playground.browser import LOOKS, Page, fits, needs_chromium, open_chromium, screenshot
+from tests.playground.browser import LOOKS, Page, fits, needs_chromium, screenshot
 
 pytestmark = needs_chromium
 
@@ -45,20 +45,13 @@ FIRST_PICTURES_ARE_SEEN = """
 """
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    with open_chromium(tmp_path_factory.mktemp("profile")) as driver:
-        yield driver
-
-
 @pytest.fixture
 def page(chromium: webdriver.Chrome, small_server: Server) -> Iterator[Page]:
     """The page, newly opened. At the end, the browser has logged only errors that tests provoke."""
     page = Page(chromium, small_server.url)
     page.open()
     yield page
-    complaints = [entry["message"] for entry in chromium.get_log("browser")]  # type: ignore[no-untyped-call]
-    assert [message for message in complaints if "Failed to load resource" not in message] == []
+    page.check_log()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from selenium.webdriver.common.keys import Keys
 
 from embedder import Reranker
 from tests.conftest import Server, start_server
-from tests.playground.browser import LOOKS, Page, fits, needs_chromium, open_chromium, screenshot
+from tests.playground.browser import LOOKS, Page, fits, needs_chromium, screenshot
 
 pytestmark = pytest.mark.slow
 
@@ -37,12 +37,6 @@ def judging_server(pictures: Path, random_reranker: Path, tmp_path_factory: pyte
     assert server.stop() == 0
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    with open_chromium(tmp_path_factory.mktemp("profile")) as driver:
-        yield driver
-
-
 @pytest.fixture
 def page(chromium: webdriver.Chrome, judging_server: Server) -> Iterator[Page]:
     """The search, newly opened. At the end, the browser has logged no error of the page."""
@@ -50,8 +44,7 @@ def page(chromium: webdriver.Chrome, judging_server: Server) -> Iterator[Page]:
     page.open()
     page.open_search()
     yield page
-    complaints = [entry["message"] for entry in chromium.get_log("browser")]  # type: ignore[no-untyped-call]
-    assert [message for message in complaints if "Failed to load resource" not in message] == []
+    page.check_log()
 
 
 def scores(page: Page, name: str) -> list[float]:

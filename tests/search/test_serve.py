@@ -23,7 +23,7 @@ from selenium.webdriver.common.keys import Keys
 from embedder.errors import InvalidMedia
 from embedder.settings import Settings
 from tests.conftest import ROOT, encoded, slow_except
-from tests.playground.browser import LOOKS, Page, fits, needs_chromium, open_chromium, screenshot
+from tests.playground.browser import LOOKS, Page, fits, needs_chromium, screenshot
 from tests.search.conftest import Indexed
 
 pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
@@ -195,35 +195,20 @@ def test_cache_of_pictures_is_bounded(indexed: Indexed, monkeypatch: pytest.Monk
         images.close()
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    with open_chromium(tmp_path_factory.mktemp("profile")) as driver:
-        yield driver
-
-
 @pytest.fixture
 def page(chromium: webdriver.Chrome, url: str) -> Iterator[Page]:
     """The page of the collection, newly opened. At the end, the browser has logged no error of the page."""
     page = Page(chromium, url)
-    chromium.get("about:blank")
-    chromium.get(f"{url}/")
-    page.wait(lambda: len(page.all(".page")) == 9)
+    page.open_collection(9)
     yield page
-    complaints = [entry["message"] for entry in chromium.get_log("browser")]  # type: ignore[no-untyped-call]
-    assert [message for message in complaints if "Failed to load resource" not in message] == []
-
-
-def ask(page: Page, question: str) -> None:
-    page.one("#query").clear()
-    page.one("#query").send_keys(question, Keys.ENTER)
-    page.wait(lambda: question in page.one("#asked").text and page.all(".page .value"))
+    page.check_log()
 
 
 @needs_chromium
 def test_found_page_is_shown_large_and_opens_in_its_file(page: Page, indexed: Indexed) -> None:
     assert page.one("#search-label").text == "Search 9 pages of documents"
     name = indexed.subjects[1][0]
-    ask(page, name)
+    page.ask(name)
     assert page.texts(".page .name")[0] == "report-02.pdf"
     assert page.texts(".page:first-child .lines mark")[0] == name
     page.one(".page .open").click()
@@ -241,7 +226,7 @@ def test_found_page_is_shown_large_and_opens_in_its_file(page: Page, indexed: In
 
 @needs_chromium
 def test_fewer_dimensions_rank_again(page: Page, indexed: Indexed) -> None:
-    ask(page, indexed.subjects[1][0])
+    page.ask(indexed.subjects[1][0])
     before = page.texts(".page .value")
     page.choose_dimensions(64)
     page.wait(lambda: "64 dimensions" in page.one("#asked").text and page.texts(".page .value") != before)
@@ -249,7 +234,7 @@ def test_fewer_dimensions_rank_again(page: Page, indexed: Indexed) -> None:
 
 @needs_chromium
 def test_page_that_cannot_be_shown_says_why(page: Page, indexed: Indexed) -> None:
-    ask(page, indexed.subjects[0][1])
+    page.ask(indexed.subjects[0][1])
     source = indexed.folder / "reports" / "report-01.pdf"
     source.rename(source.with_suffix(".away"))
     try:
@@ -268,7 +253,7 @@ def test_collection_fits_every_screen_in_light_and_dark(
 ) -> None:
     folder = Path(os.environ.get("PLAYGROUND_SCREENSHOTS") or tmp_path)
     with page.looking(look) as (width, _):
-        ask(page, f"sales of {indexed.subjects[0][2]}")
+        page.ask(f"sales of {indexed.subjects[0][2]}")
         page.wait(lambda: page.driver.execute_script(PICTURES_ARE_SEEN))
         fits(page, width)
         screenshot(page, folder / f"{look}-pages.png")

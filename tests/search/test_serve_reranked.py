@@ -15,13 +15,12 @@ import httpx
 import PIL.Image
 import pytest
 from selenium import webdriver
-from selenium.webdriver.common.keys import Keys
 
 from benchmarks.demo_documents import write_documents
 from embedder import Reranker
 from tests.conftest import ROOT, encoded
 from tests.inputs.test_video import clip
-from tests.playground.browser import LOOKS, Page, fits, needs_chromium, open_chromium, screenshot
+from tests.playground.browser import LOOKS, Page, fits, needs_chromium, screenshot
 
 pytest.importorskip("ray", reason="comes with the `bulk` extra")
 
@@ -130,28 +129,13 @@ def test_request_that_makes_no_sense_is_refused(body: dict[str, Any], status: in
     assert reason in response.json()["error"]["message"]
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    with open_chromium(tmp_path_factory.mktemp("profile")) as driver:
-        yield driver
-
-
 @pytest.fixture
 def page(chromium: webdriver.Chrome, url: str) -> Iterator[Page]:
     """The page of the collection, newly opened. At the end, the browser has logged no error of the page."""
     page = Page(chromium, url)
-    chromium.get("about:blank")
-    chromium.get(f"{url}/")
-    page.wait(lambda: len(page.all(".page")) == 24)
+    page.open_collection(24)
     yield page
-    complaints = [entry["message"] for entry in chromium.get_log("browser")]  # type: ignore[no-untyped-call]
-    assert [message for message in complaints if "Failed to load resource" not in message] == []
-
-
-def ask(page: Page, question: str) -> None:
-    page.one("#query").clear()
-    page.one("#query").send_keys(question, Keys.ENTER)
-    page.wait(lambda: question in page.one("#asked").text and page.all(".page .value"))
+    page.check_log()
 
 
 def scores(page: Page, name: str) -> list[float]:
@@ -160,7 +144,7 @@ def scores(page: Page, name: str) -> list[float]:
 
 @needs_chromium
 def test_switch_orders_the_first_24_by_the_reranker_and_shows_both_scores(page: Page) -> None:
-    ask(page, "pineapple")
+    page.ask("pineapple")
     by_similarity = [float(text) for text in page.texts(".page .value")]
     assert by_similarity == sorted(by_similarity, reverse=True)
     page.one("#rerank").click()
@@ -182,7 +166,7 @@ def test_row_that_cannot_be_read_and_a_service_that_fails_say_why(page: Page, do
     report = documents[0] / "reports" / "report-01.pdf"
     report.rename(report.with_suffix(".away"))
     try:
-        ask(page, "strawberry")
+        page.ask("strawberry")
         page.wait(lambda: page.all(".page .not-reranked"), 120)
         assert "Not reranked: path 'reports/report-01.pdf' cannot be read" in page.all(".page .not-reranked")[0].text
         assert len(scores(page, "reranker")) == 20
@@ -190,7 +174,7 @@ def test_row_that_cannot_be_read_and_a_service_that_fails_say_why(page: Page, do
     finally:
         report.with_suffix(".away").rename(report)
     page.answer("playground/rerank", {"status": 503, "body": {"error": {"message": "the queue is full"}}})
-    ask(page, "watermelon")
+    page.ask("watermelon")
     page.wait(lambda: "the queue is full" in page.one("#search-state").text)
     assert len(page.texts(".page .value")) == 24
     page.one("#search-state button").click()
@@ -220,7 +204,7 @@ def test_reranked_pages_and_clips_fit_every_screen(look: str, page: Page, tmp_pa
     folder = Path(os.environ.get("PLAYGROUND_SCREENSHOTS") or tmp_path)
     with page.looking(look) as (width, _):
         page.one("#rerank").click()
-        ask(page, "sales of pineapple")
+        page.ask("sales of pineapple")
         page.wait(lambda: len(scores(page, "reranker")) == 24, 120)
         fits(page, width)
         screenshot(page, folder / f"{look}-reranked-pages.png")
