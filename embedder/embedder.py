@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from embedder.engine.observer import Observer
 from embedder.engine.postprocess import Embedding
-from embedder.errors import ITEM_ERRORS, EmbedderError, InvalidRequest, attributed_to_item
+from embedder.errors import ITEM_ERRORS, EmbedderError, InvalidRequest, attributed_to_item, recorded
 from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.inputs.python_items import PythonItem, is_single_item, item_from_python
 from embedder.models import Models
@@ -112,13 +112,8 @@ class Embedder:
         request = object()
 
         def take_first(progress: tqdm) -> None:
-            try:
-                with attributed_to_item(len(results)):
-                    results.append(futures[0].result().vector)
-            except ITEM_ERRORS as error:
-                if errors == "raise":
-                    raise
-                results.append(error)
+            with recorded(len(results), errors, results):
+                results.append(futures[0].result().vector)
             futures.popleft()
             progress.update()
 

@@ -293,6 +293,21 @@ def attributed_to_item(index: int) -> Iterator[None]:
 
 
 @contextmanager
+def recorded(index: int, errors: Literal["raise", "return"], outcomes: list[Any]) -> Iterator[None]:
+    """An error of an item inside the block gets the item's index, as in `attributed_to_item`.
+
+    With `errors` "return", it is then appended to `outcomes` instead of being raised.
+    """
+    try:
+        with attributed_to_item(index):
+            yield
+    except ITEM_ERRORS as error:
+        if errors == "raise":
+            raise
+        outcomes.append(error)
+
+
+@contextmanager
 def attributed_to_query() -> Iterator[None]:
     """An error of an item that is raised in the block says that the query of a reranking request caused it."""
     try:

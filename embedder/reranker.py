@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self, overload
 
 from embedder.engine.observer import Observer
 from embedder.engine.postprocess import Embedding
 from embedder.engine.ranking import best_first, sigmoid
-from embedder.errors import ITEM_ERRORS, EmbedderError, InvalidRequest, attributed_to_item, attributed_to_query
+from embedder.errors import EmbedderError, InvalidRequest, attributed_to_query, recorded
 from embedder.inputs.items import EmbeddingItem
 from embedder.inputs.pairs import Query, pair_with, part_of_pair
 from embedder.inputs.preprocess import ModelInput
@@ -104,7 +103,7 @@ class Reranker:
             )
         items: list[EmbeddingItem | EmbedderError] = []
         for index, document in enumerate(documents):
-            with _failing(index, errors, items):
+            with recorded(index, errors, items):
                 if isinstance(document, EmbedderError):
                     raise document
                 items.append(part_of_pair(item_from_python(document, None, None)))
@@ -116,10 +115,10 @@ class Reranker:
         scores: list[float | EmbedderError] = []
         try:
             for index, item in enumerate(items):
-                with _failing(index, errors, futures):
+                with recorded(index, errors, futures):
                     futures.append(self._submit(item, asked, prepared, request))
             for index, future in enumerate(futures):
-                with _failing(index, errors, scores):
+                with recorded(index, errors, scores):
                     scores.append(future if isinstance(future, EmbedderError) else _score(future))
         finally:
             for future in futures:
@@ -172,18 +171,6 @@ class Reranker:
         if isinstance(item, EmbedderError):
             return item
         return self.engine.submit(pair_with(asked, prepared, item), request=request, wait=True)
-
-
-@contextmanager
-def _failing(index: int, errors: Literal["raise", "return"], outcomes: list[Any]) -> Iterator[None]:
-    """With `errors` "return", add the error of a document to `outcomes`. Both ways it gets the document's index."""
-    try:
-        with attributed_to_item(index):
-            yield
-    except ITEM_ERRORS as error:
-        if errors == "raise":
-            raise
-        outcomes.append(error)
 
 
 def _score(future: Future[Embedding]) -> float:
