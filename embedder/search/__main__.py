@@ -154,17 +154,17 @@ def _table(hits: Sequence[Hit], question: str, width: int) -> list[str]:
     rows = [("score", "file", "seconds" if any(hit.segment for hit in hits) else "page")]
     rows += [(f"{hit.score:.4f}", printable(hit.file), hit.place) for hit in hits]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    reranked = ["rerank  ", *(f"{_shown(hit.reranked):6}  " for hit in hits)] if any(map(_is_reranked, hits)) else []
+    reranked = (
+        ["rerank  ", *(f"{_shown(hit.reranked):6}  " for hit in hits)]
+        if any(hit.reranked is not None for hit in hits)
+        else []
+    )
     num_chars = max(MIN_SNIPPET_CHARS, width - sum(widths) - 6 - len("".join(reranked[:1])))
     snippets = ["text", *(find_snippet(hit.text, question, num_chars) for hit in hits)]
     return [
         first + "  ".join([row[0].rjust(widths[0]), row[1].ljust(widths[1]), row[2].rjust(widths[2]), snippet]).rstrip()
         for first, row, snippet in zip(reranked or [""] * len(rows), rows, snippets, strict=True)
     ]
-
-
-def _is_reranked(hit: Hit) -> bool:
-    return hit.reranked is not None
 
 
 def _shown(score: float | EmbedderError | None) -> str:
