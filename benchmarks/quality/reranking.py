@@ -12,7 +12,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import mteb
 import numpy as np
@@ -25,12 +25,10 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.quality.mteb_model import EmbedderModel, items_of, preprocessing_of, prompt_of
-from benchmarks.quality.suite import RESULTS, find_tasks
+from benchmarks.quality.suite import add_shared_arguments, find_tasks
 from benchmarks.quality.targets import Item, Library, name_of
-from benchmarks.quality.tasks import LOCAL_TASKS
 from benchmarks.quality.vectors import Vectors
 from embedder import Embedder, Reranker
-from embedder.inputs.regimes import RegimeName
 
 EMBEDDER, RERANKER = "embedder", "reranker"
 METRICS = {"map": "map_at_1000", "mrr": "mrr_at_1000", "nDCG@10": "ndcg_at_10"}  # as in reports: mteb's names
@@ -119,23 +117,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality rerank", description=__doc__)
     parser.add_argument("--reranker", required=True, help="folder or hub id of the reranker")
     parser.add_argument("--model", default="", help="folder or hub id of the embedder; default: the bundled model")
-    parser.add_argument(
-        "--preprocessing",
-        choices=get_args(RegimeName),
-        default="checkpoint",
-        help="of both models, as EMBEDDER_PREPROCESSING; published scores were made with `reference`",
-    )
-    parser.add_argument("--tasks", nargs="+", default=list(LOCAL_TASKS), help="default: the tasks that need no hub")
+    add_shared_arguments(parser, parser)
     parser.set_defaults(benchmark=None)
-    parser.add_argument("--count", type=int, help="entries of each local task; default: all")
     parser.add_argument(
         "--candidates", type=int, default=24, help="per query of a task that brings none (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="items per call of the embedder")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder for result files and vectors of one embedder"
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
 

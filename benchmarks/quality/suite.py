@@ -64,20 +64,27 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--url", help="a running service of this project")
     target.add_argument("--model", default="", help="folder or hub id for the library; default: the bundled model")
+    what = parser.add_mutually_exclusive_group()
+    add_shared_arguments(parser, what)
+    what.add_argument("--benchmark", help='a benchmark of mteb, such as "MTEB(Multilingual, v2)"')
+    return parser.parse_args(arguments)
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser, what: Any) -> None:
+    """The arguments of each command over mteb's tasks. `what`: the parser, or its group for the choice of tasks."""
+    what.add_argument("--tasks", nargs="+", default=list(LOCAL_TASKS), help="default: the tasks that need no hub")
     parser.add_argument(
         "--preprocessing",
         choices=get_args(RegimeName),
         default="checkpoint",
         help="of the library, as EMBEDDER_PREPROCESSING; published scores were made with `reference`",
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--tasks", nargs="+", default=list(LOCAL_TASKS), help="default: the tasks that need no hub")
-    what.add_argument("--benchmark", help='a benchmark of mteb, such as "MTEB(Multilingual, v2)"')
     parser.add_argument("--count", type=int, help="entries of each local task; default: all")
-    parser.add_argument("--batch-size", type=int, default=32, help="items per call")
-    parser.add_argument("--output", type=Path, required=True, help="folder for result files and vectors of one model")
+    parser.add_argument("--batch-size", type=int, default=32, help="items per call of the embedder")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for result files and vectors of one embedder"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
-    return parser.parse_args(arguments)
 
 
 def shown_target(chosen: argparse.Namespace) -> str:
