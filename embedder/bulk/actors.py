@@ -14,6 +14,7 @@ from embedder.bulk.formats import Part
 from embedder.bulk.worker import PARTS_AT_ONCE, Job, Worker, share_resources
 
 OBJECT_STORE_BYTES = 80 * 2**20  # about Ray's minimum; only counts pass through it
+LOCAL_STARTS = 2  # Ray gives its processes 30 seconds, which is short on a busy machine
 
 
 def run_parts(job: Job, parts: Sequence[Part], address: str | None) -> Iterator[dict[str, Any]]:
@@ -32,13 +33,7 @@ def _run_parts(job: Job, parts: Sequence[Part], address: str | None) -> Iterator
     if address:
         ray.init(address, logging_level=logging.ERROR)
     else:
-        os.environ.setdefault("RAY_worker_niceness", "0")  # with the default of 15, workers were 25 % slower
-        ray.init(
-            "local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
-        )
+        _start_on_this_machine()
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.memory_usage_poll_interval_s = None  # polling each worker's memory every second cost 17 % of the rate
@@ -59,3 +54,21 @@ def _run_parts(job: Job, parts: Sequence[Part], address: str | None) -> Iterator
         yield from counted.iter_rows()
     finally:
         ray.shutdown()
+
+
+def _start_on_this_machine() -> None:
+    """Start Ray here. Raises `ConnectionError` if its processes do not answer in time."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # with the default of 15, workers were 25 % slower
+    for remaining in reversed(range(LOCAL_STARTS)):
+        try:
+            ray.init(
+                "local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:  # Ray raises a bare `Exception`; its processes end together with this one
+            if not remaining:
+                raise ConnectionError(f"Ray did not start: {error}") from error
+        else:
+            return
