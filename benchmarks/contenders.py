@@ -107,10 +107,10 @@ _JSON = {"content-type": "application/json"}
 
 
 def service(name: str, target: str, folder: Path, path: str) -> Contender:
-    """The service, started with `bentoml serve`."""
+    """The service, started with `bentoml serve`, in the precision of its peers."""
     bentoml = str(Path(sys.executable).parent / "bentoml")
     command = [bentoml, "serve", target, "--host", "127.0.0.1", "--port", "PORT"]
-    settings = {"EMBEDDER_MODEL": str(folder), "EMBEDDER_DEVICE": "cpu"}
+    settings = {"EMBEDDER_MODEL": str(folder), "EMBEDDER_DEVICE": "cpu", "EMBEDDER_DTYPE": "float32"}
     return Contender(name, command, path, settings)
 
 

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _library(folder: Path, texts: list[str], sizes: list[int], warm_up: int) -> Iterator[dict[str, Any]]:
-    with Embedder(str(folder), device="cpu") as embedder:
+    with Embedder(str(folder), device="cpu", dtype="float32") as embedder:
         first = embedder.embed(_repeat(texts, warm_up))
         for size in sizes:
             with Meter() as meter:

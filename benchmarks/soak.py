@@ -99,7 +99,7 @@ def _requests(folder: Path) -> list[Request]:
         picture = pictures[number]
         native.append({"content": [{"type": "text", **text}, {"type": "image", "image": picture}]})
         native.append({"video": [picture, pictures[number - 1]]})
-    with Embedder(str(folder), device="cpu") as embedder:
+    with Embedder(str(folder), device="cpu", dtype="float32") as embedder:
         known = np.stack([embedder.embed([item])[0] for item in tqdm(native, desc="known answers", unit="item")])
     rng = np.random.default_rng(SEED)
     requests = []

@@ -268,8 +268,11 @@ class Server:
 def start_server(folder: Path, *, target: str = ".", cwd: Path = ROOT, **settings: str) -> Server:
     """`bentoml serve` on a free port, ready, with `EMBEDDER_<NAME>` settings.
 
+    It computes in float32 unless `dtype` is set, because on some processors `auto` is bfloat16.
+
     Tries another port if a different process takes the free one before the service listens on it.
     """
+    settings.setdefault("dtype", "float32")
     for _ in range(3):
         server = _start_server(folder, target, cwd, settings)
         if server.process.poll() is None:
@@ -322,9 +325,7 @@ def slow_except(values: Iterable[Any], *fast: Any) -> list[Any]:
 @pytest.fixture(scope="session")
 def server(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The service with the same random weights as `embedder`."""
-    server = start_server(
-        tmp_path_factory.mktemp("server"), model=str(random_checkpoint), device="cpu", dtype="float32"
-    )
+    server = start_server(tmp_path_factory.mktemp("server"), model=str(random_checkpoint), device="cpu")
     yield server
     assert server.stop() == 0
 
@@ -335,7 +336,7 @@ def reranking_server(
 ) -> Iterator[Server]:
     """The service with the same random weights as `embedder` and `reranker`. For slow tests."""
     folder, models = tmp_path_factory.mktemp("server"), {"model": random_checkpoint, "reranker": random_reranker}
-    server = start_server(folder, device="cpu", dtype="float32", **{name: str(one) for name, one in models.items()})
+    server = start_server(folder, device="cpu", **{name: str(one) for name, one in models.items()})
     yield server
     assert server.stop() == 0
 

@@ -41,7 +41,7 @@ def main() -> int:
         pythons = {one.stem: install(one, environments / one.stem) for one in REQUIREMENTS}
         reranker = Path(folder) / "reranker"
         random_checkpoint.main(["tiny", str(reranker), "--reranker", "--dtype", "float32"])
-        server = start_server(Path(folder), model="bundled", reranker=str(reranker), device="cpu", dtype="float32")
+        server = start_server(Path(folder), model="bundled", reranker=str(reranker), device="cpu")
         try:
             rows = []
             for name, python in pythons.items():
