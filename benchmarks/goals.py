@@ -109,6 +109,10 @@ def _served(callers: int, figure: str, who: str, peer: str) -> Callable[[dict[st
     return lambda data: float(_cell(data, callers)[who][figure] / _cell(data, callers)[peer][figure])
 
 
+def _callers(number: int) -> str:
+    return "1 caller" if number == 1 else f"{number} callers"
+
+
 OURS, FASTAPI, VLLM, NULL, BARE = (
     contenders.OURS,
     contenders.FASTAPI,
@@ -171,13 +175,12 @@ GOALS = (
         "ms",
         is_most=True,
     ),
-    Goal("service against vLLM, texts, 64 callers: requests/s", TEXTS, _served(64, "requests_per_s", OURS, VLLM), 1.2),
-    Goal(
-        "service against vLLM, 448x448 JPEGs, 16 callers: requests/s",
-        PICTURES,
-        _served(16, "requests_per_s", OURS, VLLM),
-        1.5,
-    ),
+    *(
+        Goal(f"service against vLLM, {what}, {_callers(number)}: requests/s", file,
+             _served(number, "requests_per_s", OURS, VLLM), goal)
+        for what, file, goal, numbers in (("texts", TEXTS, 1.5, (1, 64)), ("448x448 JPEGs", PICTURES, 1.2, (1, 16)))
+        for number in numbers
+    ),  # fmt: skip
     Goal(
         "reranker, a picture and 100 texts, library against sentence-transformers: documents/s",
         RANKINGS,
