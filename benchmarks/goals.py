@@ -176,11 +176,15 @@ GOALS = (
         is_most=True,
     ),
     *(
-        Goal(f"service against vLLM, {what}, {_callers(number)}: requests/s", file,
-             _served(number, "requests_per_s", OURS, VLLM), goal)
+        Goal(
+            f"service against vLLM, {what}, {_callers(number)}: requests/s",
+            file,
+            _served(number, "requests_per_s", OURS, VLLM),
+            goal,
+        )
         for what, file, goal, numbers in (("texts", TEXTS, 1.5, (1, 64)), ("448x448 JPEGs", PICTURES, 1.2, (1, 16)))
         for number in numbers
-    ),  # fmt: skip
+    ),
     Goal(
         "reranker, a picture and 100 texts, library against sentence-transformers: documents/s",
         RANKINGS,
