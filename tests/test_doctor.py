@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from embedder import doctor
+from embedder.doctor import __main__ as doctor
 from embedder.errors import ModelUnavailable
 from embedder.models import Models
 from embedder.settings import Settings

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedder.bulk.formats import FOLDER, JSONL, PARQUET, Part, find_files, find_jsonl_columns
+from embedder.bulk.options import MIN_FILES_PER_PART, ROWS_PER_PART
 from embedder.bulk.pages import FolderPages, is_clip, is_document, read_inside, split_page
 from embedder.bulk.segments import Segment, split_segment
 from embedder.errors import EmbedderError, InvalidRequest
@@ -22,8 +23,6 @@ from embedder.inputs.regimes import CheckpointRegime, Regime
 from embedder.settings import Settings
 
 CONTENT = ("text", "image", "video")
-ROWS_PER_PART = 4096
-MIN_FILES_PER_PART = 16  # a page takes seconds on a CPU, and a run that is killed loses its unfinished parts
 MAX_FOLDER_PARTS = 1000  # of so many new rows that a part has more than the least
 _PUBLISHED = CheckpointRegime()
 

@@ -17,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 
 from embedder.bulk.formats import FILE_ERRORS, FOLDER, Part
+from embedder.bulk.options import OutputFormat
 from embedder.bulk.progress import PartCounter, Reporter
 from embedder.bulk.segments import Segment
 from embedder.bulk.source import Columns, Row, Source
 from embedder.bulk.thumbnails import make_thumbnail
-from embedder.bulk.writer import STATE_FOLDER, OutputFormat, Writer, output_schema
+from embedder.bulk.writer import STATE_FOLDER, Writer, output_schema
 from embedder.embedder import Embedder
 from embedder.engine.observer import Observer
 from embedder.engine.postprocess import Embedding, OutputDtype, quantize

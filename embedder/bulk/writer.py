@@ -12,15 +12,14 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from embedder.bulk.options import OutputFormat
 from embedder.engine.postprocess import OutputDtype
 
-OutputFormat = Literal["parquet", "lance"]
 STATE_FOLDER = "_bulk"  # in the output folder; readers of pyarrow and Lance ignore it
 
 _VALUES: dict[str, pa.DataType] = {

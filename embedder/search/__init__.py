@@ -6,5 +6,6 @@ documents   its rows -> what a reranker judges
 rerank      results -> the same in the order of a reranker
 snippet     a page's text layer and a question -> the lines to show
 serve       the playground on an output; page_images makes its pictures
-__main__    the command: embeds the query, searches, reranks, prints
+command     embeds the query, searches, reranks, prints
+__main__    the command line; options has its constants
 """

@@ -13,7 +13,6 @@ from embedder.search.collection import Collection, Hit
 from embedder.search.documents import Documents
 from embedder.settings import Settings
 
-DEFAULT_CANDIDATES = 24
 DOCUMENTS_AT_ONCE = 24  # in memory; a page of 1.3 megapixels takes 4 MB
 
 

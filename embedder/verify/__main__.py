@@ -16,11 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from embedder.errors import InvalidRequest, ModelUnavailable
-from embedder.settings import Settings
-from embedder.verify.checks import verify
-from embedder.verify.http_service import ServiceUnreachable
-from embedder.verify.published_checks import wants_published
-from embedder.verify.results import format_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = vars(parser.parse_args(arguments))
     if chosen["url"] and not chosen["url"].startswith(("http://", "https://")):
         parser.error(f"--url: got {chosen['url']!r}; it must start with http:// or https://")
+    # These take 5 s, which --help and wrong arguments need not wait
+    from embedder.settings import Settings
+    from embedder.verify.checks import verify
+    from embedder.verify.http_service import ServiceUnreachable
+    from embedder.verify.published_checks import wants_published
+    from embedder.verify.results import format_table
+
     try:
         image, key_file = chosen.pop("image"), chosen.pop("key_file")
         key = key_file.read_text(encoding="utf-8").partition("\n")[0].strip() if key_file else ""

@@ -13,7 +13,8 @@ pytest.importorskip("ray", reason="comes with the `bulk` extra")
 import ray
 
 from embedder.bulk import actors
-from embedder.bulk.__main__ import ALL_EMBEDDED, PARTS_MISSING, main
+from embedder.bulk.__main__ import main
+from embedder.bulk.command import ALL_EMBEDDED, PARTS_MISSING
 
 
 class Late:

@@ -1,14 +1,7 @@
-"""The command `python -m embedder.doctor [MODEL] [--port PORT]`: whether the service would start here, and with what.
-
-It reads the settings from the environment, as the service does, and checks each thing that can stop a start, without
-loading the weights or downloading anything. Exit status: 0 the service would start, 1 it would not.
-"""
+"""The checks of `python -m embedder.doctor`, and their report. They load no weights and download nothing."""
 
 from __future__ import annotations
 
-import argparse
-import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,22 +53,6 @@ class Report:
         lines = [f"{name:<12}{verdict:<8}{text}" for name, verdict, text in self.rows]
         failed = f"The service would not start: {self.num_faults} of {len(lines)} checks failed."
         return "\n".join([*lines, failed if self.num_faults else "The service would start."])
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report and return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m embedder.doctor",
-        description="Check whether the service would start here, and print what it would use. Nothing is loaded.",
-        epilog="Exit status: 0 the service would start, 1 it would not.",
-    )
-    parser.add_argument("model", nargs="?", default="", help="as EMBEDDER_MODEL: a checkpoint folder or a hub id")
-    parser.add_argument("--host", default="", help="address that the service would listen on; default: all")
-    parser.add_argument("--port", type=int, default=3000)
-    chosen = parser.parse_args(arguments)
-    report = examine(chosen.model, chosen.host, chosen.port)
-    print(report)
-    return int(report.num_faults > 0)
 
 
 def examine(model: str, host: str, port: int) -> Report:
@@ -166,8 +143,3 @@ def _describe_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> 
     free = free_bytes(device)
     rest = "" if free is None else f", {free / 2**30:.1f} GiB free"
     return f"{needed / 2**30:.1f} GiB of weights{rest}"
-
-
-if __name__ == "__main__":
-    logging.getLogger("embedder").setLevel(logging.ERROR)  # the report says it all
-    sys.exit(main())
