@@ -25,6 +25,7 @@ The modules, in the order in which an item passes them:
     processor_config  the checkpoint's processor files
     tokenizer_files   the checkpoint's tokenizer, as transformers reads it
     prompt      instruction and parts -> the chat prompt, as pieces to tokenize
+    word_ids    a short text -> its ids, from the ids of known words
     preprocess  all of these -> `ModelInput`: token ids, positions and patches
     pairs       a query and its documents -> the `ModelInput`s that a reranker scores
     tokens      the tokens of items, for callers that count before they send

@@ -24,6 +24,7 @@ from embedder.inputs.items import EmbeddingItem, Image, Text, Truncate, Video
 from embedder.inputs.limits import decode_deadline
 from embedder.inputs.processor_config import VisionConfig
 from embedder.inputs.prompt import Piece, Placeholders, SpecialToken, TextPiece
+from embedder.inputs.word_ids import WordIds
 from embedder.settings import Settings
 
 MAX_PREFIX_TOKENS = 256  # of an instruction whose keys and values the model may cache
@@ -113,6 +114,7 @@ class Preprocessor:
         self.tokenizer = tokenizer
         appended_ids = self._appended_ids()
         tokenizer.encode_special_tokens = True  # encode a special token's name in a text as text
+        self._words = WordIds(tokenizer)
         self._suffix_ids = (*self._encode_fixed(prompt.SUFFIX), *appended_ids)
         self._header_ids = list(self._encode_fixed((TextPiece(prompt.USER_HEADER),)))
         self._prefix_ids = lru_cache(maxsize=64)(lambda instruction: self._encode_fixed(prompt.prefix(instruction)))
@@ -252,7 +254,7 @@ class Preprocessor:
             case TextPiece() if len(piece.text) > SHORT_CHARS:  # `encode` would hold the GIL
                 return list(self.tokenizer.encode_batch_fast([piece.text], add_special_tokens=False)[0].ids)
             case TextPiece():
-                return list(self.tokenizer.encode(piece.text, add_special_tokens=False).ids)
+                return self._words.ids(piece.text)
             case SpecialToken():
                 return [self._token_id(piece.token)]
             case Placeholders():

@@ -17,9 +17,10 @@ from embedder.inputs.items import json_value
 from embedder.inputs.processor_config import read_json
 
 _AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes for which transformers reads the file as it is
-_SPLIT = (  # of Qwen2's tokenizer, and of the published checkpoints
+SPLIT = (  # of Qwen2's tokenizer, and of the published checkpoints
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+NORMALIZER = {"type": "NFC"}
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -50,23 +51,27 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def _check_parts(path: Path, fields: Mapping[str, Any]) -> None:
     """Raises `ModelUnavailable` if a part is not the one that transformers builds for Qwen2's tokenizer."""
     normalizer, model = fields.get("normalizer"), fields.get("model") or {}
-    if normalizer != {"type": "NFC"}:
+    if normalizer != NORMALIZER:
         raise ModelUnavailable(f"{path}: normalizer is {json_value(normalizer)}; allowed: {{'type': 'NFC'}}")
     for key in ("dropout", "ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise ModelUnavailable(f"{path}: model.{key} is {json_value(model[key])}; allowed: none")
-    steps = (fields.get("pre_tokenizer") or {}).get("pretokenizers") or []
-    is_known = (
+    if not is_qwen2_split(fields.get("pre_tokenizer")):
+        raise ModelUnavailable(
+            f"{path}: pre_tokenizer is not that of Qwen2's tokenizer; allowed: Split, then ByteLevel"
+        )
+
+
+def is_qwen2_split(pre_tokenizer: Mapping[str, Any] | None) -> bool:
+    """Whether a pre-tokenizer, as tokenizer.json has it, is that of Qwen2's tokenizer."""
+    steps = (pre_tokenizer or {}).get("pretokenizers") or []
+    return (
         [step.get("type") for step in steps] == ["Split", "ByteLevel"]
-        and steps[0].get("pattern") == {"Regex": _SPLIT}
+        and steps[0].get("pattern") == {"Regex": SPLIT}
         and (steps[0].get("behavior"), steps[0].get("invert")) == ("Isolated", False)
         and not steps[1].get("add_prefix_space")
         and not steps[1].get("use_regex")
     )
-    if not is_known:
-        raise ModelUnavailable(
-            f"{path}: pre_tokenizer is not that of Qwen2's tokenizer; allowed: Split, then ByteLevel"
-        )
 
 
 def _check_added_tokens(folder: Path, config: Mapping[str, Any], known: list[dict[str, Any]]) -> None:
