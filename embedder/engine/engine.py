@@ -23,7 +23,7 @@ from embedder.engine.batch_limits import BatchLimit
 from embedder.engine.coalescing import CoalescingCache
 from embedder.engine.device import BatchAbandoned, Device, InFlightBatch, Launch, Rows
 from embedder.engine.job import Job, device_failed, item_failed
-from embedder.engine.observer import ItemTrace, Observer, begin_trace
+from embedder.engine.observer import ItemOutcome, ItemTrace, Observer, begin_trace
 from embedder.engine.postprocess import Embedding, finish_vectors
 from embedder.engine.preprocess_workers import Fetch, Preprocess, PreprocessWorkers
 from embedder.engine.scheduler import Scheduler
@@ -38,7 +38,6 @@ from embedder.errors import (
 from embedder.inputs.fetch import Fetcher
 from embedder.inputs.items import EmbeddingItem
 from embedder.inputs.pairs import Query, is_short
-from embedder.inputs.preprocess import ModelInput
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -92,12 +91,13 @@ class Engine:
         self._has_capacity = threading.Condition(self._lock)  # also notified when the last item leaves
         self._admission = Admission(settings)
         self._pending: set[Job] = set()  # admitted and not resolved
+        self._admitted: list[ItemTrace] = []  # that the observer does not know yet
         self._workers = PreprocessWorkers(
             self._lock,
             settings,
             fetch or Fetcher(settings),
             preprocess,
-            self._observer,
+            self._observer.decoder_ended,
             schedule=self._schedule,
             fail=lambda job, error: self._resolve((job, error)),
             on_hang=self._fail,
@@ -116,11 +116,6 @@ class Engine:
     def pending_tokens(self) -> int:
         """Estimated tokens of all items that are not resolved, and of all reservations."""
         return self._admission.pending_tokens
-
-    @property
-    def num_cache_hits(self) -> int:
-        """Number of items that got their row from the cache or from a coalesced item."""
-        return self._cache.num_hits
 
     # Submitting
 
@@ -148,19 +143,27 @@ class Engine:
             now_s = self._admit(job.num_tokens, reservation, wait)
             self._pending.add(job)
             job.trace = begin_trace(item, job.num_tokens)
-            self._observer.admitted(job.trace)
+            self._admitted.append(job.trace)
             if not is_inline:
                 self._workers.put(job, now_s)
+            if wake:
+                self._report_admitted()
         # The callback has no reference to the job: the caller's future must not hold the item's pixels.
-        job.future.add_done_callback(partial(self._on_future_done, weakref.ref(job), job.trace))
+        job.future.add_done_callback(partial(self._on_future_done, weakref.ref(job)))
         if is_inline:  # tokenizing takes less time here than handing the job to another thread
-            self._workers.preprocess_job(job, wake=wake)
+            self._workers.preprocess_short(job, wake=wake)
         return job.future
 
     def wake(self) -> None:
         """Start computing what was submitted without `wake`."""
         with self._lock:
+            self._report_admitted()
             self._has_inputs.notify()
+
+    def _report_admitted(self) -> None:
+        if self._admitted:
+            self._observer.admitted(self._admitted)
+            self._admitted = []
 
     @contextmanager
     def reserve(self, items: Sequence[EmbeddingItem]) -> Iterator[Reservation]:
@@ -337,7 +340,7 @@ class Engine:
             coalesced = self._cache.stop_computing(job.key)
         self._resolve(*((one, item_failed(error, num_tokens)) for one in (job, *coalesced)))
 
-    def _resolve(self, *outcomes: tuple[Job, Embedding | ModelInput | EmbedderError | None]) -> None:
+    def _resolve(self, *outcomes: tuple[Job, ItemOutcome]) -> None:
         """Release the jobs' capacity and complete their futures. None is the outcome of a cancelled future.
 
         Only the first outcome of a job counts.
@@ -355,6 +358,7 @@ class Engine:
                 now_s=time.monotonic(),
             )
             self._has_capacity.notify_all()
+        self._observer.resolved([(job.trace, outcome) for job, outcome in outcomes])
         for job, outcome in outcomes:
             if not job.future.set_running_or_notify_cancel():
                 continue
@@ -370,11 +374,9 @@ class Engine:
         _ = self._inputs.discard(job) or self._workers.discard(job)
         self._cache.remove_waiting(job.key, job)
 
-    def _on_future_done(self, job_ref: weakref.ref[Job], trace: ItemTrace, future: Future[Embedding]) -> None:
-        job = job_ref()
-        if job and future.cancelled():
+    def _on_future_done(self, job_ref: weakref.ref[Job], future: Future[Embedding]) -> None:
+        if future.cancelled() and (job := job_ref()):
             self._resolve((job, None))
-        self._observer.resolved(trace, future)
 
     # Failing
 

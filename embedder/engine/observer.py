@@ -7,21 +7,18 @@ tracing does, sets `ITEM_TRACES` around the request. All times are seconds of `t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
+from embedder.engine.postprocess import Embedding
+from embedder.errors import EmbedderError
 from embedder.inputs.decoder_process import EndReason
 from embedder.inputs.items import EmbeddingItem, Image, Part, Text, Video
 from embedder.inputs.preprocess import ModelInput
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from embedder.engine.postprocess import Embedding
-
+ItemOutcome = Embedding | ModelInput | EmbedderError | None  # a ModelInput is that of a query
 Kind = Literal["text", "image", "video", "mixed"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _KIND_OF_PART: dict[type[Part], Kind] = {Text: "text", Image: "image", Video: "video"}
@@ -60,15 +57,6 @@ class ItemTrace:
     num_cut_tokens: int = 0
     batch: Batch | None = None
 
-    @contextmanager
-    def preprocessing(self) -> Iterator[None]:
-        """Record the start and the end of the block as the preprocessing stage, also if it raises."""
-        self.preprocess_started_s = time.monotonic()
-        try:
-            yield
-        finally:
-            self.preprocess_ended_s = time.monotonic()
-
     def count_tokens(self, model_input: ModelInput) -> None:
         """Record the numbers of tokens that preprocessing found."""
         self.num_tokens = model_input.num_tokens
@@ -80,11 +68,8 @@ class ItemTrace:
 class Observer:
     """Callbacks for the stages of items. The engine's threads wait for them. This base class does nothing."""
 
-    def admitted(self, trace: ItemTrace) -> None:
-        """An item entered the queue."""
-
-    def preprocessed(self, trace: ItemTrace) -> None:
-        """Preprocessing of an item ended; if it failed, the trace has no tokens."""
+    def admitted(self, traces: Sequence[ItemTrace]) -> None:
+        """Items entered the queue."""
 
     def ran(self, batch: Batch, traces: Sequence[ItemTrace]) -> None:
         """A batch was computed."""
@@ -92,8 +77,11 @@ class Observer:
     def encoded(self, num_reused: int, num_encoded: int) -> None:
         """Images and clips of a batch: those whose features the vision cache had, and those that were encoded."""
 
-    def resolved(self, trace: ItemTrace, future: Future[Embedding]) -> None:
-        """An item left the queue: with its embedding, with an error, or cancelled by its caller."""
+    def resolved(self, outcomes: Sequence[tuple[ItemTrace, ItemOutcome]]) -> None:
+        """Items left the queue: with an embedding, with an error, or (None) cancelled by their caller.
+
+        If preprocessing failed, the trace has no tokens.
+        """
 
     def decoder_ended(self, reason: EndReason) -> None:
         """A decoding process was killed or ended by itself; another one takes its place when it is needed."""

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,12 +18,17 @@ from embedder.engine.cache import content_key
 from embedder.engine.hang_watch import HangWatch
 from embedder.engine.job import Job, item_failed
 from embedder.engine.media_queue import MediaQueue
-from embedder.engine.observer import Observer
 from embedder.engine.scheduler import Scheduler
 from embedder.errors import EmbedderError
 from embedder.inputs.address import has_url
 from embedder.inputs.decoder import Decoder, NeedsProcess, ProcessKilled, ThreadDecoder
-from embedder.inputs.decoder_process import START_TIMEOUT_S, DecoderProcess, ProcessDecoder, can_start_processes
+from embedder.inputs.decoder_process import (
+    START_TIMEOUT_S,
+    DecoderProcess,
+    EndReason,
+    ProcessDecoder,
+    can_start_processes,
+)
 from embedder.inputs.fetch import MAX_FETCHES
 from embedder.inputs.items import EmbeddingItem, Video
 from embedder.inputs.pairs import Query
@@ -35,6 +41,7 @@ Fetch = Callable[[EmbeddingItem, Callable[[], bool]], EmbeddingItem]
 
 READY_BYTES = 2**29  # of preprocessed items that wait for the device, about ten batches; at this size workers pause
 JOIN_S = 10.0  # for all threads to end
+_NOT_WATCHED = nullcontext()
 
 # A fixed price, not a measurement: with it an image (300 estimated tokens) waits for short texts that arrive up to 2 s
 # after it.
@@ -67,7 +74,7 @@ class PreprocessWorkers:
         settings: Settings,
         fetch: Fetch,
         preprocess: Preprocess,
-        observer: Observer,
+        on_decoder_end: Callable[[EndReason], None],
         *,
         schedule: Callable[[Job, bool], None],
         fail: Callable[[Job, EmbedderError], None],
@@ -77,7 +84,6 @@ class PreprocessWorkers:
         self._settings = settings
         self._fetch = fetch
         self._preprocess = preprocess
-        self._observer = observer
         self._schedule = schedule
         self._fail = fail
         self._has_cache = settings.cache_bytes > 0
@@ -92,7 +98,7 @@ class PreprocessWorkers:
         num_processes = settings.preprocess_threads + 1 if can_start_processes() else 0
         self._media = MediaQueue(num_processes, SECONDS_PER_ESTIMATED_TOKEN)
         self._idle: dict[int, threading.Condition] = {}  # of processes without an item
-        self._processes = [DecoderProcess(settings, observer.decoder_ended) for _ in range(num_processes)]
+        self._processes = [DecoderProcess(settings, on_decoder_end) for _ in range(num_processes)]
         # A decoding process may have to be started, and is itself ended at the deadline.
         self._watch = HangWatch(settings.decode_timeout_s + START_TIMEOUT_S, on_hang)
         self._threads: list[threading.Thread] = []
@@ -107,9 +113,13 @@ class PreprocessWorkers:
         """Number of jobs that wait for a thread or a process."""
         return len(self._items.jobs) + len(self._fetches.jobs) + len(self._media)
 
-    def preprocess_job(self, job: Job, *, wake: bool = True) -> None:
-        """Preprocess a job in the thread that calls, or queue it for a process. `wake` is passed to `schedule`."""
-        if need := self._preprocess_with(self._decoder, job, wake=wake):
+    def preprocess_short(self, job: Job, *, wake: bool) -> None:
+        """Preprocess a short text in the thread that calls. `wake` is passed to `schedule`."""
+        self._preprocess_with(self._decoder, job, wake=wake, is_short=True)
+
+    def preprocess_job(self, job: Job) -> None:
+        """Preprocess a job in the thread that calls, or queue it for a process."""
+        if need := self._preprocess_with(self._decoder, job):
             with self._lock:
                 self._put_media(job, need.num_bytes, time.monotonic())
 
@@ -165,15 +175,17 @@ class PreprocessWorkers:
         thread.start()
         self._threads.append(thread)
 
-    def _preprocess_with(self, decoder: Decoder, job: Job, *, wake: bool) -> NeedsProcess | None:
-        """Preprocess a job and pass it on, or return what it needs."""
+    def _preprocess_with(
+        self, decoder: Decoder, job: Job, *, wake: bool = True, is_short: bool = False
+    ) -> NeedsProcess | None:
+        """Preprocess a job and pass it on, or return what it needs. A short text has no URLs and cannot hang."""
+        job.trace.preprocess_started_s = time.monotonic()
         try:
-            with job.trace.preprocessing():
-                item = job.fetched or self._fetch(job.item, job.future.done)
-                with self._watch.item(job.trace.kind):
-                    job.model_input = self._preprocess(item, decoder)
-                if self._has_cache:
-                    job.key = content_key(job.model_input)
+            item = job.item if is_short else job.fetched or self._fetch(job.item, job.future.done)
+            with _NOT_WATCHED if is_short else self._watch.item(job.trace.kind):
+                job.model_input = self._preprocess(item, decoder)
+            if self._has_cache:
+                job.key = content_key(job.model_input)
         except NeedsProcess as need:
             job.fetched = None if item is job.item else item
             return need.with_traceback(None)  # its frames hold the item's bytes
@@ -182,19 +194,19 @@ class PreprocessWorkers:
                 job.is_repeated = True
                 job.fetched = None if item is job.item else item
                 return NeedsProcess()
-            self._observer.preprocessed(job.trace)
+            job.trace.preprocess_ended_s = time.monotonic()
             self._fail(job, error)
         except KeyboardInterrupt:  # of a program that submits a short text
             job.future.cancel()
             raise
         except BaseException:  # a panic in a Rust library is not an Exception
             logger.exception("preprocessing failed")
-            self._observer.preprocessed(job.trace)
+            job.trace.preprocess_ended_s = time.monotonic()
             self._fail(job, item_failed())
         else:
+            job.trace.preprocess_ended_s = time.monotonic()
             if not isinstance(job.item, Query):  # its tokens are counted with the pairs
                 job.trace.count_tokens(job.model_input)
-            self._observer.preprocessed(job.trace)
             self._schedule(job, wake)
         return None
 
@@ -243,7 +255,7 @@ class PreprocessWorkers:
                 return self._media.grow(job, number, num_bytes)
 
         decoder = ProcessDecoder(process, num_bytes, grow)
-        need = self._preprocess_with(decoder, job, wake=True)
+        need = self._preprocess_with(decoder, job)
         decoder.close()
         with self._lock:
             self._media.release(job)

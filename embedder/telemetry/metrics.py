@@ -6,6 +6,7 @@ documentation: `python -m embedder.telemetry.metrics` prints them as a table for
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import os
@@ -14,18 +15,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from starlette.requests import ClientDisconnect
 
-from embedder.engine.observer import KINDS, Batch, ItemTrace, Observer
+from embedder.engine.observer import KINDS, Batch, ItemOutcome, ItemTrace, Kind, Observer
 from embedder.engine.postprocess import Embedding
 from embedder.errors import CLIENT_CLOSED_REQUEST, EmbedderError, error_classes
 from embedder.inputs.decoder_process import EndReason
+from embedder.telemetry.bulk_histogram import BulkHistogram
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from embedder.settings import Settings
@@ -38,7 +38,7 @@ ITEMS = tuple(2**power for power in range(10))  # 1 to 512
 TOKENS = tuple(2**power for power in range(6, 18))  # 64 to 131072
 FILE_BYTES = 2**17  # of each file; the largest, of the histograms, uses 56,144
 
-Series = TypeVar("Series", Counter, Histogram)
+Series = TypeVar("Series", Counter, BulkHistogram)
 
 
 class Metrics(Observer):
@@ -171,27 +171,22 @@ class Metrics(Observer):
         if code:
             self.errors.labels(code).inc()
 
-    def admitted(self, trace: ItemTrace) -> None:
-        self.items[trace.kind].inc()
-        self.queue_items.inc()
-        self.queue_tokens.inc(trace.estimated_tokens)
-
-    def preprocessed(self, trace: ItemTrace) -> None:
-        started_s, ended_s = trace.preprocess_started_s, trace.preprocess_ended_s
-        assert started_s is not None
-        assert ended_s is not None
-        self.wait_seconds["preprocess"].observe(started_s - trace.admitted_s)
-        self.preprocess_seconds[trace.kind].observe(ended_s - started_s)
+    def admitted(self, traces: Sequence[ItemTrace]) -> None:
+        for kind, num_items in collections.Counter([trace.kind for trace in traces]).items():
+            self.items[kind].inc(num_items)
+        self.queue_items.inc(len(traces))
+        self.queue_tokens.inc(sum([trace.estimated_tokens for trace in traces]))
 
     def ran(self, batch: Batch, traces: Sequence[ItemTrace]) -> None:
-        for trace in traces:
-            assert trace.preprocess_ended_s is not None
-            self.wait_seconds["device"].observe(batch.started_s - trace.preprocess_ended_s)
-        num_visual_tokens = sum(trace.num_visual_tokens for trace in traces)
-        self.tokens["text"].inc(sum(trace.num_tokens for trace in traces) - num_visual_tokens)
-        self.tokens["visual"].inc(num_visual_tokens)
-        self.prefix_tokens.inc(sum(trace.num_prefix_tokens for trace in traces))
-        self.cut_items.inc(sum(trace.num_cut_tokens > 0 for trace in traces))
+        waits_s = [batch.started_s - trace.preprocess_ended_s for trace in traces if trace.preprocess_ended_s]
+        self.wait_seconds["device"].observe_all(waits_s)
+        num_visual_tokens = sum([trace.num_visual_tokens for trace in traces])
+        self.tokens["text"].inc(sum([trace.num_tokens for trace in traces]) - num_visual_tokens)
+        if num_visual_tokens:
+            self.tokens["visual"].inc(num_visual_tokens)
+        self.prefix_tokens.inc(sum([trace.num_prefix_tokens for trace in traces]))
+        if num_cut := sum([trace.num_cut_tokens > 0 for trace in traces]):
+            self.cut_items.inc(num_cut)
         self.forward_seconds.observe(batch.seconds)
         self.batch_items.observe(batch.num_items)
         self.batch_tokens.observe(batch.num_tokens)
@@ -200,15 +195,25 @@ class Metrics(Observer):
         self.vision_cache["hit"].inc(num_reused)
         self.vision_cache["miss"].inc(num_encoded)
 
-    def resolved(self, trace: ItemTrace, future: Future[Embedding]) -> None:
-        self.queue_items.dec()
-        self.queue_tokens.dec(trace.estimated_tokens)
-        if future.cancelled():
-            self.cancelled_items.inc()
-        elif isinstance(error := future.exception(), EmbedderError):
-            self.failed_items.labels(error.code).inc()
-        elif isinstance(result := future.result(), Embedding) and result.is_cached:
-            self.cached_items.inc()
+    def resolved(self, outcomes: Sequence[tuple[ItemTrace, ItemOutcome]]) -> None:
+        self.queue_items.dec(len(outcomes))
+        self.queue_tokens.dec(sum([trace.estimated_tokens for trace, _ in outcomes]))
+        waits_s: list[float] = []
+        seconds: dict[Kind, list[float]] = {}
+        for trace, outcome in outcomes:
+            started_s, ended_s = trace.preprocess_started_s, trace.preprocess_ended_s
+            if started_s is not None and ended_s is not None:
+                waits_s.append(started_s - trace.admitted_s)
+                seconds.setdefault(trace.kind, []).append(ended_s - started_s)
+            if outcome is None:
+                self.cancelled_items.inc()
+            elif isinstance(outcome, EmbedderError):
+                self.failed_items.labels(outcome.code).inc()
+            elif isinstance(outcome, Embedding) and outcome.is_cached:
+                self.cached_items.inc()
+        self.wait_seconds["preprocess"].observe_all(waits_s)
+        for kind, durations_s in seconds.items():
+            self.preprocess_seconds[kind].observe_all(durations_s)
 
     def decoder_ended(self, reason: EndReason) -> None:
         self.replaced_decoders[reason].inc()
@@ -237,8 +242,8 @@ class Metrics(Observer):
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
         return Counter(f"embedder_{name}", documentation, labels, registry=self._registry)
 
-    def _histogram(self, name: str, documentation: str, buckets: Sequence[float], *labels: str) -> Histogram:
-        return Histogram(f"embedder_{name}", documentation, labels, registry=self._registry, buckets=buckets)
+    def _histogram(self, name: str, documentation: str, buckets: Sequence[float], *labels: str) -> BulkHistogram:
+        return BulkHistogram(f"embedder_{name}", documentation, labels, registry=self._registry, buckets=buckets)
 
     def _gauge(self, name: str, documentation: str) -> Gauge:
         """A gauge that is summed over the running workers."""

@@ -89,7 +89,7 @@ def test_equal_content_is_computed_once_whatever_is_made_of_its_row(engine: Engi
     np.testing.assert_array_equal(first.vector, again.vector)
     np.testing.assert_array_equal(raw.vector, row("red"))
     assert [first.is_cached, raw.is_cached, again.is_cached] == [False, True, True]
-    assert (model.batches, engine.num_cache_hits) == ([1], 2)
+    assert (model.batches, engine._cache.num_hits) == ([1], 2)
 
 
 def test_equal_items_that_wait_together_are_coalesced(engine: Engine, model: FakeModel) -> None:
@@ -148,4 +148,4 @@ def test_many_threads_that_submit_equal_items_get_equal_vectors(engine: Engine, 
     for index, vector in vectors.items():
         np.testing.assert_array_equal(vector, unit(texts[index]))
     assert sum(model.batches) == 7
-    assert engine.num_cache_hits == 193
+    assert engine._cache.num_hits == 193
