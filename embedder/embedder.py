@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from embedder.engine.observer import Observer
 from embedder.engine.postprocess import Embedding
-from embedder.errors import ITEM_ERRORS, EmbedderError, InvalidRequest, attributed_to_item, recorded
+from embedder.errors import ITEM_ERRORS, AttributedToItem, EmbedderError, InvalidRequest, recorded
 from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.inputs.python_items import PythonItem, is_single_item, item_from_python
 from embedder.models import Models
@@ -173,7 +173,7 @@ class Embedder:
     ) -> Future[Embedding]:
         """The item's future. With `errors` "return", it also holds what makes an item invalid."""
         try:
-            with attributed_to_item(index):
+            with AttributedToItem(index):
                 return self.engine.submit(item_from_python(item, instruction, dimensions), request=request, wait=True)
         except ITEM_ERRORS as error:
             if errors == "raise":

@@ -8,6 +8,7 @@ import pytest
 
 from embedder import errors
 from embedder.errors import (
+    AttributedToItem,
     DeadlineExceeded,
     DeviceFailed,
     EmbedderError,
@@ -18,7 +19,6 @@ from embedder.errors import (
     ModelUnavailable,
     Overloaded,
     ShuttingDown,
-    attributed_to_item,
     errors_table,
 )
 
@@ -75,7 +75,7 @@ def test_overloaded_has_the_time_to_retry_after() -> None:
 
 @pytest.mark.parametrize("error", [InvalidRequest("x"), InvalidMedia("x"), MediaUnavailable("x"), EngineFailed("x")])
 def test_error_that_an_item_causes_gets_its_index(error: EmbedderError) -> None:
-    with pytest.raises(type(error)) as caught, attributed_to_item(7):
+    with pytest.raises(type(error)) as caught, AttributedToItem(7):
         raise error
     assert caught.value is error
     assert error.item == 7
@@ -92,14 +92,14 @@ def test_error_that_an_item_causes_gets_its_index(error: EmbedderError) -> None:
     ],
 )
 def test_error_of_the_services_state_gets_no_item_index(error: EmbedderError) -> None:
-    with pytest.raises(type(error)), attributed_to_item(7):
+    with pytest.raises(type(error)), AttributedToItem(7):
         raise error
     assert error.item is None
 
 
 def test_other_exceptions_and_results_pass_unchanged() -> None:
-    with attributed_to_item(0):
+    with AttributedToItem(0):
         value = 1
     assert value == 1
-    with pytest.raises(ZeroDivisionError), attributed_to_item(0):
+    with pytest.raises(ZeroDivisionError), AttributedToItem(0):
         value //= 0

@@ -7,9 +7,8 @@ thread gives up the interpreter every 5 ms.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -38,7 +37,7 @@ class BodyReader:
         body = (await request.receive())["body"]  # the guard has read all of it
         upload = dialects[0].upload
         if upload and is_upload(request.headers.get("content-type", "")):
-            with in_form_of(dialects[0]):
+            with InFormOf(dialects[0]):
                 return dialects[0], await self._read_upload(upload, request, body)
         options = upload.options(request.query_params) if upload and request.query_params else {}
         return await self.run(body, partial(self._read_json, dialects, options, body))
@@ -54,7 +53,7 @@ class BodyReader:
     ) -> tuple[Dialect[Any], Any]:
         fields = {**options, **read_json(body)}
         dialect = choose_dialect(dialects, fields)
-        with in_form_of(dialect):
+        with InFormOf(dialect):
             return dialect, dialect.parse(fields, self._settings)
 
     async def _read_upload(self, upload: Upload[Any], request: Request, body: bytes) -> Any:
@@ -68,11 +67,15 @@ class BodyReader:
         return upload.parse(values, self._settings)
 
 
-@contextmanager
-def in_form_of(dialect: Dialect[Any]) -> Iterator[None]:
-    """Give errors the form that the dialect has for them."""
-    try:
-        yield
-    except EmbedderError as error:
-        error.render = dialect.errors.render if dialect.errors else None
-        raise
+class InFormOf:
+    """Gives errors that are raised in the block the form that the dialect has for them."""
+
+    def __init__(self, dialect: Dialect[Any]) -> None:
+        self._form = dialect.errors
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, EmbedderError):
+            error.render = self._form.render if self._form else None

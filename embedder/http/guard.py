@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -76,14 +75,17 @@ class RequestGuard:
             return
         takes_files = scope["path"] in self.upload_paths
         coding, is_json = _check_content_type(scope, takes_files=takes_files)
-        with self._holding() as hold:
-            body = await self._read(receive, hold)
+        held = _HeldBytes(self)
+        try:
+            body = await self._read(receive, held.add)
             if coding:
-                body = await self._decompress(coding, body, hold)
+                body = await self._decompress(coding, body, held.add)
             if is_json:
                 body = _without_byte_order_mark(body)
                 await self._check_values(body)
             await self.app(scope, _replay(body, receive), send)
+        finally:
+            held.release()
 
     def _check_access(self, scope: Scope) -> None:
         path = scope["path"]
@@ -97,35 +99,6 @@ class RequestGuard:
                 raise MissingKey("an API key is needed: send yours as `Authorization: Bearer <key>` or as `x-api-key`")
             case Access.WRONG_KEY:
                 raise InvalidKey("the API key is not known to this service; allowed: a key from its operator")
-
-    @contextlib.contextmanager
-    def _holding(self) -> Iterator[Callable[[int], None]]:
-        """Yield a function that reserves the bytes of each piece of a body. They are released at the end of the block.
-
-        It raises `Overloaded` when the sum of all bodies becomes too large, but never for a small body: a few large
-        bodies that arrive slowly must not block the queries.
-        """
-        held = 0
-
-        def hold(num_bytes: int) -> None:
-            nonlocal held
-            max_bytes = self.settings.max_held_bytes
-            is_small = held + num_bytes <= SMALL_BODY_BYTES
-            if not is_small and self.held_bytes + num_bytes > max_bytes:
-                raise Overloaded(
-                    f"request bodies of {self.held_bytes} bytes are being processed; allowed: {max_bytes} "
-                    "(EMBEDDER_MAX_HELD_BYTES)",
-                    retry_after_s=RETRY_AFTER_S,
-                )
-            held += num_bytes
-            self.held_bytes += num_bytes
-            self.count_held_bytes(num_bytes)
-
-        try:
-            yield hold
-        finally:
-            self.held_bytes -= held
-            self.count_held_bytes(-held)
 
     async def _read(self, receive: Receive, hold: Callable[[int], None]) -> bytes:
         """The whole body; `hold` is called with the size of each piece first."""
@@ -183,6 +156,39 @@ class RequestGuard:
             )
 
 
+class _HeldBytes:
+    """The bytes of one request's body, as far as it has arrived."""
+
+    def __init__(self, guard: RequestGuard) -> None:
+        self._guard = guard
+        self._num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Reserve the bytes of a piece of the body.
+
+        Raises `Overloaded` when the sum of all bodies becomes too large, but never for a small body: a few large
+        bodies that arrive slowly must not block the queries.
+        """
+        guard, max_bytes = self._guard, self._guard.settings.max_held_bytes
+        is_small = self._num_bytes + num_bytes <= SMALL_BODY_BYTES
+        if not is_small and guard.held_bytes + num_bytes > max_bytes:
+            raise Overloaded(
+                f"request bodies of {guard.held_bytes} bytes are being processed; allowed: {max_bytes} "
+                "(EMBEDDER_MAX_HELD_BYTES)",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        self._count(num_bytes)
+
+    def release(self) -> None:
+        """Free the bytes."""
+        self._count(-self._num_bytes)
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        self._guard.held_bytes += num_bytes
+        self._guard.count_held_bytes(num_bytes)
+
+
 def _check_content_type(scope: Scope, *, takes_files: bool) -> tuple[str, bool]:
     """The coding that has to be undone, or an empty string, and whether the body is JSON.
 
@@ -190,15 +196,18 @@ def _check_content_type(scope: Scope, *, takes_files: bool) -> tuple[str, bool]:
     """
     coding, is_json, num_types = "", True, 0
     for name, value in scope["headers"]:  # all of them: BentoML reads the first of several
+        name = name.lower()
+        if name not in (b"content-type", b"content-encoding"):
+            continue
         given = value.decode("latin-1").strip().lower()
-        if name.lower() == b"content-type":
+        if name == b"content-type":
             num_types += 1
             is_json &= not (takes_files and is_upload(given))
             if not is_json and num_types > 1:
                 raise UnsupportedContentType(f"content type: got {given[:60]} and another one; allowed: one")
             if is_json:
                 _check_json_type(given, takes_files=takes_files)
-        elif name.lower() == b"content-encoding":
+        else:
             if coding:
                 raise UnsupportedContentType(f"content encoding: got {given[:60]} after {coding}; allowed: one coding")
             coding = request_coding(given)

@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from embedder.engine.postprocess import OutputDtype
-from embedder.errors import InvalidRequest, RequestTooLarge, attributed_to_item
+from embedder.errors import AttributedToItem, InvalidRequest, RequestTooLarge
 from embedder.http.accepted_fields import ACCEPTED
 from embedder.inputs.items import (
     EmbeddingItem,
@@ -113,8 +113,8 @@ def check_item_count(num_items: int, settings: Settings) -> None:
 def parse_each(entries: Iterable[_Entry], parse: Callable[[_Entry], _Parsed]) -> tuple[_Parsed, ...]:
     """What `parse` makes of each entry. An error of an item gets the entry's index."""
     parsed = []
-    for index, entry in enumerate(entries):
-        with attributed_to_item(index):
+    with AttributedToItem() as block:
+        for block.index, entry in enumerate(entries):
             parsed.append(parse(entry))
     return tuple(parsed)
 

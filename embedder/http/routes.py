@@ -23,7 +23,7 @@ from embedder.errors import EmbedderError, InvalidRequest, NotFound, NotReady
 from embedder.http.api_keys import OwnerOf, everyone
 from embedder.http.batches.batches import Batches
 from embedder.http.batches.routes import FILES_PATH
-from embedder.http.body_reader import BodyReader, in_form_of
+from embedder.http.body_reader import BodyReader, InFormOf
 from embedder.http.dialects import (
     cohere,
     dashscope,
@@ -220,7 +220,7 @@ class Routes:
         started_s = time.monotonic()
         model = self._served("embedder")
         dialect, parsed = await self.bodies.read(dialects, request)
-        with in_form_of(dialect):
+        with InFormOf(dialect):
             with traced_items() as traces:
                 outcomes = await unless_disconnected(self._outcomes(dialect, parsed), request.receive)
             response = dialect.respond(parsed, outcomes, model)

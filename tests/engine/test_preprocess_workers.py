@@ -34,7 +34,7 @@ class Recorder:
             settings,
             self.fetch,
             model.preprocess,
-            Observer(),
+            Observer().decoder_ended,
             schedule=self.schedule,
             fail=self.fail,
             on_hang=self.hung.append,

@@ -124,7 +124,7 @@ def test_server_is_stopped_when_no_request_is_left_or_the_time_is_over(
         drain_at_sigterm(drain, worker_server(), 0.5)
 
         async def answer() -> None:
-            with drain.request():
+            with drain:
                 await asyncio.sleep(request_s)
 
         request = asyncio.create_task(answer())

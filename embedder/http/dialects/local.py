@@ -112,7 +112,8 @@ def _request(options: Options, given: Any, part: type[Text] | type[Image], setti
     inputs = given if isinstance(given, list) else [given]
     check_item_count(len(inputs), settings)
     check_output_dtype(options.output_dtype, options.normalize)
-    items = parse_each(inputs, lambda value: EmbeddingItem((part(value),), **options.item_options()))
+    item_options = options.item_options()
+    items = parse_each(inputs, lambda value: EmbeddingItem((part(value),), **item_options))
     return EmbeddingRequest(items, isinstance(given, list), options.encoding_format, options.output_dtype)
 
 

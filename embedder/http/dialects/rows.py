@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from embedder.errors import EmbedderError, InvalidRequest, attributed_to_item, without_traceback
+from embedder.errors import AttributedToItem, EmbedderError, InvalidRequest, without_traceback
 from embedder.http.dialects.dialect import Outcomes
 from embedder.http.dialects.rerank import ScoringFields, parse_scoring
 from embedder.http.dialects.scoring import ScoringRequest, score_of
@@ -34,7 +34,7 @@ def row_queries(rows: Sequence[Any], settings: Settings) -> list[ScoringRequest]
     """
     requests = []
     for index, row in enumerate(rows):
-        with attributed_to_item(index):
+        with AttributedToItem(index):
             if not isinstance(row, Mapping):
                 raise InvalidRequest(f"got {describe_value(row)}; allowed: an object with query and documents")
             requests.append(parse_scoring(validate_body(ScoringFields, row), settings))
@@ -48,7 +48,7 @@ async def score_rows(
     """Score the rows at the same time. If a row fails as a whole, the others are cancelled, and its error is raised."""
 
     async def score_row(index: int, one: ScoringRequest) -> Outcomes:
-        with attributed_to_item(index):
+        with AttributedToItem(index):
             return await score(one)
 
     try:

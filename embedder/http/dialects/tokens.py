@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field, RootModel, StrictBool
 
 from embedder.engine.admission import check_num_chars
-from embedder.errors import DeadlineExceeded, InvalidRequest, attributed_to_item
+from embedder.errors import AttributedToItem, DeadlineExceeded, InvalidRequest
 from embedder.http.dialects.detokenize import TO_TEXT
 from embedder.http.dialects.dialect import TokenRoute
 from embedder.http.dialects.embed import parse_embed
@@ -72,7 +72,7 @@ def _show_texts(texts: list[str], preprocessor: Preprocessor, settings: Settings
     shown: list[Any] = []
     num_tokens, deadline = 0, time.monotonic() + settings.request_timeout_s
     for index, text in enumerate(texts):
-        with attributed_to_item(index):
+        with AttributedToItem(index):
             check_num_chars(EmbeddingItem((Text(text or " "),)), settings)
         shown.append(text_tokens(text, preprocessor, num_tokens))
         num_tokens += len(shown[-1])
@@ -91,7 +91,7 @@ def _count_items(request: TokenizeRequest, preprocessor: Preprocessor, settings:
     deadline = time.monotonic() + settings.request_timeout_s
     fields = {"items": request.items, "instruction": request.instruction}
     for index, item in enumerate(parse_embed(fields, settings).items):
-        with attributed_to_item(index):
+        with AttributedToItem(index):
             if isinstance(item, InvalidRequest):
                 raise item
             if has_url(item):
