@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -38,9 +38,15 @@ class Load:
 
 
 async def drive(
-    url: str, bodies: Sequence[bytes], *, concurrency: int, seconds: float, max_requests: int = 1_000_000
+    url: str,
+    bodies: Sequence[bytes],
+    *,
+    concurrency: int,
+    seconds: float,
+    max_requests: int = 1_000_000,
+    headers: Mapping[str, str] | None = None,
 ) -> Load:
-    """Send requests for `seconds`, at most `max_requests`, cycling through `bodies`."""
+    """Send requests for `seconds`, at most `max_requests`, cycling through `bodies`. `headers`: more than JSON's."""
     load = Load()
     numbers = iter(range(max_requests))
     cpu_s, start = time.process_time(), time.perf_counter()
@@ -66,7 +72,7 @@ async def drive(
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=None),  # the wait below limits the time
-        headers=JSON,
+        headers={**JSON, **(headers or {})},
     ) as session:
         callers = [asyncio.create_task(call(session)) for _ in range(concurrency)]
         done, pending = await asyncio.wait(callers, timeout=2 * seconds)

@@ -43,15 +43,18 @@ class Meter:
         """The largest sample."""
         return max(self.samples)
 
-    def _tree(self) -> list[psutil.Process]:
-        return [self.root, *self.root.children(recursive=True)]
-
     def _cpu_s(self) -> float:
-        times = [process.cpu_times() for process in self._tree()]
-        return float(sum(one.user + one.system for one in times))
+        return cpu_seconds(self.root.pid)
 
     def _bytes(self) -> int:
-        return sum(_resident(process) for process in self._tree())
+        return sum(_resident(process) for process in [self.root, *self.root.children(recursive=True)])
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and its children, so far."""
+    root = psutil.Process(pid)
+    times = [process.cpu_times() for process in [root, *root.children(recursive=True)]]
+    return float(sum(one.user + one.system for one in times))
 
 
 def footprint(pid: int) -> tuple[int, int]:

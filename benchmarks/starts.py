@@ -1,0 +1,125 @@
+"""Where the time of a start goes: `python -m benchmarks.starts [--model FOLDER]`.
+
+Starts the service a few times and prints the median time of each part, until a probe finds it ready; then the time of
+`import embedder`, and of `--help` of each command. It is wall-clock time, so other processes make it longer. For a
+model with the shapes of the 2B, `python -m benchmarks.random_checkpoint 2b FOLDER` writes one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from tqdm import tqdm
+
+from benchmarks import report
+from benchmarks.contenders import ROOT
+
+FILE = "starts"
+TIMES = "BENCHMARK_START_TIMES"  # variable with the path of the file that `timed_service` writes
+POLL_S, MAX_S = 0.02, 600.0
+COMMANDS = ("embedder.bulk", "embedder.doctor", "embedder.search", "embedder.verify")
+READY, PROBE = "until ready", "until a probe is answered"
+Times = dict[str, float]
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bundled", help="as EMBEDDER_MODEL; default: %(default)s")
+    parser.add_argument("--name", default="bundled", help="of the model in the record; default: %(default)s")
+    parser.add_argument("--starts", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+    chosen = parser.parse_args(arguments)
+    about = report.environment(report.command(FILE, argparse.Namespace(**{**vars(chosen), "model": None})))
+    starts = [start_times(chosen.model) for _ in tqdm(range(chosen.starts), desc="starts", file=sys.stderr)]
+    commands = {name: seconds_of(code) for name, code in _commands().items()}
+    parts = {part: statistics.median(one[part] for one in starts) for part in starts[0]}
+    data = {"environment": about, "parts": parts, "all_s": [one[READY] for one in starts], "commands": commands}
+    report.save(chosen.results, f"{FILE}-{chosen.name}", data, table(parts, commands), {}, "s")
+    print(table(parts, commands))
+    return data
+
+
+def start_times(model: str) -> Times:
+    """Seconds of each part of one start, in order, and of the whole."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        marks, log = Path(folder) / "times", Path(folder) / "log"
+        command = [sys.executable, "-m", "bentoml", "serve", "benchmarks.timed_service:Qwen3VLEmbedding"]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        settings = {
+            "EMBEDDER_MODEL": model,
+            "EMBEDDER_DEVICE": "cpu",
+            TIMES: str(marks),
+            "BENTOML_DO_NOT_TRACK": "True",
+        }
+        with log.open("wb") as output:
+            begin_s = time.time()
+            process = subprocess.Popen(  # noqa: S603 - a fixed command
+                command,
+                cwd=ROOT,
+                env=os.environ | settings | {TIMES: str(marks)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            ready_s = _ready_s(port, process, log)
+        finally:
+            process.terminate()
+            process.wait(60)
+        ends = [(one["part"], one["s"]) for one in map(json.loads, marks.read_text(encoding="utf-8").splitlines())]
+    times: Times = {}
+    for (part, end_s), last_s in zip([*ends, (PROBE, ready_s)], [begin_s, *(s for _, s in ends)], strict=True):
+        times[part] = times.get(part, 0.0) + end_s - last_s
+    return {**times, READY: ready_s - begin_s}
+
+
+def _ready_s(port: int, process: subprocess.Popen[bytes], log: Path) -> float:
+    deadline = time.monotonic() + MAX_S
+    with httpx.Client(timeout=2) as client:
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if client.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
+                    return time.time()
+            time.sleep(POLL_S)
+    raise RuntimeError(f"the service did not become ready:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def _commands() -> dict[str, list[str]]:
+    return {
+        "import embedder": ["-c", "import embedder"],
+        **{f"{one} --help": ["-m", one, "--help"] for one in COMMANDS},
+    }
+
+
+def seconds_of(arguments: Sequence[str]) -> float:
+    """The median time of three runs of Python with these arguments."""
+    times = []
+    for _ in range(3):
+        begin_s = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+        times.append(time.perf_counter() - begin_s)
+    return statistics.median(times)
+
+
+def table(parts: Times, commands: Times) -> str:
+    """Markdown."""
+    return report.table(("part", "s"), [(part, f"{seconds:.2f}") for part, seconds in {**parts, **commands}.items()])
+
+
+if __name__ == "__main__":
+    main()
