@@ -6,6 +6,7 @@ The files, in the order in which an item meets them:
     engine              the queue and the device thread: the whole way of an item, step by step
     admission           which items and requests are accepted, and when a refused caller should retry
     job                 one admitted item, with its future
+    priority            how much later the items of a request run that lets others go first
     observer            what the engine reports: traces of items, and batches
     preprocess_workers  the threads that fetch, decode, resize and tokenize
     media_queue         which item is decoded next in a process, within the memory for all

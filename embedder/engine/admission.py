@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from embedder.engine.postprocess import MIN_DIMENSIONS
-from embedder.engine.scheduler import Rate
+from embedder.engine.priority import QUEUE_SHARE, delay_of
+from embedder.engine.scheduler import NO_DELAY, Delay, Rate
 from embedder.errors import InputTooLong, Overloaded, RequestTooLarge, UnsupportedDimensions
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
 from embedder.settings import Settings
@@ -74,9 +75,13 @@ def estimate_request_tokens(items: Sequence[EmbeddingItem], settings: Settings) 
 
 @dataclass
 class Reservation:
-    """Capacity of the queue that a request holds until it has submitted its items."""
+    """Capacity of the queue that a request holds until it has submitted its items.
+
+    `delay`: how much longer its items wait than others.
+    """
 
     num_tokens: int  # not yet used by a submitted item
+    delay: Delay = NO_DELAY
 
 
 class Admission:
@@ -89,9 +94,15 @@ class Admission:
         self._drain_rate = Rate(seconds_per_token=0.001)
         self._measured_s = 0.0  # when an item left last, or when the first one entered an empty queue
 
-    def has_capacity(self, num_tokens: int) -> bool:
+    def has_capacity(self, num_tokens: int, priority: int = 0) -> bool:
         """True if so many tokens may enter. An empty queue accepts any number: an item may exceed the limit."""
+        if self._is_for_others(priority):
+            return False
         return not self.pending_tokens or self.pending_tokens + num_tokens <= self._settings.max_queued_tokens
+
+    def _is_for_others(self, priority: int) -> bool:
+        """Whether so many tokens wait that only requests of the default priority may enter."""
+        return priority > 0 and self.pending_tokens > QUEUE_SHARE * self._settings.max_queued_tokens
 
     def admit(self, num_tokens: int, reservation: Reservation | None, now_s: float) -> None:
         """Count one item, from the reservation if there is one. Raises `Overloaded` if the queue is full."""
@@ -110,21 +121,24 @@ class Admission:
         self._drain_rate.add(num_tokens - num_cancelled_tokens, now_s - self._measured_s)
         self._measured_s = now_s
 
-    def reserve(self, num_tokens: int) -> Reservation:
+    def reserve(self, num_tokens: int, now_s: float = 0.0, priority: int = 0) -> Reservation:
         """Hold capacity for a request. Raises `Overloaded` if the queue does not have it now."""
         if num_tokens:
-            self._add_tokens(num_tokens)
-        return Reservation(num_tokens)
+            self._add_tokens(num_tokens, priority)
+        return Reservation(num_tokens, delay_of(priority, self._settings.request_timeout_s, now_s))
 
     def release_reservation(self, reservation: Reservation) -> None:
         """Free the part of a reservation that no item has used."""
         self.pending_tokens -= reservation.num_tokens
 
-    def _add_tokens(self, num_tokens: int) -> None:
-        if not self.has_capacity(num_tokens):
+    def _add_tokens(self, num_tokens: int, priority: int = 0) -> None:
+        if not self.has_capacity(num_tokens, priority):
+            allowed = f"up to {self._settings.max_queued_tokens} (EMBEDDER_MAX_QUEUED_TOKENS)"
+            if self._is_for_others(priority):
+                allowed = f"{allowed}, the second half of them without a `priority` above 0"
             raise Overloaded(
                 f"the queue is full: {self.pending_tokens} tokens wait, and this request has about {num_tokens}; "
-                f"allowed: up to {self._settings.max_queued_tokens} (EMBEDDER_MAX_QUEUED_TOKENS)",
+                f"allowed: {allowed}",
                 retry_after_s=self._retry_after_s(),
             )
         self.pending_tokens += num_tokens

@@ -29,33 +29,39 @@ ITEMS_PER_TURN = 16  # about 2 ms of short texts; then other tasks of the event 
 
 
 async def embed_all(
-    engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float
+    engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float, priority: int = 0
 ) -> list[Embedding]:
     """Embed all items, in order. Raises the first error in order, with the item's index, and cancels the other items.
 
     Also raises `DeadlineExceeded` after `timeout_s`, and `Overloaded`, `RequestTooLarge`, `ShuttingDown` and
-    `DeviceFailed`, which concern the whole request.
+    `DeviceFailed`, which concern the whole request. With a `priority` above 0, requests of lower ones go first.
     """
-    return await _compute(engine, items, timeout_s, _embeddings)
+    return await _compute(engine, items, timeout_s, priority, _embeddings)
 
 
-async def embed_each(engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float) -> list[Outcome]:
+async def embed_each(
+    engine: Engine, items: Sequence[EmbeddingItem | EmbedderError], timeout_s: float, priority: int = 0
+) -> list[Outcome]:
     """Embed the items, in order: each gives its embedding or its error. An error among the items is returned as is.
 
-    Raises the errors that concern the whole request, as `embed_all` does.
+    Raises the errors that concern the whole request, and takes `priority`, as `embed_all` does.
     """
-    return await _compute(engine, items, timeout_s, _outcomes)
+    return await _compute(engine, items, timeout_s, priority, _outcomes)
 
 
 async def score_each(
-    engine: Engine, query: Query, documents: Sequence[EmbeddingItem | EmbedderError], timeout_s: float
+    engine: Engine,
+    query: Query,
+    documents: Sequence[EmbeddingItem | EmbedderError],
+    timeout_s: float,
+    priority: int = 0,
 ) -> list[Outcome]:
     """Score the documents against the query, in order: each gives its log-odds, as an embedding of one value, or its
     error.
 
-    Raises the errors of the query, and those that concern the whole request, as `embed_all` does.
+    Raises the errors of the query, and those that concern the whole request, and takes `priority`, as `embed_all` does.
     """
-    return await _compute(engine, documents, timeout_s, _outcomes, query)
+    return await _compute(engine, documents, timeout_s, priority, _outcomes, query)
 
 
 async def outcome(future: Future[Embedding]) -> Outcome:
@@ -104,6 +110,7 @@ async def _compute(
     engine: Engine,
     items: Sequence[EmbeddingItem | EmbedderError],
     timeout_s: float,
+    priority: int,
     collect: Callable[[Sequence[Future[Embedding]]], Awaitable[Result]],
     query: Query | None = None,
 ) -> Result:
@@ -116,7 +123,7 @@ async def _compute(
     try:
         async with asyncio.timeout(timeout_s):
             valid = [item for item in (query, *items) if isinstance(item, EmbeddingItem)]
-            with engine.reserve(valid) as reservation:
+            with engine.reserve(valid, priority) as reservation:
                 if query:
                     prepared = await _prepared(engine, query, request, reservation)
                     items = [

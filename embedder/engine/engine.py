@@ -26,7 +26,7 @@ from embedder.engine.job import Job, device_failed, item_failed
 from embedder.engine.observer import ItemOutcome, ItemTrace, Observer, begin_trace
 from embedder.engine.postprocess import Embedding, finish_vectors
 from embedder.engine.preprocess_workers import Fetch, Preprocess, PreprocessWorkers
-from embedder.engine.scheduler import Scheduler
+from embedder.engine.scheduler import NO_DELAY, Scheduler
 from embedder.errors import (
     DeviceFailed,
     DeviceOutOfMemory,
@@ -133,11 +133,11 @@ class Engine:
 
         Items with the same `request` (any hashable) share a queue in the scheduler; with None the item has its own.
         Raises `UnsupportedDimensions`, `InputTooLong`, `ShuttingDown`, `DeviceFailed`, and `Overloaded` if the queue is
-        full. A `reservation` that covers the item, or `wait`, which blocks until there is capacity, avoids the last.
+        full. `wait`, which blocks until there is capacity, or a `reservation`, whose priority it has, avoids the last.
         Without `wake` an idle device may not start before `wake()` is called, so that more items run together.
         """
         check_item(item, self.settings, self.hidden_size)
-        job = Job(item, object() if request is None else request, estimate_tokens(item, self.settings))
+        job = Job(item, request, estimate_tokens(item, self.settings), reservation.delay if reservation else NO_DELAY)
         is_inline = is_short(item)
         with self._lock:
             now_s = self._admit(job.num_tokens, reservation, wait)
@@ -166,14 +166,14 @@ class Engine:
             self._admitted = []
 
     @contextmanager
-    def reserve(self, items: Sequence[EmbeddingItem]) -> Iterator[Reservation]:
-        """Reserve capacity for a request, so that it is not refused after some of its items were computed.
+    def reserve(self, items: Sequence[EmbeddingItem], priority: int = 0) -> Iterator[Reservation]:
+        """Reserve capacity for a request of this `priority`, so that it is not refused after some items were computed.
 
         Raises `RequestTooLarge` if the items exceed even an empty queue, `Overloaded` if they do not fit now.
         """
         num_tokens = estimate_request_tokens(items, self.settings)
         with self._lock:
-            reservation = self._admission.reserve(num_tokens)
+            reservation = self._admission.reserve(num_tokens, time.monotonic(), priority)
         try:
             yield reservation
         finally:
@@ -218,7 +218,7 @@ class Engine:
             row = self._cache.find_row(job.key)
             if row is None:
                 if self._cache.add_waiting(job.key, job):
-                    self._inputs.put(job, job.model_input.cost, job.request, time.monotonic())
+                    self._inputs.put(job, job.model_input.cost, job.request, time.monotonic(), job.delay)
                     if wake:
                         self._has_inputs.notify()
                 return None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from embedder.engine.observer import ItemTrace
+from embedder.engine.scheduler import NO_DELAY, Delay
 from embedder.errors import DeviceFailed, DeviceOutOfMemory, EngineFailed
 from embedder.inputs.items import EmbeddingItem
 from embedder.inputs.preprocess import ModelInput
@@ -19,7 +20,8 @@ from embedder.inputs.preprocess import ModelInput
 class Job:
     """An item, its future, and what is known of it so far.
 
-    `num_tokens` is the estimate at admission. `num_bytes` is the size of `model_input`, which preprocessing sets.
+    `request` None: of its own. `num_tokens` is the estimate at admission. `delay` is how much longer its request waits
+    than others. `num_bytes` is the size of `model_input`, which preprocessing sets.
     `fetched` is the item with bytes in place of its URLs, while it waits for a process. `is_repeated`: its first
     process was killed.
     `key` identifies the content if vectors are cached; otherwise it is different for every job. `context` is the
@@ -30,6 +32,7 @@ class Job:
     item: EmbeddingItem
     request: object
     num_tokens: int
+    delay: Delay = NO_DELAY
     num_bytes: int = 0
     fetched: EmbeddingItem | None = None
     is_repeated: bool = False
@@ -38,6 +41,10 @@ class Job:
     trace: ItemTrace = field(init=False)
     model_input: ModelInput = field(init=False)
     key: Hashable = field(default_factory=object)
+
+    def __post_init__(self) -> None:
+        if self.request is None:
+            self.request = object()
 
     def log_error(self, logger: logging.Logger, message: str, *values: object, exc: Exception | None = None) -> None:
         """Log an error in the context of the request, so that the record carries the request's id."""

@@ -132,7 +132,7 @@ class PreprocessWorkers:
             return
         else:
             queue = self._items
-        queue.jobs.put(job, job.num_tokens, job.request, now_s)
+        queue.jobs.put(job, job.num_tokens, job.request, now_s, job.delay)
         queue.has_jobs.notify()
 
     def discard(self, job: Job) -> bool:

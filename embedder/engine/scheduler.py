@@ -8,6 +8,9 @@ When a job has run, the turn of the next one starts at the time at which the dev
 had served only this request, but never so early that the new deadline has passed already. So requests share the device
 by time, and a new request waits for one job of every other request, not for all of their jobs.
 
+A request may have a `Delay`: until it ends, the request's deadlines are later by so much; then they are as those of
+others.
+
 The module has no threads and no clock: the caller passes the time and holds a lock.
 """
 
@@ -18,7 +21,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 Job = TypeVar("Job", bound=Hashable)
 
@@ -32,12 +35,23 @@ BATCH_S = 1.0
 LEAST_TOKENS = 1024
 
 
+class Delay(NamedTuple):
+    """Jobs of a request whose turns begin before `until_s` let those of others go first that come `seconds` later."""
+
+    seconds: float
+    until_s: float
+
+
+NO_DELAY = Delay(0.0, -math.inf)
+
+
 @dataclass(eq=False)
 class _RequestQueue(Generic[Job]):
     """The waiting jobs of one request with their costs. `turn_s` is when the turn of the first one started."""
 
     request: Hashable
     turn_s: float
+    delay: Delay
     jobs: OrderedDict[Job, int] = field(default_factory=OrderedDict)
     entry: int = 0  # number of the heap entry of the first job; entries with other numbers are stale
 
@@ -60,9 +74,9 @@ class Scheduler(Generic[Job]):
     def __len__(self) -> int:
         return len(self._queue_of)
 
-    def put(self, job: Job, cost: int, request: Hashable, now_s: float) -> None:
+    def put(self, job: Job, cost: int, request: Hashable, now_s: float, delay: Delay = NO_DELAY) -> None:
         """Append a job of `cost` tokens to the queue of its request. `now_s` is the time of a steady clock."""
-        queue = self._queues.setdefault(request, _RequestQueue(request, now_s))
+        queue = self._queues.setdefault(request, _RequestQueue(request, now_s, delay))
         queue.jobs[job] = cost
         self._queue_of[job] = queue
         self.num_tokens += cost
@@ -108,9 +122,11 @@ class Scheduler(Generic[Job]):
     def _push_first_job(self, queue: _RequestQueue[Job], earliest_deadline_s: float) -> None:
         patience_s = STRETCH * next(iter(queue.jobs.values())) * self.seconds_per_token
         queue.turn_s = max(queue.turn_s, earliest_deadline_s - patience_s)
+        if earliest_deadline_s >= queue.delay.until_s:
+            queue.delay = NO_DELAY
         self._num_entries += 1
         queue.entry = self._num_entries
-        heapq.heappush(self._heap, (queue.turn_s + patience_s, queue.entry, queue))
+        heapq.heappush(self._heap, (queue.turn_s + patience_s + queue.delay.seconds, queue.entry, queue))
 
 
 @dataclass

@@ -7,6 +7,7 @@ routes              the table of routes
 disconnect          cancels the work of a request whose caller disconnects
 dialects            one file per dialect: body -> items, embeddings -> body
 accepted_fields     fields that clients send and that change nothing
+priority            `priority`, a field of every route that embeds or scores
 error_forms         the bodies in which each route's clients read errors
 wire_types          vectors as bytes of vLLM's number types
 timing              response headers that say where the time went

@@ -17,7 +17,7 @@ ACCEPTED: dict[str, str] = {  # name -> who sends it
     "model": "almost all clients: a service has one model, and the response names it",
     "padding": "vLLM's clients: sequences are packed, not padded",
     "parameters_version": "DashScope's clients",
-    "priority": "vLLM's and Cohere's clients: requests share the device fairly, and any caller could claim to be first",
+    "priority": "vLLM's and Cohere's clients: counting tokens waits for nobody; other routes have it",
     "provider": "OpenRouter's clients: which providers may serve the request",
     "request_id": "vLLM's clients: the header x-request-id sets the id",
     "service_tier": "OpenAI's clients: there is one tier",

@@ -10,12 +10,13 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from starlette.requests import Request
 
 from embedder.errors import EmbedderError
 from embedder.http.dialects.dialect import Dialect, Upload, choose_dialect
+from embedder.http.priority import PRIORITY, read_priority
 from embedder.http.request_body import read_json
 from embedder.http.uploads import is_upload, upload_fields
 from embedder.settings import Settings
@@ -25,6 +26,14 @@ READ_AT_ONCE_BYTES = 2**14  # a body up to this size is read in the event loop, 
 _Read = TypeVar("_Read")
 
 
+class ReadBody(NamedTuple):
+    """A body in its dialect. `parsed`: what the dialect makes of it."""
+
+    dialect: Dialect[Any]
+    parsed: Any
+    priority: int
+
+
 class BodyReader:
     """Reads the bodies of the routes of one worker."""
 
@@ -32,13 +41,13 @@ class BodyReader:
         self._settings = settings
         self._thread = ThreadPoolExecutor(1, "read-body")  # one: several would have turns before the event loop has one
 
-    async def read(self, dialects: Sequence[Dialect[Any]], request: Request) -> tuple[Dialect[Any], Any]:
-        """The dialect of a request, and what it makes of the body. Raises the dialect's errors, in its form."""
+    async def read(self, dialects: Sequence[Dialect[Any]], request: Request) -> ReadBody:
+        """Read the body of a request to a path that has these dialects. Raises the dialect's errors, in its form."""
         body = (await request.receive())["body"]  # the guard has read all of it
         upload = dialects[0].upload
         if upload and is_upload(request.headers.get("content-type", "")):
             with InFormOf(dialects[0]):
-                return dialects[0], await self._read_upload(upload, request, body)
+                return await self._read_upload(dialects[0], upload, request, body)
         options = upload.options(request.query_params) if upload and request.query_params else {}
         return await self.run(body, partial(self._read_json, dialects, options, body))
 
@@ -48,15 +57,20 @@ class BodyReader:
             return read()
         return await asyncio.get_running_loop().run_in_executor(self._thread, read)
 
-    def _read_json(
-        self, dialects: Sequence[Dialect[Any]], options: Mapping[str, Any], body: bytes
-    ) -> tuple[Dialect[Any], Any]:
-        fields = {**options, **read_json(body)}
+    async def parse(self, dialects: Sequence[Dialect[Any]], fields: Mapping[str, Any]) -> ReadBody:
+        """Read a body of any size whose JSON has been read already."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._parse, dialects, fields)
+
+    def _read_json(self, dialects: Sequence[Dialect[Any]], options: Mapping[str, Any], body: bytes) -> ReadBody:
+        return self._parse(dialects, {**options, **read_json(body)})
+
+    def _parse(self, dialects: Sequence[Dialect[Any]], fields: Mapping[str, Any]) -> ReadBody:
         dialect = choose_dialect(dialects, fields)
         with InFormOf(dialect):
-            return dialect, dialect.parse(fields, self._settings)
+            priority = read_priority(fields.get(PRIORITY))
+            return ReadBody(dialect, dialect.parse(fields, self._settings), priority)
 
-    async def _read_upload(self, upload: Upload[Any], request: Request, body: bytes) -> Any:
+    async def _read_upload(self, dialect: Dialect[Any], upload: Upload[Any], request: Request, body: bytes) -> ReadBody:
         values = await upload_fields(
             request.headers["content-type"],
             body,
@@ -64,7 +78,9 @@ class BodyReader:
             name=upload.name,
             max_items=self._settings.max_items_per_request,
         )
-        return upload.parse(values, self._settings)
+        texts = [str(text) for text in values.get(PRIORITY, ())]
+        priority = read_priority(upload.options({PRIORITY: texts[0]})[PRIORITY] if len(texts) == 1 else texts or None)
+        return ReadBody(dialect, upload.parse(values, self._settings), priority)
 
 
 class InFormOf:

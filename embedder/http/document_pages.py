@@ -50,17 +50,20 @@ class DocumentPages:
         for reader in self._readers:
             reader.close()
 
-    async def embed(self, request: DocumentPagesRequest, engine: Engine, regime: Regime) -> list[Outcome]:
+    async def embed(
+        self, request: DocumentPagesRequest, engine: Engine, regime: Regime, priority: int = 0
+    ) -> list[Outcome]:
         """Each page's embedding or error, in order.
 
-        Raises the errors that concern the whole request: those of the document, and those of `embed_each`.
+        Raises the errors that concern the whole request: those of the document, and those of `embed_each`. `priority`:
+        as there.
         """
         timeout_s = self._settings.request_timeout_s
         futures: list[Future[Embedding]] = []
         try:
             async with asyncio.timeout(timeout_s):
                 async with self._reader() as reader, reader.opened(request.document) as num_pages:
-                    await self._submit_pages(request, reader, num_pages, engine, regime, futures)
+                    await self._submit_pages(request, reader, num_pages, engine, regime, priority, futures)
                 return [await outcome(future) for future in futures]
         except TimeoutError as error:
             raise DeadlineExceeded(
@@ -77,6 +80,7 @@ class DocumentPages:
         num_pages: int,
         engine: Engine,
         regime: Regime,
+        priority: int,
         futures: list[Future[Embedding]],
     ) -> None:
         """Render the pages and submit each, with its future in `futures`; a page that fails is a failed future."""
@@ -90,7 +94,7 @@ class DocumentPages:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(self._capacity.release)
 
-        with engine.reserve([request.item(EXAMPLE_IMAGE)] * len(numbers)) as reservation:
+        with engine.reserve([request.item(EXAMPLE_IMAGE)] * len(numbers), priority) as reservation:
             for number in numbers:
                 await self._capacity.acquire()
                 with contextlib.ExitStack() as on_error:

@@ -23,6 +23,7 @@ from embedder.http.dialects.openai_models import ModelsResponse
 from embedder.http.dialects.rerank import ScoringFields
 from embedder.http.dialects.tokens import ROUTES as TOKEN_ROUTES
 from embedder.http.error_forms import ErrorForm, error_form
+from embedder.http.priority import PRIORITY, SCHEMA
 from embedder.http.request_body import RequestBody
 from embedder.http.response import ErrorResponse
 from embedder.http.uploads import BYTES, FORM
@@ -136,6 +137,8 @@ def _schemas(dialects: Sequence[Dialect[Any]], settings: Settings) -> dict[str, 
         for option in [fields[model][name], *fields[model][name].get("anyOf", ())]:
             if option.get("type") == "array":
                 option["maxItems"] = settings.max_items_per_request
+    for name in (*(one.request.__name__ for one in dialects), *(one.__name__ for one in uploads)):
+        schemas[name]["properties"][PRIORITY] = SCHEMA
     for request in requests:
         for name, clients in ACCEPTED.items():
             if "properties" in schemas[request.__name__]:
@@ -251,7 +254,8 @@ def _query_options(model: type[BaseModel], file: str) -> list[dict[str, Any]]:
         kept = {key: value for key, value in kinds[0].items() if key in ("type", "enum", "minimum")}
         if name != file:
             parameters.append({"name": name, "in": "query", "schema": kept, "description": schema["description"]})
-    return parameters
+    priority = {"schema": {"type": "integer"}, "description": SCHEMA["description"]}
+    return [*parameters, {"name": PRIORITY, "in": "query", **priority}]
 
 
 def _error_forms(routes: Sequence[Dialect[Any] | TokenRoute]) -> list[ErrorForm]:

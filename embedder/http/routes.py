@@ -21,9 +21,9 @@ from embedder.engine.aio import embed_all, embed_each, score_each
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EmbedderError, InvalidRequest, NotFound, NotReady
 from embedder.http.api_keys import OwnerOf, everyone
-from embedder.http.batches.batches import Batches
+from embedder.http.batches.batches import BATCH_PRIORITY, Batches
 from embedder.http.batches.routes import FILES_PATH
-from embedder.http.body_reader import BodyReader, InFormOf
+from embedder.http.body_reader import BodyReader, InFormOf, ReadBody
 from embedder.http.dialects import (
     cohere,
     dashscope,
@@ -41,7 +41,7 @@ from embedder.http.dialects import (
     tokens,
     voyage,
 )
-from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, TokenRoute, by_path, choose_dialect
+from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, TokenRoute, by_path
 from embedder.http.dialects.rows import row_items, row_queries, score_rows, scores_response
 from embedder.http.dialects.scoring import ScoringRequest
 from embedder.http.disconnect import unless_disconnected
@@ -184,11 +184,11 @@ class Routes:
     async def _respond_to_line(self, path: str, fields: Mapping[str, Any]) -> bytes:
         """The body of a route's response to a line of a batch."""
         is_scoring = path in self._reranking
-        dialect = choose_dialect(self._reranking[path] if is_scoring else self._dialects[path], fields)
         model = self._served("reranker" if is_scoring else "embedder")
-        parsed = dialect.parse(fields, self.settings)
-        outcomes = await (self._score_each(parsed) if is_scoring else self._outcomes(dialect, parsed))
-        response = dialect.respond(parsed, outcomes, model)
+        read = await self.bodies.parse(self._reranking[path] if is_scoring else self._dialects[path], fields)
+        read = read._replace(priority=max(read.priority, BATCH_PRIORITY))
+        outcomes = await (self._score_each(read.parsed, read.priority) if is_scoring else self._outcomes(read))
+        response = read.dialect.respond(read.parsed, outcomes, model)
         if isinstance(response, bytes):
             return response
         raise InvalidRequest("encoding_format: responses in a batch are JSON; allowed: float, base64")
@@ -219,41 +219,46 @@ class Routes:
     async def _embed(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
         started_s = time.monotonic()
         model = self._served("embedder")
-        dialect, parsed = await self.bodies.read(dialects, request)
-        with InFormOf(dialect):
+        read = await self.bodies.read(dialects, request)
+        with InFormOf(read.dialect):
             with traced_items() as traces:
-                outcomes = await unless_disconnected(self._outcomes(dialect, parsed), request.receive)
-            response = dialect.respond(parsed, outcomes, model)
+                outcomes = await unless_disconnected(self._outcomes(read), request.receive)
+            response = read.dialect.respond(read.parsed, outcomes, model)
         headers = {**timing_headers(started_s, traces), **(self._cache_headers(outcomes) or {})}
         return with_headers(response, headers)
 
-    async def _outcomes(self, dialect: Dialect[Any], parsed: Any) -> Outcomes:
+    async def _outcomes(self, read: ReadBody) -> Outcomes:
+        parsed, engine = read.parsed, self._serving.engine
+        outcomes: Outcomes
         if isinstance(parsed, document.DocumentPagesRequest):
             regime = self._serving.preprocessor.vision.regime
-            outcomes: Outcomes = await self._document_pages.embed(parsed, self._serving.engine, regime)
-            _count_for_log(outcomes)
-            return outcomes
-        return await (self._embed_each(parsed.items) if dialect.fails_per_item else self._embed_all(parsed.items))
+            outcomes = await self._document_pages.embed(parsed, engine, regime, read.priority)
+        else:
+            embed_items = embed_each if read.dialect.fails_per_item else embed_all
+            outcomes = await embed_items(engine, parsed.items, self.settings.request_timeout_s, read.priority)
+        _count_for_log(outcomes)
+        return outcomes
 
     async def _rerank(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
         started_s = time.monotonic()
         self._served("reranker")
-        dialect, parsed = await self.bodies.read(dialects, request)
+        read = await self.bodies.read(dialects, request)
         with traced_items() as traces:
-            response = await unless_disconnected(self._scores(dialect, parsed), request.receive)
+            response = await unless_disconnected(self._scores(read), request.receive)
         return with_headers(response, timing_headers(started_s, traces))
 
-    async def _scores(self, dialect: Dialect[Any], parsed: ScoringRequest) -> bytes | Response:
-        return dialect.respond(parsed, await self._score_each(parsed), self._served("reranker"))
+    async def _scores(self, read: ReadBody) -> bytes | Response:
+        outcomes = await self._score_each(read.parsed, read.priority)
+        return read.dialect.respond(read.parsed, outcomes, self._served("reranker"))
 
     def scoring(self) -> Score:
         """The function that scores a request's documents. Raises `NotFound` if the service has no reranker."""
         self._served("reranker")
         return self._score_each
 
-    async def _score_each(self, parsed: ScoringRequest) -> Outcomes:
+    async def _score_each(self, parsed: ScoringRequest, priority: int = 0) -> Outcomes:
         timeout_s = self.settings.request_timeout_s
-        outcomes = await score_each(self._serving.engine, parsed.query, parsed.items, timeout_s)
+        outcomes = await score_each(self._serving.engine, parsed.query, parsed.items, timeout_s, priority)
         _count_for_log(outcomes)
         return outcomes
 
@@ -285,11 +290,6 @@ class Routes:
         embeddings = await embed_all(self._serving.engine, items, self.settings.request_timeout_s)
         _count_for_log(embeddings)
         return embeddings
-
-    async def _embed_each(self, items: Sequence[EmbeddingItem | EmbedderError]) -> Outcomes:
-        outcomes = await embed_each(self._serving.engine, items, self.settings.request_timeout_s)
-        _count_for_log(outcomes)
-        return outcomes
 
     @property
     def _serving(self) -> Serving:

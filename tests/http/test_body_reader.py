@@ -10,7 +10,7 @@ import pytest
 from starlette.requests import Request
 
 from embedder.errors import InvalidRequest
-from embedder.http.body_reader import READ_AT_ONCE_BYTES, BodyReader
+from embedder.http.body_reader import READ_AT_ONCE_BYTES, BodyReader, ReadBody
 from embedder.http.dialects import tei
 from embedder.http.dialects.dialect import Dialect
 from embedder.http.request_body import RequestBody
@@ -34,7 +34,7 @@ def test_event_loop_runs_while_a_large_body_is_read() -> None:
 
     dialect: Dialect[Any] = Dialect("/", "", RequestBody, RequestBody, parse, lambda *_: b"", {})
 
-    async def read() -> tuple[Dialect[Any], bool]:
+    async def read() -> ReadBody:
         body = b'{"input": "' + b"a" * READ_AT_ONCE_BYTES + b'"}'
         reading = asyncio.create_task(BodyReader(Settings()).read([dialect], request_with(body)))
         while not is_reading.is_set():
@@ -42,7 +42,7 @@ def test_event_loop_runs_while_a_large_body_is_read() -> None:
         loop_has_run.set()
         return await reading
 
-    assert asyncio.run(read()) == (dialect, True)
+    assert asyncio.run(read()) == (dialect, True, 0)
 
 
 @pytest.mark.parametrize("padding", [0, READ_AT_ONCE_BYTES], ids=["small", "large"])

@@ -15,6 +15,7 @@ from embedder.http.batches.store import BatchStore
 from embedder.settings import Settings
 
 SECONDS_PER_DAY = 86_400
+BATCH_PRIORITY = 1000  # of their lines, at least: requests that arrive while lines run go first
 
 
 class Batches:

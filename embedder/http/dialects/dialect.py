@@ -50,7 +50,8 @@ Outcomes = Sequence[Outcome]
 class Upload(Generic[Parsed]):
     """How a route takes files. `name`: of the form's field with the files; `request` describes the others.
 
-    `parse` gets all values of each field, in order. `options` makes fields of a JSON body of the URL's query.
+    `parse` gets all values of each field, in order. `options` makes fields of a JSON body of the URL's query, also
+    `priority`.
     """
 
     name: str

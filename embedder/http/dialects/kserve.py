@@ -24,6 +24,8 @@ from embedder.settings import Settings
 
 _NAMES = ("text", "image", "input")
 _OPTIONS = {"instruction", "dimensions", "normalize", "truncate"}
+# Of Triton's client; its levels of priority are the server's own, and its time limit is also the client's.
+_IGNORED = {"binary_data_output", "priority", "timeout"}
 
 
 class Tensor(RequestBody):
@@ -77,7 +79,7 @@ def parse_infer(body: bytes | Mapping[str, Any], settings: Settings) -> InferIte
     check_text("id", request.id or "")
     (tensor,) = request.inputs
     refuse_unknown(tensor.parameters or {}, set())
-    options = {name: value for name, value in (request.parameters or {}).items() if name != "binary_data_output"}
+    options = {name: value for name, value in (request.parameters or {}).items() if name not in _IGNORED}
     refuse_unknown(options, _OPTIONS)
     data = _flat(tensor.data)
     if not data or _num_values(tensor.shape, len(data)) != len(data):

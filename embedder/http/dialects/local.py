@@ -10,6 +10,7 @@ from pydantic import AliasChoices, BaseModel, Field, ValidationInfo, field_valid
 
 from embedder.engine.postprocess import Embedding, check_output_dtype, quantize
 from embedder.http.dialects.dialect import Dialect, ServedModel, Upload
+from embedder.http.priority import PRIORITY
 from embedder.http.request_body import (
     EmbeddingRequest,
     NonEmptyList,
@@ -24,6 +25,7 @@ from embedder.inputs.items import EXAMPLE_DATA_URI, EXAMPLE_IMAGE, EmbeddingItem
 from embedder.settings import Settings
 
 _SIZES = ("dimensions", "dim", "dimension", "output_dimension")
+_NUMBERS = (*_SIZES, PRIORITY)
 _INPUT_NAMES = AliasChoices("input", "inputs", "content", "contents")
 
 
@@ -97,13 +99,13 @@ def query_options(query: Mapping[str, str]) -> dict[str, Any]:
     return {
         "dimensions" if name in _SIZES else name: _value_of_text(name, text)
         for name, text in query.items()
-        if name in known_names(Options)
+        if name in known_names(Options) or name == PRIORITY
     }
 
 
 def _value_of_text(name: str, text: Any) -> Any:
     """An option that was sent as text, with the type that it has in JSON; unchanged if it cannot have that type."""
-    if name in _SIZES and isinstance(text, str) and re.fullmatch("[0-9]{1,9}", text):
+    if name in _NUMBERS and isinstance(text, str) and re.fullmatch("-?[0-9]{1,9}", text):
         return int(text)
     return {"true": True, "false": False}.get(text.lower(), text) if name == "normalize" else text
 

@@ -1,0 +1,23 @@
+"""What the priority of a request does: one with a higher number lets others go first, for a bounded time.
+
+0 is the default, and no request can be earlier than that: anybody may call the service. The items of a request of a
+higher number let those of lower ones go first that come later by up to its delay: half of `MAX_DELAY` for 1, two thirds
+for 2, three quarters for 3 and so on. Once the request is older than its delay, it is as others are. So its priority
+makes it wait at most twice its delay, whatever others send. It waits for nothing on an idle device, and requests of one
+priority share what others leave as all requests do.
+"""
+
+from __future__ import annotations
+
+from embedder.engine.scheduler import NO_DELAY, Delay
+
+MAX_DELAY = 0.125  # of a request's time limit
+QUEUE_SHARE = 0.5  # of the queue: requests that let others go first enter only up to this, and never fill it
+
+
+def delay_of(priority: int, request_timeout_s: float, now_s: float) -> Delay:
+    """The delay of a request that arrives now; none for a priority below 1."""
+    if priority < 1:
+        return NO_DELAY
+    seconds = MAX_DELAY * request_timeout_s * priority / (priority + 1)
+    return Delay(seconds, now_s + seconds)
