@@ -12,6 +12,7 @@ The modules, in the order in which an item passes them:
     orientation EXIF orientation and display matrices
     structure   whether a picture can be decoded in a thread in a bounded time
     picture     an encoded image -> its pixels, upright, by Pillow
+    heic        a HEIC image -> its pixels, by libheif
     clip        an encoded video -> its frames as RGB values, upright, by FFmpeg's libraries
     decoder     opens and decodes both in the calling thread
     decoder_process, decoder_worker, sandbox

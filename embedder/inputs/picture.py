@@ -18,6 +18,7 @@ import PIL.Image
 from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.data_uri import MAX_HEADER_CHARS, decode_base64, is_base64, split_data_uri
 from embedder.inputs.formats import IMAGE_FORMATS, MediaKind, unsupported_format
+from embedder.inputs.heic import decode_heic
 from embedder.inputs.items import Media
 from embedder.inputs.jpeg import coefficient_bytes_per_pixel, count_scans
 from embedder.inputs.limits import MediaLimits, check_deadline, check_num_pixels, decode_deadline
@@ -125,7 +126,7 @@ def _read_header(data: bytes, limits: MediaLimits, deadline: float) -> PIL.Image
     if formats == _HEIC and is_cut_off(data):  # its library would leave missing tiles black
         raise InvalidMedia("HEIC image that is cut off: its last part is longer than the file")
     try:
-        return PIL.Image.open(_DeadlineBytes(data, limits, deadline), formats=formats)
+        image = PIL.Image.open(_DeadlineBytes(data, limits, deadline), formats=formats)
     except PIL.Image.DecompressionBombError as error:
         raise MediaTooLarge(
             f"{error}; allowed: up to {limits.max_image_pixels} pixels (EMBEDDER_MAX_IMAGE_PIXELS)"
@@ -134,6 +135,9 @@ def _read_header(data: bytes, limits: MediaLimits, deadline: float) -> PIL.Image
         raise InvalidMedia(unsupported_format("image", data)) from error
     except _ERRORS as error:
         raise InvalidMedia(f"image header cannot be read: {error}") from error
+    if image.format == "HEIF" and not image.info["primary"]:  # pi-heif takes another one, such as a tile
+        raise InvalidMedia("HEIC image whose primary picture cannot be read: a part of it is missing or damaged")
+    return image
 
 
 def _formats_to_try(data: bytes) -> tuple[str, ...]:
@@ -151,6 +155,8 @@ def decode_image(image: PIL.Image.Image, *, is_raw: bool = False) -> PIL.Image.I
 
 def _decode_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     try:
+        if isinstance(image, pi_heif.HeifImageFile):
+            image = decode_heic(image.fp.getvalue(), image.mode, image.info["bit_depth"])
         if image.mode.startswith(("I", "F")):
             image = _to_8_bit_gray(image)
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

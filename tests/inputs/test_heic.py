@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from embedder.inputs.orientation import turn_upright
 from embedder.inputs.regimes import CheckpointRegime
 from embedder.settings import Settings
 from tests.conftest import encoded, picture
-from tests.inputs.heic import grid, heic, hostile_files, tile
+from tests.inputs.heic import Item, grid, heic, hostile_files, tile
 
 REGIME = CheckpointRegime()
 SETTINGS = Settings(decode_timeout_s=60)
@@ -89,6 +90,53 @@ def test_picture_of_tiles_that_is_cut_off_is_refused() -> None:
     for length in (len(data) - 1, len(data) - 100, len(data) // 2):
         with pytest.raises(InvalidMedia, match="cut off"):
             load(data[:length])
+
+
+def _damaged_tiles() -> dict[str, bytes]:
+    """Pictures of 2x2 tiles, of which one is damaged or missing."""
+    one = tile()
+    half, zeros = one.data[: len(one.data) // 2], bytes(len(one.data))
+    others = {
+        "is empty": Item(one.kind, b"", one.properties),
+        "is cut off": Item(one.kind, half, one.properties),
+        "is zeros": Item(one.kind, zeros, one.properties),
+        "has no configuration": Item(one.kind, one.data, one.properties[1:]),
+        "has no size": Item(one.kind, one.data, one.properties[:1]),
+    }
+    files = {
+        f"tile {place} {name}": heic(grid(2, 2, range(2, 6)), *[one] * (place - 1), bad, *[one] * (4 - place))
+        for name, bad in others.items()
+        for place in (1, 3, 4)
+    }
+    good = heic(grid(2, 2, range(2, 6)), *[one] * 4)
+    location = struct.pack(">II", 12, len(one.data))  # after the grid's own data
+    return {
+        **files,
+        "names 3 tiles": heic(grid(2, 2, range(2, 5)), *[one] * 3),
+        "names 5 tiles": heic(grid(2, 2, range(2, 7)), *[one] * 5),
+        "names a tile that is not there": heic(grid(2, 2, [2, 3, 4, 9]), *[one] * 3),
+        "names no tiles": heic(grid(2, 2, ()), one),
+        "tiles are beyond the end": good.replace(location, struct.pack(">II", 2**20, len(one.data))),
+        "tiles are longer than the file": good.replace(location, struct.pack(">II", 12, 2**31)),
+    }
+
+
+@pytest.mark.parametrize("name", _damaged_tiles())
+def test_picture_of_which_a_tile_is_damaged_or_missing_is_refused(name: str) -> None:
+    """libheif would leave its place green, or pi-heif take one of the tiles for the picture."""
+    with pytest.raises(InvalidMedia, match=r"cannot be decoded|cannot be read|cut off"):
+        load(_damaged_tiles()[name])
+
+
+def test_color_space_of_an_unknown_number_is_no_damage() -> None:
+    known = "".join(f"{number:08b}" for number in (1, 13, 6))  # sRGB, in the configuration of the encoder
+    unknown = "".join(f"{number:08b}" for number in (200, 200, 6))
+    one = tile()
+    config = one.properties[0]
+    bits = f"{int.from_bytes(config):0{8 * len(config)}b}"
+    assert bits.count(known) == 1
+    one.properties[0] = int(bits.replace(known, unknown), 2).to_bytes(len(config))
+    assert np.array_equal(load(heic(one)), load(heic(tile())))
 
 
 @pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
