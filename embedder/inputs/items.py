@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import PIL.Image
 
 from embedder.errors import InvalidMedia, InvalidRequest, UnsupportedDimensions
-from embedder.inputs.data_uri import media_kind, video_frames
+from embedder.inputs.data_uri import is_base64_data_uri, media_kind, video_frames
 from embedder.inputs.formats import MediaKind
 
 Media = bytes | str | PIL.Image.Image
@@ -32,12 +32,17 @@ _TRUNCATE = get_args(Truncate)
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text of the caller: valid Unicode, possibly empty."""
+    """A text of the caller: valid Unicode, possibly empty, and not the data URI of a file."""
 
     text: str
 
     def __post_init__(self) -> None:
         check_text("text", self.text)
+        if is_base64_data_uri(self.text):  # its vector would be that of random letters
+            raise InvalidRequest(
+                f"text: got a data URI with base64, {self.text.strip()[:40]!r}; allowed: a text. Send a picture as "
+                "`image`, a clip as `video`"
+            )
 
 
 @dataclass(frozen=True, slots=True)

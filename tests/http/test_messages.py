@@ -15,7 +15,7 @@ from embedder.http.dialects.messages import (
     parts_from_content,
     text_limit,
 )
-from embedder.inputs.items import EXAMPLE_IMAGE
+from embedder.inputs.items import EXAMPLE_IMAGE, Text
 from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.settings import Settings
 
@@ -92,10 +92,25 @@ PNG = EXAMPLE_IMAGE
         ("data:VIDEO/mp4;base64,AAAA", "video"),
         ("data:text/plain;base64,aGVsbG8=", "image"),  # refused where it is decoded: it is none
         ("data:audio/wav;base64,not base64", "image"),
+        ('data:application/octet-stream;name="a,b;c.png";base64,AAAA', "image"),
+        ('data:;name="a;base64,AAAA', "image"),
+        ("\ufeffdata:;base64,AAAA", "image"),
+        ("\u200b\u00a0DATA:;base64,AAAA", "image"),
     ],
 )
 def test_base64_data_uri_of_any_form_is_never_embedded_as_text(text: str, kind: str) -> None:
     assert item_from_string(text) == {kind: text}
+    if "base64" in text.lower():
+        with pytest.raises(InvalidRequest, match=r"text: got a data URI with base64, .* Send a picture as `image`"):
+            Text(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["data: we counted; base64, too", "data:text/plain,red", "database64,", "a data:;base64,AAAA", "base64,AAAA"],
+)
+def test_text_about_data_is_a_text(text: str) -> None:
+    assert Text(text).text == text
 
 
 def test_conversation_is_its_user_message_and_the_system_message_its_instruction() -> None:

@@ -44,11 +44,16 @@ def parse(**fields: Any) -> EncodedRequest:
         ({"content": "a"}, [(Text("a"),)]),
         (URL_PART, [(Image(URI),)]),
         ([{"type": "text", "text": "a"}, URL_PART], [(Text("a"),), (Image(URI),)]),
-        ({"text": URI}, [(Text(URI),)]),  # said to be a text
     ],
 )
 def test_every_form_of_input_becomes_items(value: Any, parts: list[Any]) -> None:
     assert [item.parts for item in parse(input=value).items] == parts
+
+
+@pytest.mark.parametrize("value", [{"text": URI}, {"content": URI}, [{"type": "text", "text": URI}]])
+def test_data_uri_that_is_said_to_be_a_text_is_refused(value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"text: got a data URI with base64, .* Send a picture as `image`"):
+        parse(input=value)
 
 
 def test_conversation_is_one_item_and_a_list_of_them_several() -> None:

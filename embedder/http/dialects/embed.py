@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from embedder.engine.postprocess import Embedding, OutputDtype, check_output_dtype, quantize
 from embedder.errors import EmbedderError, InvalidRequest, without_traceback
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
+from embedder.http.dialects.messages import item_from_string
 from embedder.http.request_body import EncodingFormat, Options, check_item_count, validate_body
 from embedder.http.response import CUT_TEXTS, Usage, Vector, encode_vector, to_json, usage_fields
 from embedder.inputs.items import (
@@ -119,7 +120,7 @@ def _parse_entry(entry: Any, request: EmbedRequest) -> tuple[Id, EmbeddingItem |
     try:
         match entry:
             case str():
-                entry = {**request.item_options(), "text": entry}
+                entry = {**request.item_options(), **item_from_string(entry)}
             case Mapping():
                 name = _id(entry.get("id"))
                 own = {field: value for field, value in without_nulls(entry).items() if field != "id"}
