@@ -7,7 +7,7 @@ from __future__ import annotations
 
 ACCEPTED: dict[str, str] = {  # name -> who sends it
     "add_generation_prompt": "vLLM's clients: the prompt always ends with the header of the answer",
-    "add_special_tokens": "vLLM's clients: the prompt always has the model's special tokens",
+    "add_special_tokens": "vLLM's clients: the prompt has the model's special tokens (but see `/tokenize`)",
     "cache_salt": "vLLM's clients: cached vectors have no salt",
     "continue_final_message": "vLLM's clients: only with an empty last message, which changes nothing",
     "drop_params": "LiteLLM and RAGFlow: an instruction to the proxy",

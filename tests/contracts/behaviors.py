@@ -22,6 +22,7 @@ SOURCES = {
     "vLLM truncation": "tests/entrypoints/pooling/basic/test_truncation.py",
     "vLLM Cohere": "tests/entrypoints/pooling/embed/test_cohere_online.py",
     "vLLM bench": "vllm/benchmarks/lib/endpoint_request_func.py",
+    "vLLM priority": "vllm/entrypoints/pooling/base/protocol.py",
     "TEI": "router/tests/test_http_embed.rs, router/src/http/server.rs",
     "infinity": "libs/infinity_emb/tests/end_to_end/test_api_with_dummymodel.py",
 }
@@ -60,6 +61,7 @@ def message(url: str, path: str, fields: dict[str, Any], status: int = 400) -> s
 def vllm_basic(url: str) -> None:
     _, models, _ = send(url, "/v1/models")
     name = models["data"][0]["id"]
+    assert (models["data"][0]["root"], models["data"][0]["parent"]) == (name, None)
     _, body, _ = send(url, "/v1/embeddings", {"model": name, "input": TEXTS * 5, "encoding_format": "float"})
     assert (body["model"], len(body["data"]), body["usage"]["completion_tokens"]) == (name, 10, 0)
     assert body["id"]
@@ -72,6 +74,9 @@ def vllm_tokenize(url: str) -> None:
     assert len(body["tokens"]) == body["count"] > 0
     _, text, _ = send(url, "/detokenize", {"model": "any", "tokens": body["tokens"]})
     assert "a green circle" in text["prompt"]  # in the chat template that the model gets
+    _, bare, _ = send(url, "/tokenize", {"model": "any", "prompt": "a green circle", "add_special_tokens": False})
+    _, text, _ = send(url, "/detokenize", {"model": "any", "tokens": bare["tokens"]})
+    assert (text["prompt"], bare["count"]) == ("a green circle", len(bare["tokens"]))  # which is without it
 
 
 @check("vLLM", "token ids as input", source=SOURCES["vLLM"], refusal="ids of another tokenizer would embed garbage")
@@ -164,6 +169,14 @@ def vllm_truncation(url: str) -> None:
     assert num_tokens(20) - num_tokens(10) == 10  # instruction and template do not count
     assert num_tokens(-1) == num_tokens(None)
     assert "truncate_prompt_tokens" in message(url, "/v1/embeddings", {"input": "red", "truncate_prompt_tokens": 10**6})
+
+
+@check("vLLM", "priority: any whole number (test_priority.py: its effect)", source=SOURCES["vLLM priority"])
+def vllm_priority(url: str) -> None:
+    for priority in (None, 0, 1, 2**31, -1):
+        assert_same(vectors(url, {"input": TEXTS, "priority": priority}), expected(url))
+    for wrong in ("1", 1.5):
+        assert "priority: got" in message(url, "/v1/embeddings", {"input": "red", "priority": wrong})
 
 
 @check("vLLM", "the request of `vllm bench serve` for embeddings", source=SOURCES["vLLM bench"])

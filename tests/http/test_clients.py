@@ -92,7 +92,7 @@ def test_async_openai_client_gets_the_librarys_vectors(server: Server, embedder:
 def test_openai_client_lists_the_model(openai_client: openai.OpenAI, embedder: Embedder) -> None:
     (model,) = openai_client.models.list().data
     assert model.id == embedder.checkpoint.name
-    assert model.model_extra == {"max_model_len": 8192}
+    assert model.model_extra == {"max_model_len": 8192, "root": model.id, "parent": None}
 
 
 def test_openai_client_raises_the_services_error(openai_client: openai.OpenAI) -> None:

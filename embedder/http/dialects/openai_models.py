@@ -19,6 +19,8 @@ class ModelCard(BaseModel):
     created: int = Field(description="When the service started, in seconds since 1970.")
     owned_by: str
     max_model_len: int = Field(description="Tokens of one item.")
+    root: str = Field(description="vLLM's: where the model's tokenizer is; the same as `id`.")
+    parent: None = Field(None, description="vLLM's: null.")
 
 
 class ModelsResponse(BaseModel):
@@ -29,7 +31,13 @@ class ModelsResponse(BaseModel):
 
 
 def models_response(models: Sequence[ServedModel], started_s: float) -> bytes:
-    """Response body of `GET /v1/models`. Clients read from `max_model_len` how long an item may be."""
+    """Response body of `GET /v1/models`.
+
+    `max_model_len` tells clients how long an item may be, and `root` tells `vllm bench serve` where the tokenizer is.
+    """
     card = {"object": "model", "created": int(started_s), "owned_by": "qwen3-vl-embedding-service"}
-    cards = [{"id": model.name, **card, "max_model_len": model.max_input_tokens} for model in models]
+    cards = [
+        {"id": model.name, **card, "max_model_len": model.max_input_tokens, "root": model.name, "parent": None}
+        for model in models
+    ]
     return to_json({"object": "list", "data": cards})

@@ -35,6 +35,10 @@ class TokenizeRequest(RequestBody):
     messages: Any = Field(None, description="vLLM's: a conversation.")
     inputs: str | NonEmptyList[str] | None = Field(None, description="TEI's: texts.")
     instruction: str | None = Field(None, description="The task, for `items` without one.")
+    add_special_tokens: StrictBool = Field(
+        True,
+        description="vLLM's, of a `prompt`; false: the tokens of the text by itself, without template.",
+    )
     return_token_strs: StrictBool = Field(False, description="vLLM's: the tokens as strings too.")
     prompt_name: Any = Field(None, description="TEI's; no effect on the tokens of the text.")
 
@@ -57,14 +61,21 @@ def tokenize(body: Mapping[str, Any], preprocessor: Preprocessor, settings: Sett
         case "inputs":
             texts = request.inputs if isinstance(request.inputs, list) else [str(request.inputs)]
             return _show_texts(texts, preprocessor, settings)
-    messages = request.messages
-    fields = item_from_string(request.prompt) if request.prompt is not None else item_from_conversation(messages)
-    item = item_from_fields({"instruction": request.instruction, **fields})
-    check_num_chars(item, settings)
-    ids = item_ids(item, preprocessor)
-    check_num_shown(len(ids))
+    ids = _vllm_ids(request, preprocessor, settings)
     strings = {"token_strs": token_strings(ids, preprocessor)} if request.return_token_strs else {}
     return {"count": len(ids), "max_model_len": settings.max_input_tokens, "tokens": ids, **strings}
+
+
+def _vllm_ids(request: TokenizeRequest, preprocessor: Preprocessor, settings: Settings) -> list[int]:
+    prompt = request.prompt
+    fields = item_from_conversation(request.messages) if prompt is None else item_from_string(prompt)
+    item = item_from_fields({"instruction": request.instruction, **fields})
+    check_num_chars(item, settings)
+    if prompt is not None and "text" in fields and not request.add_special_tokens:
+        return [token["id"] for token in text_tokens(prompt, preprocessor)]
+    ids = item_ids(item, preprocessor)
+    check_num_shown(len(ids))
+    return ids
 
 
 def _show_texts(texts: list[str], preprocessor: Preprocessor, settings: Settings) -> list[Any]:
