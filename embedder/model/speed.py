@@ -1,7 +1,8 @@
 """How long the largest items take on a CPU, estimated at start from a few measured layers and the model's shapes.
 
 Small inputs say little about large ones: they take the time to read the weights. So two layers of each tower run with
-inputs of medium size, and their time is scaled by the number of floating-point operations.
+inputs of medium size, and their time is scaled by the number of floating-point operations. Time in which other programs
+use the cores does not count: the estimate is for an idle machine, also if the service starts on a busy one.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import logging
 import math
 import time
 from dataclasses import dataclass
+from typing import Self
 
 import PIL.Image
+import torch
 
 from embedder.errors import ITEM_ERRORS
 from embedder.inputs.items import EmbeddingItem, Image, Text
@@ -32,6 +35,26 @@ MARGIN = 1.5  # of the time-out that the warning proposes
 
 class _Measured(Exception):
     """Ends a forward pass after the measured layers."""
+
+
+@dataclass(frozen=True)
+class _Clocks:
+    """The time, and the CPU time of all threads of this process, in seconds."""
+
+    elapsed: float
+    cpu: float
+
+    @classmethod
+    def read(cls) -> Self:
+        return cls(time.perf_counter(), time.process_time())
+
+    def seconds_since(self, start: _Clocks) -> float:
+        """Seconds that the work since `start` takes on an idle machine.
+
+        On a busy one, the threads of a layer wait for cores, and time passes without CPU time. Where other threads of
+        this process compute too, CPU time says more than the time that has passed, which then counts.
+        """
+        return min(self.elapsed - start.elapsed, (self.cpu - start.cpu) / torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -113,10 +136,10 @@ def language_flops(forward: Forward, num_tokens: int) -> float:
 
 def _layer_seconds(forward: Forward, one: ModelInput, merge_size: int) -> float:
     """The shortest time of a measured layer of the tower that takes this item first."""
-    starts: list[float] = []
+    starts: list[_Clocks] = []
 
     def stop() -> None:
-        starts.append(time.perf_counter())
+        starts.append(_Clocks.read())
         if len(starts) == NUM_MEASURED + 2:
             raise _Measured
 
@@ -125,7 +148,7 @@ def _layer_seconds(forward: Forward, one: ModelInput, merge_size: int) -> float:
     try:
         forward(batch)
     except _Measured:
-        return min(end - start for start, end in itertools.pairwise(starts[1:]))
+        return min(end.seconds_since(start) for start, end in itertools.pairwise(starts[1:]))
     finally:
         forward.call_between_layers(lambda: None)
     raise AssertionError("a tower has fewer layers than measured")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from embedder.inputs.items import EmbeddingItem, Text
 from embedder.loaded_model import EmbeddingModel
 from embedder.model import speed
 from embedder.model.checkpoint import find_checkpoint
-from embedder.settings import Settings
+from embedder.settings import Settings, available_cores
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +31,17 @@ def load(folder: Path, **settings: object) -> EmbeddingModel:
     return EmbeddingModel(find_checkpoint(chosen), chosen, torch.device("cpu"))
 
 
+def advance(monkeypatch: pytest.MonkeyPatch, elapsed_s: float, cpu_s: float) -> None:
+    """Make both clocks advance by so many seconds from layer to layer. `cpu_s`: of each thread."""
+    for clock, step_s in (("perf_counter", elapsed_s), ("process_time", cpu_s * torch.get_num_threads())):
+        monkeypatch.setattr(speed.time, clock, map(step_s.__mul__, range(1000)).__next__)
+
+
 def test_estimate_scales_the_measured_layers_to_all_of_them(
     deep_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a clock that advances a second from layer to layer."""
     model = load(deep_checkpoint)
-    clock = iter(range(1000))
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: float(next(clock)))
+    advance(monkeypatch, elapsed_s=1.0, cpu_s=1e9)
     measured = speed.measure_speed(model.forward, model.preprocessor)
     assert measured is not None
     num_patches = (speed.MEASURED_SIDE // 16) ** 2
@@ -43,6 +50,54 @@ def test_estimate_scales_the_measured_layers_to_all_of_them(
     assert measured.seconds(num_patches, 0) == pytest.approx(5)
     double = measured.seconds(0, 2 * num_tokens)
     assert 12 < double < 24, "attention grows with the square"
+
+
+def test_time_in_which_other_programs_use_the_cores_does_not_count(
+    deep_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(deep_checkpoint)
+    advance(monkeypatch, elapsed_s=3.0, cpu_s=1.0)
+    measured = speed.measure_speed(model.forward, model.preprocessor)
+    assert measured is not None
+    num_tokens = model.preprocessor(EmbeddingItem((Text(" a" * speed.MEASURED_WORDS),))).num_tokens
+    assert measured.seconds(0, num_tokens) == pytest.approx(6), "one second for each layer"
+
+
+BUSY = "print(flush=True)\nwhile True:\n    pass"
+
+
+@contextmanager
+def busy_cores() -> Iterator[None]:
+    """Four other programs on each core, for as long as the block runs."""
+    command = [sys.executable, "-c", BUSY]
+    programs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4 * available_cores())]
+    try:
+        for program in programs:
+            assert program.stdout is not None
+            program.stdout.readline()
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+            program.stdout.close()
+
+
+@pytest.mark.slow
+def test_estimate_on_busy_cores_is_that_on_idle_ones(write_random: Callable[..., Path]) -> None:
+    """Its layers take longer than a turn of the kernel's scheduler: with waiting, the estimate is 5 times as long."""
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
+    folder = write_random(wide, {"out_hidden_size": 1024, "depth": 5, "deepstack_visual_indexes": [1, 2]})
+    model = load(folder)
+
+    def shortest_s() -> float:
+        found = [speed.measure_speed(model.forward, model.preprocessor) for _ in range(3)]
+        return min(one.seconds(0, 1000) for one in found if one)
+
+    before = shortest_s()
+    with busy_cores():
+        busy = shortest_s()
+    assert busy < 2 * max(before, shortest_s())
 
 
 def test_measuring_leaves_the_model_as_it_was(deep_checkpoint: Path) -> None:
@@ -80,8 +135,7 @@ def test_warning_names_the_settings_if_an_item_takes_longer_than_the_time_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = load(deep_checkpoint)
-    clock = iter(range(1000))
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: seconds_per_layer * next(clock))
+    advance(monkeypatch, seconds_per_layer, seconds_per_layer)
     with caplog.at_level(logging.INFO):
         speed.warn_if_slow(model.forward, model.preprocessor)
     assert caplog.text.count("estimated for this CPU") == 1
