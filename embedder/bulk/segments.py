@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from embedder.errors import EmbedderError
+from embedder.inputs.decoder import repeated_if_killed
 from embedder.inputs.decoder_process import RETRY_BYTES, DecoderProcess, ProcessDecoder
 from embedder.inputs.limits import decode_deadline
 from embedder.settings import Settings
@@ -47,12 +48,15 @@ class ClipMeter:
 
     def duration_s(self, data: bytes) -> float:
         """Seconds of a clip; 0 if it cannot be opened, for which embedding it has the reason."""
-        decoder = ProcessDecoder(self._process, RETRY_BYTES, lambda _: False)
         try:
-            with decoder.open_clip(data, self._settings, decode_deadline(self._settings)) as clip:
-                return float(clip.num_frames / clip.fps)
+            return repeated_if_killed(lambda: self._measure(data))
         except EmbedderError:
             return 0.0
+
+    def _measure(self, data: bytes) -> float:
+        decoder = ProcessDecoder(self._process, RETRY_BYTES, lambda _: False)
+        with decoder.open_clip(data, self._settings, decode_deadline(self._settings)) as clip:
+            return float(clip.num_frames / clip.fps)
 
 
 def format_seconds(seconds: float) -> str:

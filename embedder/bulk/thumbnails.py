@@ -9,11 +9,12 @@ from typing import Any
 import PIL.Image
 
 from embedder.errors import EmbedderError
-from embedder.inputs.decoder import Decoder
+from embedder.inputs.decoder import Decoder, repeated_if_killed
 from embedder.inputs.decoder_process import decoder_for_one_item
 from embedder.inputs.image import load_image
-from embedder.inputs.items import Video
+from embedder.inputs.items import Media, Video
 from embedder.inputs.limits import decode_deadline
+from embedder.inputs.picture import encoded_bytes
 from embedder.inputs.regimes import CheckpointRegime, Regime
 from embedder.inputs.video import frames_of_segment
 from embedder.settings import Settings
@@ -30,18 +31,31 @@ def make_thumbnail(fields: Mapping[str, Any], settings: Settings) -> bytes | Non
         if isinstance(image, PIL.Image.Image):
             step = _SMALL.resize_image(image.height, image.width)
             return to_jpeg(image.resize((step.width, step.height), PIL.Image.Resampling.LANCZOS))
-        with decoder_for_one_item(settings) as decoder:
-            if image is not None:
-                return to_jpeg(PIL.Image.fromarray(load_image(image, _SMALL, settings, decoder=decoder)))
-            return to_jpeg(load_frame(fields["video"], _SMALL, settings, decoder))
+        return to_jpeg(load_picture(fields["video"] if image is None else image, _SMALL, settings))
     except EmbedderError:
         return None  # the row has this error too, from embedding it
 
 
+def load_picture(source: Media | Video, regime: Regime, settings: Settings) -> PIL.Image.Image:
+    """An image, or the first frame of a clip, as the regime resizes images. Raises `InvalidMedia` and `MediaTooLarge`.
+
+    What is not simple to decode is decoded in a process of its own.
+    """
+
+    def load() -> PIL.Image.Image:
+        with decoder_for_one_item(settings) as decoder:
+            if isinstance(source, Video):
+                return load_frame(source, regime, settings, decoder)
+            return PIL.Image.fromarray(load_image(source, regime, settings, decoder=decoder))
+
+    return repeated_if_killed(load)
+
+
 def load_frame(video: Video, regime: Regime, settings: Settings, decoder: Decoder) -> PIL.Image.Image:
     """The first frame of a clip or segment, resized as an image. Raises `InvalidMedia` and `MediaTooLarge`."""
-    assert isinstance(video.source, bytes)
-    with decoder.open_clip(video.source, settings, decode_deadline(settings)) as clip:
+    assert not isinstance(video.source, tuple)
+    data = encoded_bytes(video.source, "video", settings.max_video_bytes)
+    with decoder.open_clip(data, settings, decode_deadline(settings)) as clip:
         first = frames_of_segment(clip.num_frames, clip.fps, video.segment).start
         (values,) = (frame.copy() for frame in clip.decode([first]))
     step = regime.resize_image(*values.shape[:2])

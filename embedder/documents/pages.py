@@ -19,6 +19,7 @@ import PIL.Image
 
 from embedder.documents.limits import MAX_PAGES, MAX_TEXT_BYTES
 from embedder.errors import InvalidMedia, MediaTooLarge
+from embedder.inputs.decoder import repeated_if_killed
 from embedder.inputs.decoder_process import DecoderProcess, memory_file
 from embedder.inputs.limits import MediaLimits
 from embedder.inputs.process_connection import RGB_BYTES_PER_PIXEL
@@ -55,7 +56,7 @@ class DocumentReader:
     """Opens documents one after another, in one process that is replaced when a document has ended it.
 
     Use it in one thread, and close it, or use it in a `with` block. All methods raise `InvalidMedia` and
-    `MediaTooLarge`.
+    `MediaTooLarge`. If somebody has killed the process, most often the kernel, a second one repeats the task.
     """
 
     def __init__(self, limits: MediaLimits) -> None:
@@ -79,9 +80,7 @@ class DocumentReader:
 
     def count_pages(self, source: Source) -> int:
         """Open the document -> its number of pages, at least 1."""
-        if source != self._opened:
-            self._open(source)
-        return self._num_pages
+        return repeated_if_killed(lambda: self._count_pages(source))
 
     def render(self, source: Source, number: int, regime: Regime) -> Page:
         """Page `number`, from 1, in the size that `regime` gives to a scan of it."""
@@ -90,7 +89,7 @@ class DocumentReader:
         if not 1 <= number <= self.count_pages(source):
             raise InvalidMedia(f"page {number}; the document has pages 1 to {self._num_pages}")
         try:
-            return self._render(number, regime)
+            return repeated_if_killed(lambda: self._render(source, number, regime))
         finally:
             if self._opened is None:
                 self._lost[source] = self._lost.get(source, 0) + 1
@@ -100,6 +99,11 @@ class DocumentReader:
         self._lost.pop(source, None)
         if self._opened is source:
             self._forget()
+
+    def _count_pages(self, source: Source) -> int:
+        if source != self._opened:
+            self._open(source)
+        return self._num_pages
 
     def _open(self, source: Source) -> None:
         if self._num_opened % DOCUMENTS_PER_PROCESS == 0:
@@ -115,7 +119,8 @@ class DocumentReader:
         self._num_pages = self._integer(opened, "num_pages", 1, MAX_PAGES)
         self._opened = source
 
-    def _render(self, number: int, regime: Regime) -> Page:
+    def _render(self, source: Source, number: int, regime: Regime) -> Page:
+        self._count_pages(source)  # opens the document again if the process was killed
         scan = self._ask(None, "size", type="size", page=number)
         height, width = (self._integer(scan, side, 1, 2**20) for side in ("height", "width"))
         step = regime.resize_image(height, width)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -21,6 +21,8 @@ from embedder.inputs.picture import decode_image, decode_peak_bytes, encoded_byt
 # megapixels passes, a progressive one of 12, a WebP of 6.
 THREAD_BYTES = 2**27
 
+Result = TypeVar("Result")
+
 
 class NeedsProcess(Exception):
     """The bytes may take longer, or more memory, than a thread may use. `num_bytes`: of memory; 0 if not known."""
@@ -32,6 +34,14 @@ class NeedsProcess(Exception):
 
 class ProcessKilled(InvalidMedia):
     """Somebody has killed the process that decoded the item: most often the kernel, because memory was short."""
+
+
+def repeated_if_killed(task: Callable[[], Result]) -> Result:
+    """What the task returns. If somebody has killed its process, it is done once more, in another one."""
+    try:
+        return task()
+    except ProcessKilled:
+        return task()
 
 
 class OpenImage(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 
 from embedder.errors import RequestTooLarge
 from embedder.inputs import video
-from embedder.inputs.decoder import Decoder
+from embedder.inputs.decoder import Decoder, repeated_if_killed
 from embedder.inputs.decoder_process import can_start_processes, decoder_for_one_item
 from embedder.inputs.items import EmbeddingItem, Image, Video
 from embedder.inputs.limits import decode_deadline
@@ -18,6 +18,13 @@ from embedder.settings import Settings
 
 def item_ids(item: EmbeddingItem, preprocessor: Preprocessor) -> list[int]:
     """The ids of an item's whole sequence, before it is cut. Raises `InvalidMedia` and `MediaTooLarge`."""
+    return preprocessor.prompt_ids(item, *repeated_if_killed(lambda: _measure(item, preprocessor)))
+
+
+def _measure(
+    item: EmbeddingItem, preprocessor: Preprocessor
+) -> tuple[list[tuple[int, int, int]], list[Sequence[float]]]:
+    """The grid of each image and video, and the times of each video's frames, in seconds."""
     settings, vision = preprocessor.settings, preprocessor.vision
     deadline = decode_deadline(settings)
     grids: list[tuple[int, int, int]] = []
@@ -35,7 +42,7 @@ def item_ids(item: EmbeddingItem, preprocessor: Preprocessor) -> list[int]:
                     num_steps = len(sampling.indices) // vision.temporal_patch_size
                     grids.append((num_steps, height // vision.factor, width // vision.factor))
                     seconds.append(sampling.seconds)
-    return preprocessor.prompt_ids(item, grids, seconds)
+    return grids, seconds
 
 
 def _decoder(settings: Settings) -> AbstractContextManager[Decoder]:

@@ -7,6 +7,7 @@ embedded; then the error says so.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -15,16 +16,16 @@ import PIL.Image
 from embedder.bulk.formats import FOLDER
 from embedder.bulk.pages import FolderPages, is_clip, path_inside, read_inside, split_page
 from embedder.bulk.segments import split_segment
-from embedder.bulk.thumbnails import load_frame, to_jpeg
+from embedder.bulk.thumbnails import load_picture, to_jpeg
 from embedder.errors import InvalidMedia
-from embedder.inputs.decoder_process import decoder_for_one_item
-from embedder.inputs.image import load_image
 from embedder.inputs.items import Video
 from embedder.inputs.regimes import CheckpointRegime
 from embedder.settings import Settings
 
 PAGE_PIXELS = 2_000_000  # an A4 page in 144 dots per inch
 CACHE_BYTES = 64 * 2**20
+
+Load = Callable[[CheckpointRegime], PIL.Image.Image]
 
 
 class PageImages:
@@ -48,6 +49,10 @@ class PageImages:
         """
         return self._thread.submit(self._cached, row_id, max_pixels).result()
 
+    def render_other(self, key: str, load: Load, max_pixels: int) -> bytes:
+        """As `render`, of a row that was no file of the folder: `load` gives its picture, and `key` names it."""
+        return self._thread.submit(self._cached, key, max_pixels, load).result()
+
     def source(self, row_id: str) -> Path:
         """The file that a row was made of. Raises `InvalidMedia`, also for a row that was no file of a folder."""
         name = split_page(row_id)[0]
@@ -60,12 +65,13 @@ class PageImages:
         self._thread.submit(self._pages.close).result()
         self._thread.shutdown()
 
-    def _cached(self, row_id: str, max_pixels: int) -> bytes:
+    def _cached(self, row_id: str, max_pixels: int, load: Load | None = None) -> bytes:
         key = row_id, max_pixels
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        data = to_jpeg(self._image(row_id, CheckpointRegime(max_pixels=max_pixels)))
+        regime = CheckpointRegime(max_pixels=max_pixels)
+        data = to_jpeg(load(regime) if load else self._image(row_id, regime))
         self._cache[key] = data
         self._num_bytes += len(data)
         while self._num_bytes > CACHE_BYTES and len(self._cache) > 1:
@@ -80,7 +86,5 @@ class PageImages:
         is_video = is_clip(file)
         limit = self._settings.max_video_bytes if is_video else self._settings.max_image_bytes
         data = read_inside(self._folder, file, limit)
-        with decoder_for_one_item(self._settings) as decoder:
-            if is_video:
-                return load_frame(Video(data, segment=split_segment(row_id)[1]), regime, self._settings, decoder)
-            return PIL.Image.fromarray(load_image(data, regime, self._settings, decoder=decoder))
+        source = Video(data, segment=split_segment(row_id)[1]) if is_video else data
+        return load_picture(source, regime, self._settings)

@@ -16,13 +16,15 @@ from embedder.errors import InvalidRequest
 from embedder.inputs.items import Video
 from embedder.inputs.video import frames_of_segment
 from tests.conftest import encoded, picture
+from tests.inputs.killed import kill_at
 from tests.inputs.test_video import clip, every_frame
 
 pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
 
 import pyarrow.parquet as pq
 
-from embedder.bulk.segments import segment_names, split_segment
+from embedder.bulk.segments import ClipMeter, segment_names, split_segment
+from embedder.bulk.thumbnails import make_thumbnail
 from embedder.search.__main__ import main
 from embedder.search.page_images import PageImages
 from embedder.settings import Settings
@@ -49,6 +51,17 @@ def test_clip_is_cut_into_segments_and_a_short_rest_belongs_to_the_last(
     segments = [split_segment(name) for name in names]
     assert {path for path, _ in segments} == {"a/b#t=1,2.mp4"}
     assert [segment[0] for _, segment in segments[1:] if segment] == [s[1] for _, s in segments[:-1] if s]
+
+
+def test_clip_whose_process_is_killed_is_measured_and_shown_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = clip(num_frames=50)
+    with ClipMeter(Settings()) as meter:
+        expected = meter.duration_s(data), make_thumbnail({"video": Video(data)}, Settings())
+        for kind in ("open", "decode"):
+            kills = kill_at(monkeypatch, kind)
+            assert meter.duration_s(data) == expected[0] > 0
+            assert make_thumbnail({"video": Video(data)}, Settings()) == expected[1]
+            assert kills
 
 
 def test_row_of_a_whole_file_has_no_segment() -> None:

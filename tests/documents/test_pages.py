@@ -19,6 +19,7 @@ from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.regimes import CheckpointRegime
 from embedder.settings import Settings
 from tests.documents.hostile_pdfs import BAD_PAGES, GOOD, ODD, REFUSED, join, pdf
+from tests.inputs.killed import kill_at
 
 REGIME = CheckpointRegime()
 
@@ -140,15 +141,28 @@ def test_folder_and_pipe_in_the_place_of_a_document_are_refused(tmp_path: Path, 
             reader.count_pages(path)
 
 
-def test_process_that_dies_costs_its_page_and_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["open", "size", "render"])
+def test_page_whose_process_is_killed_is_rendered_once_more(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path, GOOD)
+    kills = kill_at(monkeypatch, kind)
     with DocumentReader(Settings()) as reader:
         assert reader.count_pages(path) == 1
-        for _ in range(3):
-            reader.count_pages(path)
-            reader._process._process.kill()  # type: ignore[union-attr]
-            with pytest.raises(InvalidMedia, match="failed on this file"):
+        assert reader.render(path, 1, REGIME).image.getpixel((5, 5)) == (255, 0, 0)
+    assert kills == [kind]
+
+
+def test_process_that_is_killed_again_costs_its_page_and_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, GOOD)
+    kills = kill_at(monkeypatch, "render", times=6)
+    with DocumentReader(Settings()) as reader:
+        for number in range(3):
+            with pytest.raises(InvalidMedia, match=r"failed on this file \(status -9\)"):
                 reader.render(path, 1, REGIME)
+            assert len(kills) == 2 * (number + 1)
         with pytest.raises(InvalidMedia, match="not rendered: 3 pages of this document"):
             reader.render(path, 1, REGIME)
         assert reader.render(write(tmp_path, GOOD, "b.pdf"), 1, REGIME).image.getpixel((5, 5)) == (255, 0, 0)

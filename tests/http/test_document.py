@@ -31,6 +31,7 @@ from embedder.playground.collection import Collection
 from embedder.settings import Settings
 from embedder.telemetry.metrics import Metrics
 from tests.documents.hostile_pdfs import BAD_PAGES, GOOD, ODD, REFUSED
+from tests.inputs.killed import kill_at
 
 MAX_PAGES = 4
 
@@ -162,6 +163,21 @@ def test_page_that_cannot_be_rendered_fails_alone(app: App) -> None:
     (response,) = app.post(BAD_PAGES["too-wide"])
     assert response.status_code == 400
     assert response.json()["results"][0]["page"] == 1
+
+
+def test_page_whose_process_is_killed_is_rendered_once_more(
+    app: App, report: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a picture is, with the same status if it is killed again."""
+    expected = app.post(report.read_bytes())[0].json()
+    kills = kill_at(monkeypatch, "render")
+    (response,) = app.post(report.read_bytes())
+    assert (kills, response.status_code, response.json()) == (["render"], 200, expected)
+    kill_at(monkeypatch, "render", times=1000)
+    (response,) = app.post(report.read_bytes())
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_media")
+    assert "failed on this file (status -9)" in response.json()["error"]["message"]
+    assert app.free_places() == MAX_RENDERED_PAGES
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,13 @@ from embedder.engine.observer import Observer
 from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.decoder_process import START_BYTES
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
+from embedder.inputs.tokens import item_ids
 from tests.conftest import encoded, picture
 from tests.fake_model import wait_until
 from tests.inputs import hostile_clips
 from tests.inputs.hostile import gif_of_comments
 from tests.inputs.hostile_clips import hanging_clip
+from tests.inputs.killed import kill_at
 from tests.inputs.test_video import clip
 
 TIMEOUT_S = 3.0
@@ -149,6 +151,14 @@ def test_item_whose_process_is_killed_is_decoded_once_more(patient: Embedder) ->
                 one._process.kill()
     with pytest.raises(InvalidMedia, match=r"^the decoder failed on this file \(status -9\)"):
         future.result(60)
+
+
+def test_clip_whose_process_is_killed_is_counted_once_more(patient: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = EmbeddingItem((Video(clip(num_frames=20)),))
+    expected = item_ids(item, patient.preprocessor)
+    kills = kill_at(monkeypatch, "open")
+    assert item_ids(item, patient.preprocessor) == expected
+    assert kills
 
 
 @pytest.mark.slow
