@@ -9,9 +9,9 @@ import hashlib
 import itertools
 import json
 import tarfile
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Self
@@ -36,6 +36,7 @@ MAX_ROW_BYTES = 64 * 2**20  # of a line, or of a member of a tar
 FILE_ERRORS = (OSError, pa.ArrowException, tarfile.TarError)  # raised when a file cannot be read or written
 
 Record = tuple[str, Mapping[str, Any] | EmbedderError]  # name of the row, and its columns or its error
+Places = Set[int] | None
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,13 @@ class Part:
 class Format:
     """`plan`: folder, files, rows per part, and parts that exist -> fields of the other parts.
 
-    `read`: folder, part, columns -> records.
+    `read`: folder, part, columns, places -> records. `places`: in the part, from 0, of the records that are wanted;
+    others may be empty. None: all are wanted.
     """
 
     suffixes: tuple[str, ...]
     plan: Callable[[Path, Sequence[str], int, Sequence[Part]], Iterator[dict[str, Any]]]
-    read: Callable[[Path, Part, set[str]], Iterator[Record]]
+    read: Callable[[Path, Part, set[str], Places], Iterator[Record]]
 
 
 @dataclass(frozen=True)
@@ -120,19 +122,25 @@ def plan_parquet(
             yield {"path": name, "first_row": row, "num_rows": min(rows_per_part, num_rows - row)}
 
 
-def read_parquet(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]:
+def read_parquet(folder: Path, part: Part, columns: set[str], places: Places = None) -> Iterator[Record]:
     with pq.ParquetFile(folder / part.path) as file:
         sizes = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
         ends = list(itertools.accumulate(sizes, initial=0))
-        group = bisect_right(ends, part.first_row) - 1
-        skip, number, end = part.first_row - ends[group], part.first_row, part.first_row + part.num_rows
-        for batch in file.iter_batches(READ_ROWS, range(group, len(sizes)), columns=sorted(columns)):
-            for record in batch.slice(min(skip, batch.num_rows), end - number).to_pylist():
-                yield f"{part.path}#{number}", record
-                number += 1
-            skip -= min(skip, batch.num_rows)
-            if number == end:
-                return
+        end = part.first_row + part.num_rows
+        for group in range(bisect_right(ends, part.first_row) - 1, bisect_left(ends, end)):
+            rows = range(max(ends[group], part.first_row), min(ends[group + 1], end))
+            if places is not None and not any(row - part.first_row in places for row in rows):
+                yield from ((f"{part.path}#{row}", {}) for row in rows)
+                continue
+            records = _read_group(file, group, rows.start - ends[group], columns)
+            yield from ((f"{part.path}#{row}", record) for row, record in zip(rows, records, strict=False))
+
+
+def _read_group(file: pq.ParquetFile, group: int, skip: int, columns: set[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a row group, from the row `skip` on."""
+    for batch in file.iter_batches(READ_ROWS, [group], columns=sorted(columns)):
+        yield from batch.slice(min(skip, batch.num_rows)).to_pylist()
+        skip -= min(skip, batch.num_rows)
 
 
 def plan_jsonl(
@@ -172,11 +180,11 @@ def _digest(lines: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def read_jsonl(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]:
+def read_jsonl(folder: Path, part: Part, columns: set[str], places: Places = None) -> Iterator[Record]:
     with (folder / part.path).open("rb") as file:
-        file.seek(part.offset)
-        for number, (_, line) in enumerate(itertools.islice(_lines(file), part.num_rows), part.first_row):
-            yield f"{part.path}#{number}", _parse(line)
+        for place, line in enumerate(_read_part(file, part)):
+            is_wanted = places is None or place in places
+            yield f"{part.path}#{part.first_row + place}", _parse(line) if is_wanted else {}
 
 
 def find_jsonl_columns(folder: Path, names: Sequence[str], wanted: set[str]) -> set[str]:
@@ -220,7 +228,7 @@ def plan_tar(
     return ({"path": name} for name in names)
 
 
-def read_tar(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]:
+def read_tar(folder: Path, part: Part, columns: set[str], places: Places = None) -> Iterator[Record]:
     """WebDataset: consecutive members whose names are equal up to the first dot are one row.
 
     The rest of the name is the member's column. A member also is the column `text`, `image` or `video`, by its suffix,
@@ -228,10 +236,12 @@ def read_tar(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]:
     """
     with tarfile.open(folder / part.path) as tar:
         files = (member for member in tar if member.isreg())
-        for key, members in itertools.groupby(files, lambda member: _split(member.name)[0]):
+        rows = itertools.groupby(files, lambda member: _split(member.name)[0])
+        for place, (key, members) in enumerate(rows):
             record: dict[str, Any] = {}
             too_large: EmbedderError | None = None
-            for member in members:
+            is_wanted = places is None or place in places
+            for member in members if is_wanted else ():
                 extension = _split(member.name)[1]
                 wanted = {extension, MEMBER_COLUMNS.get(f".{extension}", "")} & columns - set(record)
                 if wanted and member.size > MAX_ROW_BYTES:
@@ -258,7 +268,7 @@ def plan_folder(
         yield {"names": part_names, "num_rows": len(part_names)}
 
 
-def read_folder(folder: Path, part: Part, columns: set[str]) -> Iterator[Record]:
+def read_folder(folder: Path, part: Part, columns: set[str], places: Places = None) -> Iterator[Record]:
     """Each picture, clip or segment, and page of a document is a row. Its path is the row's name and column `image`."""
     return ((name, {"image": name}) for name in part.names)
 

@@ -5,7 +5,7 @@ A data set can be untrusted. Strings that look like a path (base64 has no dot) a
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedder.bulk.formats import FOLDER, JSONL, PARQUET, Part, find_files, find_jsonl_columns
+from embedder.bulk.formats import FOLDER, JSONL, PARQUET, Part, Places, find_files, find_jsonl_columns
 from embedder.bulk.options import MIN_FILES_PER_PART, ROWS_PER_PART
 from embedder.bulk.pages import FolderPages, is_clip, is_document, read_inside, split_page
 from embedder.bulk.segments import Segment, split_segment
@@ -107,13 +107,13 @@ class Source:
         planned = self.format.plan(self.folder, names, rows_per_part, existing)
         return [Part(number, **fields) for number, fields in enumerate(planned, first_number)]
 
-    def rows(self, part: Part, regime: Regime = _PUBLISHED, only: Container[int] | None = None) -> Iterator[Row]:
+    def rows(self, part: Part, regime: Regime = _PUBLISHED, only: Places = None) -> Iterator[Row]:
         """The rows of a part, in order. Raises one of `FILE_ERRORS` if the file is broken.
 
         `regime`: of the model, which gives the size of a document's pages. `only`: places in the part, from 0; other
         rows are left out.
         """
-        for place, (name, record) in enumerate(self.format.read(self.folder, part, self._read)):
+        for place, (name, record) in enumerate(self.format.read(self.folder, part, self._read, only)):
             if only is not None and place not in only:
                 continue
             if self.format is FOLDER:

@@ -386,12 +386,13 @@ function drawBuilding(answer) {
 function drawCollection() {
   byId("rerank-row").hidden = !info.reranker;
   if (collection.has_pages) {
-    byId("search-label").textContent = `Search ${counted(collection.num_pictures, "page")}${collection.title && ` of ${collection.title}`}`;
-    byId("query").placeholder = "a question about the pages";
+    const { unit } = collection;
+    byId("search-label").textContent = `Search ${counted(collection.num_pictures, unit)}${collection.title && ` of ${collection.title}`}`;
+    byId("query").placeholder = `a question about the ${unit}s`;
     byId("search-instruction").placeholder = collection.query_instruction;
     byId("results").className = "pages";
     byId("api-reference").hidden = true; // a page of BentoML's
-    byId("results").ariaLabel = "Pages, most similar first";
+    byId("results").ariaLabel = `${unit === "row" ? "Rows" : "Pages"}, most similar first`;
     return;
   }
   const { title, license, pictures, skipped, num_left_out } = collection;
@@ -567,11 +568,13 @@ async function showThumbnail(image, picture, maxTries = 6, tries = 1) {
   image.src = picture.url ?? path;
 }
 
-// --- pages of documents: the service ranks them and renders their pictures
+// --- pages of documents, and rows of data sets: the service ranks them and renders their pictures
 
 const MAX_PAGES_SHOWN = 500; // the service's limit
 
-let pages = []; // the results: {row, file, page, seconds, is_clip, score, lines, url?, reranked?}
+// the results: {row, file, page, seconds, is_clip, score, lines, text, has_picture, unread?, url?, reranked?}; the text is
+// null of a file of a folder
+let pages = [];
 let viewed = null; // one of them
 
 /** The pages by similarity to the query; before the first query, in their own order. */
@@ -589,7 +592,7 @@ function drawPages(found) {
   const limit = Math.min(numShown, MAX_PAGES_SHOWN);
   byId("results").replaceChildren(...pages.map(drawPage));
   byId("more-results").hidden = pages.length < limit || limit === MAX_PAGES_SHOWN;
-  drawAsked(`The best ${counted(pages.length, "page")}`, pages);
+  drawAsked(`The best ${counted(pages.length, collection.unit)}`, pages);
   if (viewed) drawNeighbors();
 }
 
@@ -608,15 +611,30 @@ function drawPage(hit) {
   const name = make("span", { className: "name", textContent: hit.file.split("/").at(-1), title: hit.file });
   const open = make("button", { type: "button", className: "open", ariaLabel: `Show ${pageName(hit)}`, onclick: () => viewPage(hit) }, image);
   const words = make("div", { className: "words" }, name);
+  const card = make("li", { className: "page" }, words);
+  const onclick = () => viewPage(hit);
+  if (hit.has_picture) {
+    const image = make("img", { alt: "", loading: "lazy" });
+    showThumbnail(image, Object.assign(hit, { thumbnail: `thumbnails/${hit.row}` }), 1);
+    card.prepend(make("button", { type: "button", className: "open", ariaLabel: `Show ${pageName(hit)}`, onclick }, image));
+  }
+  card.classList.toggle("text-only", !hit.has_picture);
   const place = hit.page ? `Page ${hit.page}` : hit.seconds ? `${hit.seconds} s` : "";
   if (place) words.append(make("span", { className: "muted small", textContent: place }));
   if (hit.score !== null) words.append(...drawScores(hit));
+  if (hit.unread) words.append(make("p", { className: "unread small", textContent: `Not shown: ${hit.unread}` }));
+  if (hit.text) words.append(make("button", { type: "button", className: "open passage", onclick }, ...marked(hit.text)));
   words.append(make("ul", { className: "lines small" }, ...hit.lines.map(drawLine)));
   return make("li", { className: "page" }, open, words);
 }
 
-/** A line of the text layer, with the words of the question marked. */
+/** A line of the text layer. */
 function drawLine(line) {
+  return make("li", {}, ...marked(line));
+}
+
+/** The parts of a text, with the words of the question marked. */
+function marked(text) {
   const wanted = new Set((query?.text ?? "").toLowerCase().match(/[\p{L}\p{N}_]+/gu));
   const parts = line.split(/([\p{L}\p{N}_]+)/u);
   return make("li", {}, ...parts.map((part) => (wanted.has(part.toLowerCase()) ? make("mark", { textContent: part }) : part)));
@@ -627,14 +645,18 @@ async function viewPage(hit) {
   viewed = hit;
   byId("viewer-name").textContent = pageName(hit);
   byId("viewer-lines").replaceChildren(...hit.lines.map(drawLine));
+  byId("viewer-text").replaceChildren(...marked(hit.text ?? ""));
   drawNeighbors();
   const file = byId("viewer-file");
+  file.hidden = hit.text !== null; // a row of a data set is no file
   file.textContent = hit.page ? `Open at page ${hit.page}` : hit.seconds ? `Open at ${hit.seconds} s` : "Open the file";
   file.href = `playground/files/${hit.row}${fragment(hit)}`;
   file.onclick = (event) => key && (event.preventDefault(), openFile(hit)); // a link sends no key
   byId("viewer-image").hidden = true;
   stopClip();
   if (!byId("viewer").open) byId("viewer").showModal();
+  byId("viewer-state").textContent = "";
+  if (!hit.has_picture) return;
   try {
     await (hit.is_clip ? playClip(hit) : showPicture(hit));
   } catch (error) {
@@ -650,7 +672,7 @@ function drawNeighbors() {
 
 async function showPicture(hit) {
   const image = byId("viewer-image");
-  byId("viewer-state").textContent = "Rendering the page…";
+  byId("viewer-state").textContent = `Rendering the ${collection.unit === "row" ? "picture" : "page"}…`;
   const url = await load(`playground/pages/${hit.row}`);
   if (viewed !== hit) return URL.revokeObjectURL(url);
   URL.revokeObjectURL(image.src);

@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.model.checkpoint import find_checkpoint
 from embedder.search.collection import Collection, Hit
 from embedder.search.options import DEFAULT_CANDIDATES
+from embedder.search.records import Records, text_of
 from embedder.search.rerank import rerank
 from embedder.search.serve import serve
 from embedder.search.snippet import find_snippet, printable
@@ -86,11 +88,26 @@ def _find(options: argparse.Namespace, settings: Settings) -> list[Hit]:
     query: dict[str, Any] = {"text": options.question} if options.question else {}
     if options.image:
         query["image"] = options.image
+    vector = _embed(query, collection, settings)
     if not settings.reranker:
-        return collection.search(_embed(query, collection, settings), options.limit)
+        return _with_texts(collection.search(vector, options.limit), collection, settings)
     num_candidates = options.candidates or max(DEFAULT_CANDIDATES, options.limit)
-    hits = collection.search(_embed(query, collection, settings), num_candidates)
-    return rerank(query, hits, collection, settings)[: options.limit]
+    hits = rerank(query, collection.search(vector, num_candidates), collection, settings)
+    return _with_texts(hits[: options.limit], collection, settings)
+
+
+def _with_texts(hits: list[Hit], collection: Collection, settings: Settings) -> list[Hit]:
+    """The hits, each with the text of its row, which the output has only of pages. Says what cannot be read anymore."""
+    records = Records(collection, settings)
+    if not records.exist:
+        return hits
+    items = records.read(hits)
+    if reasons := {str(item): None for item in items if isinstance(item, EmbedderError)}:
+        print("\n".join(f"without its text: {printable(reason)}" for reason in reasons), file=sys.stderr)
+    return [
+        hit if isinstance(item, EmbedderError) else replace(hit, text=text_of(item))
+        for hit, item in zip(hits, items, strict=True)
+    ]
 
 
 def _embed(query: dict[str, Any], collection: Collection, settings: Settings) -> NDArray[np.float32]:

@@ -12,6 +12,7 @@ import mimetypes
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,12 +47,14 @@ from embedder.search.collection import Collection, Hit
 from embedder.search.documents import Documents
 from embedder.search.index import Index
 from embedder.search.page_images import PAGE_PIXELS, PageImages
+from embedder.search.records import Records, has_picture, text_of
 from embedder.search.snippet import find_lines, find_snippet
 from embedder.settings import Settings
 from embedder.telemetry.metrics import Metrics
 
 MAX_RESULTS = 500
 MAX_LINES, MAX_LINE_CHARS = 3, 200
+MAX_TEXT_CHARS = 10_000  # of a row that is a text
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -76,6 +79,7 @@ class CollectionRoutes:
         self._index = Index(collection)
         self._service = service
         self._documents = documents
+        self._records = Records(collection, settings)
         self._images = PageImages(collection.folder, settings, collection.state) if collection.folder else None
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/": self._start,
@@ -112,6 +116,7 @@ class CollectionRoutes:
             "status": "ready" if self._index.ids else "none",
             "title": folder.name if folder else "",
             "has_pages": True,
+            "unit": "row" if await asyncio.to_thread(lambda: self._records.exist) else "page",
             "num_pictures": len(self._index.ids),
             "num_done": len(self._index.ids),
             "dimensions": self._collection.num_values,
@@ -122,12 +127,16 @@ class CollectionRoutes:
 
     async def _search(self, request: Request) -> Response:
         asked = validate_body(SearchRequest, (await request.receive())["body"])
-        if asked.vector is None:
-            hits = await asyncio.to_thread(self._index.first_rows, asked.limit)
-        else:
-            query = _vector(asked.vector, self._collection.num_values)
-            hits = await asyncio.to_thread(self._index.search, query, asked.limit)
-        return json_response(to_json({"results": [_fields(hit, asked) for hit in hits]}), HEADERS)
+        query = None if asked.vector is None else _vector(asked.vector, self._collection.num_values)
+        return json_response(to_json({"results": await asyncio.to_thread(self._find, asked, query)}), HEADERS)
+
+    def _find(self, asked: SearchRequest, query: NDArray[np.float32] | None) -> list[dict[str, Any]]:
+        """The fields of the rows nearest to the query, or of the first rows."""
+        hits = self._index.first_rows(asked.limit) if query is None else self._index.search(query, asked.limit)
+        if not self._records.exist:
+            return [_fields(hit, asked) | {"text": None, "has_picture": True} for hit in hits]
+        records = self._records.read(hits)
+        return [_fields(hit, asked) | _content(record) for hit, record in zip(hits, records, strict=True)]
 
     async def _rerank(self, request: Request) -> Response:
         score = self._service.scoring()
@@ -149,8 +158,11 @@ class CollectionRoutes:
 
     async def _picture(self, request: Request, max_pixels: int) -> Response:
         row_id, images = self._row_id(request)
-        data = await asyncio.to_thread(images.render, row_id, max_pixels)
-        return _jpeg_response(data)
+        if not self._records.exist:
+            return _jpeg_response(await asyncio.to_thread(images.render, row_id, max_pixels))
+        row = int(request.path_params["row"])
+        load = partial(self._records.picture, self._index.row(row))
+        return _jpeg_response(await asyncio.to_thread(images.render_other, f"row {row}", load, max_pixels))
 
     async def _file(self, request: Request) -> Response:
         row_id, images = self._row_id(request)
@@ -246,6 +258,15 @@ def _vector(base64: str, max_values: int) -> NDArray[np.float32]:
     if not np.isfinite(vector).all() or not np.linalg.norm(vector):
         raise InvalidRequest("vector has values that are not finite, or only zeros")
     return vector
+
+
+def _content(record: EmbeddingItem | EmbedderError) -> dict[str, Any]:
+    """What a row that is no file of a folder has to show, or why it has nothing anymore."""
+    if isinstance(record, EmbedderError):
+        return {"text": "", "has_picture": False, "unread": record.message}
+    text = text_of(record)
+    shown = text if len(text) <= MAX_TEXT_CHARS else f"{text[: MAX_TEXT_CHARS - 1]}…"
+    return {"text": shown, "has_picture": has_picture(record)}
 
 
 def _fields(hit: Hit, asked: SearchRequest) -> dict[str, Any]:

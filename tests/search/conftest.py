@@ -23,6 +23,17 @@ class Indexed:
 @pytest.fixture(scope="session")
 def indexed(tmp_path_factory: pytest.TempPathFactory) -> Indexed:
     """Two reports of four pages, a picture and a broken PDF, embedded by the bundled model without Ray."""
+    base = tmp_path_factory.mktemp("search")
+    folder, output = base / "documents", base / "vectors"
+    subjects = write_documents(folder / "reports", 2, 4)
+    PIL.Image.new("RGB", (96, 96), "red").save(folder / "red.png")
+    (folder / "broken.pdf").write_bytes(b"%PDF-1.7\n")
+    embed_with_the_bundled_model(folder, output, rows_per_part=3)
+    return Indexed(folder, output, subjects)
+
+
+def embed_with_the_bundled_model(source: Path, output: Path, rows_per_part: int) -> None:
+    """What `embedder.bulk` does, without Ray."""
     pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
     from embedder.bulk.source import Columns
     from embedder.bulk.state import start
@@ -31,16 +42,9 @@ def indexed(tmp_path_factory: pytest.TempPathFactory) -> Indexed:
     from embedder.model.checkpoint import find_checkpoint
     from embedder.settings import Settings
 
-    base = tmp_path_factory.mktemp("search")
-    folder, output = base / "documents", base / "vectors"
-    subjects = write_documents(folder / "reports", 2, 4)
-    PIL.Image.new("RGB", (96, 96), "red").save(folder / "red.png")
-    (folder / "broken.pdf").write_bytes(b"%PDF-1.7\n")
-    job = Job(folder, output, "parquet", Columns(), None, "float32", Settings(device="cpu"))
+    job = Job(source, output, "parquet", Columns(), None, "float32", Settings(device="cpu"))
     worker = Worker(job)
     (output / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
-    parts = start(job, find_checkpoint(job.settings), worker.source, worker.writer, 3).parts
-    for part in parts:
+    for part in start(job, find_checkpoint(job.settings), worker.source, worker.writer, rows_per_part).parts:
         worker({"part": part.to_json()})
     worker.close()
-    return Indexed(folder, output, subjects)
