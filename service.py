@@ -65,7 +65,7 @@ DRAIN = Drain()
 ROUTES = Routes(SETTINGS, METRICS, version=embedder.__version__, needs_key=KEYS.are_needed, owner_of=KEYS.owner)
 REQUIREMENTS = Path(__file__).with_name("deploy").joinpath("requirements.txt").read_text(encoding="utf-8")
 NUM_GPUS = count_gpus()
-
+IN_THE_IMAGE = "export BENTOML_HOME=/tmp/bentoml BENTOML_PORT=${AIP_HTTP_PORT:-${BENTOML_PORT:-3000}}"
 BentoRows = Annotated[list[Any], AfterValidator(lambda rows: check_rows(rows, SETTINGS))]
 
 
@@ -80,8 +80,8 @@ BentoRows = Annotated[list[Any], AfterValidator(lambda rows: check_rows(rows, SE
     .run("install -d -o bentoml -g bentoml /cache && pip install --no-cache-dir uv==0.13.9")
     .build_include("deploy/requirements-cuda.txt")
     .python_packages(REQUIREMENTS)
-    # BentoML's entrypoint reads this; the image's own BENTOML_HOME cannot be overridden, and may be read-only
-    .run("echo export BENTOML_HOME=/tmp/bentoml >> /app/.venv/bin/activate"),
+    # BentoML's entrypoint reads this. The image's own BENTOML_HOME may be read-only; Vertex AI sets AIP_HTTP_PORT.
+    .run(f"echo '{IN_THE_IMAGE}' >> /app/.venv/bin/activate"),
     tracing={"excluded_urls": ".*"},  # BentoML's tracing costs 0.2 ms per request even without an exporter
     metrics={"enabled": False},  # BentoML's have 20 series for every path that was ever requested
 )
@@ -189,9 +189,9 @@ def with_routes(bento_app: ASGIApp) -> ASGIApp:
         count_held_bytes=METRICS.held_bytes.inc,
     )
     app = CompressedResponses(MetricsMiddleware(app, METRICS))
-    app = RequestBoundary(app, drain=DRAIN, is_logged=SETTINGS.access_log)
+    app = RequestBoundary(app, drain=DRAIN, is_logged=SETTINGS.access_log, other_names=ROUTES.other_names)
     if is_traced():
-        app = TracingMiddleware(app, (*EMBEDDING_PATHS, *RERANKING_PATHS), embedder.__version__)
+        app = TracingMiddleware(app, (*EMBEDDING_PATHS, *RERANKING_PATHS, *ROUTES.other_names), embedder.__version__)
     return app
 
 

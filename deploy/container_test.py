@@ -40,12 +40,12 @@ NOT_IN_THE_IMAGE = """
 
 
 @contextlib.contextmanager
-def container(image: str, *options: str) -> Iterator[tuple[str, httpx.Client]]:
+def container(image: str, *options: str, port_variable: str = "BENTOML_PORT") -> Iterator[tuple[str, httpx.Client]]:
     """Run a container until /readyz responds with 200; yield its id and an HTTP client."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    listen = ["-e", "BENTOML_HOST=127.0.0.1", "-e", f"BENTOML_PORT={port}"]
+    listen = ["-e", "BENTOML_HOST=127.0.0.1", "-e", f"{port_variable}={port}"]
     name = podman(*RUN, "--detach", *HARDENED, *listen, *options, image)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
@@ -107,6 +107,14 @@ def check_routes() -> None:
                 require(set(statuses) == {200}, f"{method.upper()} {path} responds with 200", statuses)
         podman("stop", "--time", "30", name)
         require(state(name, "ExitCode") == "0", "the container exits with status 0 after SIGTERM", logs(name))
+
+
+def check_vertex() -> None:
+    route = "/v1/endpoints/1/deployedModels/2:predict"
+    options = [*MOUNTED, "-e", f"AIP_PREDICT_ROUTE={route}"]
+    with container(IMAGE, *options, port_variable="AIP_HTTP_PORT") as (_, client):
+        body = client.post(route, json={"instances": ["red"]}).json()
+    require(len(body["predictions"]) == 1, "it takes the port and the route that Vertex AI names", body)
 
 
 def check_models(folder: Path) -> None:
@@ -182,6 +190,7 @@ def main() -> None:
         print(f"built in {time.monotonic() - began:.0f} s", flush=True)
         check_image()
         check_routes()
+        check_vertex()
         check_models(folder)
         check_death()
         check_sbom()

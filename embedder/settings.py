@@ -259,6 +259,17 @@ def decoder_environment() -> dict[str, str]:
     return {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", **kept}
 
 
+def is_log_json() -> bool:
+    """Whether the operator wants lines of JSON, also where other settings cannot be read."""
+    return os.environ.get(f"{PREFIX}LOG_FORMAT") == "json"
+
+
+def vertex_routes() -> dict[str, str]:
+    """Paths that Vertex AI, where a container runs there, asks it for -> the service's own paths."""
+    own = {"AIP_HEALTH_ROUTE": "/health", "AIP_PREDICT_ROUTE": "/predict"}
+    return {os.environ[name]: path for name, path in own.items() if os.environ.get(name)}
+
+
 def trace_exporter_variable() -> str | None:
     """The standard variable that names where OpenTelemetry sends traces; None if none is set."""
     names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -44,10 +45,16 @@ _PAGE_HEADERS = [  # for pages without such headers of their own
 
 
 class RequestBoundary:
-    """ASGI middleware around everything else. `is_logged`: write a line for each request except probes."""
+    """ASGI middleware around everything else. `is_logged`: write a line for each request except probes.
 
-    def __init__(self, app: ASGIApp, *, drain: Drain, is_logged: bool) -> None:
+    `other_names`: other names of some paths; inside, only the paths are known.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, drain: Drain, is_logged: bool, other_names: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.app = app
+        self.other_names = other_names
         self.drain = drain
         self.is_logged = is_logged
 
@@ -55,7 +62,8 @@ class RequestBoundary:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope = {**scope, "path": _without_trailing_slashes(scope["path"])}
+        path = _without_trailing_slashes(scope["path"])
+        scope = {**scope, "path": self.other_names.get(path, path)}
         request = begin_request(scope["headers"])
         body = _Body(receive, is_expected=scope["method"] in METHODS_WITH_BODY)
         response = _Response(send, request.id, self.drain)

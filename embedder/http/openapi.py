@@ -119,6 +119,7 @@ def _schemas(dialects: Sequence[Dialect[Any]], settings: Settings) -> dict[str, 
     for model in ("CohereEmbedRequest", "CohereV1Request"):
         fields[model]["inputs"]["anyOf"][0]["items"] = _ref("Content")
     fields["VoyageRequest"]["inputs"]["items"] = _ref("Content")
+    fields["PredictRequest"]["instances"]["items"] = {"anyOf": [{"type": "string"}, _ref("Item")]}
     entry = [{"type": "string"}, _ref("Input"), _ref("ChatPart")]
     conversation = _list_of(_ref("Message"))
     for model in ("EmbeddingsRequest", "PoolingRequest"):
@@ -129,6 +130,7 @@ def _schemas(dialects: Sequence[Dialect[Any]], settings: Settings) -> dict[str, 
         ("ImageRequest", "input"),
         ("ImageForm", "image"),
         ("EmbedRequest", "items"),
+        ("PredictRequest", "instances"),
         ("EmbeddingsRequest", "input"),
         ("CohereEmbedRequest", "texts"),
         ("CohereEmbedRequest", "images"),

@@ -39,6 +39,7 @@ from embedder.http.dialects import (
     rerank,
     tei,
     tokens,
+    vertex,
     voyage,
 )
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, TokenRoute, by_path
@@ -52,7 +53,7 @@ from embedder.http.request_body import read_json
 from embedder.http.response import json_response, to_json, with_headers
 from embedder.http.timing import timing_headers, traced_items
 from embedder.playground.collection import Collection
-from embedder.settings import Settings
+from embedder.settings import Settings, vertex_routes
 from embedder.telemetry.log import count_items
 from embedder.telemetry.metrics import CONTENT_TYPE, Metrics
 
@@ -78,6 +79,7 @@ DIALECTS: tuple[Dialect[Any], ...] = (
     ollama.PROMPT,
     dashscope.MULTIMODAL,
     kserve.INFER,
+    vertex.PREDICT,
 )
 EMBEDDING_PATHS = tuple(by_path(DIALECTS))
 RERANKING_PATHS = tuple(by_path(rerank.RERANKING))
@@ -120,7 +122,10 @@ register_url_convertor("model", ModelName())
 
 
 class Routes:
-    """ASGI app: this service's routes, and `default` for every other path. Routes raise; they render no errors."""
+    """ASGI app: this service's routes, and `default` for every other path. Routes raise; they render no errors.
+
+    `other_names`: names under which the operator's platform asks for some of the paths.
+    """
 
     def __init__(
         self, settings: Settings, metrics: Metrics, *, version: str, needs_key: bool, owner_of: OwnerOf = everyone
@@ -159,6 +164,7 @@ class Routes:
             **{path: partial(self._rerank, dialects) for path, dialects in self._reranking.items()},
             **{route.path: partial(self._tokens, route) for route in tokens.ROUTES},
         }
+        self.other_names = {name: path for name, path in vertex_routes().items() if name not in {**get, **post}}
         get_routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
         post_routes = [Route(_any_model(path), endpoint, methods=["POST"]) for path, endpoint in post.items()]
         self._batches = Batches(settings, owner_of)

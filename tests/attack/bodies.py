@@ -100,6 +100,8 @@ def structure(draw: random.Random, port: int) -> None:
             ("/embed", b'{"items":[{"text":"a","dimensions":', b"}]}"),
             ("/v1/embeddings", b'{"messages":[{"role":"user","content":', b"}]}"),
             ("/v2/embed", b'{"inputs":[{"content":', b"}]}"),
+            ("/predict", b'{"instances":["red",', b"]}"),
+            ("/predict", b'{"instances":["red"],"parameters":{"dimensions":', b"}}"),
             ("/rerank", b'{"query":"a","documents":', b"}"),
             ("/tokenize", b'{"messages":', b"}"),
             ("/decode", b'{"ids":', b"}"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.contracts.checks import TEXTS, assert_same, check, expected
+from tests.contracts.checks import EXAMPLE_IMAGE, TEXTS, assert_same, check, expected
 
 SOURCES = {
     "vLLM": "tests/entrypoints/pooling/embed/test_online.py",
@@ -25,6 +25,7 @@ SOURCES = {
     "vLLM priority": "vllm/entrypoints/pooling/base/protocol.py",
     "TEI": "router/tests/test_http_embed.rs, router/src/http/server.rs",
     "infinity": "libs/infinity_emb/tests/end_to_end/test_api_with_dummymodel.py",
+    "Vertex AI": "Custom container requirements for inference, in Vertex AI's documentation",
 }
 LONG = "red " * 20_000  # more tokens than an item may have
 
@@ -263,3 +264,14 @@ def infinity_embeddings(url: str) -> None:
     assert_same([np.frombuffer(base64.b64decode(one), "<f4") for one in as_base64], floats)
     assert len(vectors(url, {"input": TEXTS, "dimensions": 64}, "/embeddings")[1]) == 64
     message(url, "/embeddings", {"input": "%_" * 150_000})
+
+
+@check("Vertex AI", "instances and parameters to predictions; numbers as floats; health", source=SOURCES["Vertex AI"])
+def vertex_predict(url: str) -> None:
+    assert send(url, "/health")[0] == 200
+    _, body, headers = send(url, "/predict", {"instances": TEXTS, "parameters": {"dimensions": 64.0}})
+    assert (set(body), headers["content-type"]) == ({"predictions"}, "application/json")
+    assert_same(body["predictions"], expected(url, dimensions=64))
+    picture = [{"image": EXAMPLE_IMAGE, "instruction": "Find it."}]
+    assert_same(send(url, "/predict", {"instances": picture})[1]["predictions"], expected(url, picture))
+    assert "instances" in message(url, "/predict", {"parameters": {}})

@@ -42,6 +42,25 @@ def kustomize(folder: Path) -> list[Object]:
     return list(yaml.safe_load_all(run.stdout))
 
 
+@pytest.mark.slow  # imports torch
+@pytest.mark.parametrize(
+    ("variables", "port"),
+    [({}, "3000"), ({"BENTOML_PORT": "8080"}, "8080"), ({"AIP_HTTP_PORT": "8081", "BENTOML_PORT": "3000"}, "8081")],
+)
+def test_image_listens_on_the_port_that_the_platform_names(
+    variables: dict[str, str], port: str, tmp_path: Path
+) -> None:
+    """The entrypoint of BentoML's images reads this file."""
+    activate = tmp_path / "activate"
+    program = "from service import Qwen3VLEmbedding as one; print(*one.image.post_commands, sep='\\n')"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    (command,) = [line for line in run.stdout.splitlines() if "/activate" in line]
+    subprocess.run(["sh", "-c", command.replace("/app/.venv/bin/activate", str(activate))], check=True)
+    script = f"source {activate}; echo $BENTOML_HOME $BENTOML_PORT"
+    run = subprocess.run(["bash", "-euc", script], env=variables, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["/tmp/bentoml", port]
+
+
 @pytest.fixture(scope="module", params=OVERLAYS)
 def objects(request: pytest.FixtureRequest) -> list[Object]:
     """The objects of an overlay."""

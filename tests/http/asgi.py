@@ -52,6 +52,19 @@ def call(
     kind: str = "http",
     **options: Any,
 ) -> list[Message]:
+    """Send the messages to the app inside the middlewares, as `call_app`."""
+    return call_app(whole(app, **options), received, path=path, method=method, headers=headers, kind=kind)
+
+
+def call_app(
+    app: ASGIApp,
+    received: Iterable[Message] = (),
+    *,
+    path: str = "/embed",
+    method: str = "POST",
+    headers: Iterable[tuple[bytes, bytes]] = (),
+    kind: str = "http",
+) -> list[Message]:
     """Send the messages, then disconnect. Returns the messages that the client gets."""
     sent: list[Message] = []
     messages = iter(received)
@@ -63,7 +76,7 @@ def call(
         sent.append(message)
 
     scope = {"type": kind, "path": path, "method": method, "headers": list(headers)}
-    asyncio.run(whole(app, **options)(scope, receive, send))
+    asyncio.run(app(scope, receive, send))
     return sent
 
 

@@ -189,6 +189,8 @@ def ways(item: dict[str, Any], http: httpx.Client, bento: Any) -> dict[str, Send
     found = {
         "native": post("/embed", {"items": [item]}),
         "native, options of the request": post("/embed", {"items": [bare], **options}),
+        "Vertex AI": post("/predict", {"instances": [item]}),
+        "Vertex AI, parameters": post("/predict", {"instances": [bare], "parameters": options}),
         "v1 object": post("/v1/embeddings", {"input": [item]}),
         "v1 content": post("/v1/embeddings", {"input": {"content": parts}, **options}),
         "v1 messages": post("/v1/embeddings", {"messages": conversation, **without_instruction}),
@@ -334,6 +336,8 @@ def outcome(path: str, response: httpx.Response) -> Any:
     match path:
         case "/v2/models/any/infer":
             return body["outputs"][0]["data"]
+        case "/predict":
+            return body["predictions"][0]
         case "/pooling":
             return body["data"][0]["data"]
         case "/embeddings" | "/invocations" | "/v1/multimodalembeddings":
