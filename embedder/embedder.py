@@ -131,22 +131,30 @@ class Embedder:
         return results
 
     def embed_query(
-        self, queries: PythonItem | Sequence[PythonItem], *, dimensions: int | None = None
+        self,
+        queries: PythonItem | Sequence[PythonItem],
+        *,
+        dimensions: int | None = None,
+        show_progress_bar: bool = False,
     ) -> NDArray[np.float32]:
         """Embed what a user searches with, under the published instruction for queries.
 
         One query -> (dimensions,); a list -> (num_queries, dimensions). Otherwise as `embed`.
         """
-        return self._embed_array(queries, QUERY_INSTRUCTION, dimensions)
+        return self._embed_array(queries, QUERY_INSTRUCTION, dimensions, show_progress_bar)
 
     def embed_document(
-        self, documents: PythonItem | Sequence[PythonItem], *, dimensions: int | None = None
+        self,
+        documents: PythonItem | Sequence[PythonItem],
+        *,
+        dimensions: int | None = None,
+        show_progress_bar: bool = False,
     ) -> NDArray[np.float32]:
         """Embed what is searched, under the default instruction.
 
         One document -> (dimensions,); a list -> (num_documents, dimensions). Otherwise as `embed`.
         """
-        return self._embed_array(documents, None, dimensions)
+        return self._embed_array(documents, None, dimensions, show_progress_bar)
 
     def info(self) -> dict[str, Any]:
         """The model, its sizes, the device and the limits, as `/info` reports them. Pixels are per image."""
@@ -183,7 +191,11 @@ class Embedder:
             return failed
 
     def _embed_array(
-        self, items: PythonItem | Sequence[PythonItem], instruction: str | None, dimensions: int | None
+        self,
+        items: PythonItem | Sequence[PythonItem],
+        instruction: str | None,
+        dimensions: int | None,
+        show_progress_bar: bool,
     ) -> NDArray[np.float32]:
         """One item -> its vector; several -> a matrix."""
         is_single = is_single_item(items)
@@ -191,6 +203,7 @@ class Embedder:
             cast("Sequence[PythonItem]", [items] if is_single else items),
             instruction=instruction,
             dimensions=dimensions,
+            show_progress_bar=show_progress_bar,
         )
         matrix = np.stack(rows) if rows else np.empty((0, dimensions or self.forward.hidden_size), np.float32)
         return matrix[0] if is_single else matrix

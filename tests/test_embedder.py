@@ -67,6 +67,16 @@ def test_queries_and_documents_have_the_published_instructions(embedder: Embedde
         np.testing.assert_allclose(array("red"), expected, atol=1e-6)
 
 
+def test_arrays_of_texts_and_of_pictures_are_lists(embedder: Embedder) -> None:
+    """A column of a table is an array of texts."""
+    texts, pictures = np.array(["red", "green"]), np.zeros((2, 64, 64, 3), np.uint8)
+    for array in (texts, texts.astype(object), pictures):
+        np.testing.assert_allclose(embedder.embed(array), embedder.embed(list(array)), atol=1e-6)  # type: ignore[arg-type]
+        assert embedder.embed_document(array).shape == (2, 192)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match=r"item 0: got uint8; allowed: a text"):
+        embedder.embed(np.zeros(3, np.uint8))
+
+
 @pytest.mark.parametrize("item", ["red", {"text": "red"}, picture(4, 4)], ids=lambda item: type(item).__name__)
 def test_single_item_in_place_of_a_list_is_refused_with_the_right_form(item: Any, embedder: Embedder) -> None:
     with pytest.raises(InvalidRequest, match=r"allowed: a list of items, as in embed\(\[item\]\)$"):
@@ -85,8 +95,9 @@ def test_errors_are_returned_in_the_place_of_their_vectors(embedder: Embedder) -
 def test_progress_is_shown_if_asked_for(embedder: Embedder, capsys: pytest.CaptureFixture[str]) -> None:
     embedder.embed(["red", "green"])
     assert not any(capsys.readouterr())
-    embedder.embed(["red", "green"], show_progress_bar=True)
-    assert "2/2" in capsys.readouterr().err
+    for embed in (embedder.embed, embedder.embed_query, embedder.embed_document):
+        embed(["red", "green"], show_progress_bar=True)
+        assert "2/2" in capsys.readouterr().err
 
 
 def test_error_has_the_index_of_its_item(embedder: Embedder) -> None:

@@ -20,7 +20,7 @@ PythonItem = str | Path | PIL.Image.Image | NDArray[np.uint8] | Mapping[str, Any
 def is_single_item(items: object) -> bool:
     """True for one item where a list of items is expected. A string is one: its characters are not items."""
     if isinstance(items, np.ndarray):
-        return items.ndim < 4  # with four axes it is a list of images
+        return items.ndim in (0, 2, 3)  # with one axis it is a list of texts, with four axes a list of images
     return isinstance(items, str | bytes | bytearray | Path | PIL.Image.Image | Mapping | EmbeddingItem)
 
 
