@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import os
 import threading
 import time
@@ -42,6 +41,7 @@ from embedder.server.lifecycle import (
     exit_when_a_worker_fails_to_start,
     failing_start,
     keep_in_touch,
+    refuse_start,
     replace_dead_workers_at_once,
     stop_at_sigterm_during_a_start,
     worker_server,
@@ -50,8 +50,6 @@ from embedder.settings import Settings, make_metrics_folder, metrics_folder
 from embedder.telemetry.metrics import Metrics, MetricsMiddleware
 from embedder.telemetry.tracing import TracingMiddleware, is_traced
 
-logger = logging.getLogger("embedder.service")
-
 APIS = ("/embed_texts", "/embed_images", "/rerank_queries")  # BentoML's own routes
 
 try:
@@ -59,7 +57,7 @@ try:
     KEYS = ApiKeys(SETTINGS)
     METRICS = Metrics((*EMBEDDING_PATHS, *APIS, *(RERANKING_PATHS if SETTINGS.reranker else ())), metrics_folder())
 except (ValueError, OSError) as error:
-    raise SystemExit(f"the service does not start: {error}") from None
+    refuse_start(error)
 
 DRAIN = Drain()
 ROUTES = Routes(SETTINGS, METRICS, version=embedder.__version__, needs_key=KEYS.are_needed, owner_of=KEYS.owner)
@@ -102,7 +100,7 @@ class Qwen3VLEmbedding:
             check_port()
             Collection(SETTINGS, is_bundled_model=find_models(SETTINGS)[0].is_bundled)
         except (ModelUnavailable, ValueError, OSError) as error:
-            raise SystemExit(f"the service does not start: {error}") from None
+            refuse_start(error)
 
     def __init__(self) -> None:
         configure_logging(SETTINGS.log_format)

@@ -31,7 +31,8 @@ from circus.watcher import Watcher
 
 from embedder.errors import EmbedderError
 from embedder.http.drain import Drain
-from embedder.settings import heartbeat_file
+from embedder.settings import heartbeat_file, is_log_json
+from embedder.telemetry.log import JsonLines
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,14 @@ SENDING_S = 5  # after the drain, for responses that are being sent
 
 
 # In the arbiter
+
+
+def refuse_start(reason: object) -> NoReturn:
+    """Exit with status 1 and one line that says why the service does not start. For before a worker runs."""
+    message = f"the service does not start: {reason}"
+    if is_log_json():
+        message = JsonLines().format(logging.makeLogRecord({"name": __name__, "levelname": "ERROR", "msg": message}))
+    raise SystemExit(message)
 
 
 def stop_at_sigterm_during_a_start() -> None:

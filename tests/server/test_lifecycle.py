@@ -99,6 +99,17 @@ def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path
     assert not list((tmp_path / "temporary").glob("*metrics*"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"model": "./no-such-folder"}, {"max_itmes": "5"}, {"device": "cuda:99"}])
+def test_start_that_fails_is_a_line_of_json_too(settings: dict[str, str], tmp_path: Path) -> None:
+    run = serve(tmp_path, "--port", "0", **settings, log_format="json")
+    lines = [json.loads(line) for line in (run.stdout + run.stderr).splitlines()]
+    assert run.returncode == 1
+    failures = [line["message"] for line in lines if line["message"].startswith("the service does not start: ")]
+    assert len(failures) == 1
+    assert {"time", "level", "logger", "message"} <= set(lines[-1])
+
+
 @pytest.fixture
 def lone(
     request: pytest.FixtureRequest, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
