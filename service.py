@@ -31,7 +31,7 @@ from embedder.model.checkpoint import find_models
 from embedder.model.gpus import count_gpus
 from embedder.playground.collection import Collection
 from embedder.server.adaptive_batching import GatheredRows, check_rows, refuse_extra_fields
-from embedder.server.bento_app import RaisingErrors, serve_inside
+from embedder.server.bento_app import RaisingErrors, serve_inside, with_api_page
 from embedder.server.bento_log import configure_logging
 from embedder.server.connection import bound_connections
 from embedder.server.lifecycle import (
@@ -176,7 +176,7 @@ class Qwen3VLEmbedding:
 
 def with_routes(bento_app: ASGIApp) -> ASGIApp:
     """The whole service: our routes and middlewares around BentoML's app."""
-    app: ASGIApp = RaisingErrors(ROUTES.over(bento_app))
+    app: ASGIApp = RaisingErrors(ROUTES.over(with_api_page(bento_app)))
     app = RequestGuard(
         app,
         SETTINGS,

@@ -23,6 +23,7 @@ from embedder.http.dialects.openai_models import ModelsResponse
 from embedder.http.dialects.rerank import ScoringFields
 from embedder.http.dialects.tokens import ROUTES as TOKEN_ROUTES
 from embedder.http.error_forms import ErrorForm, error_form
+from embedder.http.openapi_tags import tag_operations
 from embedder.http.priority import PRIORITY, SCHEMA
 from embedder.http.request_body import RequestBody
 from embedder.http.response import ErrorResponse
@@ -64,6 +65,21 @@ def openapi_document(
     dialects: Sequence[Dialect[Any]], settings: Settings, version: str, *, needs_key: bool = False
 ) -> dict[str, Any]:
     """The document, with the limits of these settings."""
+    paths = {
+        **{path: _post(routes) for path, routes in by_path(dialects).items()},
+        **{route.path: _post([route]) for route in TOKEN_ROUTES},
+        "/v1/models": _get("/v1/models", "The served model, in the format of OpenAI's clients", _ref("ModelsResponse")),
+        "/embed_texts": _post_rows(
+            "/embed_texts", "text", "Embed texts, for BentoML's clients (adaptive batching)", settings
+        ),
+        "/embed_images": _post_rows(
+            "/embed_images", "image", "Embed images, for BentoML's clients (adaptive batching)", settings
+        ),
+        **({RANKING_PATH: _post_queries(settings)} if settings.reranker else {}),
+        **(_batch_paths() if settings.batch_folder else {}),
+        "/health": _probe("/health", "200 once the service has embedded a text and an image"),
+        "/info": _get("/info", "Model, sizes, limits and device", {"type": "object"}),
+    }
     return {
         "openapi": "3.1.0",
         "info": {
@@ -71,23 +87,8 @@ def openapi_document(
             "version": version,
             "description": "Embeds text, images, videos and mixtures of them: one vector per item.",
         },
-        "paths": {
-            **{path: _post(routes) for path, routes in by_path(dialects).items()},
-            **{route.path: _post([route]) for route in TOKEN_ROUTES},
-            "/v1/models": _get(
-                "/v1/models", "The served model, in the format of OpenAI's clients", _ref("ModelsResponse")
-            ),
-            "/embed_texts": _post_rows(
-                "/embed_texts", "text", "Embed texts, for BentoML's clients (adaptive batching)", settings
-            ),
-            "/embed_images": _post_rows(
-                "/embed_images", "image", "Embed images, for BentoML's clients (adaptive batching)", settings
-            ),
-            **({RANKING_PATH: _post_queries(settings)} if settings.reranker else {}),
-            **(_batch_paths() if settings.batch_folder else {}),
-            "/health": _probe("/health", "200 once the service has embedded a text and an image"),
-            "/info": _get("/info", "Model, sizes, limits and device", {"type": "object"}),
-        },
+        "tags": tag_operations(paths),
+        "paths": paths,
         "components": {"schemas": _schemas(dialects, settings), "securitySchemes": KEYS},
         "security": [{name: []} for name in KEYS] if needs_key else [{}],
     }

@@ -16,6 +16,11 @@ bento_app.RaisingErrors
     There is no hook for the form of an error.
     Goes when: BentoML lets a service render its errors.
     Test: tests/server/test_bento_app.py.
+bento_app.with_api_page
+    Loads Swagger UI from `/static_content`, where BentoML's own page has it (BentoML 1.4.40).
+    That page is called "BentoML Prediction Service", has no link to the playground, and is not made for phones.
+    Goes when: BentoML lets a service choose its page.
+    Test: tests/playground/test_api_page.py.
 adaptive_batching.GatheredRows
     Relies on BentoML's dispatcher cutting a batch's result with one slice for each request (BentoML 1.4.40).
     A batchable API may not see the request: its context is that of another caller, and one exception fails the batch.

@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedder.errors import (
@@ -21,6 +22,35 @@ from embedder.errors import (
     UnsupportedContentType,
 )
 from embedder.http.routes import path_hint
+
+API_PAGE = b"""<!doctype html>
+<html lang="en">
+<head>
+  <meta charset="utf-8">
+  <meta name="viewport" content="width=device-width, initial-scale=1">
+  <title>API \xc2\xb7 Qwen3-VL-Embedding</title>
+  <link rel="icon" type="image/svg+xml" href="playground/favicon.svg">
+  <link rel="stylesheet" href="static_content/swagger-ui.css">
+  <style>
+    body { margin: 0; }
+    nav { font: 16px/1.5 system-ui, sans-serif; margin: auto; max-width: 1460px; padding: 1rem 20px 0; }
+    .swagger-ui .topbar { display: none; }
+    .swagger-ui .wrapper { box-sizing: border-box; }
+    @media (max-width: 40rem) {
+      .swagger-ui .opblock .opblock-summary { flex-wrap: wrap; }
+      .swagger-ui .opblock .opblock-summary-path { max-width: 100%; }
+    }
+  </style>
+</head>
+<body>
+  <nav><a href="playground">Playground</a>: compare and search in the browser</nav>
+  <div id="swagger-ui"></div>
+  <script src="static_content/swagger-ui-bundle.js"></script>
+  <script src="static_content/swagger-ui-standalone-preset.js"></script>
+  <script src="static_content/swagger-initializer.js"></script>
+</body>
+</html>
+"""
 
 RAISED = "embedder.error"  # key of an ASGI message that carries an exception out through BentoML's middlewares
 
@@ -39,6 +69,20 @@ def serve_inside(service: Any, wrap: Callable[[ASGIApp], ASGIApp]) -> None:
             return wrap(super().to_asgi(is_main))
 
     service.__class__ = Wrapped
+
+
+def with_api_page(app: ASGIApp) -> ASGIApp:
+    """BentoML's app with `API_PAGE` in the place of its page, which has no title, no link and no size for phones.
+
+    Swagger UI's files are those that BentoML serves.
+    """
+    page = Response(API_PAGE, media_type="text/html")
+
+    async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+        is_page = scope["type"] == "http" and scope["path"] == "/" and scope["method"] in ("GET", "HEAD")
+        await (page if is_page else app)(scope, receive, send)
+
+    return respond
 
 
 class RaisingErrors:

@@ -59,14 +59,14 @@ def generated_client(generated: Path, server: Server) -> Iterator[Any]:
 def test_every_operation_and_model_is_generated_and_imported(generated: Path) -> None:
     document = json.loads((generated.parent / "openapi.json").read_text())
     names = [method["operationId"] for path in document["paths"].values() for method in path.values()]
-    assert {path.stem for path in (generated / "api" / "default").glob("[a-z]*.py")} == set(names)
+    assert {path.stem for path in (generated / "api").glob("*/[a-z]*.py")} == set(names)
     for path in generated.rglob("[a-z]*.py"):
         module(".".join(path.relative_to(generated).with_suffix("").parts))
 
 
 def test_texts_and_images_are_embedded(generated_client: Any, embedder: Embedder) -> None:
     models = module("models")
-    embed_text, embed_image = module("api.default.txt_embed"), module("api.default.img_embed")
+    embed_text, embed_image = module("api.embed.txt_embed"), module("api.embed.img_embed")
     text = embed_text.sync(client=generated_client, body=models.TextRequest(input_="red"))
     texts = embed_text.sync(client=generated_client, body=models.TextRequest(input_=["red", "green"], dimensions=64))
     image = embed_image.sync(
@@ -82,7 +82,7 @@ def test_item_that_fails_leaves_the_others_embedded(generated_client: Any, embed
     image = base64.b64encode(PNG).decode()
     content = [{"type": "text", "text": "a swatch: "}, {"type": "image", "image": image}]
     body = module("models").EmbedRequest(items=["red", {"content": content, "id": "both"}, {"image": "no picture"}])
-    answer = module("api.default.embed").sync(client=generated_client, body=body)
+    answer = module("api.embed.embed").sync(client=generated_client, body=body)
     red, both, bad = answer.results
     assert_same([red.embedding, both.embedding], embedder.embed(["red", {"content": content}]))
     assert (both.id, bad.error.code) == ("both", "invalid_media")
@@ -91,28 +91,28 @@ def test_item_that_fails_leaves_the_others_embedded(generated_client: Any, embed
 
 def test_openais_and_coheres_routes_return_the_librarys_vectors(generated_client: Any, embedder: Embedder) -> None:
     models = module("models")
-    openai = module("api.default.v1_embeddings").sync(
+    openai = module("api.open_ai.v1_embeddings").sync(
         client=generated_client, body=models.EmbeddingsRequest(input_=["red", "green"])
     )
-    cohere = module("api.default.v2_embed").sync(
+    cohere = module("api.cohere.v2_embed").sync(
         client=generated_client, body=models.CohereEmbedRequest(texts=["red", "green"])
     )
     for vectors in ([one.embedding for one in openai.data], cohere.embeddings["float"]):
         assert_same(vectors, embedder.embed(["red", "green"]))
-    served = module("api.default.v1_models").sync(client=generated_client)
+    served = module("api.open_ai.v1_models").sync(client=generated_client)
     assert [model.id for model in served.data] == [embedder.checkpoint.name]
 
 
 def test_error_is_a_typed_object(generated_client: Any) -> None:
     models = module("models")
     body = models.TextRequest(input_=["red", ""])
-    answer = module("api.default.txt_embed").sync(client=generated_client, body=body)
+    answer = module("api.embed.txt_embed").sync(client=generated_client, body=body)
     assert isinstance(answer, models.ErrorResponse)
     assert (answer.error.code, answer.error.item) == ("invalid_request", 1)
 
 
 def test_image_can_be_sent_as_a_file(generated_client: Any, embedder: Embedder) -> None:
-    file, img_embed = module("types").File, module("api.default.img_embed")
+    file, img_embed = module("types").File, module("api.embed.img_embed")
     expected = embedder.embed([{"image": base64.b64encode(PNG).decode()}], dimensions=64)
     body = file(BytesIO(PNG), "a.png", "image/png")
     answer = img_embed.sync(client=generated_client, body=body, dimensions=64)

@@ -9,6 +9,7 @@ import pytest
 
 from embedder.errors import InvalidRequest
 from embedder.http.accepted_fields import ACCEPTED
+from embedder.http.dialects import rerank
 from embedder.http.dialects.local import ImageForm, ImageRequest, TextRequest
 from embedder.http.error_forms import error_form
 from embedder.http.openapi import error_meanings, openapi_document
@@ -57,6 +58,17 @@ def test_keys_are_described_where_they_are_needed() -> None:
     assert {scheme["type"] for scheme in closed["components"]["securitySchemes"].values()} == {"http", "apiKey"}
     assert closed["paths"]["/health"]["get"]["security"] == []
     assert DOCUMENT["security"] == [{}]
+
+
+def test_every_operation_is_in_a_group_with_a_description() -> None:
+    dialects = (*DIALECTS, *rerank.RERANKING)
+    document = openapi_document(dialects, Settings(batch_folder="/batches", model="bundled", reranker="any"), "1")
+    operations = [one for path in document["paths"].values() for name, one in path.items() if name != "parameters"]
+    described = [tag["name"] for tag in document["tags"] if tag["description"]]
+    assert {tag for one in operations for tag in one["tags"]} == set(described)
+    assert all(len(one["tags"]) == 1 for one in operations)
+    assert described[:2] == ["Embed", "OpenAI"]
+    assert {tag["name"] for tag in DOCUMENT["tags"]} == set(described) - {"Rerank", "Batches"}
 
 
 def test_batches_are_described_where_the_operator_allows_them() -> None:
