@@ -49,6 +49,7 @@ function askForKey() {
   byId("key-reason").textContent = key ? "The service rejected this API key." : "This service requires an API key.";
   form.classList.toggle("bad", Boolean(key));
   form.hidden = false;
+  for (const id of ["bar", "main"]) byId(id).hidden = !info; // until the service has let the caller in
   byId("key").focus();
   askingForKey ??= new Promise((resolve) => {
     form.onsubmit = (event) => {
@@ -187,6 +188,7 @@ function showFailure(node, error, retry) {
 // --- compare
 
 let compared = []; // {key, name, text | file, url, vector?, error?}
+let example = "unseen"; // then shown, and over once other items have replaced it
 let comparing = null;
 
 function nextKey() {
@@ -200,10 +202,17 @@ function makeEntry(source) {
 }
 
 function addEntries(sources) {
+  if (example === "shown") dropEntries();
+  example = "over";
   const fitting = sources.slice(0, Math.max(0, MAX_ENTRIES - compared.length));
   for (const source of fitting) compared.push({ key: nextKey(), ...makeEntry(source) });
   byId("limits").classList.toggle("bad", fitting.length < sources.length);
   compareAll();
+}
+
+function dropEntries() {
+  for (const entry of compared) if (entry.url) URL.revokeObjectURL(entry.url);
+  compared = [];
 }
 
 function removeEntry(entry) {
@@ -251,6 +260,7 @@ function compareAgain() {
 
 function drawCompare() {
   byId("compare-empty").hidden = compared.length > 0;
+  byId("example-note").hidden = example !== "shown" || !compared.length;
   byId("items").replaceChildren(...compared.map(drawEntry));
   drawMatrix();
   drawRequest();
@@ -284,10 +294,16 @@ function drawMatrix() {
     return make("tr", {}, drawHeader(entry, "row"), ...values[row].map(cell));
   });
   byId("matrix").replaceChildren(make("thead", {}, head), make("tbody", {}, ...rows));
+  drawScrollHint();
   byId("legend").hidden = shown.length < 3; // one pair has no range
   byId("lowest").textContent = lowest.toFixed(2);
   byId("highest").textContent = highest.toFixed(2);
   byId("summary").textContent = mostSimilar(shown, values);
+}
+
+function drawScrollHint() {
+  const box = byId("matrix-scroll");
+  byId("scroll-hint").hidden = box.scrollWidth <= box.clientWidth;
 }
 
 function drawHeader(entry, scope) {
@@ -322,8 +338,8 @@ function mostSimilar(shown, values) {
   return `Most similar: ${named(shown[best.row])} and ${named(shown[best.column])}, ${best.value.toFixed(2)}.`;
 }
 
-/** Add three shapes, drawn on a canvas, and their names. */
-async function addExample() {
+/** Show three shapes, drawn on a canvas, and their names. */
+async function showExample() {
   const shapes = [["red circle", "#d92b2b"], ["green square", "#1f9d3f"], ["blue triangle", "#2450d6"]];
   const pictures = await Promise.all(shapes.map(async ([name, color]) => {
     const canvas = make("canvas", { width: 128, height: 128 });
@@ -339,7 +355,10 @@ async function addExample() {
     const blob = await new Promise((resolve) => canvas.toBlob(resolve));
     return new File([blob], `${name}.png`, { type: "image/png" });
   }));
+  if (compared.length) return; // the user was faster
   addEntries([...shapes.map(([name]) => name), ...pictures]);
+  example = "shown";
+  drawCompare();
 }
 
 // --- search
@@ -606,10 +625,7 @@ function fragment({ page, seconds }) {
 }
 
 function drawPage(hit) {
-  const image = make("img", { alt: "", loading: "lazy" });
-  showThumbnail(image, Object.assign(hit, { thumbnail: `thumbnails/${hit.row}` }), 1);
   const name = make("span", { className: "name", textContent: hit.file.split("/").at(-1), title: hit.file });
-  const open = make("button", { type: "button", className: "open", ariaLabel: `Show ${pageName(hit)}`, onclick: () => viewPage(hit) }, image);
   const words = make("div", { className: "words" }, name);
   const card = make("li", { className: "page" }, words);
   const onclick = () => viewPage(hit);
@@ -625,7 +641,7 @@ function drawPage(hit) {
   if (hit.unread) words.append(make("p", { className: "unread small", textContent: `Not shown: ${hit.unread}` }));
   if (hit.text) words.append(make("button", { type: "button", className: "open passage", onclick }, ...marked(hit.text)));
   words.append(make("ul", { className: "lines small" }, ...hit.lines.map(drawLine)));
-  return make("li", { className: "page" }, open, words);
+  return card;
 }
 
 /** A line of the text layer. */
@@ -636,8 +652,8 @@ function drawLine(line) {
 /** The parts of a text, with the words of the question marked. */
 function marked(text) {
   const wanted = new Set((query?.text ?? "").toLowerCase().match(/[\p{L}\p{N}_]+/gu));
-  const parts = line.split(/([\p{L}\p{N}_]+)/u);
-  return make("li", {}, ...parts.map((part) => (wanted.has(part.toLowerCase()) ? make("mark", { textContent: part }) : part)));
+  const parts = text.split(/([\p{L}\p{N}_]+)/u);
+  return parts.map((part) => (wanted.has(part.toLowerCase()) ? make("mark", { textContent: part }) : part));
 }
 
 /** Show a page large or play a clip, or show the reason why that cannot be done. */
@@ -807,7 +823,15 @@ function openTab(name) {
     byId(`tab-${other}`).tabIndex = isOpen ? 0 : -1;
   }
   if (name === "search" && info) loadCollection();
+  if (name === "compare" && info) openCompare();
   drawRequest();
+}
+
+function openCompare() {
+  drawScrollHint();
+  if (example !== "unseen") return;
+  example = "over";
+  info.roles.includes("embedder") ? showExample() : drawCompare();
 }
 
 function drawDimensions() {
@@ -858,7 +882,8 @@ function listen() {
       event.target.value = ""; // allow the same file again
     };
   }
-  byId("example").onclick = () => info && addExample();
+  byId("example").onclick = () => info && showExample();
+  addEventListener("resize", drawScrollHint);
   byId("compare-instruction").onchange = compareAgain;
   byId("search-instruction").onchange = searchAgain;
   byId("rerank").onchange = drawResults;
@@ -906,6 +931,7 @@ async function start() {
     setTimeout(start, 2000);
     return;
   }
+  for (const id of ["bar", "main"]) byId(id).hidden = false;
   byId("banner").hidden = true;
   const name = info.is_bundled_model ? "Bundled demo model" : info.model;
   const judge = info.reranker ? `; reranker ${info.reranker.model}` : "";

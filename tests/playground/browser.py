@@ -69,6 +69,8 @@ class Page:
     def open(self) -> None:
         self.driver.get(f"{self.url}/playground")
         self.wait(lambda: self.all("#dimensions label"))
+        self.matrix(6)  # of the example
+        self.wait(lambda: not self.one("#compare-state").is_displayed())
 
     def open_collection(self, num_pages: int) -> None:
         """Open the page of `embedder.search --serve`, which first shows this many results."""

@@ -73,7 +73,7 @@ def vectors(server: Server, items: list[Any], **options: Any) -> NDArray[np.floa
 def test_texts_and_a_chosen_image_make_a_matrix(
     page: Page, small_server: Server, swatch: bytes, tmp_path: Path
 ) -> None:
-    assert page.one("#compare-empty").is_displayed()
+    assert page.one("#example-note").is_displayed()
     (tmp_path / "swatch.png").write_bytes(swatch)
     page.add_text("red")
     page.add_text("green")
@@ -92,6 +92,19 @@ def test_texts_and_a_chosen_image_make_a_matrix(
     first, second = divmod(int(np.argmax(np.triu(expected @ expected.T, 1))), 3)
     shown_as = ["A (red)", "B (green)", "C (swatch.png)"]
     assert f"Most similar: {shown_as[first]} and {shown_as[second]}" in page.one("#summary").text
+    assert not page.one("#example-note").is_displayed()
+
+
+def test_example_is_there_at_once_and_comes_back(page: Page) -> None:
+    shapes = ["red circle", "green square", "blue triangle"]
+    assert page.texts("#items .what") == [*shapes, *(f"{name}.png" for name in shapes)]
+    for _ in range(6):
+        page.one("#items button").click()
+    assert page.one("#compare-empty").is_displayed()
+    assert not page.one("#example-note").is_displayed()
+    page.one("#example").click()
+    page.matrix(6)
+    page.wait(lambda: page.one("#example-note").is_displayed())
     assert not page.one("#compare-empty").is_displayed()
 
 
@@ -286,11 +299,14 @@ def test_tabs_and_dimensions_work_from_the_keyboard(page: Page) -> None:
 def test_page_fits_every_screen_in_light_and_dark(look: str, page: Page, screenshots: Path) -> None:
     with page.looking(look) as (width, scheme):
         page.open()
-        screenshot(page, screenshots / f"{look}-empty.png")
-        page.one("#example").click()
-        page.matrix(6)
+        assert page.one("#scroll-hint").is_displayed() == (width < 500)
+        fits(page, width)
+        screenshot(page, screenshots / f"{look}-example.png")
+        for text in ("red", "a text that is much longer than its column", "green", "blue", "white", "black", "gray"):
+            page.add_text(text)
         page.driver.execute_script(DROP, base64.b64encode(b"%PDF-1.7").decode(), "paper.png")
         page.wait(lambda: page.texts(".item.failed"))
+        page.matrix(7)
         fits(page, width)
         screenshot(page, screenshots / f"{look}-compare.png")
         page.open_search()
@@ -312,6 +328,7 @@ def test_key_form_looks_like_an_error_only_after_a_rejected_key(page: Page) -> N
     page.wait(lambda: page.texts("#key-reason") == ["The service rejected this API key."])
     assert "bad" in str(page.one("#key-form").get_attribute("class"))
     page.one("#key").send_keys("right", Keys.ENTER)
+    assert page.one("#main").is_displayed()
     page.wait(lambda: not page.one("#key-form").is_displayed() and page.texts("#items .what") == ["red"])
     page.driver.execute_script("sessionStorage.clear()")
 
@@ -325,10 +342,13 @@ def test_key_form_is_shown_and_the_key_is_sent_with_every_request(
     chromium.get(f"{server.url}/playground")
     for key, reason in (("wrong", "This service requires an API key."), ("s3cret", "The service rejected this")):
         page.wait(lambda reason=reason: page.texts("#key-reason")[0].startswith(reason))
+        assert not page.one("#main").is_displayed()
+        assert not page.one("#bar").is_displayed()
         assert ("bad" in str(page.one("#key-form").get_attribute("class"))) == reason.endswith("rejected this")
         page.one("#key").send_keys(key, Keys.ENTER)
     page.wait(lambda: page.all("#dimensions label"))
     assert not page.one("#key-form").is_displayed()
+    assert page.one("#main").is_displayed()
     page.add_text("red")
     page.add_text("green")
     page.matrix(2)
