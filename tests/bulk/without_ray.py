@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from embedder.bulk import __main__ as command
+from embedder.bulk import __main__, command
 from embedder.bulk.formats import Part
 from embedder.bulk.worker import Job, Worker
 
@@ -27,4 +27,4 @@ def run_bulk(patch: pytest.MonkeyPatch, model: Path, *arguments: str | Path) -> 
     patch.setattr(command, "_run", run)
     patch.setenv("EMBEDDER_MODEL", str(model))
     patch.setenv("EMBEDDER_DEVICE", "cpu")
-    return command.main([str(one) for one in arguments]), embedded
+    return __main__.main([str(one) for one in arguments]), embedded
