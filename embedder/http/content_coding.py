@@ -32,8 +32,9 @@ LEVEL = 1  # for vectors in JSON, level 6 takes 2 to 5 times as long for 5 to 10
 
 def request_coding(header: str) -> str:
     """The coding that a `Content-Encoding` header names, or an empty string. Raises `UnsupportedContentType`."""
-    named = header.strip().lower()
-    if named in ("", "identity"):
+    codings = [coding.strip() for coding in header.lower().split(",")]
+    named = ", ".join(coding for coding in codings if coding not in ("", "identity"))  # which change nothing
+    if not named:
         return ""
     coding = _ALIASES.get(named, named)
     if coding not in CODINGS:
@@ -149,7 +150,7 @@ def accepts_gzip(headers: list[tuple[bytes, bytes]]) -> bool:
                 weight = parameter.strip().removeprefix("q=")
                 is_number = weight.replace(".", "", 1).isdecimal()
                 weights[coding.strip()] = float(weight) if is_number else 1.0
-    return weights.get("gzip", weights.get("*", 0.0)) > 0
+    return weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0))) > 0
 
 
 def _is_worth_it(start: Message, body: Message) -> bool:

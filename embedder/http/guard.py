@@ -227,7 +227,7 @@ def _check_json_type(given: str, *, takes_files: bool) -> None:
 def _check_charset(parameter: str) -> None:
     name, _, value = parameter.partition("=")
     charset = value.strip().strip("\"'")
-    if name.strip() == "charset" and charset.replace("_", "-") not in ("utf-8", "utf8", "us-ascii", "ascii"):
+    if name.strip() == "charset" and charset.replace("_", "-") not in ("", "utf-8", "utf8", "us-ascii", "ascii"):
         raise UnsupportedContentType(f"charset: got {charset[:60]}; allowed: utf-8")
 
 

@@ -10,7 +10,7 @@ from embedder.errors import InvalidMedia
 from embedder.inputs.formats import MediaKind, find_format
 
 MAX_HEADER_CHARS = 1024
-_TYPE = r"[\w.+*-]+/[\w.+*-]+"
+_TYPE = r'[^\s,;"]+'  # also those that are none, such as `image`: better an error than the vector of its letters
 _BLANKS = r"[\s\ufeff\u200b]*"  # editors put the invisible ones before a text
 # A header is `data:`, a media type or none, and parameters; a quoted one may hold a comma. No two neighbors can match
 # the same blanks or quotes: trying all ways to divide a thousand blanks took 40 ms of the event loop.
@@ -38,7 +38,8 @@ def split_data_uri(text: str) -> tuple[str, str, str] | None:
 
 def is_base64(header: str) -> bool:
     """Whether the header of a data URI says that its content is base64."""
-    return "base64" in [parameter.strip().lower() for parameter in header.split(";")[1:]]
+    kind, *parameters = header.lower().split(";")
+    return kind == "data:base64" or "base64" in [parameter.strip() for parameter in parameters]
 
 
 def is_base64_data_uri(text: str) -> bool:

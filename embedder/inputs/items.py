@@ -251,6 +251,7 @@ def json_type(value: object) -> str:
 
 def _part(part: object) -> Part:
     kind = part.get("type") if isinstance(part, Mapping) else None
+    kind = kind.lower() if isinstance(kind, str) else kind
     if isinstance(part, Mapping) and kind in ("text", "image", "video"):
         part = without_nulls(part)
         refuse_unknown(part, {"type", kind, "fps"} if kind == "video" else {"type", kind})

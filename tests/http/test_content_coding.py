@@ -22,6 +22,7 @@ from embedder.http.content_coding import (
     CompressedResponses,
     accepts_gzip,
     decompress,
+    request_coding,
 )
 from embedder.http.drain import Drain
 from embedder.http.guard import RequestGuard
@@ -162,6 +163,12 @@ async def _post(app: RequestGuard, body: bytes, coding: str) -> int | str:
     return statuses[0]
 
 
+@pytest.mark.parametrize("header", ["gzip", "identity, gzip", "GZIP , identity", "gzip,", "x-gzip"])
+def test_identity_among_the_codings_changes_nothing(header: str) -> None:
+    assert request_coding(header) == "gzip"
+    assert request_coding("identity, identity") == request_coding(" ") == ""
+
+
 @pytest.mark.parametrize("coding", ["br", "compress", "gzip, zstd", "gzip, gzip", "chunked"])
 def test_other_codings_are_refused_by_name(coding: str) -> None:
     app = Echo()
@@ -177,6 +184,8 @@ def test_other_codings_are_refused_by_name(coding: str) -> None:
         ("gzip, deflate, br", True),
         ("GZIP;q=0.5", True),
         ("*", True),
+        ("x-gzip", True),
+        ("x-gzip;q=0", False),
         ("identity, *;q=0.1", True),
         ("", False),
         ("identity", False),

@@ -120,7 +120,7 @@ def test_other_charsets_are_refused_by_name(headers: list[tuple[bytes, bytes]], 
     assert (status, error["message"]) == (415, f"charset: {named}; allowed: utf-8")
 
 
-@pytest.mark.parametrize("charset", [b"utf-8", b"UTF-8", b'"utf8"', b"us-ascii"])
+@pytest.mark.parametrize("charset", [b"utf-8", b"UTF-8", b'"utf8"', b"us-ascii", b"", b'""'])
 def test_utf_8_is_accepted_with_and_without_a_byte_order_mark(charset: bytes) -> None:
     headers = [(b"content-type", b"application/json;charset=" + charset)]
     for body in (b"{}", b"\xef\xbb\xbf{}"):

@@ -94,6 +94,9 @@ PNG = EXAMPLE_IMAGE
         ("data:audio/wav;base64,not base64", "image"),
         ('data:application/octet-stream;name="a,b;c.png";base64,AAAA', "image"),
         ('data:;name="a;base64,AAAA', "image"),
+        ("data:image;base64,AAAA", "image"),
+        ("data:BASE64,AAAA", "image"),
+        ("data://image/png;base64,AAAA", "image"),
         ("\ufeffdata:;base64,AAAA", "image"),
         ("\u200b\u00a0DATA:;base64,AAAA", "image"),
     ],
@@ -107,7 +110,14 @@ def test_base64_data_uri_of_any_form_is_never_embedded_as_text(text: str, kind: 
 
 @pytest.mark.parametrize(
     "text",
-    ["data: we counted; base64, too", "data:text/plain,red", "database64,", "a data:;base64,AAAA", "base64,AAAA"],
+    [
+        "data: we counted; base64, too",
+        "data: base64, too",
+        "data:text/plain,red",
+        "database64,",
+        "a data:;base64,AAAA",
+        "base64,AAAA",
+    ],
 )
 def test_text_about_data_is_a_text(text: str) -> None:
     assert Text(text).text == text

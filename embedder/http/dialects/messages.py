@@ -63,7 +63,8 @@ def text_limit(name: str, tokens: int | None, settings: Settings) -> int | None:
 
 def modalities(modality: Any, num_items: int) -> list[str | None]:
     """NVIDIA's and infinity's `modality`, one word or one for each item -> what each string of `input` is."""
-    words = modality if isinstance(modality, list) else [modality] * num_items
+    given = modality if isinstance(modality, list) else [modality] * num_items
+    words = [word.lower() if isinstance(word, str) else word for word in given]
     if len(words) != num_items or any(word not in (None, "text", "image", "video") for word in words):
         raise InvalidRequest(
             f"modality: got {describe_value(modality)}; allowed: text, image or video, or a list with one for each item"
@@ -145,7 +146,8 @@ def _role_and_content(message: Any) -> tuple[Any, Any]:
     if not isinstance(message, Mapping):
         raise InvalidRequest(f"messages: got {describe_value(message)}; allowed: objects with role and content")
     refuse_unknown(without_nulls(message), {"role", "content", "name"})
-    return message.get("role"), message.get("content")
+    role = message.get("role")
+    return role.lower() if isinstance(role, str) else role, message.get("content")
 
 
 def _plain_text(content: Any) -> str:

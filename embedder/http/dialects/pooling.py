@@ -48,7 +48,7 @@ def parse_pooling(body: bytes | Mapping[str, Any], settings: Settings) -> Encode
     """Body of `/pooling` -> request. Raises `InvalidRequest` for a task other than `embed`."""
     fields = read_json(body) if isinstance(body, bytes) else body
     task = fields.get("task")
-    if task not in (None, "embed"):
+    if task is not None and not (isinstance(task, str) and task.lower() == "embed"):
         raise InvalidRequest(f"Unsupported task: {describe_value(task)}; allowed: embed, this model has no other")
     return openai.parse_embeddings({name: value for name, value in fields.items() if name != "task"}, settings)
 

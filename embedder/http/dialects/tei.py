@@ -42,10 +42,11 @@ class TeiOptions(RequestBody):
 
     def tei_item_options(self) -> dict[str, Any]:
         """The options of an item. Raises `InvalidRequest`."""
-        if self.prompt_name is not None and self.prompt_name not in PROMPTS:
+        name = self.prompt_name.lower() if self.prompt_name else None
+        if name is not None and name not in PROMPTS:
             raise InvalidRequest(f"prompt_name: got {describe_value(self.prompt_name)}; allowed: {', '.join(PROMPTS)}")
         cut = "start" if self.truncation_direction == "Left" else "end"
-        instruction = PROMPTS[self.prompt_name] if self.prompt_name else None
+        instruction = PROMPTS[name] if name else None
         return {"truncate": cut if self.truncate else "none", "instruction": instruction}
 
 
