@@ -56,9 +56,11 @@ class WordIds:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         if len(self._known) + len(words) > MAX_WORDS:
             self._known = {}
-        ids = encoding.ids
-        groups = groupby(zip(encoding.word_ids, ids, strict=True), key=lambda pair: pair[0])
-        for word, (_, pairs) in zip(words, groups, strict=True):
-            if len(word) <= MAX_WORD_CHARS:
-                self._known[word] = tuple(token for _, token in pairs)
-        return list(ids)
+        found: dict[str, tuple[int, ...]] = {}
+        tokens = zip(encoding.word_ids, encoding.ids, encoding.offsets, strict=True)
+        for _, group in groupby(tokens, key=lambda token: token[0]):
+            _, ids, offsets = zip(*group, strict=True)
+            found[text[offsets[0][0] : offsets[-1][1]]] = ids
+        # A word that the tokenizer does not see as one would be wrong in other texts.
+        self._known.update((word, found[word]) for word in words if len(word) <= MAX_WORD_CHARS and word in found)
+        return list(encoding.ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -72,3 +74,13 @@ def test_another_tokenizer_is_always_asked(part: str) -> None:
     for text in ("It's RED", "It's RED 42"):
         assert words.ids(text) == words.ids(text) == other.encode(text, add_special_tokens=False).ids
     assert not words._known
+
+
+def test_words_that_the_tokenizer_splits_elsewhere_are_not_remembered(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(word_ids, "_WORDS", re.compile(r"\S+\s?"))  # the blank belongs to the next word
+    words = WordIds(tokenizer)
+    for text in ("a red cat", "red a cat", "cat red"):
+        expected = tokenizer.encode(text, add_special_tokens=False).ids
+        assert words.ids(text) == words.ids(text) == expected
