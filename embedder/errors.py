@@ -66,7 +66,7 @@ class EmbedderError(Exception):
 
 
 class InvalidRequest(EmbedderError):
-    """The request asks for something that cannot be done."""
+    """The request has a field or a value that is not allowed."""
 
     status = 400
     type = "invalid_request"
@@ -153,12 +153,12 @@ class RequestTooLarge(InvalidRequest):
 
 
 class UnsupportedContentType(InvalidRequest):
-    """The body is declared to be of a type that the path does not take, or is compressed in an unknown way."""
+    """The path does not accept the body's declared type or compression."""
 
     status = 415
     code = "unsupported_content_type"
     remedy = (
-        "Send `Content-Type: application/json` in UTF-8, and `Content-Encoding` gzip, deflate, zstd or none. "
+        "Send `Content-Type: application/json` in UTF-8, without compression or with gzip, deflate or zstd. "
         "`/img/embed` also takes files."
     )
 
@@ -180,12 +180,12 @@ class MediaTooLarge(InvalidRequest):
 
 
 class UnsupportedTransferCoding(EmbedderError):
-    """The body is transferred in a way that the service does not decode."""
+    """The request has a `Transfer-Encoding` other than `chunked`."""
 
     status = 501
     type = "invalid_request"
     code = "unsupported_transfer_coding"
-    remedy = "Send the body with `Content-Length`, or in chunks. Compress it with `Content-Encoding`."
+    remedy = "Send the body with `Content-Length` or in chunks. To compress it, use `Content-Encoding`."
 
 
 class MediaUnavailable(EmbedderError):
@@ -194,7 +194,7 @@ class MediaUnavailable(EmbedderError):
     status = 424
     type = "unavailable"
     code = "media_unavailable"
-    remedy = "Make the URL answer 200 to the service, or send the bytes."
+    remedy = "Make the URL return 200 to the service, or send the bytes."
 
 
 class Overloaded(EmbedderError):
@@ -203,7 +203,7 @@ class Overloaded(EmbedderError):
     status = 429
     type = "unavailable"
     code = "overloaded"
-    remedy = "Try again after the seconds in `Retry-After`; operators add replicas."
+    remedy = "Try again after the seconds in `Retry-After`. If this happens often, let the operator add replicas."
 
     def __init__(self, message: str, *, retry_after_s: float, item: int | None = None) -> None:
         """`retry_after_s`: estimated seconds until there is capacity again."""
@@ -216,7 +216,7 @@ class Overloaded(EmbedderError):
 
 
 class DeadlineExceeded(EmbedderError):
-    """The request took longer than the limit, and its items were dropped."""
+    """The request took longer than allowed, and its items were dropped."""
 
     status = 504
     type = "unavailable"
@@ -230,7 +230,7 @@ class NotReady(EmbedderError):
     status = 503
     type = "unavailable"
     code = "not_ready"
-    remedy = "Wait until `/readyz` answers 200."
+    remedy = "Wait until `/readyz` returns 200."
 
 
 class ShuttingDown(EmbedderError):
@@ -250,17 +250,17 @@ class EngineFailed(EmbedderError):
 
 
 class DeviceOutOfMemory(EngineFailed):
-    """A batch, or an item that ran by itself, does not fit into the device's memory."""
+    """A batch, or an item by itself, does not fit into the device's memory."""
 
     code = "device_out_of_memory"
-    remedy = "Send smaller items, or lower `EMBEDDER_MAX_INPUT_TOKENS`, or use a larger device."
+    remedy = "Send smaller items, or let the operator use a device with more memory."
 
 
 class DeviceFailed(EmbedderError):
-    """The device failed, or a computation hangs: all waiting items fail, and the worker exits."""
+    """The device failed, or a computation hangs. All waiting items fail, and the worker exits."""
 
     code = "device_failed"
-    remedy = "Wait for the restart, and look at the driver's messages."
+    remedy = "Wait for the restart. The operator looks at the driver's messages."
 
 
 class ModelUnavailable(EmbedderError):

@@ -189,7 +189,7 @@ class EmbeddingModel:
             reason = " ".join(str(error).strip().partition("\n\n")[0].split())
             self._do_without(f"the layers cannot be compiled: {reason}", is_compiled=False)
             return False
-        logger.info("the layers are compiled after %.0f s", time.monotonic() - start)
+        logger.info("compiled the layers in %.0f s", time.monotonic() - start)
         return True
 
     def _do_without(self, reason: str, **changes: bool) -> None:

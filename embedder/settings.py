@@ -36,7 +36,7 @@ class Settings(BaseModel):
     # Model
     model: str = Field(
         "",
-        description="Checkpoint folder or hub id, or `bundled`; empty: the bundled model, in a Bento the published 2B.",
+        description="Checkpoint folder, hub id, or `bundled`; empty: the bundled model (in a Bento, the published 2B).",
     )
     revision: str = Field("", description="Hub revision (branch, tag or commit); empty: the newest.")
     reranker: str = Field(
@@ -46,19 +46,19 @@ class Settings(BaseModel):
     )
     reranker_revision: str = Field("", description="Hub revision of the reranker; empty: the newest.")
     default_instruction: str = Field(
-        "Represent the user's input.", min_length=1, description="Instruction of items that have none."
+        "Represent the user's input.", min_length=1, description="Instruction for items that have none."
     )
-    max_input_tokens: int = Field(8192, ge=64, description="Tokens of one item; longer text is cut.")
+    max_input_tokens: int = Field(8192, ge=64, description="Maximum number of tokens of an item; longer text is cut.")
     preprocessing: Literal["checkpoint", "reference"] = Field(
         "checkpoint",
-        description="How images and videos are resized and sampled: `checkpoint`, by the checkpoint's processor files "
-        "as transformers does; `reference`, as the authors' script does.",
+        description="How images are resized and frames of videos are chosen: `checkpoint`, as transformers does with "
+        "the checkpoint's processor files; `reference`, as the authors' script does.",
     )
     max_pixels: int | None = Field(
         None,
         ge=4096,
-        description="Pixels of an image, and of each frame of a video, after resizing; empty: the limits of "
-        "`EMBEDDER_PREPROCESSING`.",
+        description="Maximum number of pixels of an image, and of each frame of a video, after resizing; empty: the "
+        "limits of `EMBEDDER_PREPROCESSING`.",
     )
     raw_orientation: bool = Field(
         False,
@@ -67,111 +67,129 @@ class Settings(BaseModel):
     # Device
     device: str = Field(
         "auto",
-        description="`auto`, `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N` or `mps`; `auto`: the accelerator that is there.",
+        description="`auto`, `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N` or `mps`; `auto`: the accelerator, or else `cpu`.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Data type of the weights; `auto`: bfloat16 on accelerators and on CPUs with AVX512-BF16 or AMX, "
-        "float16 on GPUs before Ampere, else float32. The bundled model is in float32 on every CPU.",
+        "float16 on GPUs before Ampere, else float32. On a CPU, the bundled model is always in float32.",
     )
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
         "auto",
-        description="Attention back end; `auto`: on CUDA from Ampere on, flash_attn if installed, else varlen; sdpa on "
-        "every other device.",
+        description="Attention back end; `auto`: on NVIDIA GPUs of Ampere or newer, flash_attn if installed, else "
+        "varlen; on all other devices, sdpa.",
     )
     execution: Literal["auto", "eager", "compiled", "graphs", "graphs+compiled"] = Field(
         "auto",
-        description="How the layers run: `eager`, one kernel at a time; `compiled`, by torch.compile; `graphs`, small "
-        "batches of texts as CUDA graphs; `auto`: `graphs+compiled` on CUDA (`graphs` without a compiler), `eager` on "
-        "a CPU.",
+        description="How the layers run: `eager`, one kernel at a time; `compiled`, with torch.compile; `graphs`, with "
+        "CUDA graphs for small batches of texts; `auto`: `graphs+compiled` on CUDA (`graphs` without a compiler), "
+        "`eager` on a CPU.",
     )
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto",
-        description="Worker processes, each with its own copy of the model, assigned to the GPUs in turn; "
+        description="Number of worker processes, each with its own copy of the model and assigned to a GPU in turn; "
         "`auto`: one for each GPU.",
     )
     stuck_after_s: float | None = Field(
         None,
         gt=0,
-        description="Seconds after which a worker exits because a batch has not finished; empty: 300 on a GPU, never "
-        "on a CPU.",
+        description="Seconds after which a worker exits if a batch is not done; empty: 300 on a GPU, never on a CPU.",
     )
     # Batching and queue
     max_batch_tokens: int = Field(
         16384,
         ge=64,
-        description="Tokens (text and visual) in a batch; fewer if the GPU's memory holds no more, or a slow device "
-        "would take much over a second.",
+        description="Maximum number of tokens (text and visual) in a batch; the service uses fewer if the GPU's memory "
+        "holds no more, or if a slow device would take much longer than a second.",
     )
     max_queued_tokens: int = Field(
         524_288, ge=64, description="Estimated tokens in the queue; more is refused with 429."
     )
-    cache_bytes: int = Field(0, ge=0, description="Bytes of vectors kept for equal content; 0: no cache.")
+    cache_bytes: int = Field(
+        0, ge=0, description="Maximum bytes of cached vectors, which are reused for equal content; 0: no cache."
+    )
     vision_cache_bytes: int = Field(
         2**30,
         ge=0,
-        description="Bytes of vision features, in the device's memory, that the reranker keeps for images and clips "
-        "that come again under another query; 0: none. Without a reranker there is no such cache.",
+        description="Maximum bytes of the reranker's cached vision features, in the device's memory, which are reused "
+        "for images and clips that occur again; 0: no cache. Without a reranker there is no such cache.",
     )
     preprocess_threads: int = Field(
         default_factory=lambda: min(16, available_cores()),
         ge=1,
-        description="Threads that decode, resize and tokenize.",
+        description="Number of threads that decode, resize and tokenize.",
     )
     # Requests
-    max_items_per_request: int = Field(2048, ge=1, description="Items in one request.")
-    max_body_bytes: int = Field(64 * 2**20, ge=1024, description="Bytes of one request body.")
+    max_items_per_request: int = Field(2048, ge=1, description="Maximum number of items in a request.")
+    max_body_bytes: int = Field(64 * 2**20, ge=1024, description="Maximum bytes of a request body.")
     max_held_bytes: int = Field(
         2**30,
         ge=1024,
-        description="Bytes of all request bodies in a worker; more is refused with 429, except bodies up to 64 KiB.",
+        description="Maximum bytes of all request bodies in a worker; above it, one over 64 KiB is refused with 429.",
     )
-    max_text_chars: int = Field(200_000, ge=1, description="Characters of one item's text, before it is cut to tokens.")
+    max_text_chars: int = Field(
+        200_000, ge=1, description="Maximum number of characters of an item's text; more is refused."
+    )
     request_timeout_s: float = Field(
-        60.0, gt=0, description="Seconds for a body to arrive, and again for its items to be embedded (504)."
+        60.0,
+        gt=0,
+        description="Seconds in which a body must arrive, and then again its items be embedded; otherwise 504.",
     )
     # Images and videos
-    max_image_bytes: int = Field(20 * 2**20, ge=64, description="Bytes of one encoded image.")
-    max_image_pixels: int = Field(50_000_000, ge=4096, description="Pixels of one image, checked before decoding.")
-    max_video_bytes: int = Field(48 * 2**20, ge=64, description="Bytes of one encoded video.")
+    max_image_bytes: int = Field(20 * 2**20, ge=64, description="Maximum bytes of an image file.")
+    max_image_pixels: int = Field(
+        50_000_000, ge=4096, description="Maximum number of pixels of an image before resizing."
+    )
+    max_video_bytes: int = Field(48 * 2**20, ge=64, description="Maximum bytes of a video file.")
     max_video_frames: int | None = Field(
         None,
         ge=2,
-        description="Frames of a video that are used; empty: the number of `EMBEDDER_PREPROCESSING` "
+        description="Maximum number of frames of a video; empty: the number of `EMBEDDER_PREPROCESSING` "
         "(`reference`: 64, published checkpoints: 768).",
     )
     max_document_pages: int = Field(
-        0, ge=0, le=20_000, description="Pages of a document in one request to `/embed`; 0: documents are refused."
+        0,
+        ge=0,
+        le=20_000,
+        description="Maximum number of pages in a request with a document; 0: documents are refused.",
     )
-    decode_timeout_s: float = Field(20.0, gt=0, description="Seconds to decode one item's images and videos.")
+    decode_timeout_s: float = Field(
+        20.0, gt=0, description="Seconds in which an item's images and videos must be decoded; otherwise 413."
+    )
     url_hosts: str = Field(
         "",
         pattern=_URL_HOSTS,
-        description="Hosts that URLs may name: `a.com, *.b.com, http://c.com:8080`, or `*`; empty: URLs are refused.",
+        description="Hosts of allowed URLs, such as `a.com, *.b.com, http://c.com:8080`, or `*`; empty: none.",
     )
-    url_timeout_s: float = Field(10.0, gt=0, description="Seconds to fetch one URL, redirects included.")
+    url_timeout_s: float = Field(
+        10.0, gt=0, description="Seconds in which a URL, with its redirects, must be fetched; otherwise 424."
+    )
     # Batches
     batch_folder: str = Field(
-        "", description="Folder, shared by all workers, of OpenAI's files and batches (`/v1/files`); empty: none."
+        "", description="Folder for the files of OpenAI's batch API, shared by all workers; empty: no such API."
     )
     max_batch_bytes: int = Field(
-        10 * 2**30, ge=1024, description="Bytes of all files in `EMBEDDER_BATCH_FOLDER`; more is refused with 413."
+        10 * 2**30,
+        ge=1024,
+        description="Maximum bytes of all files in `EMBEDDER_BATCH_FOLDER`; more is refused with 413.",
     )
     batch_days: float = Field(
         30.0, gt=0, description="Days after which files and finished batches are removed from the folder."
     )
     # Access
     api_key: SecretStr | None = Field(
-        None, description="API key that callers need, or several separated by commas; unset: none is needed."
+        None,
+        description="API key that callers must send, or several keys separated by commas; unset: no key is needed.",
     )
     api_key_file: str = Field(
-        "", description="File with one API key per line and `#` comments, read again when it changes."
+        "", description="File with one API key per line and `#` comments; the service reads it again when it changes."
     )
     # Log and playground
-    access_log: bool = Field(False, description="Log one line per request, without its content.")
+    access_log: bool = Field(False, description="Log one line for each request, without its content.")
     log_format: Literal["text", "json"] = Field("text", description="`text`, or `json`: one JSON object per line.")
     demo_folder: str = Field(
-        "", description="Folder of images that the playground searches; empty: the bundled drawings, if any."
+        "",
+        description="Folder of images that the playground searches; empty: the bundled model's drawings, if any.",
     )
 
     @model_validator(mode="after")

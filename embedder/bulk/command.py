@@ -41,10 +41,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             check_dimensions(job.dimensions, hidden_size)
             source = Source(job.input, job.columns, job.settings, job.output / STATE_FOLDER, job.segment_s)
             if job.segment_s is not None and source.format is not FOLDER:
-                raise ValueError("--segment-seconds: the input is no folder of clips; allowed: such a folder")
+                raise ValueError("--segment-seconds: the input is not a folder of clips; allowed: such a folder")
             if job.has_thumbnails and source.format is not FOLDER:
                 raise ValueError(
-                    "--thumbnails: the input is no folder of pictures and documents; allowed: such a folder"
+                    "--thumbnails: the input is not a folder of pictures and documents; allowed: such a folder"
                 )
             writer = Writer(job.output, job.output_format)
             stack.enter_context(lock(writer.state_folder))

@@ -86,7 +86,7 @@ class FolderPages:
         path = self._path(name)
         if not number:
             self._reader().count_pages(path)
-            raise InvalidMedia("the document could not be opened when the run started, but can be now")
+            raise InvalidMedia("the document could not be opened when the run started, but can be opened now")
         return self._reader().render(path, number, regime)
 
     def close(self) -> None:

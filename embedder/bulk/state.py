@@ -57,7 +57,7 @@ def start(job: Job, checkpoint: Checkpoint, source: Source, writer: Writer, rows
     if earlier != str(job.input) and (changes.changed or changes.removed):
         raise ValueError(
             f"the output was started with the input {earlier}, {len(changes.removed)} files of which are not in "
-            f"{job.input}, and {len(changes.changed)} are others there; use the same input, or another OUTPUT"
+            f"{job.input}, and {len(changes.changed)} are different there; use the same input, or another OUTPUT"
         )
     if plan.parts and (changes.new or changes.changed or changes.removed):
         print(f"since the last run, {changes}", file=sys.stderr)

@@ -288,7 +288,7 @@ class Engine:
             if len(jobs) == 1:
                 self._fail_item(jobs[0], error)
                 return
-            logger.warning("a batch of %d items failed (%s); running its halves", len(jobs), type(error).__name__)
+            logger.warning("a batch of %d items failed (%s); repeating it in halves", len(jobs), type(error).__name__)
             if isinstance(error, DeviceOutOfMemory):
                 self._batch_limit.shrink(sum(job.model_input.cost for job in jobs))
             middle = len(jobs) // 2

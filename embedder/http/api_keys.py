@@ -99,9 +99,9 @@ class ApiKeys:
         try:
             self._from_file = _read(path)
         except ValueError as error:
-            logger.error("%s; the keys read before it stay valid", error)
+            logger.error("%s; the previous keys stay valid", error)
         else:
-            logger.info("EMBEDDER_API_KEY_FILE has changed: %d keys", len(self._from_file))
+            logger.info("EMBEDDER_API_KEY_FILE has changed; it has %d keys now", len(self._from_file))
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

@@ -79,7 +79,7 @@ def video_frames(text: str) -> tuple[str, ...]:
         return ()
     frames = parts[2].replace("%2C", ",").replace("%2c", ",").split(",", MAX_FRAMES)
     if len(frames) > MAX_FRAMES:
-        raise InvalidMedia(f"video of more than {MAX_FRAMES} frames in a data URI")
+        raise InvalidMedia(f"video of more than {MAX_FRAMES} frames in a data URI; allowed: up to {MAX_FRAMES}")
     return tuple(frames)
 
 

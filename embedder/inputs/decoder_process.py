@@ -112,7 +112,7 @@ class DecoderProcess:
             self.stop()
             raise RuntimeError("a decoding process did not start; its messages are in the log")
         if not ready["is_confined"]:
-            logger.warning("a decoding process runs without a filter of system calls, which this platform lacks")
+            logger.warning("a decoding process runs without a system-call filter, because this platform has none")
 
     def send(self, descriptor: int | None = None, **message: Any) -> None:
         """Send a message, with a file descriptor. A process that has ended is noticed when it does not answer."""

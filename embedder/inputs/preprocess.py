@@ -238,7 +238,7 @@ class Preprocessor:
         if excess > num_cut:
             raise InputTooLong(
                 f"{total} tokens, of which {total - num_cut} are instruction, template, "
-                f"image or video and cannot be cut; allowed: {max_tokens} (EMBEDDER_MAX_INPUT_TOKENS)"
+                f"image or video tokens and cannot be cut; allowed: {max_tokens} (EMBEDDER_MAX_INPUT_TOKENS)"
             )
         return runs, num_cut
 

@@ -58,8 +58,8 @@ def log_attention(name: str, device: torch.device) -> None:
     """Say what was chosen for an accelerator, and what is slower there."""
     if name == "sdpa" and device.type != "cpu":
         logger.warning(
-            "attention back end: sdpa, one call for each length in a batch and no graphs. Slower than varlen, which "
-            "needs a GPU from Ampere on and 16 bits; not measured on %s",
+            "attention back end: sdpa, with one call for each length in a batch and without CUDA graphs. It is "
+            "slower than varlen, which needs an NVIDIA GPU of Ampere or newer and a 16-bit dtype; not measured on %s",
             device,
         )
     elif name != "sdpa":

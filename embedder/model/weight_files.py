@@ -35,7 +35,7 @@ def weight_files(folder: Path) -> list[Path]:
         found = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))) or "no .safetensors file"
         raise ModelUnavailable(
             f"cannot load {folder}: it has neither {SINGLE} nor {INDEX} (found: {found}); other formats are not read, "
-            "because they can hold code"
+            "because they can contain code"
         )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -85,7 +85,7 @@ def check_shapes(folder: Path, expected: Mapping[str, Shape]) -> list[str]:
     for name, shape in expected.items():
         if found[name] != shape:
             raise ModelUnavailable(
-                f"{folder}: {name} has the shape {list(found[name])}; config.json describes {list(shape)}. The two are "
-                "not of the same checkpoint"
+                f"{folder}: {name} has the shape {list(found[name])}; config.json describes {list(shape)}. The two "
+                "belong to different checkpoints"
             )
     return unexpected

@@ -88,7 +88,8 @@ def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> int:
     if largest >= num_embeddings:
         raise ModelUnavailable(
             f"{folder / 'tokenizer.json'}: token {token!r} has the id {largest}; allowed: less than "
-            f"{num_embeddings}, the vocab_size of config.json's text_config. The files are of two checkpoints"
+            f"{num_embeddings}, the vocab_size of config.json's text_config. The files belong to two "
+            "different checkpoints"
         )
     return int(largest) + 1
 

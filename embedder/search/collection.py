@@ -66,7 +66,7 @@ class Collection:
         self.state = output / STATE_FOLDER
         state = self.state / "job.json"
         if not state.is_file():
-            raise ValueError(f"{output} is no output of embedder.bulk: it has no {STATE_FOLDER}/job.json")
+            raise ValueError(f"{output} is not an output of embedder.bulk: it has no {STATE_FOLDER}/job.json")
         job = json.loads(state.read_text())
         self.model = str(job["model"])
         self.dimensions: int | None = job["dimensions"]

@@ -25,7 +25,7 @@ class Documents:
     def __init__(self, collection: Collection, settings: Settings, regime: Regime) -> None:
         if collection.folder is None or collection.input is None:
             raise ValueError(
-                "the output does not say what it was made of, as reranking needs; it is of an older version"
+                "the output does not say from which input it was made, which reranking needs; an older version wrote it"
             )
         self._records = Records(collection, settings)
         self._settings = settings

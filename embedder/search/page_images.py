@@ -57,7 +57,7 @@ class PageImages:
         """The file that a row was made of. Raises `InvalidMedia`, also for a row that was no file of a folder."""
         name = split_page(row_id)[0]
         if PurePosixPath(name).suffix.lower() not in FOLDER.suffixes:
-            raise InvalidMedia(f"row {row_id[:80]!r} was made of no picture or document of a folder")
+            raise InvalidMedia(f"row {row_id[:80]!r} was not made from a picture or document in a folder")
         return path_inside(self._folder, name)
 
     def close(self) -> None:

@@ -178,7 +178,7 @@ class CollectionRoutes:
         if not is_number or int(number) >= len(self._index.ids):
             raise NotFound("the collection has no such row")
         if self._images is None:
-            raise NotFound("the output does not say which folder it was made of; it is of an older version")
+            raise NotFound("the output does not say from which folder it was made; an older version wrote it")
         return self._index.ids[int(number)], self._images
 
 

@@ -143,7 +143,7 @@ def end_hanging_workers(max_s: float) -> None:
         stopped_s = stopped_s + PARENT_POLL_S if _is_stopped(pid) else 0.0
         silent_s = silent_s + PARENT_POLL_S if beat is not None and beat == last_beat else 0.0
         if stopped_s > max_s or silent_s > max_hang_s:
-            what = ("is stopped", max_s) if stopped_s else ("does not run its event loop", max_hang_s)
+            what = ("has been stopped", max_s) if stopped_s else ("has not run its event loop", max_hang_s)
             logger.error("a worker (process %d) %s for more than %g s and is killed", pid, *what)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -180,7 +180,7 @@ def _how_it_ended(pid: int, exit_code: int) -> str:
     if exit_code >= 0:
         return f"a worker (process {pid}) ended with status {exit_code}"
     hint = " (out of memory? see the kernel's log)" if exit_code == -signal.SIGKILL else ""
-    return f"a worker (process {pid}) was ended by signal {-exit_code}{hint}"
+    return f"a worker (process {pid}) was killed by signal {-exit_code}{hint}"
 
 
 def check_port() -> None:

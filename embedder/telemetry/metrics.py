@@ -155,7 +155,7 @@ class Metrics(Observer):
         self.workers.set(1)
         if self._fault:
             logger.warning(
-                "no file for metrics can be written (%s): /metrics has only those of the worker that responds",
+                "metrics files cannot be written (%s): /metrics has only the metrics of the worker that responds",
                 self._fault,
             )
 

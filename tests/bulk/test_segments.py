@@ -142,7 +142,7 @@ def test_segment_equals_the_clip_of_only_these_frames(embedder: Embedder) -> Non
     [
         (["--segment-seconds", "0"], "--segment-seconds: got 0.0; allowed: 0.1 and more"),
         (["--segment-seconds", "nan"], "--segment-seconds: got nan; allowed"),
-        (["--segment-seconds", "5"], "--segment-seconds: the input is no folder of clips"),
+        (["--segment-seconds", "5"], "--segment-seconds: the input is not a folder of clips"),
     ],
 )
 def test_segments_of_other_inputs_are_refused(

@@ -98,10 +98,10 @@ def test_killed_worker(random_checkpoint: Path, tmp_path: Path) -> None:
     try:
         (worker,) = server.workers
         os.kill(worker, signal.SIGKILL)
-        wait_until(lambda: "was ended by signal 9" in server.log.read_text())
+        wait_until(lambda: "was killed by signal 9" in server.log.read_text())
     finally:
         assert server.stop() == 0
-    (line,) = [line for line in server.log.read_text().splitlines() if "was ended by signal 9" in line]
+    (line,) = [line for line in server.log.read_text().splitlines() if "was killed by signal 9" in line]
     assert any(pattern(line).endswith(known) for known in shown("log") if "was ended" in known)
 
 

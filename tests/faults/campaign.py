@@ -147,9 +147,9 @@ class Fault:
 
 _LOST = frozenset({"connection", "deadline_exceeded"})  # the next worker starts with the requests of all callers
 _FAILED = _LOST | {"device_failed", "shutting_down", "not_ready"}
-_KILLED = r"was ended by signal 9 \(out of memory\?"
+_KILLED = r"was killed by signal 9 \(out of memory\?"
 FAULTS = (
-    Fault(batch_fails, "running its halves", frozenset()),
+    Fault(batch_fails, "repeating it in halves", frozenset()),
     Fault(device_out_of_memory, "the device is out of memory", frozenset()),
     Fault(decoders_are_killed, "a decoding process is replaced", frozenset()),
     Fault(worker_is_paused, "", frozenset()),
@@ -159,8 +159,8 @@ FAULTS = (
     Fault(kernel_is_out_of_memory, _KILLED, _LOST, replaces_worker=True),
     Fault(temporary_folder_is_swept, _KILLED, _LOST, replaces_worker=True),
     Fault(disk_is_full, _KILLED, _LOST, replaces_worker=True),
-    Fault(worker_is_stopped, "is stopped", _LOST, replaces_worker=True),
-    Fault(interpreter_hangs, "does not run its event loop", _LOST, replaces_worker=True),
+    Fault(worker_is_stopped, "has been stopped", _LOST, replaces_worker=True),
+    Fault(interpreter_hangs, "has not run its event loop", _LOST, replaces_worker=True),
 )
 
 

@@ -322,7 +322,8 @@ def test_image_that_does_not_fit_is_refused(make: Make) -> None:
     alone = make()(EmbeddingItem((Image(picture(320, 320)),))).num_tokens
     assert make(max_input_tokens=alone)(item).num_tokens == alone
     with pytest.raises(
-        InputTooLong, match=rf"image or video and cannot be cut; allowed: {alone - 1} \(EMBEDDER_MAX_INPUT_TOKENS\)$"
+        InputTooLong,
+        match=rf"image or video tokens and cannot be cut; allowed: {alone - 1} \(EMBEDDER_MAX_INPUT_TOKENS\)$",
     ):
         make(max_input_tokens=alone - 1)(item)
 

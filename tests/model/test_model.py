@@ -222,7 +222,7 @@ def test_slower_attention_of_an_accelerator_is_one_line_in_the_log(caplog: pytes
         attention.log_attention(name, torch.device(device))
     assert not caplog.records
     attention.log_attention("sdpa", torch.device("mps"))
-    assert "sdpa, one call for each length in a batch and no graphs" in caplog.text
+    assert "sdpa, with one call for each length in a batch and without CUDA graphs" in caplog.text
 
 
 def test_package_called_flash_attn_that_lacks_the_function_is_not_chosen(

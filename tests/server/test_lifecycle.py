@@ -385,7 +385,7 @@ def test_killed_worker_fails_its_requests_at_once(lone: Server) -> None:
     assert lone.stop() == 0
     (line,) = [line for line in lone.log.read_text().splitlines() if "[ERROR]" in line]
     assert line.endswith(
-        f"a worker (process {worker}) was ended by signal 9 (out of memory? see the kernel's log); a new one starts"
+        f"a worker (process {worker}) was killed by signal 9 (out of memory? see the kernel's log); a new one starts"
     )
 
 
@@ -411,7 +411,7 @@ def test_worker_that_circus_drops_without_reaping_it_is_logged(
         worker.wait()
     consequence = "a new one starts" if respawn else "in a container it is not replaced"
     assert [record.getMessage() for record in caplog.records] == [
-        f"a worker (process {worker.pid}) was ended by signal 9 (out of memory? see the kernel's log); {consequence}"
+        f"a worker (process {worker.pid}) was killed by signal 9 (out of memory? see the kernel's log); {consequence}"
     ]
 
 
@@ -425,7 +425,7 @@ def test_every_line_of_a_start_a_kill_and_a_stop_is_json(random_checkpoint: Path
     assert server.stop() == 0
     lines = [json.loads(line) for line in server.log.read_text().splitlines()]
     messages = [line["message"] for line in lines]
-    assert sum("was ended by signal 9" in message for message in messages) == 1
+    assert sum("was killed by signal 9" in message for message in messages) == 1
     assert sum(message.startswith(f"loading {random_checkpoint}: 0.0 GB of weights") for message in messages) == 2
     assert any(line.get("route") == "/txt/embed" for line in lines)
 

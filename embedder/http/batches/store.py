@@ -89,7 +89,9 @@ class BatchStore:
         self.file(owner, identifier)
         for batch in self.batches(owner):
             if batch["input_file_id"] == identifier and batch["status"] not in FINAL:
-                raise InvalidRequest(f"{identifier} is the input of {batch['id']}, which is {batch['status']}")
+                raise InvalidRequest(
+                    f"{identifier} is the input of the batch {batch['id']}, which is {batch['status']}"
+                )
         for suffix in ("json", "jsonl"):
             (self._owner_folder(owner) / f"{identifier}.{suffix}").unlink(missing_ok=True)
 
