@@ -1,7 +1,7 @@
 """The rows of a folder: a row for each picture and clip, and for each page of a document.
 
-What was learned about a document is kept in the state folder of the output: its number of pages, so that a run that is
-started again need not open every document, and the PDF of an office file.
+The state folder of the output keeps the number of pages of each document, so that a run that is started again need not
+open all of them, and the PDF of each office file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which rows each part of an output has. It is kept with the output, so that a run over a changed input can continue.
 
-A file is unchanged if its size and its time of change are. Rows of unchanged files stay where they are. Rows of files
-that were changed or removed are taken out of their parts, and the rows of new and changed files form new parts. So the
-rows of the output are those of the input, whatever a run did before it was killed.
+A file counts as unchanged if its size and its modification time are the same. Rows of unchanged files stay where they
+are. Rows of changed or removed files are taken out of their parts, and the rows of new and changed files form new
+parts. So the rows of the output are those of the input, whatever a run did before it was killed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The command `python -m embedder.doctor [MODEL] [--port PORT]`: whether the service would start here, and with what.
 
-It reads the settings from the environment, as the service does, and checks each thing that can stop a start, without
-loading the weights or downloading anything. Exit status: 0 the service would start, 1 it would not.
+It reads the settings from the environment, as the service does, and checks everything that can make a start fail,
+without loading the weights or downloading anything. Exit status: 0 the service would start, 1 it would not.
 """
 
 from __future__ import annotations

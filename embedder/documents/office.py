@@ -1,9 +1,9 @@
 """An office file -> a PDF, by LibreOffice if it is installed.
 
-LibreOffice needs files, threads and processes of its own, so it cannot be confined as a page's renderer is. It gets
-what is possible: a profile folder that is new and has macros and links to other files disabled, no files but those of
-the programs and fonts of the machine and its own folder, no sockets but local ones, limits of memory, of file size and
-of time, and its whole process group is killed at the end.
+LibreOffice needs files, threads and processes of its own, so it cannot be confined as strictly as the process that
+renders pages. It gets a new profile folder, in which macros and links to other files are disabled. It can access only
+the machine's programs and fonts, its own folder, and local sockets. Its memory, file size and time are limited, and its
+whole process group is killed at the end.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A file -> its pages as pictures. The file is opened and rendered in a process that can be killed, never here.
 
-A page counts as a scan of `pdf.DOTS_PER_INCH`, and is rendered at once in the size to which the model would reduce that
-scan. So it uses the model's pixel budget, and no pixel is computed that is not embedded.
+A page is treated like a scan of `pdf.DOTS_PER_INCH`, and is rendered directly at the size to which such a scan would be
+reduced for the model. So it uses the model's pixel budget, and every rendered pixel is embedded.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Chooses which item is decoded next in a process: small ones pass large ones, and their memory together is bounded.
+"""Chooses which item is decoded next in a process: small items overtake large ones, and their total memory is limited.
 
-An item is small until it is known to need more than `START_BYTES`. Small ones use memory that every process has; large
-ones reserve theirs from a budget, and wait in this queue, not in a process, until it is free. One process takes small
-items only and another prefers large ones, so neither kind waits for the other. The module has no threads and no clock:
-the caller passes the time and holds a lock.
+An item counts as small until it is known to need more than `START_BYTES`. Small items use memory that every process
+has. Large items reserve theirs from a budget, and wait in this queue, not in a process, until enough of it is free.
+One process takes only small items and another prefers large ones, so neither kind waits for the other. The module has
+no threads and no clock: the caller passes the time and holds a lock.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What the priority of a request does: one with a higher number lets others go first, for a bounded time.
 
-0 is the default, and no request can be earlier than that: anybody may call the service. The items of a request of a
-higher number let those of lower ones go first that come later by up to its delay: half of `MAX_DELAY` for 1, two thirds
-for 2, three quarters for 3 and so on. Once the request is older than its delay, it is as others are. So its priority
-makes it wait at most twice its delay, whatever others send. It waits for nothing on an idle device, and requests of one
-priority share what others leave as all requests do.
+0 is the default, and no request can go before that, because otherwise every caller could claim to be first. A request
+with a higher number has a delay: half of `MAX_DELAY` for 1, two thirds for 2, three quarters for 3, and so on. Its
+items let those of requests with lower numbers go first that arrive within the delay. Once the request is older than
+its delay, it is treated like the others. So its priority makes it wait at most twice its delay, whatever others send.
+On an idle device it does not wait at all. Requests with the same priority share the device fairly.
 """
 
 from __future__ import annotations

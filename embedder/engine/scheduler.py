@@ -8,8 +8,8 @@ When a job has run, the turn of the next one starts at the time at which the dev
 had served only this request, but never so early that the new deadline has passed already. So requests share the device
 by time, and a new request waits for one job of every other request, not for all of their jobs.
 
-A request may have a `Delay`: until it ends, the request's deadlines are later by so much; then they are as those of
-others.
+A request may have a `Delay`. Until the delay ends, the request's deadlines are later by that time; then they are
+computed like those of other requests.
 
 The module has no threads and no clock: the caller passes the time and holds a lock.
 """

@@ -1,7 +1,7 @@
 """Reads request bodies into the requests of their dialects: small ones in the event loop, the others in a thread.
 
-The largest body that is accepted takes 0.3 s to read (2-core CPU), in which the event loop would answer nobody. A
-thread gives up the interpreter every 5 ms.
+The largest body that is accepted takes 0.3 s to parse (2-core CPU). In the event loop, this would block all other
+requests. A thread releases the interpreter every 5 ms.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Compressed bodies: a request's `Content-Encoding` undone within limits, and responses compressed for who asks.
+"""Compressed bodies: decompresses requests within limits, and compresses responses for callers that accept it.
 
-Every decompressor here gives bounded pieces, so that a body of a few kilobytes cannot become gigabytes before its size
-is checked.
+Every decompressor here returns pieces of limited size, so that a body of a few kilobytes cannot become gigabytes before
+its size is checked.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Images sent as files: in a form (`multipart/form-data`), or as a body that is the image itself.
 
-They become the fields that a JSON body would have, with bytes in the place of base64. Texts of the form are options,
-and so are parameters of the URL that the form does not have. python-multipart parses the form; the number of parts is
-checked before, because it takes 2 microseconds for each boundary, with the GIL (2-core CPU, python-multipart 0.0.34).
+They become the fields that a JSON body would have, with bytes instead of base64. Text fields of the form are options,
+and so are parameters of the URL that the form does not have. python-multipart parses the form. The number of parts is
+checked before that, because the parser holds the GIL for 2 microseconds per boundary (2-core CPU, python-multipart
+0.0.34).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An encoded video -> its frames as RGB values, decoded by FFmpeg's libraries from memory.
 
-No function here is bounded by the checks between its calls: one call of FFmpeg can run for hours or take gigabytes. So
-the bytes of callers are decoded in a process that can be killed, see `decoder_process`.
+Checks between the calls of FFmpeg are not enough, because one call can run for hours or take gigabytes. So the bytes of
+callers are decoded in a process that can be killed, see `decoder_process`.
 
 The container format is recognized by its first bytes, because some of FFmpeg's demuxers open files and URLs that are
 named inside a file. Only the codecs of a short list are decoded, and only frames that a wanted frame depends on.

@@ -1,11 +1,11 @@
 """Decodes images and clips in a separate process, which is killed when an item takes too long and then replaced.
 
-No check between two calls bounds a single call of a decoder, and no thread can be stopped. The process has a limit of
-memory and of CPU time, and may do nothing but compute (`sandbox`); `decoder_worker` describes the dialogue. Pixels
-arrive in memory that both processes map: this one allocates it, sealed, so that the other cannot take it away.
+A single call of a decoder can take any time, and a thread cannot be stopped. The process has limits on memory and CPU
+time, and can do nothing but compute (`sandbox`); `decoder_worker` describes the dialogue. Pixels arrive in memory that
+both processes map. This process allocates it, sealed, so that the other one cannot take it away.
 
-The process is a new program, not a copy of this one: it has no thread, socket, secret or library of it, and starting it
-works in a service, in a program without `if __name__ == "__main__"`, and in an actor of Ray.
+The process is a new program, not a fork of this one, so it has none of its threads, sockets, secrets and libraries. It
+can be started in a service, in a program without `if __name__ == "__main__"`, and in an actor of Ray.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A HEIC image -> its pixels, as pi-heif decodes it, but with an error if a part of the picture cannot be decoded.
 
-libheif leaves the place of a tile that is damaged or missing green unless its option `strict_decoding` is set, and
-pi-heif has no way to set it. So pi-heif reads the header, and this module decodes, with the public C functions of the
-libheif that pi-heif brings.
+Unless its option `strict_decoding` is set, libheif fills the area of a damaged or missing tile with green, and pi-heif
+cannot set this option. So pi-heif reads the header, and this module decodes with the public C functions of the libheif
+that is part of pi-heif.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An encoded image -> RGB values, by Pillow. Limits are checked on the header before any pixel is decoded.
 
-No string is ever opened as a path. How long a call takes is bounded only for images that `structure` accepts; the
+No string is ever opened as a path. Only images that `structure` accepts are sure to be decoded in a limited time; the
 others are decoded in a process that can be killed, see `decoder_process`.
 """
 

@@ -1,8 +1,8 @@
 """Whether an encoded image is built so that decoding it in a thread takes a bounded time.
 
-Pillow reads the structure of a file, its chunks, segments and comments, in Python, while it holds the GIL; some formats
-it decodes in Python altogether. A thread cannot be stopped. So only files pass whose pixels are decoded by a C library
-that releases the GIL, and whose structure is short. The checks here read a bounded number of chunks.
+Pillow reads the structure of a file (chunks, segments and comments) in Python, while it holds the GIL, and decodes some
+formats completely in Python. A thread cannot be stopped. So a file passes only if its pixels are decoded by a C library
+that releases the GIL, and its structure is short. The checks here read a limited number of chunks.
 """
 
 from __future__ import annotations

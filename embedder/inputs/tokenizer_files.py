@@ -1,7 +1,7 @@
-"""The checkpoint's tokenizer: `tokenizer.json`, held to what transformers makes of the folder.
+"""The checkpoint's tokenizer: `tokenizer.json`, checked to give the same ids as transformers does with the folder.
 
 transformers builds the normalizer, the pre-tokenizer and the model of Qwen2's tokenizer itself, and adds the tokens
-that further files name. So a value with which the same text would get other ids there is refused.
+that further files name. So a value with which transformers would give other ids to the same text is refused.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which device a worker uses, and in which data type: CUDA (and ROCm, which torch calls cuda), Intel's XPU, Apple's MPS
 or the CPU.
 
-Only CUDA has kernels for packed sequences, graphs and compiled layers. Other accelerators, and GPUs before Ampere, run
-`sdpa`, one call for each length in a batch; nothing has been measured there.
+Only CUDA has kernels for packed sequences, graphs and compiled layers. Other accelerators and GPUs before Ampere use
+`sdpa`, with one call for each length in a batch; this has not been measured.
 """
 
 from __future__ import annotations

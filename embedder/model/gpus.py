@@ -1,4 +1,4 @@
-"""How many GPUs there are, without torch where the answer is none."""
+"""The number of GPUs of the machine. Imports torch only if there may be one."""
 
 from __future__ import annotations
 

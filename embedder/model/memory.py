@@ -1,4 +1,4 @@
-"""The memory that a checkpoint's weights need against the memory that is free, before anything is loaded."""
+"""Compares the memory that a checkpoint's weights need with the free memory, before anything is loaded."""
 
 from __future__ import annotations
 

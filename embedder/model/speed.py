@@ -1,8 +1,8 @@
 """How long the largest items take on a CPU, estimated at start from a few measured layers and the model's shapes.
 
-Small inputs say little about large ones: they take the time to read the weights. So two layers of each tower run with
-inputs of medium size, and their time is scaled by the number of floating-point operations. Time in which other programs
-use the cores does not count: the estimate is for an idle machine, also if the service starts on a busy one.
+Small inputs say little about large ones, because most of their time is spent on reading the weights. So two layers of
+each tower run with inputs of medium size, and their time is scaled by the number of floating-point operations. Time in
+which other programs use the cores is not counted, so the estimate is for an idle machine even if this one is busy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Features of images and clips by content, so that a page that comes again under another query is not encoded again.
+"""Vision features of images and clips by content, so that an image that occurs again is not encoded again.
 
 The key is a hash of the preprocessed patches, so equal content has one key however it was sent. All features in one
 cache are of the same vision weights: models with other weights do not share it.

@@ -1,7 +1,7 @@
 """An output of `embedder.bulk` -> the rows whose vectors are nearest to a query.
 
 Every vector is compared: a single search reads all of them from the disk anyway, so smaller vectors would save nothing.
-They are read in batches; ids and texts are read of the best rows only. For many searches there is `index`.
+They are read in batches; ids and texts are read only for the best rows. For many searches, use `index`.
 """
 
 from __future__ import annotations

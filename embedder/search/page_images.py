@@ -1,7 +1,7 @@
-"""The pictures of a collection's rows as JPEG, made from the source files when they are asked for.
+"""The pictures of a collection's rows as JPEG, made from the source files when they are requested.
 
-The files are opened in processes that can be killed, as everywhere. They can change and disappear after they were
-embedded; then the error says so.
+The files are opened in processes that can be killed, as everywhere. If a file has changed or disappeared since it was
+embedded, the error says so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rows of a collection that was made of Parquet, JSONL or tar files, read from these files again."""
+"""The rows of a collection that was made from Parquet, JSONL or tar files, read from these files again."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Runs batches whenever no request waits, and resumes them after a restart or the end of a worker.
 
 The lines of a file are answered in order, a few at once, and written together. A journal has the part and the size of
-each line that is written; what a worker has written beyond it before it ended is cut off. Batches take turns, so that a
-long one does not delay the others.
+each line that was written. If a worker ended while it wrote, what is not in the journal is cut off. Batches take
+turns, so a long one does not delay the others.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """infinity's `POST /embeddings` and `GET /models`.
 
-The body is that of `/v1/embeddings`, in which 0 dimensions mean all of them. infinity's own client takes no model that
-is owned by another server, or has no `stats`.
+The body is that of `/v1/embeddings`, in which 0 dimensions mean all of them. infinity's own client accepts a model only
+if it is owned by `infinity` and has `stats`.
 """
 
 from __future__ import annotations
