@@ -74,9 +74,7 @@ class Video:
                 _check_media("image", frame)
         else:
             _check_media("video", self.source)
-        is_number = isinstance(self.fps, int | float) and not isinstance(self.fps, bool)
-        if self.fps is not None and not (is_number and 0.01 <= self.fps <= 1000):
-            raise InvalidRequest(f"fps: got {describe_value(self.fps)}; allowed: a number from 0.01 to 1000")
+        check_fps(self.fps)
         if self.segment is not None and (isinstance(self.source, tuple) or not 0 <= self.segment[0] < self.segment[1]):
             raise InvalidRequest(
                 f"segment: got {self.segment}; allowed: a start of at least 0 s and a later end, of an encoded video"
@@ -137,6 +135,12 @@ def check_text(name: str, text: object) -> None:
                 f"{name} holds a lone surrogate, which is not Unicode text: {text[error.start]!a} at character "
                 f"{error.start}"
             ) from error
+
+
+def check_fps(fps: object) -> None:
+    """Raises `InvalidRequest` unless the value is None or a rate in range."""
+    if fps is not None and not (isinstance(fps, int | float) and not isinstance(fps, bool) and 0.01 <= fps <= 1000):
+        raise InvalidRequest(f"fps: got {describe_value(fps)}; allowed: a number from 0.01 to 1000")
 
 
 def _check_media(kind: MediaKind, source: object) -> None:

@@ -56,6 +56,27 @@ def test_data_uri_that_is_said_to_be_a_text_is_refused(value: Any) -> None:
         parse(input=value)
 
 
+def test_sampling_rate_of_a_request_applies_to_its_videos_only() -> None:
+    clip = "data:video/mp4;base64,AAAA"
+    part = {"type": "video_url", "video_url": {"url": clip}}
+    value = ["a", clip, {"video": clip, "fps": 3}, {"content": [{"type": "text", "text": "a"}, part]}]
+    items = parse(input=value, mm_processor_kwargs={"fps": 2}).items
+    assert [item.parts for item in items] == [
+        (Text("a"),),
+        (Video(clip, 2),),
+        (Video(clip, 3),),
+        (Text("a"), Video(clip, 2)),
+    ]
+    (item,) = parse(messages=[{"role": "user", "content": [part]}], mm_processor_kwargs={"fps": 0.5}).items
+    assert item.parts == (Video(clip, 0.5),)
+
+
+@pytest.mark.parametrize("fps", ["2", 0, True, [1]])
+def test_sampling_rate_that_is_none_is_refused_whatever_is_embedded(fps: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^fps: got .*; allowed: a number from 0\.01 to 1000$"):
+        parse(input="a", mm_processor_kwargs={"fps": fps})
+
+
 def test_conversation_is_one_item_and_a_list_of_them_several() -> None:
     user = {"role": "user", "content": [URL_PART, {"type": "text", "text": "a"}]}
     system = {"role": "system", "content": "Find."}

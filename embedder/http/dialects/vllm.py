@@ -22,7 +22,7 @@ from embedder.errors import InvalidRequest
 from embedder.http.dialects.messages import text_limit
 from embedder.http.request_body import EncodingFormat, Options
 from embedder.http.wire_types import EmbedDtype, Endianness, vector_bytes
-from embedder.inputs.items import EmbeddingItem, describe_value, refuse_unknown
+from embedder.inputs.items import EmbeddingItem, check_fps, describe_value, refuse_unknown
 from embedder.settings import Settings
 
 WireFormat = Literal["float", "base64", "bytes", "bytes_only"]
@@ -78,6 +78,7 @@ class VllmOptions(Options):
         if self.add_generation_prompt and self.continue_final_message:
             raise InvalidRequest("add_generation_prompt and continue_final_message: got true for both; allowed: one")
         refuse_unknown(self.mm_processor_kwargs or {}, {"fps"})
+        check_fps((self.mm_processor_kwargs or {}).get("fps"))
         options: dict[str, Any] = {"max_text_tokens": text_limit("truncate_prompt_tokens", tokens, settings)}
         if self.use_activation is not None:
             options["normalize"] = self.use_activation
@@ -92,8 +93,10 @@ class VllmOptions(Options):
             return fields
         if "video" in fields:
             return {"fps": fps, **fields}
-        parts = fields.get("content", [])
-        return {**fields, "content": [{"fps": fps, **part} if part["type"] == "video" else part for part in parts]}
+        if "content" in fields:
+            parts = [{"fps": fps, **part} if part["type"] == "video" else part for part in fields["content"]]
+            return {**fields, "content": parts}
+        return fields
 
     def encoding(self, encoding_format: EncodingFormat | None, output_dtype: OutputDtype | None) -> Encoding:
         """The encoding, with the format and the type that synonyms of the fields ask for, if any."""
