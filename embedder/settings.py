@@ -296,8 +296,8 @@ def trace_exporter_variable() -> str | None:
 
 def _fault(fault: dict[str, object]) -> str:
     location = fault["loc"]
-    if not isinstance(location, tuple) or not location:
-        return str(fault["msg"])
+    if not isinstance(location, tuple) or not location:  # of a check of several settings, whose message is all
+        return str(fault["msg"]).removeprefix("Value error, ")
     return f"{PREFIX}{str(location[0]).upper()}={fault['input']!r}: {fault['msg']}"
 
 

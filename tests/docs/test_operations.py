@@ -8,8 +8,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,15 +19,19 @@ import pytest
 import torch
 
 from embedder.engine.engine import Engine
-from embedder.errors import ModelUnavailable, Overloaded
+from embedder.errors import InvalidMedia, MediaTooLarge, ModelUnavailable, Overloaded
+from embedder.http.api_keys import ApiKeys
+from embedder.inputs.decoder_process import DecoderProcess
 from embedder.loaded_model import EmbeddingModel
 from embedder.model import speed
 from embedder.model.checkpoint import find_checkpoint
 from embedder.models import Models
+from embedder.server.lifecycle import check_address
 from embedder.settings import Settings
 from tests.conftest import ROOT, start_server
 from tests.docs.markdown import blocks
 from tests.fake_model import FakeModel, busy_device, item, running, wait_until
+from tests.inputs.killed import kill_at
 
 PAGE = ROOT / "docs" / "operations" / "troubleshooting.md"
 
@@ -65,6 +71,74 @@ def test_wrong_checkpoint(change: Callable[[Path], None], random_checkpoint: Pat
     with pytest.raises(ModelUnavailable) as raised:
         Models(settings)
     assert pattern(f"the service does not start: {raised.value}") in shown("log")
+
+
+HUB_ID = "Qwen/Qwen3-VL-Embedding-8B"  # on the page
+
+
+def start() -> None:
+    """What the service does before it loads the model."""
+    settings = Settings.from_environment()
+    ApiKeys(settings)
+    find_checkpoint(settings)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MODLE": "x"},
+        {"MODEL": "/models/no-such-folder"},
+        {"MODEL": "no-such-owner/no-such-model"},
+        {"API_KEY": ""},
+        {"API_KEY_FILE": "{keys}"},
+        {"MAX_INPUT_TOKENS": "32768"},
+    ],
+    ids=str,
+)
+def test_setting_that_stops_a_start(variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    keys = tmp_path / "keys"
+    keys.write_text("# none yet\n")
+    for name, value in variables.items():
+        monkeypatch.setenv(f"EMBEDDER_{name}", value.format(keys=keys))
+    with pytest.raises((ValueError, ModelUnavailable)) as raised:
+        start()
+    line = pattern(f"the service does not start: {raised.value}".replace("no-such-owner/no-such-model", HUB_ID))
+    if "MODLE" in variables:  # the page shows the first of the known settings
+        line = ", ".join(line.split(", ")[:2])
+    assert line.replace("LocalEntryNotFoundError", "ConnectError") in shown("log")
+
+
+def test_port_that_another_program_uses() -> None:
+    with socket.create_server(("", 0)) as taken, pytest.raises(ValueError, match="cannot listen") as raised:
+        check_address("", taken.getsockname()[1])
+    assert pattern(f"the service does not start: {raised.value}") in shown("log")
+
+
+def test_bundled_model_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        Models(Settings(device="cpu")).close()
+    assert next(pattern(line) for line in caplog.messages if "small model" in line) in shown("log")
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["late", "killed"])
+def test_decoding_process_that_ends(
+    is_killed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = DecoderProcess(Settings(), lambda _: None)
+    process.start()
+    if is_killed:
+        kill_at(monkeypatch, "open")
+    process.send(type="open" if is_killed else "a message that asks for nothing")
+    with pytest.raises(InvalidMedia if is_killed else MediaTooLarge):
+        process.receive(time.monotonic() + (60 if is_killed else 0))
+    (line,) = caplog.messages
+    if is_killed:
+        assert line == "a decoding process is replaced: it ended with status -9"
+        assert "`it ended with status -9`" in PAGE.read_text(encoding="utf-8")
+    else:
+        assert pattern(line) in shown("log")
 
 
 def submit_many(engine: Engine) -> None:
