@@ -63,13 +63,13 @@ class Metrics(Observer):
     def _define_requests(self) -> None:
         self.requests = self._counter(
             "requests_total",
-            "Requests completed, by `route` (`other`: not an embedding) and `status` (499: the client disconnected).",
+            "Completed requests, by `route` (`other`: no embedding) and `status` (499: the client disconnected).",
             "route",
             "status",
         )
         self.requests_in_progress = self._gauge("requests_in_progress", "Requests in progress.")
         self.held_bytes = self._gauge("held_bytes", "Bytes of the bodies of requests in progress.")
-        self.held_limit = self._gauge("held_limit_bytes", "Limit on `embedder_held_bytes`; more is refused (429).")
+        self.held_limit = self._gauge("held_limit_bytes", "Limit on `embedder_held_bytes`; above it, 429.")
         request_seconds = self._histogram(
             "request_duration_seconds",
             "Seconds from a request's head to the end of its response, by `route`.",
@@ -91,18 +91,18 @@ class Metrics(Observer):
         )
         self.cached_items = self._counter(
             "cached_items_total",
-            "Items whose vector came from the cache, or from an equal item being computed.",
+            "Items whose vector came from the cache, or from an equal item that was computed at the same time.",
         )
         self.cut_items = self._counter("cut_items_total", "Embedded items whose text was cut to the limit.")
         tokens = self._counter("tokens_total", "Tokens embedded, by `kind`: text or visual.", "kind")
         self.tokens = _create_series(tokens, ["text", "visual"])
         self.prefix_tokens = self._counter(
             "prefix_tokens_total",
-            "Text tokens in shared instruction prefixes, whose keys and values are reused.",
+            "Text tokens in shared instruction prefixes, whose keys and values are computed once.",
         )
-        self.queue_items = self._gauge("queue_items", "Items admitted and not finished.")
+        self.queue_items = self._gauge("queue_items", "Admitted items that are not finished.")
         self.queue_tokens = self._gauge("queue_tokens", "Estimated tokens of the items in the queue.")
-        self.queue_limit = self._gauge("queue_limit_tokens", "Limit on `embedder_queue_tokens`; more is refused (429).")
+        self.queue_limit = self._gauge("queue_limit_tokens", "Limit on `embedder_queue_tokens`; above it, 429.")
 
     def _define_work(self) -> None:
         wait_seconds = self._histogram(
@@ -120,7 +120,7 @@ class Metrics(Observer):
         self.batch_items = self._histogram("batch_items", "Items in a batch.", ITEMS)
         self.batch_tokens = self._histogram(
             "batch_tokens",
-            "Tokens in a batch, as `EMBEDDER_MAX_BATCH_TOKENS` counts them: with the vision tower's work.",
+            "Tokens in a batch, counted as for `EMBEDDER_MAX_BATCH_TOKENS`: with the vision tower's work.",
             TOKENS,
         )
         vision_cache = self._counter(
