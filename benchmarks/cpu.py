@@ -18,14 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import httpx
 import numpy as np
 import PIL.Image
 
 from benchmarks.meter import Meter
+from embedder.settings import WeightFormat
 
 ROOT = Path(__file__).parents[1]
 START_S = 600.0
@@ -34,12 +36,14 @@ ESTIMATED = re.compile(r"estimated for this CPU: .*")
 
 
 @contextlib.contextmanager
-def serving(checkpoint: str, timeout_s: float, log: Path) -> Iterator[tuple[str, int]]:
-    """The service, ready: its URL and process id."""
+def serving(
+    checkpoint: str, timeout_s: float, log: Path, options: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, int]]:
+    """The service, ready: its URL and process id. `options`: more settings, by name."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {"MODEL": checkpoint, "DEVICE": "cpu", "REQUEST_TIMEOUT_S": f"{timeout_s:g}"}
+    settings = {"MODEL": checkpoint, "DEVICE": "cpu", "REQUEST_TIMEOUT_S": f"{timeout_s:g}", **(options or {})}
     environment = os.environ | {f"EMBEDDER_{name}": value for name, value in settings.items()}
     bentoml = Path(sys.executable).with_name("bentoml")
     command = [bentoml, "serve", ".", "--host", "127.0.0.1", "--port", str(port)]
@@ -91,14 +95,16 @@ def measure(url: str, timeout_s: float) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
+    parser.add_argument("--weights", choices=get_args(WeightFormat), help="EMBEDDER_WEIGHTS; default: as loaded")
     parser.add_argument("--timeout", type=float, default=60.0, help="EMBEDDER_REQUEST_TIMEOUT_S; default: %(default)s")
     chosen = parser.parse_args(arguments)
     timeout_s: float = chosen.timeout
+    options = {"WEIGHTS": chosen.weights} if chosen.weights else {}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         for is_first in (True, False):
             start = time.monotonic()
-            with serving(chosen.checkpoint, timeout_s, log) as (url, pid), Meter(pid) as meter:
+            with serving(chosen.checkpoint, timeout_s, log, options) as (url, pid), Meter(pid) as meter:
                 print(f"ready after {time.monotonic() - start:.1f} s", flush=True)
                 text = log.read_text()
                 print("\n".join(ESTIMATED.findall(text)), flush=True)

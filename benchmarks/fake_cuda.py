@@ -34,10 +34,12 @@ from benchmarks.random_checkpoint import shape_config
 from embedder.inputs.processor_config import VisionConfig
 from embedder.model.architecture import Architecture
 from embedder.model.attention import Attention, flash_attn_import_error, num_splits_argument
+from embedder.model.eight_bit import use_eight_bit_layers
 from embedder.model.forward import Forward
 from embedder.model.modules import Towers
 from embedder.model.packing import Sequences
 from embedder.model.products import arrange_products
+from embedder.settings import WeightFormat
 
 CUDA = torch.device("cuda", 0)
 
@@ -50,7 +52,7 @@ _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "lift_fresh", "new_empty
 _SHAPES = {"expand", "flatten", "permute", "reshape", "_reshape_alias", "squeeze", "t", "transpose", "unflatten"}
 _SHAPES |= {"unsqueeze", "view", "_unsafe_view", "as_strided", "alias", "detach", "is_same_size", "sym_size"}
 _PARTS = {"chunk", "narrow", "select", "slice", "split", "split_with_sizes", "unbind"}
-PRODUCTS = ("linear", "mm", "addmm", "addmm_", "bmm", "matmul")
+PRODUCTS = ("linear", "mm", "addmm", "addmm_", "bmm", "matmul", "_scaled_mm")
 _FREE = _ALLOCATIONS | _SHAPES | _PARTS
 _GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -244,17 +246,45 @@ def recorded_kernels(version: str, run: Callable[..., Tensor]) -> Iterator[None]
         yield
 
 
+def emulated_scaled_mm(
+    states: Tensor,
+    weight: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
+) -> Tensor:
+    """The values of `torch._scaled_mm` with a scale for each row and column, added up in float32."""
+    assert states.dtype == weight.dtype == torch.float8_e4m3fn
+    assert scale_a.dtype == scale_b.dtype == torch.float32
+    assert (scale_a.shape, scale_b.shape) == ((len(states), 1), (1, weight.shape[1]))
+    assert states.is_contiguous()
+    assert weight.t().is_contiguous()
+    assert not any(size % 16 for size in weight.shape)
+    assert out_dtype == torch.bfloat16
+    assert bias is None or bias.dtype == out_dtype
+    assert scale_result is None
+    output = (states.float() @ weight.float()) * scale_a * scale_b
+    return (output if bias is None else output + bias.float()).to(out_dtype)
+
+
 class FakeCuda:
     """Models and measurements on the fake device; `fake_cuda` makes one."""
 
     def __init__(self) -> None:
         self._counter: KernelCounter | None = None
 
-    def make_model(self, shape: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    def make_model(
+        self, shape: str, dtype: torch.dtype = torch.bfloat16, weight_format: WeightFormat | None = None
+    ) -> Any:
         """Both towers of `shape`, arranged for the forward pass."""
         config = Architecture.model_validate_json(shape_config(shape, tokenizer()).to_json_string(use_diff=False))
         with unset_fake_temporarily(), torch.device("meta"):  # its initialization draws random numbers
             model = Towers(config).to(dtype).eval().requires_grad_(False)
+            if weight_format:
+                use_eight_bit_layers(model, weight_format, dtype)
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA))
         arrange_products(model)
         return model

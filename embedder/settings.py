@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 
 PREFIX = "EMBEDDER_"
 METRICS_FOLDER, PROMETHEUS_FOLDER = "QWEN3_VL_EMBEDDING_METRICS", "PROMETHEUS_MULTIPROC_DIR"
+WeightFormat = Literal["int8", "fp8"]
 _URL_HOST = r"(https?://)?(\*|(\*\.)?[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
 _URL_HOSTS = rf"^({_URL_HOST}( *, *{_URL_HOST})*)?$"
 
@@ -73,6 +74,11 @@ class Settings(BaseModel):
         "auto",
         description="Data type of the weights; `auto`: bfloat16 on accelerators and on CPUs with AVX512-BF16 or AMX, "
         "float16 on GPUs before Ampere, else float32. On a CPU, the bundled model is always in float32.",
+    )
+    weights: WeightFormat | None = Field(
+        None,
+        description="`int8`: the weights of the layers in 8 bits, on every device; `fp8`: the same with products in "
+        "fp8, on GPUs from Ada and Hopper on; empty: in `EMBEDDER_DTYPE`. Changes the vectors.",
     )
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
         "auto",

@@ -7,11 +7,13 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from embedder.doctor import __main__ as doctor
 from embedder.errors import ModelUnavailable
+from embedder.model.memory import check_memory
 from embedder.models import Models
 from embedder.settings import Settings
 
@@ -40,6 +42,25 @@ def test_healthy_machine_has_no_fault_and_shows_what_is_chosen(capsys: pytest.Ca
     assert rows["execution"][1].startswith(("eager", "graphs"))
     assert rows["compiler"][1].startswith(("/", "none"))
     assert "GiB of weights" in rows["memory"][1]
+
+
+def test_weights_in_8_bits_are_shown_and_take_less_memory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports, sizes = [], []
+
+    def record(*asked: Any) -> int:
+        sizes.append(check_memory(*asked))
+        return sizes[-1]
+
+    monkeypatch.setattr("embedder.doctor.report.check_memory", record)
+    for value in ("", "int8"):
+        monkeypatch.setenv("EMBEDDER_WEIGHTS", value)
+        assert doctor.main(["--port", "0"]) == 0
+        reports.append(rows_of(capsys.readouterr().out))
+    assert "8 bits" not in reports[0]
+    assert reports[1]["8 bits"] == ("ok", "int8")
+    assert sizes[1] < 0.8 * sizes[0]
 
 
 def test_model_that_is_not_here_yet_is_no_fault(
@@ -119,6 +140,7 @@ def test_tokenizer_of_another_checkpoint_is_found(
         ({"DEVICE": "cuda:99"}, "device"),
         ({"ATTENTION": "varlen", "DEVICE": "cpu"}, "attention"),
         ({"EXECUTION": "graphs", "DEVICE": "cpu"}, "execution"),
+        ({"WEIGHTS": "fp8", "DEVICE": "cpu"}, "8 bits"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

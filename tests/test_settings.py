@@ -50,6 +50,7 @@ def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {
         "device": "cpu",
         "dtype": "float32",
+        "weights": "int8",
         "attention": "sdpa",
         "model": "m",
         "revision": "r",

@@ -66,11 +66,13 @@ class Vectors:
             "dtype",
         )
         about: dict[str, Any] = {"model": name_of(self.target.info), **{name: self.target.info[name] for name in names}}
+        about["weights"] = self.target.info.get("weights", about["dtype"])  # missing in older services
         about["max_input_tokens"] = self.target.info["limits"]["max_input_tokens"]
         (probe,) = self.target.embed([PROBE])
         if not path.exists():
             path.write_text(json.dumps({**about, "probe": probe.tolist()}) + "\n", encoding="utf-8")
         origin = json.loads(path.read_text(encoding="utf-8"))
+        origin.setdefault("weights", origin["dtype"])
         others = np.array(origin.pop("probe"), np.float32)
         if origin != about or others @ probe < SAME_WEIGHTS:
             raise SystemExit(

@@ -84,6 +84,7 @@ def _options(job: Job, checkpoint: Checkpoint, source: Source) -> dict[str, Any]
         "segment_seconds": job.segment_s,
         "output_columns": [str(field) for field in job_schema(job, source, 1)],
         "dtype": settings.dtype,
+        "weights": settings.weights,  # missing, and so None, in outputs of older versions
         "default_instruction": settings.default_instruction,
         "preprocessing": settings.preprocessing,
         "raw_orientation": settings.raw_orientation,

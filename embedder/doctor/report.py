@@ -18,12 +18,13 @@ from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model.attention import choose_attention
 from embedder.model.checkpoint import BUNDLED, find_checkpoint, find_reranker, is_on_this_machine
 from embedder.model.devices import choose_device, choose_dtype
+from embedder.model.eight_bit import check_weight_format
 from embedder.model.execution import choose_execution, find_compiler
 from embedder.model.gpus import count_gpus
 from embedder.model.memory import check_memory, free_bytes
 from embedder.model.weights import check_vocabulary, check_weights
 from embedder.server.lifecycle import check_address
-from embedder.settings import PREFIX, Settings, available_cores
+from embedder.settings import PREFIX, Settings, WeightFormat, available_cores
 
 Value = TypeVar("Value")
 
@@ -109,6 +110,10 @@ def _examine_device(report: Report, settings: Settings, folders: Sequence[Path])
         lambda one: str(one).removeprefix("torch."),
     )
     assert dtype is not None
+    if settings.weights:
+        report.add(
+            "8 bits", lambda: check_weight_format(settings.weights, device, dtype), lambda _: str(settings.weights)
+        )
     attention = report.add("attention", lambda: choose_attention(settings.attention, device, dtype)[0])
     report.add("compiler", find_compiler, lambda path: path or "none: layers are compiled on a GPU only with one")
     if attention is not None:
@@ -119,7 +124,7 @@ def _examine_device(report: Report, settings: Settings, folders: Sequence[Path])
         lambda count: f"{count}; {available_cores()} cores, {settings.preprocess_threads} preprocessing threads each",
     )
     for folder in folders:
-        report.add("memory", partial(_describe_memory, folder, dtype, device))
+        report.add("memory", partial(_describe_memory, folder, dtype, device, settings.weights))
 
 
 def _describe_settings(settings: Settings) -> str:
@@ -137,9 +142,9 @@ def _describe_device(device: torch.device) -> str:
     return f"{device}, {torch.cuda.get_device_name(device)}, capability {major}.{minor}, torch {torch.__version__}"
 
 
-def _describe_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> str:
+def _describe_memory(folder: Path, dtype: torch.dtype, device: torch.device, weight_format: WeightFormat | None) -> str:
     """Raises `ModelUnavailable` if the weights cannot be read or do not fit."""
-    needed = check_memory(folder, dtype, device)
+    needed = check_memory(folder, dtype, device, weight_format)
     free = free_bytes(device)
     rest = "" if free is None else f", {free / 2**30:.1f} GiB free"
     return f"{needed / 2**30:.1f} GiB of weights{rest}"

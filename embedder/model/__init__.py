@@ -8,6 +8,7 @@ weight_files   which safetensors files are read, and whether their shapes are th
 memory         check that the weights fit the device, before they are loaded
 architecture   the sizes of both towers in config.json
 modules        the layers of both towers, by the names of their weights
+eight_bit      linear layers whose weights have 8 bits
 weights        checkpoint folder to both towers on the device
 products       linear layers of one input joined, and packed for oneDNN where that is faster
 packing        preprocessed items to one packed batch (no padding) on the device

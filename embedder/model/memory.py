@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
 from pathlib import Path
@@ -9,28 +10,51 @@ from pathlib import Path
 import torch
 
 from embedder.errors import ModelUnavailable
-from embedder.model.weight_files import read_shapes
+from embedder.model.eight_bit import eight_bit_bytes, eight_bit_names
+from embedder.model.weight_files import read_shapes, trunk_name
+from embedder.settings import WeightFormat
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def check_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of the weights in `dtype`. Raises `ModelUnavailable` if that is more than the device's free memory."""
-    needed = weights_bytes(folder, dtype)
+def check_memory(
+    folder: Path, dtype: torch.dtype, device: torch.device, weight_format: WeightFormat | None = None
+) -> int:
+    """Bytes of the weights in `dtype`, or in 8 bits where `weight_format` applies.
+
+    Raises `ModelUnavailable` if that is more than the device's free memory.
+    """
+    needed = weights_bytes(folder, dtype, weight_format)
     free = free_bytes(device)
     if free is not None and needed > free:
         smaller = "set EMBEDDER_DTYPE=bfloat16, " if dtype.itemsize > 2 else ""
+        smaller += "" if weight_format else "set EMBEDDER_WEIGHTS=int8, "
+        formats = str(dtype).removeprefix("torch.") + (f" and {weight_format}" if weight_format else "")
         raise ModelUnavailable(
-            f"the weights take {needed / 2**30:.1f} GiB as {str(dtype).removeprefix('torch.')}; {device} has "
+            f"the weights take {needed / 2**30:.1f} GiB as {formats}; {device} has "
             f"{free / 2**30:.1f} GiB free. Serve a smaller checkpoint, {smaller}or use a device with more memory"
         )
     return needed
 
 
-def weights_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of all weights of the files that are read, in `dtype`. Reads only their headers."""
-    return sum(map(math.prod, read_shapes(folder).values())) * dtype.itemsize
+def weights_bytes(folder: Path, dtype: torch.dtype, weight_format: WeightFormat | None = None) -> int:
+    """Bytes of all weights of the files that are read, as `check_memory` counts them. Reads only the files' headers."""
+    shapes = {trunk_name(name): shape for name, shape in read_shapes(folder).items()}
+    names = eight_bit_names(shapes) if weight_format else set()
+    return sum(
+        eight_bit_bytes(shape, weight_format, dtype)
+        if weight_format and name in names
+        else math.prod(shape) * dtype.itemsize
+        for name, shape in shapes.items()
+    )
+
+
+def release_freed_memory() -> None:
+    """Give memory that was freed inside of glibc's heap back to the system. Elsewhere it does nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -19,11 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from embedder.model.eight_bit import EightBitLinear, Int8Linear, Product
+
 logger = logging.getLogger(__name__)
 
 ROWS = (16, 128)  # what is measured: a short query, and a batch
 NUM_MEASURED = 3  # layers, so that their weights do not fit the smaller caches
 MAX_MEASURED_WEIGHTS = 2**20  # of each: 128 rows take 2 ms on two cores
+MAX_MEASURED_INT8 = 2**24
+DIRECT_ROWS = (1, 2, 4, 8, 16, 32)
+DIRECT_MULTIPLE = 16  # of in_features: torch's product with int8 reads so many values at a time, also past the end
 MEASURE_S = 0.2
 MIN_ROUNDS = 3  # the first one includes the generation of code
 MAX_TIME_RATIO = 0.95  # a smaller difference is noise
@@ -41,9 +46,14 @@ def arrange_products(model: Any, *, is_compiled: bool = False) -> str:
     Compiled layers use torch's product, because oneDNN's would be compiled again for each number of rows.
     """
     join_layers(model.language_model.layers)
-    chosen = "torch" if is_compiled else fastest_product(model)
+    if is_compiled:
+        return "torch"
+    chosen = fastest_product(model)
     if chosen == "oneDNN":
         pack_linears(model)
+    int8_layers = [one for one in model.modules() if isinstance(one, Int8Linear)]
+    if int8_layers and int8_layers[0].weight.device.type == "cpu":
+        arrange_int8(int8_layers)
     return chosen
 
 
@@ -70,15 +80,20 @@ def join_layers(layers: Sequence[Any]) -> None:
         mlp.gate_up_proj = _join(mlp, ("gate_proj", "up_proj"))
 
 
-def _join(parent: nn.Module, names: Sequence[str]) -> nn.Linear:
+def _join(parent: nn.Module, names: Sequence[str]) -> nn.Module:
     """One linear layer with the outputs of the named ones, which are removed from their parent."""
-    parts: list[nn.Linear] = [parent.get_submodule(name) for name in names]  # type: ignore[misc]
+    parts: list[Any] = [parent.get_submodule(name) for name in names]
+    joined = parts[0].joined(parts) if isinstance(parts[0], EightBitLinear) else _joined(parts)
+    for name in names:
+        delattr(parent, name)
+    return joined
+
+
+def _joined(parts: Sequence[nn.Linear]) -> nn.Linear:
     joined = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts), bias=False, device="meta")
     joined.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
     if parts[0].bias is not None:
         joined.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
-    for name in names:
-        delattr(parent, name)
     return joined
 
 
@@ -92,11 +107,16 @@ class PackedLinear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(num_rows, in_features) to (num_rows, out_features)."""
-        num_rows = len(states)
-        if missing := padded_rows(num_rows) - num_rows:
-            states = F.pad(states, (0, 0, 0, missing))
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
-        return output[:num_rows]
+        return onednn_product(states, self.weight, self.bias)
+
+
+def onednn_product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `F.linear`. `weight`: in oneDNN's layout or a plain one."""
+    num_rows = len(states)
+    if missing := padded_rows(num_rows) - num_rows:
+        states = F.pad(states, (0, 0, 0, missing))
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+    return output[:num_rows]
 
 
 def padded_rows(num_rows: int) -> int:
@@ -127,8 +147,9 @@ def add_product(residual: Tensor, linear: nn.Module, states: Tensor) -> Tensor:
 
 def fastest_product(model: Any) -> str:
     """The name of the product that is faster with weights of this model, torch or oneDNN. Takes `MEASURE_S`."""
-    linears = [_part(layer.mlp.gate_up_proj) for layer in model.language_model.layers[:NUM_MEASURED]]
-    if not can_pack(linears[0].weight):
+    found = [layer.mlp.gate_up_proj for layer in model.language_model.layers]
+    linears = [_part(linear) for linear in found if isinstance(linear, nn.Linear)][:NUM_MEASURED]
+    if not linears or not can_pack(linears[0].weight):
         return "torch"
     packed = [PackedLinear(linear) for linear in linears]
     ratios = [
@@ -143,6 +164,61 @@ def fastest_product(model: Any) -> str:
         " and ".join(map(str, ROWS)),
     )
     return chosen
+
+
+def arrange_int8(layers: Sequence[Int8Linear]) -> None:
+    """Choose the products of int8 layers on a CPU by measuring.
+
+    Up to a number of rows, torch's product with int8 is faster than a conversion of the weight.
+    """
+    scratch = torch.empty(max(layer.weight.numel() for layer in layers), dtype=layers[0].dtype)
+    for layer in layers:
+        layer.scratch = scratch
+    measured = sorted(layers, key=lambda layer: -layer.weight.numel())[:NUM_MEASURED]
+    chosen = fastest_conversion(measured)
+    product = onednn_product if chosen == "oneDNN" else F.linear
+    max_direct_rows = most_direct_rows(measured, product)
+    for layer in layers:
+        layer.product = product
+        layer.max_direct_rows = max_direct_rows if layer.in_features % DIRECT_MULTIPLE == 0 else 0
+    logger.info("int8 weights: read directly for up to %d rows, else converted for %s", max_direct_rows, chosen)
+
+
+def fastest_conversion(layers: Sequence[Int8Linear]) -> str:
+    """The name of the product that is faster with converted weights, torch or oneDNN."""
+    if layers[0].scratch is None or not can_pack(layers[0].scratch):
+        return "torch"
+    by_onednn, by_torch = ([_int8_part(layer, product) for layer in layers] for product in (onednn_product, F.linear))
+    ratio = math.prod(_time_ratio(by_onednn, by_torch, _ones(layers[0], num_rows)) for num_rows in ROWS)
+    return "oneDNN" if ratio <= MAX_TIME_RATIO ** len(ROWS) else "torch"
+
+
+def most_direct_rows(layers: Sequence[Int8Linear], product: Product) -> int:
+    """The largest of `DIRECT_ROWS` for which, and for all before it, int8 is read faster than it is converted; or 0."""
+    if layers[0].in_features % DIRECT_MULTIPLE:
+        return 0
+    direct = [_int8_part(layer, product, max(DIRECT_ROWS)) for layer in layers]
+    converted = [_int8_part(layer, product) for layer in layers]
+    most = 0
+    for num_rows in DIRECT_ROWS:
+        if _time_ratio(direct, converted, _ones(layers[0], num_rows)) > 1:
+            break
+        most = num_rows
+    return most
+
+
+def _ones(layer: Int8Linear, num_rows: int) -> Tensor:
+    return torch.ones(num_rows, layer.in_features, dtype=layer.dtype)
+
+
+def _int8_part(layer: Int8Linear, product: Product, max_direct_rows: int = 0) -> Int8Linear:
+    """The first outputs of a layer: so many that its weights come from memory, not from a cache."""
+    num_outputs = max(1, min(layer.out_features, MAX_MEASURED_INT8 // layer.in_features))
+    part = Int8Linear(layer.in_features, num_outputs, None, layer.dtype)
+    part.weight = nn.Parameter(layer.weight[:num_outputs], requires_grad=False)
+    part.scale = layer.scale[:num_outputs]
+    part.scratch, part.product, part.max_direct_rows = layer.scratch, product, max_direct_rows
+    return part
 
 
 def can_pack(weight: Tensor) -> bool:

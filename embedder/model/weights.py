@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from embedder.errors import ModelUnavailable
 from embedder.model.architecture import Architecture, read_architecture
+from embedder.model.eight_bit import EightBitLinear, use_eight_bit_layers
 from embedder.model.memory import check_memory
 from embedder.model.modules import Towers
 from embedder.model.progress import LoggedProgress
 from embedder.model.weight_files import Shape, check_shapes, trunk_name, weight_files
+from embedder.settings import WeightFormat
 
 logger = logging.getLogger(__name__)
+
+# A file is mapped while it is read, and its pages count as memory of the process. So it is opened again after so much.
+MAX_MAPPED_BYTES = 2**28
 
 
 def visual_cost(model: Towers) -> float:
@@ -52,8 +58,12 @@ def _num_weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Towers:
+def load_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, weight_format: WeightFormat | None = None
+) -> Towers:
     """Weights in `dtype` on `device`, in eval mode and without gradients.
+
+    With `weight_format`, the weights of the layers get 8 bits while they are read, one after the other.
 
     Accepts keys with and without the prefix of the conditional-generation class. Raises `ModelUnavailable` if a file or
     a weight is missing, if a shape is not the one that config.json describes, or if the weights do not fit the device.
@@ -62,12 +72,17 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Towers
     model, unexpected = _describe_checked(folder)
     if unexpected:
         logger.warning("%s has %d weights that are not used, e.g. %s", folder, len(unexpected), unexpected[0])
-    size, dtype_name = check_memory(folder, dtype, device), str(dtype).removeprefix("torch.")
-    logger.info("loading %s: %.1f GB of weights as %s, to %s", folder, size / 1e9, dtype_name, device)
+    size, dtype_name = check_memory(folder, dtype, device, weight_format), str(dtype).removeprefix("torch.")
+    formats = f"{dtype_name} and {weight_format}" if weight_format else dtype_name
+    logger.info("loading %s: %.1f GB of weights as %s, to %s", folder, size / 1e9, formats, device)
+    names = model.state_dict().keys()
+    if weight_format:
+        use_eight_bit_layers(model, weight_format, dtype)
     with LoggedProgress(total=size, desc="loading weights", unit="B", unit_scale=True) as progress:
         for path in weight_files(folder):
             try:
-                _read_weights(path, model, dtype, device, progress)
+                for name, weight in _tensors(path, names):
+                    progress.update(_set_weight(model, name, weight, dtype, device))
             except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: no memory is left after all
                 raise ModelUnavailable(f"cannot load {path}: {error}") from error
     return model.eval()
@@ -111,21 +126,31 @@ def describe_model(folder: Path, config: Architecture) -> Towers:
         raise ModelUnavailable(f"cannot use {folder / 'config.json'}: {reason}") from error
 
 
-def _read_weights(
-    path: Path, model: Towers, dtype: torch.dtype, device: torch.device, progress: LoggedProgress
-) -> None:
-    """Replace the weights on the meta device that are in this file. Raises `ModelUnavailable` for integers."""
-    wanted = model.state_dict().keys()
+def _tensors(path: Path, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a file that are `wanted`, by the trunk's names. Raises `ModelUnavailable` for integers."""
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - no dict
-            if trunk_name(name) not in wanted:
-                continue
-            weight = file.get_tensor(name)
-            if not weight.is_floating_point():
-                kind = str(weight.dtype).removeprefix("torch.")
-                raise ModelUnavailable(f"{path}: {name} is {kind}; quantized weights are not supported, floats are")
-            # a copy: what `get_tensor` returns is a view of the file, which may be replaced while the service runs
-            copied = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
-            owner, _, attribute = trunk_name(name).rpartition(".")
-            setattr(model.get_submodule(owner), attribute, copied)
-            progress.update(copied.nbytes)
+        names = [name for name in file.keys() if trunk_name(name) in wanted]  # noqa: SIM118 - no dict
+    while names:
+        num_read = 0
+        with safe_open(path, framework="pt") as file:
+            while names and num_read < MAX_MAPPED_BYTES:
+                name = names.pop(0)
+                weight = file.get_tensor(name)
+                if not weight.is_floating_point():
+                    kind = str(weight.dtype).removeprefix("torch.")
+                    raise ModelUnavailable(f"{path}: {name} is {kind}; quantized weights are not supported, floats are")
+                num_read += weight.nbytes
+                yield trunk_name(name), weight
+
+
+def _set_weight(model: Towers, name: str, weight: Tensor, dtype: torch.dtype, device: torch.device) -> int:
+    """Replace one weight on the meta device. Returns its bytes."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if isinstance(owner, EightBitLinear) and attribute == "weight":
+        owner.quantize(weight.to(device))
+        return owner.weight.nbytes + owner.scale.nbytes
+    # a copy: `weight` is a view of the file, which may be replaced while the service runs
+    copied = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
+    setattr(owner, attribute, copied)
+    return copied.nbytes

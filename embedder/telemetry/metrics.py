@@ -139,15 +139,15 @@ class Metrics(Observer):
         self.workers = self._gauge("workers", "Ready worker processes.")
         self.model = Gauge(
             "embedder_model_info",
-            "Always 1, by `model`, `revision`, `device`, `dtype` and `version` of the service.",
-            ["model", "revision", "device", "dtype", "version"],
+            "Always 1, by `model`, `revision`, `device`, `dtype`, `weights` and `version` of the service.",
+            ["model", "revision", "device", "dtype", "weights", "version"],
             registry=self._registry,
             multiprocess_mode="livemax",
         )
 
     def serving(self, settings: Settings, info: Mapping[str, Any], version: str) -> None:
         """Set the values that stay the same while the worker serves."""
-        labels = {name: str(info[name] or "") for name in ("model", "revision", "device", "dtype")}
+        labels = {name: str(info[name] or "") for name in ("model", "revision", "device", "dtype", "weights")}
         self.model.labels(**labels, version=version).set(1)
         self.queue_limit.set(settings.max_queued_tokens)
         self.held_limit.set(settings.max_held_bytes)

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--device", default="auto", help="auto, cpu, cuda, cuda:N, xpu or mps (for MODEL in this process)"
     )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--weights", choices=("int8", "fp8"), help="as EMBEDDER_WEIGHTS (for MODEL in this process)")
     parser.add_argument("--max-pixels", type=int, help="as EMBEDDER_MAX_PIXELS (for MODEL in this process)")
     chosen = vars(parser.parse_args(arguments))
     if chosen["url"] and not chosen["url"].startswith(("http://", "https://")):

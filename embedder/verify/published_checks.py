@@ -130,7 +130,7 @@ def _check_each(
         if info.get("preprocessing", example.origin.regime) != example.origin.regime and _has_picture(example):
             continue
         origin, name = example.origin, _row_name(example)
-        allowed = origin.allowed(str(info.get("dtype")))
+        allowed = origin.allowed(str(info.get("weights") or info.get("dtype")))
         try:
             rows[name] = compared(name, compute(example), allowed, f"{origin.regime}, {origin.dtype}")
         except (ExampleMissing, InvalidMedia) as error:

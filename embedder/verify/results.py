@@ -12,6 +12,7 @@ from embedder.verify.probes import Vector
 
 # Minimum cosines. In float32 only rounding differs; the other two are the accepted tolerances for bfloat16.
 MIN_FLOAT32_COSINE, MIN_TEXT_COSINE, MIN_IMAGE_COSINE = 0.99999, 0.9997, 0.997
+MIN_EIGHT_BIT_COSINE = {"int8": 0.998, "fp8": 0.98}  # to the same weights in 16 or 32 bits
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ def not_checked(name: str, reason: str) -> Check:
 def min_cosine_for(bfloat16_minimum: float, info: Mapping[str, Any]) -> float:
     """The minimum cosine for the dtype in `info`."""
     return MIN_FLOAT32_COSINE if info.get("dtype") == "float32" else bfloat16_minimum
+
+
+def min_cosine_to_others(bfloat16_minimum: float, info: Mapping[str, Any]) -> float:
+    """The minimum cosine to vectors of another program, which has the weights in 16 or 32 bits."""
+    return min(min_cosine_for(bfloat16_minimum, info), MIN_EIGHT_BIT_COSINE.get(str(info.get("weights")), 1.0))
 
 
 def cosine(left: Vector, right: Vector) -> float:

@@ -72,7 +72,7 @@ def test_metric_files_are_not_sparse(tmp_path: Path) -> None:
     code = (
         f"from embedder.telemetry.metrics import Metrics; metrics = Metrics(('/embed',), {str(tmp_path)!r})\n"
         "from embedder.settings import Settings\n"
-        "metrics.serving(Settings(), dict.fromkeys(('model', 'revision', 'device', 'dtype')), '1')"
+        "metrics.serving(Settings(), dict.fromkeys(('model', 'revision', 'device', 'dtype', 'weights')), '1')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | folder)
     sizes = [path.stat() for path in tmp_path.iterdir()]
@@ -147,7 +147,8 @@ def test_metrics_describe_the_served_model(client: httpx.Client) -> None:
     numbers = scraped(client)
     (model,) = [name for name in numbers if name.startswith("embedder_model_info")]
     assert all(
-        f'{label}="{info[label] or ""}"' in model for label in ("model", "revision", "device", "dtype", "version")
+        f'{label}="{info[label] or ""}"' in model
+        for label in ("model", "revision", "device", "dtype", "weights", "version")
     )
     assert numbers["embedder_workers"] == numbers[model] == 1
     assert numbers["embedder_queue_limit_tokens"] == info["limits"]["max_queued_tokens"]
