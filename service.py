@@ -104,8 +104,7 @@ class Qwen3VLEmbedding:
 
     def __init__(self) -> None:
         configure_logging(SETTINGS.log_format)
-        self.arbiter = os.getppid()
-        self.is_ready = False
+        self.arbiter, self.is_ready = os.getppid(), False
         worker = (bentoml.server_context.worker_index or 1) - 1
         with failing_start():
             from embedder.models import Models  # the parent process does not need torch, which takes seconds
@@ -128,6 +127,7 @@ class Qwen3VLEmbedding:
         """Compute something real with each model; only then is the service ready."""
         with failing_start():
             await self.models.warm_up()
+        gc.set_threshold(10_000)  # 64 requests in progress hold more objects than the usual 700
         gc.freeze()  # half a million objects that stay; a collection of them would stop all responses for 0.3 s
         if bentoml.server_context.worker_index:  # None if a program, not BentoML's arbiter, runs this
             server = worker_server()
