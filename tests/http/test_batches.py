@@ -348,7 +348,7 @@ def test_names_that_are_no_ids_are_not_found(name: str, store: BatchStore) -> No
 def test_files_in_use_stay_and_old_ones_go(store: BatchStore) -> None:
     identifier = add(store, line("a"))
     file = store.batch(OWNER, identifier)["input_file_id"]
-    with pytest.raises(InvalidRequest, match="is the input of batch_"):
+    with pytest.raises(InvalidRequest, match="is the input of the batch batch_"):
         store.delete_file(OWNER, file)
     store.retention_s = -10
     store.remove_old()
