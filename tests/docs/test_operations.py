@@ -176,7 +176,7 @@ def test_killed_worker(random_checkpoint: Path, tmp_path: Path) -> None:
     finally:
         assert server.stop() == 0
     (line,) = [line for line in server.log.read_text().splitlines() if "was killed by signal 9" in line]
-    assert any(pattern(line).endswith(known) for known in shown("log") if "was ended" in known)
+    assert any(pattern(line).endswith(known) for known in shown("log") if "was killed by signal" in known)
 
 
 @pytest.mark.slow
