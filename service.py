@@ -6,34 +6,25 @@ The HTTP routes are in `embedder/http`, and what depends on BentoML's internals 
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import os
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import embedder  # before torch: it sets the wait policy of torch's OpenMP  # isort: skip
 import bentoml
 from pydantic import AfterValidator
-from starlette.types import ASGIApp
 
 from embedder.errors import ModelUnavailable
 from embedder.http.api_keys import ApiKeys
-from embedder.http.boundary import RequestBoundary
-from embedder.http.content_coding import CompressedResponses
-from embedder.http.dialects.dialect import ServedModel
-from embedder.http.drain import Drain
-from embedder.http.guard import RequestGuard
-from embedder.http.playground_routes import OPEN_PATHS
-from embedder.http.routes import EMBEDDING_PATHS, RERANKING_PATHS, UPLOAD_PATHS, Routes, Serving
 from embedder.model.checkpoint import find_models
 from embedder.model.gpus import count_gpus
-from embedder.playground.collection import Collection
 from embedder.server.adaptive_batching import GatheredRows, check_rows, refuse_extra_fields
-from embedder.server.bento_app import RaisingErrors, serve_inside, with_api_page
+from embedder.server.bento_app import serve_inside
 from embedder.server.bento_log import configure_logging
-from embedder.server.connection import bound_connections
 from embedder.server.lifecycle import (
     check_port,
     drain_at_sigterm,
@@ -46,25 +37,30 @@ from embedder.server.lifecycle import (
     stop_at_sigterm_during_a_start,
     worker_server,
 )
-from embedder.settings import Settings, make_metrics_folder, metrics_folder
-from embedder.telemetry.metrics import Metrics, MetricsMiddleware
-from embedder.telemetry.tracing import TracingMiddleware, is_traced
+from embedder.settings import Settings, make_metrics_folder
 
-APIS = ("/embed_texts", "/embed_images", "/rerank_queries")  # BentoML's own routes
+if TYPE_CHECKING:
+    from embedder.server.application import Application
+
 
 try:
     SETTINGS = Settings.from_environment()
     KEYS = ApiKeys(SETTINGS)
-    METRICS = Metrics((*EMBEDDING_PATHS, *APIS, *(RERANKING_PATHS if SETTINGS.reranker else ())), metrics_folder())
 except (ValueError, OSError) as error:
     refuse_start(error)
 
-DRAIN = Drain()
-ROUTES = Routes(SETTINGS, METRICS, version=embedder.__version__, needs_key=KEYS.are_needed, owner_of=KEYS.owner)
 REQUIREMENTS = Path(__file__).with_name("deploy").joinpath("requirements.txt").read_text(encoding="utf-8")
 NUM_GPUS = count_gpus()
 IN_THE_IMAGE = "export BENTOML_HOME=/tmp/bentoml BENTOML_PORT=${AIP_HTTP_PORT:-${BENTOML_PORT:-3000}}"
 BentoRows = Annotated[list[Any], AfterValidator(lambda rows: check_rows(rows, SETTINGS))]
+
+
+@functools.cache
+def application() -> Application:
+    """What responds to the requests of this worker. The parent process has none: its imports take half a second."""
+    from embedder.server.application import Application
+
+    return Application(SETTINGS, KEYS, embedder.__version__)
 
 
 @bentoml.service(
@@ -98,7 +94,11 @@ class Qwen3VLEmbedding:
         try:
             make_metrics_folder()
             check_port()
-            Collection(SETTINGS, is_bundled_model=find_models(SETTINGS)[0].is_bundled)
+            is_bundled = find_models(SETTINGS)[0].is_bundled
+            if SETTINGS.demo_folder:
+                from embedder.playground.collection import Collection
+
+                Collection(SETTINGS, is_bundled_model=is_bundled)
         except (ModelUnavailable, ValueError, OSError) as error:
             refuse_start(error)
 
@@ -107,9 +107,14 @@ class Qwen3VLEmbedding:
         self.arbiter, self.is_ready = os.getppid(), False
         worker = (bentoml.server_context.worker_index or 1) - 1
         with failing_start():
-            from embedder.models import Models  # the parent process does not need torch, which takes seconds
+            # the parent process does not need these, which take seconds
+            from embedder.http.dialects.dialect import ServedModel
+            from embedder.http.routes import Serving
+            from embedder.models import Models
+            from embedder.playground.collection import Collection
 
-            self.models = Models(SETTINGS, worker=worker, observer=METRICS, on_failure=self._exit)
+            self.app = application()
+            self.models = Models(SETTINGS, worker=worker, observer=self.app.metrics, on_failure=self._exit)
         info = {**self.models.info(), "version": embedder.__version__}
         started_s = time.time() - time.monotonic()
         embedding, reranking = (
@@ -118,7 +123,7 @@ class Qwen3VLEmbedding:
         )
         engine, preprocessor = self.models.engine, self.models.preprocessor
         collection = Collection(SETTINGS, is_bundled_model=info["is_bundled_model"])
-        ROUTES.serving = Serving(
+        self.app.routes.serving = Serving(
             engine, preprocessor, embedding, info, collection, time.time(), self.__is_ready__, reranking
         )
 
@@ -130,23 +135,26 @@ class Qwen3VLEmbedding:
         gc.set_threshold(10_000)  # 64 requests in progress hold more objects than the usual 700
         gc.freeze()  # half a million objects that stay; a collection of them would stop all responses for 0.3 s
         if bentoml.server_context.worker_index:  # None if a program, not BentoML's arbiter, runs this
+            from embedder.server.connection import bound_connections
+
             server = worker_server()
             bound_connections(server.config, SETTINGS.request_timeout_s)
-            drain_at_sigterm(DRAIN, server, 2 * SETTINGS.request_timeout_s)  # for a body, and again for its items
+            max_drain_s = 2 * SETTINGS.request_timeout_s  # for a body, and again for its items
+            drain_at_sigterm(self.app.drain, server, max_drain_s)
             keep_in_touch(self.arbiter)
         self.is_ready = True
-        METRICS.serving(SETTINGS, self.models.info(), embedder.__version__)
-        assert ROUTES.serving is not None
-        ROUTES.run_batches(lambda: DRAIN.is_draining)
+        self.app.metrics.serving(SETTINGS, self.models.info(), embedder.__version__)
+        assert self.app.routes.serving is not None
+        self.app.routes.run_batches(lambda: self.app.drain.is_draining)
         if self.models.embedder:
-            collection = ROUTES.serving.collection.build(self.models.engine)
+            collection = self.app.routes.serving.collection.build(self.models.engine)
             self.building = asyncio.create_task(collection)  # the loop itself keeps no reference to a task
 
     @bentoml.on_shutdown
     def close(self) -> None:
         """Finish the admitted items."""
         self.is_ready = False
-        ROUTES.close()
+        self.app.routes.close()
         self.models.close()
 
     def _exit(self, _: str) -> None:
@@ -155,44 +163,29 @@ class Qwen3VLEmbedding:
         threading.Timer(1.0, os._exit, (1,)).start()  # after the responses are sent
 
     def __is_ready__(self) -> bool:
-        return self.is_ready and not DRAIN.is_draining
+        return self.is_ready and not self.app.drain.is_draining
 
     # The engine decides what runs together, so BentoML only gathers: these limits never split or drop a batch.
     @bentoml.api(batchable=True, max_batch_size=1_000_000, max_latency_ms=3_600_000)
     async def embed_texts(self, texts: BentoRows) -> list[list[float]]:
         """One vector per text. A text is a string, or an object with `text`, `instruction`, `dimensions`."""
-        return GatheredRows(({"text": row} if isinstance(row, str) else row for row in texts), ROUTES.embed_rows)
+        return GatheredRows(
+            ({"text": row} if isinstance(row, str) else row for row in texts), self.app.routes.embed_rows
+        )
 
     @bentoml.api(batchable=True, max_batch_size=1_000_000, max_latency_ms=3_600_000)
     async def embed_images(self, images: BentoRows) -> list[list[float]]:
         """One vector per image. An image is base64, or an object with `image`, `instruction`, `dimensions`."""
-        return GatheredRows(({"image": row} if isinstance(row, str) else row for row in images), ROUTES.embed_rows)
+        return GatheredRows(
+            ({"image": row} if isinstance(row, str) else row for row in images), self.app.routes.embed_rows
+        )
 
     @bentoml.api(route="/rerank_queries", batchable=True, max_batch_size=1_000_000, max_latency_ms=3_600_000)
     async def rerank(self, queries: BentoRows) -> list[list[float]]:
         """The scores of each query's documents. A query is an object with `query`, `documents`, `instruction`."""
-        return GatheredRows(queries, ROUTES.score_rows)
-
-
-def with_routes(bento_app: ASGIApp) -> ASGIApp:
-    """The whole service: our routes and middlewares around BentoML's app."""
-    app: ASGIApp = RaisingErrors(ROUTES.over(with_api_page(bento_app)))
-    app = RequestGuard(
-        app,
-        SETTINGS,
-        keys=KEYS,
-        drain=DRAIN,
-        open_paths=OPEN_PATHS,
-        upload_paths=UPLOAD_PATHS,
-        count_held_bytes=METRICS.held_bytes.inc,
-    )
-    app = CompressedResponses(MetricsMiddleware(app, METRICS))
-    app = RequestBoundary(app, drain=DRAIN, is_logged=SETTINGS.access_log, other_names=ROUTES.other_names)
-    if is_traced():
-        app = TracingMiddleware(app, (*EMBEDDING_PATHS, *RERANKING_PATHS, *ROUTES.other_names), embedder.__version__)
-    return app
+        return GatheredRows(queries, self.app.routes.score_rows)
 
 
 for _api in Qwen3VLEmbedding.apis.values():  # type: ignore[attr-defined]  # the decorator made a Service of it
     refuse_extra_fields(_api)
-serve_inside(Qwen3VLEmbedding, with_routes)
+serve_inside(Qwen3VLEmbedding, lambda bento_app: application().around(bento_app))

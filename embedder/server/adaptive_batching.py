@@ -17,7 +17,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from embedder.errors import RequestTooLarge
-from embedder.http.request_body import check_item_count
 from embedder.server.bento_app import raised_response
 from embedder.settings import Settings
 
@@ -32,6 +31,8 @@ class TooManyRows(BentoMLException):
 
 def check_rows(rows: list[Any], settings: Settings) -> list[Any]:
     """The rows of one request. Raises `TooManyRows`."""
+    from embedder.http.request_body import check_item_count  # the parent process imports this module only
+
     try:
         check_item_count(len(rows), settings)
     except RequestTooLarge as error:

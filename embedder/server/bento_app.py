@@ -21,7 +21,6 @@ from embedder.errors import (
     RequestTooLarge,
     UnsupportedContentType,
 )
-from embedder.http.routes import path_hint
 
 API_PAGE = b"""<!doctype html>
 <html lang="en">
@@ -128,6 +127,8 @@ def error_from_response(scope: Scope, start: Message, body: bytes) -> EmbedderEr
     status: int = start["status"]
     match status:
         case 404:
+            from embedder.http.routes import path_hint  # the parent process imports this module, and has no routes
+
             path = scope["path"][:100]
             nearest = path_hint(path)
             hint = f" (did you mean {nearest}?)" if nearest not in ("", path) else ""
