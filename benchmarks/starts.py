@@ -1,8 +1,8 @@
 """Where the time of a start goes: `python -m benchmarks.starts [--model FOLDER]`.
 
 Starts the service a few times and prints the median time of each part, until a probe finds it ready; then the time of
-`import embedder`, and of `--help` of each command. It is wall-clock time, so other processes make it longer. For a
-model with the shapes of the 2B, `python -m benchmarks.random_checkpoint 2b FOLDER` writes one.
+`import embedder`, and of `--help` of each command. Other processes make the wall-clock time longer, and the CPU time
+less so. For a model with the shapes of the 2B, `python -m benchmarks.random_checkpoint 2b FOLDER` writes one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ TIMES = "BENCHMARK_START_TIMES"  # variable with the path of the file that `time
 POLL_S, MAX_S = 0.02, 600.0
 COMMANDS = ("embedder.bulk", "embedder.doctor", "embedder.search", "embedder.verify")
 READY, PROBE = "until ready", "until a probe is answered"
-Times = dict[str, float]
+Times = dict[str, tuple[float, float]]  # by part: seconds, and CPU seconds of the process that it runs in
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -45,11 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     about = report.environment(report.command(FILE, argparse.Namespace(**{**vars(chosen), "model": None})))
     starts = [start_times(chosen.model) for _ in tqdm(range(chosen.starts), desc="starts", file=sys.stderr)]
     commands = {name: seconds_of(code) for name, code in _commands().items()}
-    parts = {part: statistics.median(one[part] for one in starts) for part in starts[0]}
-    data = {"environment": about, "parts": parts, "all_s": [one[READY] for one in starts], "commands": commands}
+    parts = {part: _medians([one[part] for one in starts]) for part in starts[0]}
+    data = {"environment": about, "parts": parts, "all_s": [one[READY][0] for one in starts], "commands": commands}
     report.save(chosen.results, f"{FILE}-{chosen.name}", data, table(parts, commands), {}, "s")
     print(table(parts, commands))
     return data
+
+
+def _medians(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    wall_s, cpu_s = (statistics.median(column) for column in zip(*times, strict=True))
+    return wall_s, cpu_s
 
 
 def start_times(model: str) -> Times:
@@ -81,11 +86,15 @@ def start_times(model: str) -> Times:
         finally:
             process.terminate()
             process.wait(60)
-        ends = [(one["part"], one["s"]) for one in map(json.loads, marks.read_text(encoding="utf-8").splitlines())]
+        marks_read = [json.loads(line) for line in marks.read_text(encoding="utf-8").splitlines()]
     times: Times = {}
-    for (part, end_s), last_s in zip([*ends, (PROBE, ready_s)], [begin_s, *(s for _, s in ends)], strict=True):
-        times[part] = times.get(part, 0.0) + end_s - last_s
-    return {**times, READY: ready_s - begin_s}
+    last_s, spent_s = begin_s, dict[int, float]()
+    for mark in marks_read:
+        cpu_s = mark["cpu_s"] - spent_s.get(mark["pid"], 0.0)
+        times[mark["part"]] = mark["s"] - last_s, cpu_s
+        last_s, spent_s[mark["pid"]] = mark["s"], mark["cpu_s"]
+    times[PROBE] = ready_s - last_s, 0.0
+    return {**times, READY: (ready_s - begin_s, sum(cpu_s for _, cpu_s in times.values()))}
 
 
 def _ready_s(port: int, process: subprocess.Popen[bytes], log: Path) -> float:
@@ -116,9 +125,11 @@ def seconds_of(arguments: Sequence[str]) -> float:
     return statistics.median(times)
 
 
-def table(parts: Times, commands: Times) -> str:
+def table(parts: Mapping[str, Sequence[float]], commands: Mapping[str, float]) -> str:
     """Markdown."""
-    return report.table(("part", "s"), [(part, f"{seconds:.2f}") for part, seconds in {**parts, **commands}.items()])
+    rows = [(part, f"{wall_s:.2f}", f"{cpu_s:.2f}") for part, (wall_s, cpu_s) in parts.items()]
+    rows += [(command, f"{seconds:.2f}", "") for command, seconds in commands.items()]
+    return report.table(("part", "s", "CPU s"), rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ IN_WORKER = "the parent's checks, and the worker's process up to the service"
 def ended(part: str) -> None:
     """Write that a part of the start ends now."""
     with Path(os.environ[TIMES]).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"part": part, "pid": os.getpid(), "s": time.time()}) + "\n")
+        file.write(
+            json.dumps({"part": part, "pid": os.getpid(), "s": time.time(), "cpu_s": time.process_time()}) + "\n"
+        )
 
 
 def times(module: Any, name: str, part: str) -> None:

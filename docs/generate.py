@@ -18,12 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script has its own folder there
 
 import embedder.server  # noqa: E402
-from benchmarks import hardware, invariance, output_types  # noqa: E402 - after the path
+from benchmarks import front, hardware, invariance, output_types, pretended_gpu, report, starts  # noqa: E402 - after the path
 from embedder.errors import errors_table  # noqa: E402
 from embedder.settings import settings_table  # noqa: E402
 from embedder.telemetry.metrics import Metrics  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
+GPUS, NOT_MEASURED = ("H100", "H200"), "not measured yet"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _MARKED = re.compile(r"<!-- (generated|figure): (\S+) -->.*?<!-- /\1 -->", re.DOTALL)
@@ -98,9 +99,46 @@ def latency_table(_: str) -> str:
     return "\n".join(lines)
 
 
+def library_table(_: str) -> str:
+    """What one process reaches on a CPU, next to the peers, and its share of the machine's fastest matrix product."""
+    lines = ["| workload | ours, items/s | share of the limit | transformers | sentence-transformers |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in record("library-small-float32")["workloads"]:
+        ours, *peers = (row["who"].get(name) for name in ("ours", "transformers", "sentence-transformers"))
+        ratios = [f"{one['items_per_s'] / ours['items_per_s']:.2f}x" if one else "" for one in peers]
+        cells = (row["workload"], report.number(ours["items_per_s"]), f"{ours['share_of_limit']:.0%}", *ratios)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gpu_table(_: str) -> str:
+    """What each GPU reaches, from the records of `benchmarks.gpu` that name it."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("gpu*.json"))]
+    by_gpu = {gpu: [one for one in records if gpu in str(one.get("environment", {}).get("gpu"))] for gpu in GPUS}
+    lines = ["| GPU | model | workload | roofline allows | ours | transformers |", "|---|---|---|---|---|---|"]
+    for gpu, found in by_gpu.items():
+        for shape, counts in record("gpu_counts")["shapes"].items():
+            for workload in ("query", "text-64", "image-448"):
+                rows = found[-1]["shapes"].get(shape, {}).get("rows", []) if found else []
+                who = next((row["who"] for row in rows if row["workload"] == workload), {})
+                ours = [one["items_per_s"] for name, one in who.items() if name.startswith("ours")]
+                peer = who.get("transformers", {}).get("items_per_s")
+                cells = [f"{max(ours):.0f} items/s" if ours else NOT_MEASURED, f"{peer:.0f} items/s" if peer else ""]
+                allowed = counts[workload]["items"] / counts[workload]["roofline_ms"] * 1e3
+                limit = f"{allowed:.0f} items/s" if gpu == "H200" else ""
+                lines.append(f"| {gpu} | {shape.upper()} | {workload} | {limit} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def output_types_table(_: str) -> str:
     table: str = output_types.table(record("output_types")["rows"])
     return table
+
+
+def starts_table(_: str) -> str:
+    """The parts of a start of the bundled model."""
+    found = record("starts-bundled")
+    return starts.table(found["parts"], found["commands"])
 
 
 def ledger_table(_: str) -> str:
@@ -129,6 +167,11 @@ TABLES: dict[str, Callable[[str], str]] = {
     "errors": lambda _: errors_table(),
     "speed": speed_table,
     "latency": latency_table,
+    "library": library_table,
+    "gpu": gpu_table,
+    "front": lambda _: front.table(record("front")["rows"]),
+    "pretended_gpu": lambda _: pretended_gpu.table(record("pretended_gpu")["rows"]),
+    "starts": starts_table,
     "output_types": output_types_table,
     "invariance": lambda _: invariance.table(record("invariance")["rows"]),
     "hardware": hardware_table,
@@ -147,7 +190,6 @@ FIGURES: dict[str, Callable[[], str]] = {
         f"{record('preprocessing')['images_per_s']['image-448']['ours: base64 to model input']:.0f}"
     ),
     "server.p99_against_fastapi": lambda: f"{server_ratio('text-mixed', 64, 'FastAPI + s-t', 'p99_ms'):.2f}",
-    "service.null_of_bare": lambda: f"{null_of_bare():.2f}",
     "soak.growth_mb": lambda: f"{record('soak')['growth_mb']:.0f}",
     "soak.refused": lambda: f"{record('soak')['refused']:,}",
     "soak.wrong": lambda: f"{record('soak')['wrong']}",
@@ -163,13 +205,6 @@ def render_s_per_page() -> float:
     """CPU seconds that rendering a page of the demo documents takes."""
     measured = record("page_rendering")
     return float(measured["render_cpu_s"] / measured["pages"])
-
-
-def null_of_bare() -> float:
-    """Requests per second of the service without a model over those of a bare Starlette app, short texts."""
-    cells = record("server-small-text-16")["cells"]
-    (who,) = [cell["who"] for cell in cells if (cell["size"], cell["callers"]) == (1, 64)]
-    return float(who["service, null model"]["requests_per_s"] / who["bare Starlette"]["requests_per_s"])
 
 
 def main() -> None:
