@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import contenders, peers, report
+from benchmarks import contenders, peers, report, weights
 
+WEIGHTS = weights.NAME
 NOT_MEASURED = "not measured yet"
 LIBRARY, GPU = "library-small-float32", "gpu"
 TEXTS, SHORT_TEXTS, PICTURES = "server-small-text-mixed", "server-small-text-16", "server-small-image-448"
@@ -48,7 +49,8 @@ class Goal:
     def _shown(self, figure: float) -> str:
         if self.unit == "%":
             return f"{figure:.0%}"
-        return f"{report.number(figure)} {self.unit}" if self.unit != "x" else f"{report.number(figure)}x"
+        space = "" if self.unit in ("", "x") else " "
+        return f"{report.number(figure)}{space}{self.unit}"
 
 
 def main() -> None:
@@ -193,6 +195,37 @@ GOALS = (
         RANKINGS,
         _ranked("picture query, texts", OURS, VLLM),
         1.5,
+    ),
+    Goal(
+        "CPU, 2b with int8 weights: memory of the weights",
+        WEIGHTS,
+        lambda data: float(data["depth"]["int8"]["weights_gb"]) * 1e9 / 2**30,
+        weights.MAX_RESIDENT_GIB,
+        "GiB",
+        is_most=True,
+    ),
+    Goal(
+        "the same: 1 - lowest cosine to bfloat16",
+        WEIGHTS,
+        lambda data: 1 - float(data["depth"]["int8"]["least_cosine"]),
+        1 - weights.MIN_COSINE,
+        "",
+        is_most=True,
+    ),
+    Goal(
+        "CPU, layers of 2b with int8 weights, slowest workload: time against float32",
+        WEIGHTS,
+        lambda data: weights.slowest_ratio(data["speed"]),
+        1,
+        is_most=True,
+    ),
+    Goal(
+        "int8 weights, bundled model: recall lost, in points",
+        WEIGHTS,
+        lambda data: weights.lost_points(data["recall"]),
+        weights.MAX_LOST_POINTS,
+        "",
+        is_most=True,
     ),
 )
 

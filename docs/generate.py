@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script has its own folder there
 
 import embedder.server  # noqa: E402
-from benchmarks import front, hardware, invariance, output_types, pretended_gpu, report, starts  # noqa: E402 - after the path
+from benchmarks import front, hardware, invariance, output_types, pretended_gpu, report, starts, weights  # noqa: E402
 from embedder.errors import errors_table  # noqa: E402
 from embedder.settings import settings_table  # noqa: E402
 from embedder.telemetry.metrics import Metrics  # noqa: E402
@@ -175,6 +175,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "output_types": output_types_table,
     "invariance": lambda _: invariance.table(record("invariance")["rows"]),
     "hardware": hardware_table,
+    "weights": lambda _: weights.describe(record("weights")),
     "ledger": ledger_table,
 }
 
