@@ -32,7 +32,7 @@ def parse(**fields: Any) -> CohereRequest:
 
 
 def test_texts_images_and_inputs_are_items() -> None:
-    assert parse(texts=["a", URI]).items == (EmbeddingItem((Text("a"),)), EmbeddingItem((Text(URI),)))
+    assert parse(texts=["a", "b"]).items == (EmbeddingItem((Text("a"),)), EmbeddingItem((Text("b"),)))
     assert parse(images=[URI]).items == (EmbeddingItem((Image(URI),)),)
     content = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": URI}}]
     assert parse(inputs=[{"content": content}]).items == (EmbeddingItem((Text("a"), Image(URI))),)
@@ -58,6 +58,7 @@ def test_options_have_coheres_names() -> None:
         ({"inputs": [{"content": []}]}, "item 0: an item needs at least one of text, image or video; got none"),
         ({"inputs": [{"text": "a"}]}, "item 0: unknown field: text"),
         ({"texts": ["a"], "embedding_types": ["float", "int4"]}, "embedding_types[1]: got 'int4' (a string); "),
+        ({"texts": ["a", URI]}, "item 1: text: got a data URI with base64"),
         ({"texts": ["a"], "embedding_types": []}, "embedding_types: got an empty list"),
         ({"texts": ["a"], "truncate": "MIDDLE"}, "truncate: got 'MIDDLE' (a string); input should be 'NONE', "),
         ({"texts": ["a"], "max_tokens": 0}, "max_tokens: got 0; allowed: -1, or from 1 to 8192"),

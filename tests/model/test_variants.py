@@ -552,7 +552,7 @@ def test_config_and_weights_that_do_not_match_are_one_line_before_anything_is_al
 ) -> None:
     change, message = UNUSABLE[name]
     change(folder)
-    monkeypatch.setattr(weights, "_read_weights", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(weights, "_set_weight", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(ModelUnavailable, match=message) as caught:
         load_model(folder, torch.float32, CPU)
     assert "\n" not in str(caught.value)

@@ -210,7 +210,7 @@ class FakeEngine:
         self.on_submit = on_submit
 
     @contextlib.contextmanager
-    def reserve(self, items: Sequence[EmbeddingItem]) -> Iterator[None]:
+    def reserve(self, items: Sequence[EmbeddingItem], priority: int) -> Iterator[None]:
         yield
 
     def submit(self, item: EmbeddingItem, **_: object) -> Future[Embedding]:
