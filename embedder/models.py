@@ -16,6 +16,7 @@ from embedder.engine.aio import embed_all, score_each
 from embedder.engine.device import Rows, WaitForRows
 from embedder.engine.engine import Engine
 from embedder.engine.observer import Observer
+from embedder.engine.scheduler import ON_CPU, ON_GPU
 from embedder.errors import EmbedderError
 from embedder.inputs.decoder import Decoder
 from embedder.inputs.items import EXAMPLE_IMAGE, EmbeddingItem, Image, Text
@@ -89,13 +90,12 @@ class Models:
             self._limit_batches_to_memory() if is_gpu else settings,
             observer=observer,
             max_in_flight=2 if self.device.type == "cuda" else 1,
+            batch_length=ON_GPU if is_gpu else ON_CPU,
             stuck_after_s=settings.stuck_after_s or (STUCK_AFTER_S if is_gpu else math.inf),
             on_failure=on_failure,
         )
         self._add_vision_cache(observer)
-        if (
-            self.device.type == "cpu"
-        ):  # there a launch computes, for seconds or minutes; work whose callers are gone is dropped
+        if self.device.type == "cpu":  # a launch computes there, for seconds or minutes: drop what nobody waits for
             for model in self._loaded:
                 model.forward.call_between_layers(self.engine.stop_if_abandoned)
 

@@ -26,7 +26,7 @@ from embedder.engine.job import Job, device_failed, item_failed
 from embedder.engine.observer import ItemOutcome, ItemTrace, Observer, begin_trace
 from embedder.engine.postprocess import Embedding, finish_vectors
 from embedder.engine.preprocess_workers import Fetch, Preprocess, PreprocessWorkers
-from embedder.engine.scheduler import NO_DELAY, Scheduler
+from embedder.engine.scheduler import NO_DELAY, ON_CPU, BatchLength, Scheduler
 from embedder.errors import (
     DeviceFailed,
     DeviceOutOfMemory,
@@ -71,6 +71,7 @@ class Engine:
         fetch: Fetch | None = None,
         observer: Observer | None = None,
         max_in_flight: int = 1,
+        batch_length: BatchLength = ON_CPU,
         stuck_after_s: float = math.inf,
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
@@ -103,7 +104,7 @@ class Engine:
             on_hang=self._fail,
         )
         self._cache: CoalescingCache[Job] = CoalescingCache(settings.cache_bytes)
-        self._inputs: Scheduler[Job] = Scheduler(settings.max_batch_tokens, self._device.seconds_per_token)
+        self._inputs = Scheduler[Job](settings.max_batch_tokens, self._device.seconds_per_token, batch_length)
         self._is_closed = False  # to new items
         self._is_over = False  # for the threads
         self._device_thread = threading.Thread(target=self._run_device, name="engine", daemon=True)
@@ -291,8 +292,7 @@ class Engine:
             logger.warning("a batch of %d items failed (%s); repeating it in halves", len(jobs), type(error).__name__)
             if isinstance(error, DeviceOutOfMemory):
                 self._batch_limit.shrink(sum(job.model_input.cost for job in jobs))
-            middle = len(jobs) // 2
-            parts = [jobs[:middle], jobs[middle:]]
+            parts = [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
         else:
             for job in jobs:
                 job.trace.batch = batch

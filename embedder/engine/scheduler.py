@@ -28,11 +28,22 @@ Job = TypeVar("Job", bound=Hashable)
 STRETCH = 8.0  # an image that takes the device 26 ms waits for texts that arrive up to 0.2 s after it
 HALF_LIFE_S = 5.0
 
-# On a slow device a batch is limited to what takes about `BATCH_S`: larger ones are no faster, and every item waits for
-# the end of its batch. Below `LEAST_TOKENS` smaller ones are slower: the `small` shape on a CPU (43 tokens per item)
-# embeds 27, 31, 36, 37 and 38 items/s in batches of up to 256, 512, 1024, 2048 and 16384 tokens.
-BATCH_S = 1.0
-LEAST_TOKENS = 1024
+
+class BatchLength(NamedTuple):
+    """A batch takes about `seconds` at most, because every item waits for the end of its batch, and for the batches
+    that were launched before it. With fewer than `least_tokens`, the device would compute fewer items per second.
+    """
+
+    seconds: float
+    least_tokens: int
+
+
+# The `small` shape on a CPU (43 tokens per item) embeds 27, 31, 36, 37 and 38 items/s in batches of up to 256, 512,
+# 1024, 2048 and 16384 tokens. On a GPU nothing is measured. By the roofline of an H200 (`python -m
+# benchmarks.gpu_counts`), the 8B needs 16 ms for 1,024 tokens and 65 ms for 4,096; launching its 670 kernels takes
+# about 3 ms for any number.
+ON_CPU = BatchLength(1.0, 1024)
+ON_GPU = BatchLength(0.05, 4096)
 
 
 class Delay(NamedTuple):
@@ -59,12 +70,13 @@ class _RequestQueue(Generic[Job]):
 class Scheduler(Generic[Job]):
     """A queue that yields batches of at most `max_batch_tokens`; a job that exceeds it runs by itself.
 
-    A batch is also limited to about `BATCH_S` seconds. `max_batch_tokens` and `seconds_per_token` may change any time.
+    `batch_length` limits a batch too. `max_batch_tokens` and `seconds_per_token` may change any time.
     """
 
-    def __init__(self, max_batch_tokens: int, seconds_per_token: float) -> None:
+    def __init__(self, max_batch_tokens: int, seconds_per_token: float, batch_length: BatchLength = ON_CPU) -> None:
         self.max_batch_tokens = max_batch_tokens
         self.seconds_per_token = seconds_per_token
+        self._batch_length = batch_length
         self.num_tokens = 0
         self._queues: dict[Hashable, _RequestQueue[Job]] = {}
         self._queue_of: dict[Job, _RequestQueue[Job]] = {}
@@ -86,7 +98,8 @@ class Scheduler(Generic[Job]):
     def take(self, now_s: float) -> list[Job]:
         """Remove and return the next batch: jobs in order, up to the first that does not fit. Empty if none waits."""
         jobs: list[Job] = []
-        budget = min(self.max_batch_tokens, max(LEAST_TOKENS, BATCH_S / self.seconds_per_token))
+        seconds, least_tokens = self._batch_length
+        budget = min(self.max_batch_tokens, max(least_tokens, seconds / self.seconds_per_token))
         while self._heap:
             _, entry, queue = self._heap[0]
             if entry == queue.entry:

@@ -22,6 +22,7 @@ from embedder.engine.admission import estimate_tokens
 from embedder.engine.device import WaitForRows
 from embedder.engine.engine import Engine
 from embedder.engine.preprocess_workers import SECONDS_PER_ESTIMATED_TOKEN
+from embedder.engine.scheduler import BatchLength
 from embedder.errors import (
     DeviceFailed,
     DeviceOutOfMemory,
@@ -191,6 +192,14 @@ def test_item_that_does_not_fit_by_itself_fails_by_itself(engine: Engine, model:
         large.result(10)
     np.testing.assert_allclose(before.result(10).vector, unit("before"), atol=1e-7)
     np.testing.assert_allclose(after.result(10).vector, unit("after"), atol=1e-7)
+
+
+def test_batch_is_as_short_as_the_engine_is_told(model: FakeModel) -> None:
+    engine = Engine(model.preprocess, model.launch, HIDDEN_SIZE, Settings(), batch_length=BatchLength(1e-9, 100))
+    with contextlib.closing(engine):
+        for future in submit_together(engine, model, [f"{index:50}" for index in range(5)]):
+            future.result(10)
+    assert model.batches == [1, 2, 2, 1]  # the first is the one that holds the device
 
 
 # Two batches in flight

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from embedder.engine.scheduler import BATCH_S, HALF_LIFE_S, LEAST_TOKENS, STRETCH, Rate, Scheduler
+from embedder.engine.scheduler import HALF_LIFE_S, ON_CPU, ON_GPU, STRETCH, BatchLength, Rate, Scheduler
 
 AGING = 0.0002  # seconds of waiting that compensate for the cost of one token
 SECONDS_PER_TOKEN = AGING / STRETCH
@@ -48,10 +48,19 @@ def test_budget_is_used_to_the_last_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens_per_s", "most"), [(100_000, 16_384), (4096, 4096 * BATCH_S), (1000, LEAST_TOKENS), (1, LEAST_TOKENS)]
+    ("length", "tokens_per_s", "most"),
+    [
+        (ON_CPU, 100_000, 16_384),
+        (ON_CPU, 4096, 4096),  # a second
+        (ON_CPU, 1000, 1024),
+        (ON_CPU, 1, 1024),
+        (ON_GPU, 1_000_000, 16_384),
+        (ON_GPU, 269_000, 13_450),  # 50 ms, the 2B at an H200's roofline
+        (ON_GPU, 62_000, 4096),  # the 8B there
+    ],
 )
-def test_batch_of_a_slow_device_is_limited_to_about_a_second(tokens_per_s: int, most: float) -> None:
-    queue: Scheduler[object] = Scheduler(16_384, 1 / tokens_per_s)
+def test_batch_is_limited_by_the_time_it_takes(length: BatchLength, tokens_per_s: int, most: float) -> None:
+    queue: Scheduler[object] = Scheduler(16_384, 1 / tokens_per_s, length)
     for number in range(1000):
         put_request(queue, number, 64)
     assert len(queue.take(0.0)) == most // 64
