@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
+# Batches have many sizes, and each would leave blocks of its own size in torch's cache of a GPU's memory. Segments that
+# grow hold all sizes. Not measured: no GPU has run this project yet.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
 __version__ = "0.2.0"
 __all__ = ["Embedder", "Reranker", "__version__"]
 

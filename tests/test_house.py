@@ -170,7 +170,7 @@ def test_exception_is_caught_whole_only_at_the_top_of_a_request_a_start_or_a_bat
 
 
 def test_environment_is_read_by_settings_and_for_other_packages_variables_only() -> None:
-    """`checkpoint` reads Hugging Face's, `bulk` sets Ray's, `__init__` OpenMP's."""
+    """`checkpoint` reads Hugging Face's, `bulk` sets Ray's, `__init__` OpenMP's and torch's."""
     readers = {
         folder(path)
         for path in FILES
