@@ -9,7 +9,7 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,18 +17,18 @@ from torch import Tensor
 
 from embedder.inputs.preprocess import ModelInput
 from embedder.model.language import Language
-from embedder.model.packing import PackedBatch, Sequences, pack
+from embedder.model.packing import PackedBatch, Sequences
 
 SIZES = (32, 64, 128, 256)  # tokens of each graph
 MAX_ITEMS = 16
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class _CapturedGraph:
-    """A graph, its static input tensors, and its static output, (MAX_ITEMS + 1, hidden_size)."""
+    """A graph, the bytes of its static inputs, these as a batch, and its output, (MAX_ITEMS + 1, hidden_size)."""
 
     graph: torch.cuda.CUDAGraph
+    buffer: Tensor
     batch: PackedBatch
     rows: Tensor
 
@@ -51,12 +51,13 @@ class TextGraphs:
         """(num_items, hidden_size), after the final norm. `num_tokens` is the result of `graph_size(inputs)`."""
         with torch.cuda.device(self.device):  # capture and replay must happen on the thread's current device
             captured = self._graphs[num_tokens]
-            _copy_into(captured.batch, pack(pad_to_size(inputs, num_tokens), 1, CPU))
+            host = static_bytes(inputs, num_tokens).pin_memory()  # from pageable memory a copy would wait for the GPU
+            captured.buffer.copy_(host, non_blocking=True)
             captured.graph.replay()
             return captured.rows[: len(inputs)].clone()
 
     def _capture(self, num_tokens: int) -> _CapturedGraph:
-        batch = _static_batch(num_tokens, self.device)
+        buffer, batch = static_batch(num_tokens, self.device)
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch annotates it not
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):  # kernels are loaded and workspaces allocated before the capture
@@ -66,7 +67,7 @@ class TextGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             rows = self.language(batch, None, [])
-        return _CapturedGraph(graph, batch, rows)
+        return _CapturedGraph(graph, buffer, batch, rows)
 
 
 def graph_size(inputs: Sequence[ModelInput]) -> int | None:
@@ -96,26 +97,47 @@ def _filler(num_tokens: int) -> ModelInput:
     )
 
 
-def _static_batch(num_tokens: int, device: torch.device) -> PackedBatch:
-    """The tensors that a graph reads: one item of all tokens, then `MAX_ITEMS` empty items."""
-    batch = pack([_filler(num_tokens)], 1, device)
-    cu_seqlens = torch.full((MAX_ITEMS + 2,), num_tokens, dtype=torch.int32, device=device)
-    cu_seqlens[0] = 0
-    sequences = Sequences(cu_seqlens, num_tokens, ())
+def static_batch(num_tokens: int, device: torch.device) -> tuple[Tensor, PackedBatch]:
+    """The bytes of the tensors that a graph reads, and a batch of views of them: 1 to `MAX_ITEMS` + 1 items."""
+    sizes = _sizes(num_tokens)
+    buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+    input_ids, position_ids, pooled_index, cu_seqlens = torch.split(buffer, sizes)
+    sequences = Sequences(cu_seqlens.view(torch.int32), num_tokens, ())
     pooled = Sequences(torch.arange(MAX_ITEMS + 2, dtype=torch.int32, device=device), 1, ())
-    pooled_index = torch.zeros(MAX_ITEMS + 1, dtype=torch.int64, device=device)
-    return replace(batch, sequences=sequences, keys=sequences, pooled=pooled, pooled_index=pooled_index)
+    batch = PackedBatch(
+        input_ids=input_ids.view(torch.int64),
+        position_ids=position_ids.view(torch.int64).view(3, num_tokens),
+        sequences=sequences,
+        keys=sequences,
+        prefixes=(),
+        key_index=None,
+        pooled_index=pooled_index.view(torch.int64),
+        pooled=pooled,
+        vision=None,
+    )
+    buffer.copy_(static_bytes([_filler(num_tokens)], num_tokens))
+    return buffer, batch
 
 
-def _copy_into(target: PackedBatch, batch: PackedBatch) -> None:
-    """Copy a batch on the host into a graph's static tensors. Items that it does not have become empty ones."""
-    cu_seqlens = target.sequences.cu_seqlens
-    num_ends = len(batch.sequences.cu_seqlens)
-    for source, destination in (
-        (batch.input_ids, target.input_ids),
-        (batch.position_ids, target.position_ids),
-        (batch.pooled_index, target.pooled_index[: len(batch.pooled_index)]),
-        (batch.sequences.cu_seqlens, cu_seqlens[:num_ends]),
-    ):
-        destination.copy_(source.pin_memory(), non_blocking=True)  # from pageable memory it would wait for the GPU
-    cu_seqlens[num_ends:].fill_(len(batch.input_ids))
+def static_bytes(inputs: Sequence[ModelInput], num_tokens: int) -> Tensor:
+    """The inputs as the bytes that a graph of `num_tokens` reads: one copy moves all of them.
+
+    Items that are missing up to `MAX_ITEMS` + 1 are empty ones behind the last token.
+    """
+    whole = pad_to_size(inputs, num_tokens)
+    ends = np.full(MAX_ITEMS + 2, num_tokens, np.int32)
+    ends[: len(whole) + 1] = np.cumsum([0, *(one.num_tokens for one in whole)])
+    pooled_index = np.zeros(MAX_ITEMS + 1, np.int64)
+    pooled_index[: len(whole)] = ends[1 : len(whole) + 1] - 1
+    parts = (
+        np.concatenate([one.input_ids for one in whole]),
+        np.concatenate([one.position_ids for one in whole], axis=1),
+        pooled_index,
+        ends,
+    )
+    return torch.from_numpy(np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts]))
+
+
+def _sizes(num_tokens: int) -> list[int]:
+    """The bytes of `input_ids`, `position_ids`, `pooled_index` (int64) and `cu_seqlens` (int32)."""
+    return [8 * num_tokens, 3 * 8 * num_tokens, 8 * (MAX_ITEMS + 1), 4 * (MAX_ITEMS + 2)]

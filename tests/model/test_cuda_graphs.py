@@ -11,10 +11,11 @@ import torch
 from embedder import Embedder
 from embedder.inputs.items import EmbeddingItem, Image, Text
 from embedder.inputs.preprocess import ModelInput
-from embedder.model.cuda_graphs import CPU, MAX_ITEMS, SIZES, TextGraphs, graph_size, pad_to_size
+from embedder.model.cuda_graphs import MAX_ITEMS, SIZES, TextGraphs, graph_size, pad_to_size, static_batch, static_bytes
 from embedder.model.packing import pack
 from tests.conftest import picture
 
+CPU = torch.device("cpu")
 TEXTS = ("red", "a much longer query about a green square", "a", "blue")
 
 
@@ -32,6 +33,20 @@ def test_filled_batch_gives_the_same_rows(embedder: Embedder) -> None:
 def test_batch_that_fills_its_graph_gets_no_filler(embedder: Embedder) -> None:
     inputs = texts(embedder, "red")
     assert len(pad_to_size(inputs, inputs[0].num_tokens)) == 1
+
+
+def test_graph_reads_the_batch_and_nothing_of_the_one_before(embedder: Embedder) -> None:
+    buffer, batch = static_batch(256, CPU)
+    for contents in (TEXTS, TEXTS[:1], ("red",) * 8):
+        inputs = texts(embedder, *contents)
+        buffer.copy_(static_bytes(inputs, 256))
+        expected = pack(pad_to_size(inputs, 256), 1, CPU)
+        num_items = len(expected.pooled_index)
+        assert torch.equal(batch.input_ids, expected.input_ids)
+        assert torch.equal(batch.position_ids, expected.position_ids)
+        assert torch.equal(batch.pooled_index[:num_items], expected.pooled_index)
+        assert torch.equal(batch.sequences.cu_seqlens[: num_items + 1], expected.sequences.cu_seqlens)
+        assert batch.sequences.cu_seqlens[num_items + 1 :].eq(256).all()  # empty items
 
 
 def test_graph_is_the_smallest_that_holds_the_batch(embedder: Embedder) -> None:
