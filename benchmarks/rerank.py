@@ -175,7 +175,8 @@ def _start(stack: contextlib.ExitStack, folder: Path, words: list[str], vllm: Pa
 
 def _service(folder: Path) -> Contender:
     server = contenders.service(SERVICE, ".", folder, "/score")
-    return replace(server, environment={"EMBEDDER_RERANKER": str(folder), "EMBEDDER_DEVICE": "cpu"})
+    settings = {"EMBEDDER_RERANKER": str(folder), "EMBEDDER_DEVICE": "cpu", "EMBEDDER_DTYPE": "float32"}
+    return replace(server, environment=settings)
 
 
 def _vllm(environment: Path, folder: Path) -> Contender:

@@ -415,6 +415,7 @@ def test_every_row_is_written_once_after_a_kill(tmp_path: Path, embedder: Embedd
     path, output = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts]), tmp_path / "out"
     command = [sys.executable, "-m", "embedder.bulk", str(path), str(output), "--rows-per-part", "5"]
     environment = {**os.environ, "EMBEDDER_MODEL": str(embedder.checkpoint.folder), "EMBEDDER_WORKERS": "2"}
+    environment["EMBEDDER_DTYPE"] = "float32"  # as `embedder` computes
     run_and_kill(command, environment, output, 5)
     before = {one.name: one.stat().st_mtime_ns for one in output.glob("*.parquet")}
     assert 5 <= len(before) < 60

@@ -3,60 +3,61 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
+
 pytest.importorskip("ray", reason="comes with the `bulk` extra")
 
-import ray
-
 from embedder.bulk import actors
+
+pytestmark = pytest.mark.slow
+
+# The command, where the first starts of Ray fail as Ray fails if a node does not answer within 30 seconds.
+PROGRAM = """
+import sys
+import ray
 from embedder.bulk.__main__ import main
-from embedder.bulk.command import ALL_EMBEDDED, PARTS_MISSING
+
+start, num_starts = ray.init, 0
+
+def start_late(*arguments, **options):
+    global num_starts
+    num_starts += 1
+    if num_starts <= {num_failures}:
+        raise Exception("The current node timed out during startup.")
+    return start(*arguments, **options)
+
+ray.init = start_late
+status = main(sys.argv[1:])
+print(num_starts, "starts")
+sys.exit(status)
+"""
 
 
-class Late:
-    """`ray.init`, of which the first starts fail as Ray fails when a node does not answer within 30 seconds."""
-
-    def __init__(self, num_failures: int) -> None:
-        self.init = ray.init
-        self.num_failures = num_failures
-        self.num_starts = 0
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        self.num_starts += 1
-        if self.num_starts <= self.num_failures:
-            raise Exception("The current node timed out during startup.")
-        return self.init(*arguments, **options)
-
-
-def run(monkeypatch: pytest.MonkeyPatch, late: Late, folder: Path, model: Path) -> int:
+def run(folder: Path, model: Path, num_failures: int) -> subprocess.CompletedProcess[str]:
     rows = folder / "rows.jsonl"
     rows.write_text(json.dumps({"text": "red"}) + "\n")
-    monkeypatch.setattr(actors.ray, "init", late)
-    monkeypatch.setenv("EMBEDDER_MODEL", str(model))
-    monkeypatch.setenv("EMBEDDER_DEVICE", "cpu")
-    return main([str(rows), str(folder / "out")])
+    command = [sys.executable, "-c", PROGRAM.format(num_failures=num_failures), str(rows), str(folder / "out")]
+    environment = {**os.environ, "EMBEDDER_MODEL": str(model), "EMBEDDER_DEVICE": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_command_says_that_ray_did_not_start(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, random_checkpoint: Path
-) -> None:
-    late = Late(num_failures=actors.LOCAL_STARTS)
-    assert run(monkeypatch, late, tmp_path, random_checkpoint) == PARTS_MISSING
-    assert late.num_starts == actors.LOCAL_STARTS
-    printed = capsys.readouterr().err
-    assert "stopped: Ray did not start: The current node timed out during startup." in printed
-    assert "run the same command again to resume" in printed
+def test_command_says_that_ray_did_not_start(tmp_path: Path, random_checkpoint: Path) -> None:
+    done = run(tmp_path, random_checkpoint, num_failures=actors.LOCAL_STARTS)
+    assert done.returncode == 1
+    assert f"{actors.LOCAL_STARTS} starts" in done.stdout
+    assert "stopped: Ray did not start: The current node timed out during startup." in done.stderr
+    assert "run the same command again to resume" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow  # Ray starts
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by Ray itself
-def test_ray_is_started_again_if_it_was_late(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, random_checkpoint: Path
-) -> None:
-    late = Late(num_failures=1)
-    assert run(monkeypatch, late, tmp_path, random_checkpoint) == ALL_EMBEDDED
-    assert late.num_starts == 2
+def test_ray_is_started_again_if_it_was_late(tmp_path: Path, random_checkpoint: Path) -> None:
+    done = run(tmp_path, random_checkpoint, num_failures=1)
+    assert done.returncode == 0, done.stderr
+    assert "2 starts" in done.stdout

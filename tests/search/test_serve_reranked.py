@@ -57,7 +57,7 @@ def url(documents: tuple[Path, Path], random_reranker: Path) -> Iterator[str]:
     options = ["--serve", "--port", "0", "--rerank", str(random_reranker)]
     command = [sys.executable, "-m", "embedder.search", str(documents[1]), *options]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
-    environment["EMBEDDER_DEVICE"] = "cpu"
+    environment |= {"EMBEDDER_DEVICE": "cpu", "EMBEDDER_DTYPE": "float32"}  # as `reranker`
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
