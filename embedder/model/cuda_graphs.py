@@ -13,14 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from embedder.inputs.preprocess import ModelInput
 from embedder.model.language import Language
-from embedder.model.packing import PackedBatch, Sequences
+from embedder.model.packing import PackedBatch, Sequences, pack
 
 SIZES = (32, 64, 128, 256)  # tokens of each graph
 MAX_ITEMS = 16
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -124,18 +126,15 @@ def static_bytes(inputs: Sequence[ModelInput], num_tokens: int) -> Tensor:
 
     Items that are missing up to `MAX_ITEMS` + 1 are empty ones behind the last token.
     """
-    whole = pad_to_size(inputs, num_tokens)
-    ends = np.full(MAX_ITEMS + 2, num_tokens, np.int32)
-    ends[: len(whole) + 1] = np.cumsum([0, *(one.num_tokens for one in whole)])
-    pooled_index = np.zeros(MAX_ITEMS + 1, np.int64)
-    pooled_index[: len(whole)] = ends[1 : len(whole) + 1] - 1
+    packed = pack(pad_to_size(inputs, num_tokens), 1, CPU)
+    num_missing = MAX_ITEMS + 1 - len(packed.pooled_index)
     parts = (
-        np.concatenate([one.input_ids for one in whole]),
-        np.concatenate([one.position_ids for one in whole], axis=1),
-        pooled_index,
-        ends,
+        packed.input_ids,
+        packed.position_ids,
+        F.pad(packed.pooled_index, (0, num_missing)),
+        F.pad(packed.sequences.cu_seqlens, (0, num_missing), value=num_tokens),
     )
-    return torch.from_numpy(np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts]))
+    return torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
 
 
 def _sizes(num_tokens: int) -> list[int]:
