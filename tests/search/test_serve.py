@@ -6,9 +6,6 @@ import base64
 import http.client
 import io
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +19,10 @@ from selenium.webdriver.common.keys import Keys
 
 from embedder.errors import InvalidMedia
 from embedder.settings import Settings
-from tests.conftest import ROOT, encoded, slow_except
+from tests.conftest import encoded, slow_except
 from tests.playground.browser import LOOKS, Page, fits, needs_chromium, screenshot
 from tests.search.conftest import Indexed
+from tests.search.served import serving
 
 pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
 
@@ -40,17 +38,8 @@ PICTURES_ARE_SEEN = """
 @pytest.fixture(scope="module")
 def url(indexed: Indexed) -> Iterator[str]:
     """Where the command serves the collection."""
-    command = [sys.executable, "-m", "embedder.search", str(indexed.output), "--serve", "--port", "0"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.fullmatch(r"search 9 rows at (http://127\.0\.0\.1:\d+)/\n", line)
-        try:
-            assert found, line
-            yield found[1]
-        finally:
-            process.terminate()
+    with serving(indexed.output, 9) as url:
+        yield url
 
 
 def search(url: str, **body: Any) -> list[dict[str, Any]]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,10 @@ from selenium import webdriver
 
 from benchmarks.demo_documents import write_documents
 from embedder import Reranker
-from tests.conftest import ROOT, encoded
+from tests.conftest import encoded
 from tests.inputs.test_video import clip
 from tests.playground.browser import LOOKS, Page, fits, needs_chromium, screenshot
+from tests.search.served import serving
 
 pytest.importorskip("ray", reason="comes with the `bulk` extra")
 
@@ -54,19 +52,8 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def url(documents: tuple[Path, Path], random_reranker: Path) -> Iterator[str]:
     """Where the command serves the collection."""
-    options = ["--serve", "--port", "0", "--rerank", str(random_reranker)]
-    command = [sys.executable, "-m", "embedder.search", str(documents[1]), *options]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
-    environment |= {"EMBEDDER_DEVICE": "cpu", "EMBEDDER_DTYPE": "float32"}  # as `reranker`
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.fullmatch(rf"search {NUM_ROWS} rows at (http://127\.0\.0\.1:\d+)/\n", line)
-        try:
-            assert found, line
-            yield found[1]
-        finally:
-            process.terminate()
+    with serving(documents[1], NUM_ROWS, "--rerank", str(random_reranker), device="cpu", dtype="float32") as url:
+        yield url
 
 
 def rerank(url: str, **body: Any) -> httpx.Response:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
-import subprocess
-import sys
 import tarfile
 from base64 import b64encode
 from collections.abc import Iterator
@@ -20,10 +17,11 @@ import pytest
 from selenium import webdriver
 
 from embedder.settings import Settings
-from tests.conftest import ROOT, encoded
+from tests.conftest import encoded
 from tests.inputs.test_video import clip
 from tests.playground.browser import LOOKS, Page, fits, needs_chromium, screenshot
 from tests.search.conftest import embed_with_the_bundled_model
+from tests.search.served import serving
 
 pytest.importorskip("pyarrow", reason="comes with the `bulk` extra")
 
@@ -114,17 +112,8 @@ def test_text_that_cannot_be_read_anymore_is_said(data: tuple[Path, Path], capsy
 @pytest.fixture(scope="module")
 def url(data: tuple[Path, Path]) -> Iterator[str]:
     """Where the command serves the collection."""
-    command = [sys.executable, "-m", "embedder.search", str(data[1]), "--serve", "--port", "0"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.fullmatch(rf"search {len(EMBEDDED)} rows at (http://127\.0\.0\.1:\d+)/\n", line)
-        try:
-            assert found, line
-            yield found[1]
-        finally:
-            process.terminate()
+    with serving(data[1], len(EMBEDDED)) as url:
+        yield url
 
 
 def rows(url: str) -> list[dict[str, Any]]:
