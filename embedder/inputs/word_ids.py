@@ -26,7 +26,7 @@ _WORDS = re.compile(
 
 
 class WordIds:
-    """Tokenizes short texts without special tokens. Thread-safe: a word's ids are the same whoever stores them."""
+    """Tokenizes short texts without special tokens. Threads may share it: all of them store the same ids for a word."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

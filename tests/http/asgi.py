@@ -46,14 +46,12 @@ def call(
     app: ASGIApp,
     received: Iterable[Message] = (),
     *,
-    path: str = "/embed",
-    method: str = "POST",
-    headers: Iterable[tuple[bytes, bytes]] = (),
-    kind: str = "http",
-    **options: Any,
+    api_key: str | None = None,
+    drain: Drain | None = None,
+    **request: Any,
 ) -> list[Message]:
-    """Send the messages to the app inside the middlewares, as `call_app`."""
-    return call_app(whole(app, **options), received, path=path, method=method, headers=headers, kind=kind)
+    """As `call_app`, to the app inside the middlewares."""
+    return call_app(whole(app, api_key=api_key, drain=drain), received, **request)
 
 
 def call_app(

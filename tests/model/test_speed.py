@@ -37,15 +37,20 @@ def advance(monkeypatch: pytest.MonkeyPatch, elapsed_s: float, cpu_s: float) -> 
         monkeypatch.setattr(speed.time, clock, map(step_s.__mul__, range(1000)).__next__)
 
 
+def measure(model: EmbeddingModel) -> tuple[speed.Speed, int]:
+    """The measured speed, and the number of tokens of the text that was measured."""
+    measured = speed.measure_speed(model.forward, model.preprocessor)
+    assert measured is not None
+    return measured, model.preprocessor(EmbeddingItem((Text(" a" * speed.MEASURED_WORDS),))).num_tokens
+
+
 def test_estimate_scales_the_measured_layers_to_all_of_them(
     deep_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(deep_checkpoint)
     advance(monkeypatch, elapsed_s=1.0, cpu_s=1e9)
-    measured = speed.measure_speed(model.forward, model.preprocessor)
-    assert measured is not None
+    measured, num_tokens = measure(model)
     num_patches = (speed.MEASURED_SIDE // 16) ** 2
-    num_tokens = model.preprocessor(EmbeddingItem((Text(" a" * speed.MEASURED_WORDS),))).num_tokens
     assert measured.seconds(0, num_tokens) == pytest.approx(6), "one second for each layer"
     assert measured.seconds(num_patches, 0) == pytest.approx(5)
     double = measured.seconds(0, 2 * num_tokens)
@@ -57,9 +62,7 @@ def test_time_in_which_other_programs_use_the_cores_does_not_count(
 ) -> None:
     model = load(deep_checkpoint)
     advance(monkeypatch, elapsed_s=3.0, cpu_s=1.0)
-    measured = speed.measure_speed(model.forward, model.preprocessor)
-    assert measured is not None
-    num_tokens = model.preprocessor(EmbeddingItem((Text(" a" * speed.MEASURED_WORDS),))).num_tokens
+    measured, num_tokens = measure(model)
     assert measured.seconds(0, num_tokens) == pytest.approx(6), "one second for each layer"
 
 
