@@ -66,23 +66,34 @@ def server_ratio(name: str, callers: int, peer: str, figure: str = "requests_per
     return float(who["service"][figure] / who[peer][figure])
 
 
+def speed_rows() -> list[tuple[str, str, float, bool]]:
+    """What was compared on a CPU: its name, the record, the ratio, and whether README.md shows it."""
+    library, texts, pictures = "library-small-float32", "server-small-text-mixed", "server-small-image-448"
+    return [
+        ("library, texts of mixed lengths, against padded transformers", library,
+         library_ratio("text-mixed", "transformers"), True),
+        ("library, texts of mixed lengths, against sentence-transformers", library,
+         library_ratio("text-mixed", "sentence-transformers"), False),
+        ("service, texts, 64 callers, against FastAPI with sentence-transformers", texts,
+         server_ratio("text-mixed", 64, "FastAPI + s-t"), True),
+        ("service, texts, 1 caller, against vLLM", texts, server_ratio("text-mixed", 1, "vLLM"), False),
+        ("service, texts, 64 callers, against vLLM", texts, server_ratio("text-mixed", 64, "vLLM"), True),
+        ("service, 448x448 pictures, 1 caller, against vLLM", pictures, server_ratio("image-448", 1, "vLLM"), False),
+        ("service, 448x448 pictures, 16 callers, against vLLM", pictures, server_ratio("image-448", 16, "vLLM"), True),
+    ]  # fmt: skip
+
+
 def speed_table(folder: str) -> str:
     """What the records say of the speed on a CPU."""
-    texts, pictures = "server-small-text-mixed", "server-small-image-448"
-    rows = [
-        ("library, texts of mixed lengths, against padded transformers", "library-small-float32",
-         library_ratio("text-mixed", "transformers")),
-        ("library, texts of mixed lengths, against sentence-transformers", "library-small-float32",
-         library_ratio("text-mixed", "sentence-transformers")),
-        ("service, texts, 64 callers, against FastAPI with sentence-transformers", texts,
-         server_ratio("text-mixed", 64, "FastAPI + s-t")),
-        ("service, texts, 1 caller, against vLLM", texts, server_ratio("text-mixed", 1, "vLLM")),
-        ("service, texts, 64 callers, against vLLM", texts, server_ratio("text-mixed", 64, "vLLM")),
-        ("service, 448x448 pictures, 1 caller, against vLLM", pictures, server_ratio("image-448", 1, "vLLM")),
-        ("service, 448x448 pictures, 16 callers, against vLLM", pictures, server_ratio("image-448", 16, "vLLM")),
-    ]  # fmt: skip
     lines = ["| what | throughput | record |", "|---|---|---|"]
-    lines += [f"| {what} | {ratio:.2f}x | {_link(file, folder)} |" for what, file, ratio in rows]
+    lines += [f"| {what} | {ratio:.2f}x | {_link(file, folder)} |" for what, file, ratio, _ in speed_rows()]
+    return "\n".join(lines)
+
+
+def speed_summary(_: str) -> str:
+    """One ratio for each system that was compared; for vLLM, one of texts and one of pictures."""
+    lines = ["| what | throughput |", "|---|---|"]
+    lines += [f"| {what} | {ratio:.2f}x |" for what, _, ratio, is_shown in speed_rows() if is_shown]
     return "\n".join(lines)
 
 
@@ -166,6 +177,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "metrics": lambda _: Metrics(()).table(),
     "errors": lambda _: errors_table(),
     "speed": speed_table,
+    "speed_summary": speed_summary,
     "latency": latency_table,
     "library": library_table,
     "gpu": gpu_table,

@@ -50,6 +50,11 @@ def test_every_page_is_in_the_index() -> None:
     assert set(DOCS) - linked == {ROOT / "docs" / "README.md"}
 
 
+def test_readme_is_two_screens_long() -> None:
+    """What takes more words has a page in docs/."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
+
+
 @every(PAGES)
 def test_names_of_settings_metrics_and_files_are_those_of_the_code(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
