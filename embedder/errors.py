@@ -158,9 +158,18 @@ class UnsupportedContentType(InvalidRequest):
     status = 415
     code = "unsupported_content_type"
     remedy = (
-        "Send `Content-Type: application/json` in UTF-8, without compression or with gzip, deflate or zstd. "
+        "Send `Content-Type: application/json` in UTF-8, without compression or with one of gzip, deflate and zstd. "
         "`/img/embed` also takes files."
     )
+
+    def __init__(self, message: str, *, accept_encoding: str = "") -> None:
+        """`accept_encoding`: the allowed codings, if the body has another one (RFC 9110, section 15.5.16)."""
+        super().__init__(message)
+        self.accept_encoding = accept_encoding
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"accept-encoding": self.accept_encoding} if self.accept_encoding else {}
 
 
 class HeadTooLarge(InvalidRequest):

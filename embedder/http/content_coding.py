@@ -31,14 +31,20 @@ LEVEL = 1  # for vectors in JSON, level 6 takes 2 to 5 times as long for 5 to 10
 
 
 def request_coding(header: str) -> str:
-    """The coding that a `Content-Encoding` header names, or an empty string. Raises `UnsupportedContentType`."""
+    """The coding that a `Content-Encoding` header names, or an empty string. Raises `UnsupportedContentType`.
+
+    Several codings, one around the other, are refused: no known client sends them, and limits would apply to each.
+    """
     codings = [coding.strip() for coding in header.lower().split(",")]
     named = ", ".join(coding for coding in codings if coding not in ("", "identity"))  # which change nothing
     if not named:
         return ""
     coding = _ALIASES.get(named, named)
     if coding not in CODINGS:
-        raise UnsupportedContentType(f"content encoding: got {named[:60]}; allowed: one of {', '.join(CODINGS)}")
+        allowed = ", ".join(CODINGS)
+        raise UnsupportedContentType(
+            f"content encoding: got {named[:60]}; allowed: one of {allowed}", accept_encoding=allowed
+        )
     return coding
 
 

@@ -194,7 +194,7 @@ def _check_content_type(scope: Scope, *, takes_files: bool) -> tuple[str, bool]:
 
     Raises `UnsupportedContentType`.
     """
-    coding, is_json, num_types = "", True, 0
+    is_json, num_types, codings = True, 0, []
     for name, value in scope["headers"]:  # all of them: BentoML reads the first of several
         name = name.lower()
         if name not in (b"content-type", b"content-encoding"):
@@ -208,10 +208,8 @@ def _check_content_type(scope: Scope, *, takes_files: bool) -> tuple[str, bool]:
             if is_json:
                 _check_json_type(given, takes_files=takes_files)
         else:
-            if coding:
-                raise UnsupportedContentType(f"content encoding: got {given[:60]} after {coding}; allowed: one coding")
-            coding = request_coding(given)
-    return coding, is_json
+            codings.append(given)
+    return request_coding(", ".join(codings)), is_json
 
 
 def _check_json_type(given: str, *, takes_files: bool) -> None:

@@ -169,12 +169,23 @@ def test_identity_among_the_codings_changes_nothing(header: str) -> None:
     assert request_coding("identity, identity") == request_coding(" ") == ""
 
 
-@pytest.mark.parametrize("coding", ["br", "compress", "gzip, zstd", "gzip, gzip", "chunked"])
-def test_other_codings_are_refused_by_name(coding: str) -> None:
+@pytest.mark.parametrize("num_lines", [1, 2], ids=["one header", "a header for each"])
+@pytest.mark.parametrize("coding", ["br", "compress", "gzip, zstd", "gzip, gzip", "gzip, br", "identity, br"])
+def test_other_codings_are_refused_by_name(coding: str, num_lines: int) -> None:
     app = Echo()
-    status, error = status_and_error(call(app, chunks(b"{}"), headers=[(b"content-encoding", coding.encode())]))
-    assert (status, error["message"]) == (415, f"content encoding: got {coding}; allowed: one of gzip, deflate, zstd")
+    headers = [(b"content-encoding", value.encode()) for value in coding.split(", ", num_lines - 1)]
+    sent = call(app, chunks(b"{}"), headers=headers)
+    status, error = status_and_error(sent)
+    named = coding.removeprefix("identity, ")
+    assert (status, error["message"]) == (415, f"content encoding: got {named}; allowed: one of gzip, deflate, zstd")
+    assert dict(sent[0]["headers"])[b"accept-encoding"] == b"gzip, deflate, zstd"
     assert app.calls == 0
+
+
+def test_a_wrong_type_does_not_look_like_a_wrong_coding() -> None:
+    sent = call(Echo(), chunks(b"{}"), headers=[(b"content-type", b"text/xml"), (b"content-encoding", b"gzip")])
+    assert sent[0]["status"] == 415
+    assert b"accept-encoding" not in dict(sent[0]["headers"])
 
 
 @pytest.mark.parametrize(
