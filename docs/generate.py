@@ -25,6 +25,8 @@ from embedder.telemetry.metrics import Metrics  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 GPUS, NOT_MEASURED = ("H100", "H200"), "not measured yet"
+WORDS, HISTOGRAM = "ids of a text of 17 words", "64 values into a histogram"  # steps of `benchmarks.micro`
+VECTOR, GZIP, GZIP_THOUSANDS = "a vector of 2,048 values as JSON", "gzip of 100 vectors of 2,048 values", 204.8
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _MARKED = re.compile(r"<!-- (generated|figure): (\S+) -->.*?<!-- /\1 -->", re.DOTALL)
@@ -194,10 +196,19 @@ TABLES: dict[str, Callable[[str], str]] = {
 FIGURES: dict[str, Callable[[], str]] = {
     "bulk.ratio": lambda: f"{record('bulk')['ratio']:.2f}",
     "decoding.clips": lambda: f"{decoding_ratio('clips, 320x240'):.2f}",
+    "front.single": lambda: f"{record('front')['rows'][0]['now']:.1f}",
     "growth.library": lambda: f"{record('growth')['verdicts']['library']['time_ratio']:.2f}",
     "growth.server": lambda: f"{record('growth')['verdicts']['server']['time_ratio']:.2f}",
     "page_rendering.ms": lambda: f"{1000 * render_s_per_page():.0f}",
     "page_rendering.percent": lambda: f"{100 * record('page_rendering')['share']:.2f}",
+    "micro.bentoml_json_ms": lambda: f"{micro_us(VECTOR, 'usual_us') / 1000:.1f}",
+    "micro.gzip_ms": lambda: f"{micro_us(GZIP, 'ours_us') / 1000 / GZIP_THOUSANDS:.2f}",
+    "micro.json_ms": lambda: f"{micro_us(VECTOR, 'ours_us') / 1000:.2f}",
+    "micro.json_thousand_ms": lambda: f"{micro_us(VECTOR, 'ours_us') / 1000 / 2.048:.3f}",
+    "micro.histogram_us": lambda: f"{micro_us(HISTOGRAM, 'ours_us'):.0f}",
+    "micro.observe_us": lambda: f"{micro_us(HISTOGRAM, 'usual_us'):.0f}",
+    "micro.tokenizer_us": lambda: f"{micro_us(WORDS, 'usual_us'):.0f}",
+    "micro.words_us": lambda: f"{micro_us(WORDS, 'ours_us'):.1f}",
     "overload.p99_s": lambda: f"{record('overload')['p99_s']:.1f}",
     "preprocessing.image-448": lambda: (
         f"{record('preprocessing')['images_per_s']['image-448']['ours: base64 to model input']:.0f}"
@@ -212,6 +223,11 @@ FIGURES: dict[str, Callable[[], str]] = {
 def decoding_ratio(kind: str) -> float:
     """Items of a kind per second, decoded as the service does, over those decoded in its threads only."""
     return float(record("decoding")["items_per_s"][kind]["processes / threads"])
+
+
+def micro_us(step: str, which: str) -> float:
+    """Microseconds of CPU time of a small step of the code."""
+    return float(record("micro")["steps"][step][which])
 
 
 def render_s_per_page() -> float:

@@ -294,8 +294,9 @@ def without_traceback(error: Raised) -> Raised:
 class AttributedToItem:
     """Sets `item` of an error that an item causes inside the block: the item's index in its request.
 
-    A class, because it is entered for each request and item, and a generator takes three times as long. In a loop,
-    `for block.index, item in enumerate(items)` saves entering it again.
+    A class, because it is entered for each request and item, and a generator takes three times as long (0.7 µs on one
+    core of an AMD EPYC, `python -m benchmarks.micro`). In a loop, `for block.index, item in enumerate(items)` saves
+    entering it again.
     """
 
     def __init__(self, index: int = 0) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 class Drain:
     """Counts requests in progress: each runs in a block `with drain`. `is_draining` is set when the worker is to stop.
 
-    A class, because entering a generator for each request takes three times as long.
+    A class, because entering a generator for each request takes three times as long (0.7 µs on one core of an AMD
+    EPYC, `python -m benchmarks.micro`).
     """
 
     def __init__(self) -> None:

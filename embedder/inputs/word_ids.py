@@ -1,8 +1,8 @@
 """Short ASCII texts -> token ids, from the ids of words that were tokenized before.
 
 Qwen2's tokenizer splits a text into words by one pattern and tokenizes each word by itself, so a word has the same ids
-in every text. Looking up 17 words takes 4 µs; the tokenizer takes 30 and holds the GIL (one core of an AMD EPYC,
-`python -m benchmarks.front`). A text with a word that is not known goes to the tokenizer, and its words are remembered.
+in every text. Looking up 17 words takes 2.4 µs; the tokenizer takes 21 and holds the GIL (one core of an AMD EPYC,
+`python -m benchmarks.micro`). A text with a word that is not known goes to the tokenizer, and its words are remembered.
 """
 
 from __future__ import annotations

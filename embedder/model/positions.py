@@ -17,7 +17,7 @@ def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     sin_first, sin_second = sin[:, None].chunk(2, dim=-1)
     rotated = states * cos[:, None]
     rotated_first, rotated_second = rotated.chunk(2, dim=-1)
-    rotated_first.addcmul_(second, sin_first, value=-1)  # in place: 2.3 times as fast as `rotate_half` on a CPU
+    rotated_first.addcmul_(second, sin_first, value=-1)  # in place: `rotate_half` would copy both halves
     rotated_second.addcmul_(first, sin_second)
     return rotated
 
