@@ -3,7 +3,8 @@
 Writes two files from pyproject.toml, so that one Bento builds both images. `requirements.txt` lists the packages of
 every image. `requirements-cuda.txt` lists the additional packages of torch's CUDA build; uv reads it as constraints, so
 the CPU image installs none of them. CPU_WHEELS is the folder or page with torch's CPU wheel; its hash is added to the
-hashes of torch.
+hashes of torch. A package of the extra `test` may need an older version of a package; then that version is locked,
+because the tests cannot run with a newer one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -39,8 +41,13 @@ def main() -> None:
     parser.add_argument("cpu_wheels")
     parser.add_argument("--constraint", default="/dev/null", help="file of versions to keep, as from `uv pip freeze`")
     arguments = parser.parse_args()
-    cuda = compile_lock("--constraint", arguments.constraint)
-    both = compile_lock("--constraint", arguments.constraint, "--find-links", arguments.cpu_wheels)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as tested:
+        kept = ("--constraint", arguments.constraint)
+        tested.writelines(f"{pin[0]}\n" for pin in compile_lock(*kept, "--extra", "test").values())
+        tested.flush()
+        kept += ("--constraint", tested.name)
+        cuda = compile_lock(*kept)
+        both = compile_lock(*kept, "--find-links", arguments.cpu_wheels)
     both["torch"] = cuda["torch"] + both["torch"][1:]
     write(CPU_LOCK, both)
     write(CUDA_LOCK, {name: pin for name, pin in cuda.items() if name not in both})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import distributions
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from deploy.audit import audit, read_result
 from deploy.lock import CPU_LOCK, CUDA_LOCK, locked_versions
-from deploy.newest import differences
+from deploy.newest import differences, held_back
 from deploy.sbom import UNKNOWN, bill_of_lock, license_of, licenses_table, write_bills
 
 
@@ -90,3 +93,22 @@ def test_newest_versions_are_compared_with_the_lock() -> None:
     assert differences(locked, {**locked, "torch": f"{locked['torch']}+cpu"}) == []
     newer = differences(locked, {**locked, "pillow": "99.0"})
     assert newer == [f"pillow: locked {locked['pillow']}, newest 99.0"]
+
+
+def test_packages_that_the_tests_hold_back_are_named() -> None:
+    tested = {"typer": "0.27", "torch": "2.13+cpu", "pytest": "9"}
+    assert held_back({"typer": "0.27", "torch": "2.13", "nvidia-nccl": "2"}, tested) == []
+    assert held_back({"typer": "0.29"}, tested) == ["typer: newest 0.29, but 0.27 with the packages of the tests"]
+
+
+def test_locked_versions_are_those_that_the_packages_of_the_tests_allow() -> None:
+    """Otherwise the image would have versions with which the tests cannot run."""
+    locked = {canonicalize_name(name): version for name, version in locked_versions(CPU_LOCK).items()}
+    wrong = []
+    for package in distributions():
+        for requirement in map(Requirement, package.requires or ()):
+            version = locked.get(canonicalize_name(requirement.name))
+            is_needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if version and is_needed and not requirement.specifier.contains(version, prereleases=True):
+                wrong.append(f"{package.name} needs {requirement}, {version} is locked")
+    assert not wrong
