@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from embedder import Embedder, Reranker
@@ -151,6 +152,44 @@ def test_checkpoint_for_classification_has_its_direction_stored(random_reranker:
     documents = ["The car is green.", DOCUMENTS["image"]]
     with Reranker(str(folder), device="cpu") as converted, Reranker(str(random_reranker), device="cpu") as original:
         assert converted.score("a car", documents) == pytest.approx(original.score("a car", documents), abs=1e-6)
+
+
+def test_tokens_that_the_tokenizer_appends_follow_the_prompt(random_reranker: Path, tmp_path: Path) -> None:
+    """As the embedding models' tokenizer appends `<|endoftext|>`; transformers reads the score there."""
+    folder = shutil.copytree(random_reranker, tmp_path / "appending")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (end,) = [one["id"] for one in tokenizer["added_tokens"] if one["content"] == "<|endoftext|>"]
+    appended = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}]
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": appended,
+        "pair": [*appended[:1], {"Sequence": {"id": "B", "type_id": 0}}, *appended[1:]],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [end], "tokens": ["<|endoftext|>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    check_against_oracle(folder, random_reranker)
+
+
+def test_weights_stored_in_fp8_are_cast(random_reranker: Path, tmp_path: Path) -> None:
+    """Without scales, each value is what it says, as for transformers."""
+    folder = shutil.copytree(random_reranker, tmp_path / "fp8")
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if weight.ndim == 2:
+            weights[name] = weight.to(torch.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    check_against_oracle(folder, random_reranker)
+
+
+def check_against_oracle(folder: Path, original: Path) -> None:
+    """The scores are the oracle's, and others than those of the checkpoint from which the folder was made."""
+    documents = [DOCUMENTS[name] for name in ("text", "image", "image and text")]
+    oracle = RerankOracle(folder)
+    expected = [oracle.score(QUERIES["image"], one) for one in documents]
+    with Reranker(str(folder), device="cpu") as changed, Reranker(str(original), device="cpu") as reranker:
+        np.testing.assert_allclose(changed.score(QUERIES["image"], documents), expected, rtol=0, atol=MAX_DIFFERENCE)
+        others = reranker.score(QUERIES["image"], documents)
+    assert min(abs(one - other) for one, other in zip(others, expected, strict=True)) > 10 * MAX_DIFFERENCE
 
 
 def test_query_with_a_picture_is_encoded_once(reranker: Reranker, monkeypatch: pytest.MonkeyPatch) -> None:

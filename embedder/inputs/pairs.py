@@ -6,9 +6,9 @@ template):
     <|im_start|>system\n{JUDGE}<|im_end|>\n<|im_start|>user\n<Instruct>: {instruction}<Query>:{query}\n
     <Document>:{document}<|im_end|>\n<|im_start|>assistant\n
 
-(in one line). The score is read at the last token; nothing is appended, and the instruction is used as it is. All pairs
-of a request begin with the same tokens, up to the document. They are prepared once, as the request's `Query`, and the
-model computes their keys and values once.
+(in one line). If the checkpoint's tokenizer appends tokens to a prompt, they follow, as in transformers. The score is
+read at the last token. The instruction is used as it is. All pairs of a request begin with the same tokens, up to the
+document. They are prepared once, as the request's `Query`, and the model computes their keys and values once.
 """
 
 from __future__ import annotations
@@ -104,7 +104,6 @@ class PairPreprocessor(Preprocessor):
         super().__init__(tokenizer, vision, settings, visual_cost=visual_cost)
         self._relative_cost = relative_cost
         self._system_ids = self._encode_fixed(prompt.prefix(JUDGE))
-        self._tail_ids = self._encode_fixed(prompt.SUFFIX)
         self._check_cut()
 
     def __call__(self, item: EmbeddingItem, decoder: Decoder | None = None) -> ModelInput:
@@ -143,8 +142,8 @@ class PairPreprocessor(Preprocessor):
         patches, seconds = self._load_patches(pair, decoder)
         pieces = prompt.user_turn(pair, self._grids(patches), seconds, header=_AFTER_CUT)
         max_tokens = self.settings.max_input_tokens - query.num_tokens
-        runs, num_cut = self._encode(pieces, max_tokens, len(self._tail_ids), pair.truncate, pair.max_text_tokens)
-        input_ids, position_ids, visual_index = self._assemble([*runs, list(self._tail_ids)])
+        runs, num_cut = self._encode(pieces, max_tokens, len(self._suffix_ids), pair.truncate, pair.max_text_tokens)
+        input_ids, position_ids, visual_index = self._assemble([*runs, list(self._suffix_ids)])
         start = int(query.position_ids.max()) + 1
         return ModelInput(
             np.concatenate([query.input_ids, input_ids]),
@@ -160,7 +159,7 @@ class PairPreprocessor(Preprocessor):
         )
 
     def _check_length(self, num_query_tokens: int) -> None:
-        allowed = self.settings.max_input_tokens - len(self._tail_ids) - 1
+        allowed = self.settings.max_input_tokens - len(self._suffix_ids) - 1
         if num_query_tokens > allowed:
             raise InputTooLong(
                 f"{num_query_tokens} tokens of query, instruction and template; allowed: {allowed}, because query and "
