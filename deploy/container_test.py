@@ -35,7 +35,8 @@ MAX_BYTES = 1_800_000_000  # with torch's CPU build
 NOT_IN_THE_IMAGE = """
     for tool in cc c++ gcc g++ clang make nvcc rustc cargo git; do command -v $tool; done
     find / -xdev -path /proc -prune -o '(' -path '/root/.cache/*' -o -name 'tests' -path '/home/*' -o -name 'training' \
-        -path '/home/*' -o -name default_model -o -path '/tmp/*' -o -name '*.safetensors' ')' -print
+        -path '/home/*' -o -name default_model -o -name default_reranker -o -path '/tmp/*' -o -name '*.safetensors' \
+        ')' -print
 """
 
 

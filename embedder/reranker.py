@@ -30,9 +30,10 @@ class Ranked:
 class Reranker:
     """A loaded checkpoint that judges how well documents answer a query.
 
-    `model`: a checkpoint folder or hub id. `device`: a value of `EMBEDDER_DEVICE`. `options`: other fields of
-    `Settings`, by name; `settings` replaces all of these arguments. `observer` is called at each stage of an item.
-    `on_failure` is called with the reason if the device fails; then this process can compute nothing more.
+    `model`: a checkpoint folder or hub id; empty: the small reranker shipped in the package. `device`: a value of
+    `EMBEDDER_DEVICE`. `options`: other fields of `Settings`, by name; `settings` replaces all of these arguments.
+    `observer` is called at each stage of an item. `on_failure` is called with the reason if the device fails; then this
+    process can compute nothing more.
 
     Close it, or use it in a `with` block, to end its threads. Raises `ModelUnavailable`, and pydantic's
     `ValidationError` for settings out of range.
@@ -50,9 +51,9 @@ class Reranker:
         on_failure: Callable[[str], None] | None = None,
         **options: Any,
     ) -> None:
-        settings = settings or Settings(reranker=str(model), device=device, dtype=dtype, **options)
+        settings = settings or Settings(reranker=str(model or "bundled"), device=device, dtype=dtype, **options)
         if not settings.reranker:
-            raise InvalidRequest("got no model; allowed: a reranker's checkpoint folder or hub id")
+            raise InvalidRequest("got settings without a reranker; allowed: a folder, a hub id or `bundled`")
         self.settings = settings
         self.models = Models(
             settings.model_copy(update={"model": ""}), worker=worker, observer=observer, on_failure=on_failure

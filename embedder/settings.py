@@ -42,8 +42,8 @@ class Settings(BaseModel):
     revision: str = Field("", description="Hub revision (branch, tag or commit); empty: the newest.")
     reranker: str = Field(
         "",
-        description="Checkpoint folder or hub id of a reranker, served in addition to `EMBEDDER_MODEL`, or by itself "
-        "if that is empty.",
+        description="Checkpoint folder or hub id of a reranker, or `bundled`; served in addition to `EMBEDDER_MODEL`, "
+        "or by itself if that is empty.",
     )
     reranker_revision: str = Field("", description="Hub revision of the reranker; empty: the newest.")
     default_instruction: str = Field(

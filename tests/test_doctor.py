@@ -71,6 +71,20 @@ def test_model_that_is_not_here_yet_is_no_fault(
     assert "the service downloads it at its first start" in rows_of(capsys.readouterr().out)["model"][1]
 
 
+def test_each_model_has_its_own_data_type(
+    random_reranker: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundled ones stay in float32 on a processor that multiplies bfloat16."""
+    monkeypatch.setattr("embedder.model.devices.cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setenv("EMBEDDER_MODEL", "bundled")
+    monkeypatch.setenv("EMBEDDER_DEVICE", "cpu")
+    for name, found in ((str(random_reranker), "float32 and bfloat16"), ("bundled", "float32")):
+        monkeypatch.setattr("embedder.model.checkpoint.BUNDLED_RERANKER", random_reranker)
+        monkeypatch.setenv("EMBEDDER_RERANKER", name)
+        assert doctor.main(["--port", "0"]) == 0
+        assert rows_of(capsys.readouterr().out)["data type"][1] == found
+
+
 def break_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 

@@ -31,7 +31,7 @@ from embedder.verify.checks import verify
 from embedder.verify.examples import Examples, Input
 from embedder.verify.http_service import Service, ServiceFault
 from embedder.verify.published import FirstValues
-from embedder.verify.published_checks import check_published_embeddings
+from embedder.verify.published_checks import Published, check_published_embeddings
 from tests.conftest import ROOT, Server, encoded, picture, slow_except, words
 
 Vector = NDArray[np.float32]
@@ -475,6 +475,13 @@ def test_examples_that_cannot_be_read_are_named_and_no_success(
     kind = "picture" if name == "demo.jpeg" else "passages"
     assert {row for row in rows if kind in row and "ten pictures" not in row} == set(reasons)
     assert all(message in reason for reason in reasons.values()), reasons
+
+
+def test_bundled_reranker_is_not_compared_with_the_published_one(examples: Path) -> None:
+    model: Any = ConstantModel()
+    info = {"roles": ["embedder", "reranker"], "reranker": {"is_bundled_model": True}, "dtype": "float32"}
+    rows = Published(Examples(examples), True).check_service(model, info)[len(published.EMBEDDINGS) :]
+    assert {row.verdict for row in rows} == {"not checked: the bundled model is not a published one"}
 
 
 def test_service_with_other_response_shapes_fails(capsys: pytest.CaptureFixture[str]) -> None:

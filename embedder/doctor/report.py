@@ -16,7 +16,7 @@ from embedder.inputs.chat_template import check_chat_template
 from embedder.inputs.processor_config import read_vision_config
 from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model.attention import choose_attention
-from embedder.model.checkpoint import BUNDLED, find_checkpoint, find_reranker, is_on_this_machine
+from embedder.model.checkpoint import Checkpoint, find_checkpoint, find_reranker, is_on_this_machine
 from embedder.model.devices import choose_device, choose_dtype
 from embedder.model.eight_bit import check_weight_format
 from embedder.model.execution import choose_execution, find_compiler
@@ -66,17 +66,17 @@ def examine(model: str, host: str, port: int) -> Report:
     if model:
         settings = settings.model_copy(update={"model": model})
     report.add("API keys", lambda: ApiKeys(settings), _describe_keys)
-    folders = []
+    checkpoints = []
     if settings.has_embedder:
-        folders.append(_examine_checkpoint(report, settings, "model"))
+        checkpoints.append(_examine_checkpoint(report, settings, "model"))
     if settings.reranker:
-        folders.append(_examine_checkpoint(report, settings, "reranker"))
-    _examine_device(report, settings, [folder for folder in folders if folder])
+        checkpoints.append(_examine_checkpoint(report, settings, "reranker"))
+    _examine_device(report, settings, checkpoints)
     return report
 
 
-def _examine_checkpoint(report: Report, settings: Settings, kind: Literal["model", "reranker"]) -> Path | None:
-    """The checkpoint's folder, if it is on this machine."""
+def _examine_checkpoint(report: Report, settings: Settings, kind: Literal["model", "reranker"]) -> Checkpoint | None:
+    """The checkpoint, if it is on this machine and can be loaded."""
     if kind == "model":
         name, revision, find = settings.model, settings.revision, find_checkpoint
     else:
@@ -97,19 +97,18 @@ def _examine_checkpoint(report: Report, settings: Settings, kind: Literal["model
         lambda vision: f"{vision.regime.min_pixels} to {vision.regime.max_pixels} pixels after resizing",
     )
     count = report.add("weights", lambda: check_weights(folder), lambda one: f"{one}, with the shapes of config.json")
-    return folder if count else None
+    return checkpoint if count else None
 
 
-def _examine_device(report: Report, settings: Settings, folders: Sequence[Path]) -> None:
+def _examine_device(report: Report, settings: Settings, checkpoints: Sequence[Checkpoint | None]) -> None:
+    """`checkpoints`: of the models that are served; None for one that is not on this machine."""
     device = report.add("device", lambda: choose_device(settings), _describe_device)
     if device is None:
         return
-    dtype = report.add(
-        "data type",
-        lambda: choose_dtype(settings, device, is_bundled=BUNDLED in folders),
-        lambda one: str(one).removeprefix("torch."),
-    )
-    assert dtype is not None
+    dtypes = [choose_dtype(settings, device, is_bundled=bool(one and one.is_bundled)) for one in checkpoints]
+    names = dict.fromkeys(str(one).removeprefix("torch.") for one in dtypes)
+    report.add("data type", lambda: " and ".join(names))
+    dtype = dtypes[0]
     if settings.weights:
         report.add(
             "8 bits", lambda: check_weight_format(settings.weights, device, dtype), lambda _: str(settings.weights)
@@ -123,8 +122,9 @@ def _examine_device(report: Report, settings: Settings, folders: Sequence[Path])
         lambda: settings.num_workers(count_gpus()),
         lambda count: f"{count}; {available_cores()} cores, {settings.preprocess_threads} preprocessing threads each",
     )
-    for folder in folders:
-        report.add("memory", partial(_describe_memory, folder, dtype, device, settings.weights))
+    for checkpoint, dtype in zip(checkpoints, dtypes, strict=True):
+        if checkpoint:
+            report.add("memory", partial(_describe_memory, checkpoint.folder, dtype, device, settings.weights))
 
 
 def _describe_settings(settings: Settings) -> str:

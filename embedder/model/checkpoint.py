@@ -15,6 +15,7 @@ from embedder.inputs.items import json_value
 from embedder.settings import Settings
 
 BUNDLED = Path(str(importlib.resources.files("embedder") / "default_model"))
+BUNDLED_RERANKER = Path(str(importlib.resources.files("embedder") / "default_reranker"))
 PUBLISHED = "Qwen/Qwen3-VL-Embedding-2B"
 PUBLISHED_REVISION = "9f2f7e710d6d81056aa5c0a4f04764fec6bb7bda"
 
@@ -29,7 +30,7 @@ class Checkpoint:
     """A checkpoint folder on this machine.
 
     `name` is the setting's value (folder or hub id), `revision` the downloaded commit; `is_bundled` marks the small
-    model shipped in the package.
+    models shipped in the package, named `bundled` and `bundled-reranker`.
     """
 
     folder: Path
@@ -65,11 +66,13 @@ def find_models(settings: Settings) -> list[Checkpoint]:
 
 
 def find_reranker(settings: Settings) -> Checkpoint:
-    """The folder that `settings.reranker` names, downloaded if it is a hub id.
+    """The folder that `settings.reranker` names, downloaded if it is a hub id; `bundled`: the one in the package.
 
     Raises `ModelUnavailable` if the model cannot be found or downloaded, is not a Qwen3-VL checkpoint, or is an
     embedding model.
     """
+    if settings.reranker == "bundled" and BUNDLED_RERANKER.is_dir():
+        return _require_qwen3_vl(Checkpoint(BUNDLED_RERANKER, "bundled-reranker", "", is_bundled=True))
     checkpoint = _find(settings.reranker, settings.reranker_revision, "EMBEDDER_RERANKER")
     if role_of(checkpoint) == "embedder":
         raise ModelUnavailable(
@@ -86,6 +89,8 @@ def role_of(checkpoint: Checkpoint) -> Role | None:
     classification and a chat template named `reranker`.
     """
     folder = checkpoint.folder
+    if folder.resolve() == BUNDLED.resolve():
+        return "embedder"
     if (folder / "additional_chat_templates" / "reranker.jinja").is_file():
         return "reranker"
     if any("ForSequenceClassification" in name for name in _read_json(folder / "config.json").get("architectures", [])):
@@ -104,6 +109,10 @@ def _find(name: str, revision: str, variable: str) -> Checkpoint:
     """The checkpoint that the setting `variable` names. Raises `ModelUnavailable`."""
     if Path(name).is_dir():
         return _require_qwen3_vl(Checkpoint(Path(name), name, "", is_bundled=False))
+    if name == "bundled":
+        raise ModelUnavailable(
+            f"{variable}='bundled': this installation has no such model, as in a Bento; allowed: a folder or a hub id"
+        )
     if not _is_hub_id(name):
         raise ModelUnavailable(f"{variable}={name!r} is neither a folder nor a hub id (owner/name)")
     return _require_qwen3_vl(_download(name, revision, variable))

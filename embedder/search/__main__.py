@@ -38,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="MODEL",
-        help="let a reranker judge the best results again: a checkpoint folder or hub id (default: EMBEDDER_RERANKER)",
+        help="let a reranker judge the best results again: a checkpoint folder, a hub id or `bundled` (default: "
+        "EMBEDDER_RERANKER)",
     )
     parser.add_argument(
         "--candidates",

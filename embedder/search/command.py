@@ -55,7 +55,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     if options.rerank is None:
         return settings.model_copy(update={"reranker": ""})
     if not options.rerank and not settings.reranker:
-        raise ValueError("--rerank needs a reranker's checkpoint folder or hub id, or EMBEDDER_RERANKER with one")
+        raise ValueError("--rerank needs a checkpoint folder, a hub id or `bundled`, or EMBEDDER_RERANKER with one")
     model = settings.model or "bundled"  # next to a reranker, an empty name would mean no embedding model
     return settings.model_copy(update={"model": model, "reranker": options.rerank or settings.reranker})
 

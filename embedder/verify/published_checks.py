@@ -27,6 +27,7 @@ from embedder.verify.published import (
 from embedder.verify.results import Check, compared, cosine, not_checked, not_run
 
 Example = Similarities | FirstValues | Scores
+NOT_PUBLISHED = "the bundled model is not a published one"
 
 
 class Scorer(Protocol):
@@ -58,11 +59,11 @@ class Published:
             with Embedder("" if model == "bundled" else model, **chosen) as embedder:
                 embeddings |= check_published_embeddings(embedder, embedder.info(), self.examples)
             del embedder  # frees its weights
-            if reranker:
+            if reranker and reranker != "bundled":
                 with Reranker(reranker, **chosen) as judge:
                     scores |= check_published_scores(judge, judge.info(), self.examples)
                 del judge
-        no_reranker = "no reranker is named (--reranker or EMBEDDER_RERANKER)"
+        no_reranker = NOT_PUBLISHED if reranker else "no reranker is named (--reranker or EMBEDDER_RERANKER)"
         return [*_complete(embeddings, EMBEDDINGS, ""), *_complete(scores, SCORES, no_reranker)]
 
     def check_service(self, service: Service, info: Mapping[str, Any]) -> list[Check]:
@@ -70,16 +71,18 @@ class Published:
         if not self.is_wanted:
             return self._listed("")
         embeddings = check_published_embeddings(service, info, self.examples)
-        judge = info.get("reranker", info) if "reranker" in info.get("roles", ()) else None
-        scores = check_published_scores(service, judge, self.examples) if judge else {}
         reason = f"the service has EMBEDDER_PREPROCESSING={info.get('preprocessing')}; published with the other"
-        no_reranker = reason if judge else "the service has no reranker"
-        return [*_complete(embeddings, EMBEDDINGS, reason), *_complete(scores, SCORES, no_reranker)]
+        judge = info.get("reranker", info) if "reranker" in info.get("roles", ()) else None
+        if judge and not judge.get("is_bundled_model"):
+            scores, not_scored = check_published_scores(service, judge, self.examples), reason
+        else:
+            scores, not_scored = {}, NOT_PUBLISHED if judge else "the service has no reranker"
+        return [*_complete(embeddings, EMBEDDINGS, reason), *_complete(scores, SCORES, not_scored)]
 
     def _listed(self, model: str) -> list[Check]:
         rows = [_row_name(one) for one in (*EMBEDDINGS, *SCORES)]
         if model == "bundled":
-            return [not_checked(row, "the bundled model is not a published one") for row in rows]
+            return [not_checked(row, NOT_PUBLISHED) for row in rows]
         return [not_run(row, "needs --examples FOLDER") for row in rows]
 
 

@@ -11,13 +11,36 @@ from pathlib import Path
 import pytest
 
 from embedder.errors import ModelUnavailable
-from embedder.model.checkpoint import Checkpoint, find_checkpoint
+from embedder.model.checkpoint import BUNDLED, Checkpoint, find_checkpoint, find_reranker
 from embedder.settings import Settings
 
 
 def test_folder_is_taken_as_it_is(random_checkpoint: Path) -> None:
     name = str(random_checkpoint)
     assert find_checkpoint(Settings(model=name)) == Checkpoint(random_checkpoint, name, "", is_bundled=False)
+
+
+def test_bundled_reranker_has_a_name_of_its_own(random_reranker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients tell the models of `/v1/models` apart by their names."""
+    monkeypatch.setattr("embedder.model.checkpoint.BUNDLED_RERANKER", random_reranker)
+    found = find_reranker(Settings(reranker="bundled"))
+    assert found == Checkpoint(random_reranker, "bundled-reranker", "", is_bundled=True)
+    assert find_checkpoint(Settings(model="bundled")).name == "bundled"
+
+
+def test_bundled_models_are_not_in_a_bento(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BUNDLED", "BUNDLED_RERANKER"):
+        monkeypatch.setattr(f"embedder.model.checkpoint.{name}", tmp_path / "none")
+    with pytest.raises(ModelUnavailable, match=r"^EMBEDDER_MODEL='bundled': this installation has no such model"):
+        find_checkpoint(Settings(model="bundled"))
+    with pytest.raises(ModelUnavailable, match=r"^EMBEDDER_RERANKER='bundled': this installation has no such model"):
+        find_reranker(Settings(reranker="bundled"))
+
+
+def test_bundled_embedding_model_is_no_reranker() -> None:
+    """It has the tokens of a reranker, but scores nothing."""
+    with pytest.raises(ModelUnavailable, match="is an embedding model, whose scores would mean nothing"):
+        find_reranker(Settings(reranker=str(BUNDLED)))
 
 
 @pytest.mark.parametrize("model", ["no-such-folder", "./a/b", "/no/such", "~/model", "a/b/c", "../no-such"])

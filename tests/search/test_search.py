@@ -86,7 +86,7 @@ def test_table_has_a_line_for_each_result(indexed: Indexed, capsys: pytest.Captu
         (["{output}"], {}, "got no query"),
         (["{output}", "red", "--limit", "0"], {}, "--limit: got 0"),
         (["{folder}", "red"], {}, "is not an output of embedder.bulk"),
-        (["{output}", "red", "--rerank"], {}, "--rerank needs a reranker's checkpoint"),
+        (["{output}", "red", "--rerank"], {}, "--rerank needs a checkpoint folder, a hub id or `bundled`"),
         (["{output}", "--rerank", "red"], {}, "got no query"),
         (["{output}", "red", "--candidates", "9"], {}, "--candidates needs --rerank"),
         (["{output}", "red", "--rerank", "m", "--candidates", "9"], {}, "got 9; allowed: 10 (--limit) and more"),
