@@ -1,12 +1,12 @@
 """Measure the effect of single design decisions: `python -m benchmarks.choices`.
 
 1. Variants of the forward pass on the CPU, with the same weights, one batch of three workloads each. Times are relative
-to
-   ours (above 1 is slower), and every variant must give the same vectors. The torch.compile variant needs a C++
+   to ours (above 1 is slower), and every variant must give the same vectors. The torch.compile variant needs a C++
    compiler.
-2. Short texts through the library with a model that computes nothing, preprocessed on the calling thread or in threads.
-3. The duration of a garbage collection with and without the loaded objects.
-4. Requests to the service, also without computation, with Python's default and shorter switch intervals.
+2. Texts of mixed lengths through the library, in batches of different numbers of tokens.
+3. Short texts through the library with a model that computes nothing, preprocessed on the calling thread or in threads.
+4. The duration of a garbage collection with and without the loaded objects.
+5. Requests to the service, also without computation, with Python's default and shorter switch intervals.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from benchmarks import contenders, report
 from benchmarks.checkpoints import random_folder
@@ -39,14 +38,22 @@ from benchmarks.limits import no_model
 from benchmarks.load import drive
 from benchmarks.protocols import LocalProtocol
 from benchmarks.workloads import make_items, read_words
+from embedder import models
 from embedder.embedder import Embedder
+from embedder.engine.scheduler import BatchLength
 from embedder.inputs import preprocess
 from embedder.inputs.items import item_from_fields
 from embedder.inputs.preprocess import ModelInput
 from embedder.model import language, products
 from embedder.models import Models
+from embedder.torchvision_shim import declare_torchvision_operators
+
+declare_torchvision_operators()
+
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm  # noqa: E402 - after the declaration
 
 BATCHES = {"text-16": 64, "text-512": 8, "image-448": 4}  # items of each workload
+BATCH_TOKENS = (256, 512, 1024, 2048, 16384)  # ours: 1024, if they take a second or more
 OURS = "ours"
 MAX_DIFFERENCE = 1e-4  # between rows before normalization, whose length is a few units
 SWITCH_INTERVALS_S = (0.005, 0.001, 0.0002)  # the first is Python's default
@@ -65,12 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     about = report.environment(report.command("choices", chosen))
     with random_folder(chosen.shape) as folder:
         times = _forward_times(folder, chosen.rounds)
+        items_per_s = _batch_lengths(folder, chosen.rounds)
         texts_per_s = _short_texts(folder)
         pauses_ms = _pauses_ms()
         requests_per_s = asyncio.run(_switch_intervals(folder, chosen.seconds))
     data = {
         "environment": about,
         "times": times,
+        "items_per_s": items_per_s,
         "texts_per_s": texts_per_s,
         "pauses_ms": pauses_ms,
         "requests_per_s": requests_per_s,
@@ -80,6 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         report.table(
             ("forward pass, time relative to ours", *times),
             [[name, *(f"{of_one[name]:.2f}" for of_one in times.values())] for name in variants],
+        ),
+        report.table(
+            ("tokens of a batch, at most", "items/s, text-mixed"),
+            [[tokens, report.number(rate)] for tokens, rate in items_per_s.items()],
         ),
         report.table(
             ("short texts, preprocessed", "texts/s, null model"),
@@ -160,6 +173,24 @@ def _patched(embedder: Embedder, **functions: Callable[..., Tensor]) -> Run:
             return embedder.models._launch(inputs)()
 
     return run
+
+
+def _batch_lengths(folder: Path, rounds: int, num_items: int = 256) -> dict[int, float]:
+    """Items per second through the library by the largest number of tokens of a batch, medians of the rounds."""
+    items = make_items("text-mixed", num_items, read_words(folder))
+    rates: dict[int, list[float]] = {tokens: [] for tokens in BATCH_TOKENS}
+    with contextlib.ExitStack() as stack:
+        embedders = {}
+        for tokens in BATCH_TOKENS:
+            with mock.patch.object(models, "ON_CPU", BatchLength(0.0, tokens)):
+                embedders[tokens] = stack.enter_context(_embedder(folder))
+        for number in range(rounds + 1):  # the first one warms up
+            for tokens, embedder in embedders.items():
+                start = time.perf_counter()
+                embedder.embed(items)
+                if number:
+                    rates[tokens].append(len(items) / (time.perf_counter() - start))
+    return {tokens: statistics.median(found) for tokens, found in rates.items()}
 
 
 def _short_texts(folder: Path) -> dict[str, float]:

@@ -38,10 +38,9 @@ class BatchLength(NamedTuple):
     least_tokens: int
 
 
-# The `small` shape on a CPU (43 tokens per item) embeds 27, 31, 36, 37 and 38 items/s in batches of up to 256, 512,
-# 1024, 2048 and 16384 tokens. On a GPU nothing is measured. By the roofline of an H200 (`python -m
-# benchmarks.gpu_counts`), the 8B needs 16 ms for 1,024 tokens and 65 ms for 4,096; launching its 670 kernels takes
-# about 3 ms for any number.
+# On a CPU, batches of more tokens embed hardly more items per second (`python -m benchmarks.choices`). On a GPU nothing
+# is measured. By the roofline of an H200 (`python -m benchmarks.gpu_counts`), the 8B needs 16 ms for 1,024 tokens and
+# 65 ms for 4,096; launching its 670 kernels takes about 3 ms for any number.
 ON_CPU = BatchLength(1.0, 1024)
 ON_GPU = BatchLength(0.05, 4096)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ from benchmarks.protocols import VLLMProtocol
 from benchmarks.workloads import WORKLOADS, Item, make_items
 from embedder.inputs.items import item_from_fields
 from embedder.inputs.tokenizer_files import load_tokenizer
+from embedder.models import Models
 
 # of sentence-transformers, LitServe and what they bring
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -285,9 +287,38 @@ def test_variant_with_other_vectors_ends_the_run(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
+def test_batches_have_the_lengths_that_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_batches: dict[Any, int] = {}
+    launch = Models._launch
+
+    def counted(models: Models, inputs: Any) -> Any:
+        num_batches[models] = num_batches.get(models, 0) + 1
+        return launch(models, inputs)
+
+    monkeypatch.setattr(Models, "_launch", counted)
+    with random_folder("tiny") as folder:
+        rates = choices._batch_lengths(folder, rounds=1, num_items=64)
+    assert list(rates) == list(choices.BATCH_TOKENS)
+    assert all(rate > 0 for rate in rates.values())
+    shortest, *_, longest = num_batches.values()
+    assert shortest > 2 * longest
+
+
+@pytest.mark.slow
 def test_frozen_heap_is_not_walked() -> None:
     uncompiled, frozen = choices._pauses_ms().values()
     assert frozen < uncompiled
+
+
+def test_commands_declare_torchvision_before_they_import_transformers() -> None:
+    """Otherwise they end with an error next to a CPU build of torch. Other tests of this process declare it first."""
+    sources = [path.read_text(encoding="utf-8") for path in report.RESULTS.parent.rglob("*.py")]
+    importing = [
+        text for text in sources if re.search(r"^(from|import) (transformers|torchvision)\b", text, re.MULTILINE)
+    ]
+    assert importing
+    for text in importing:
+        assert re.search(r"^declare_torchvision_operators\(\)$.*^from transformers", text, re.MULTILINE | re.DOTALL)
 
 
 def test_documented_goals_are_those_of_the_recorded_results() -> None:
