@@ -105,8 +105,8 @@ def item(text: str, **options: Any) -> EmbeddingItem:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Fails after 10 s."""
-    deadline = time.monotonic() + 10
+    """Fails after 60 s."""
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
