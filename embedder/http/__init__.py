@@ -1,6 +1,7 @@
 """HTTP: routes, dialects, and the middlewares around them.
 
 boundary            outermost: request id, error responses, common headers, access log
+pieces              the pieces of a body -> the whole
 guard               API key, content type, limits on a body; with `api_keys` and `json_limits`
 drain               requests in progress, and whether new ones are accepted
 routes              the table of routes

@@ -14,6 +14,7 @@ import zstandard
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedder.errors import InvalidRequest, UnsupportedContentType
+from embedder.http.pieces import Pieces
 
 CODINGS = ("gzip", "deflate", "zstd")
 FIRST_BYTES, PIECE_BYTES = 2**16, 2**20  # of the first piece, which the event loop may make, and of the others
@@ -56,16 +57,16 @@ async def decompress(coding: str, body: bytes, check: Callable[[int], None]) -> 
     `check` is called with the size of each piece before the next one is made, and may raise. Raises `InvalidRequest`.
     """
     pieces = _zstd_pieces(body) if coding == "zstd" else _zlib_pieces(coding, body)
-    whole = bytearray()
+    whole = Pieces()
     is_inline = len(body) <= INLINE_BYTES
     try:
         while (piece := next(pieces, None) if is_inline else await asyncio.to_thread(next, pieces, None)) is not None:
             check(len(piece))
-            whole += piece
+            whole.add(piece)
             is_inline = False
     except (zlib.error, zstandard.ZstdError, EOFError) as error:
         raise InvalidRequest(f"the body is not valid {coding}: {error}") from error
-    return bytes(whole)
+    return await whole.join()
 
 
 def _zlib_pieces(coding: str, body: bytes) -> Iterator[bytes]:

@@ -26,6 +26,7 @@ from embedder.http.boundary import METHODS_WITH_BODY, PROBES
 from embedder.http.content_coding import decompress, request_coding
 from embedder.http.drain import Drain
 from embedder.http.json_limits import exceeds_value_count, max_values
+from embedder.http.pieces import Pieces
 from embedder.http.uploads import TYPES, is_upload
 from embedder.settings import Settings
 
@@ -103,7 +104,7 @@ class RequestGuard:
     async def _read(self, receive: Receive, hold: Callable[[int], None]) -> bytes:
         """The whole body; `hold` is called with the size of each piece first."""
         max_bytes, max_s = self.settings.max_body_bytes, self.settings.request_timeout_s
-        body = bytearray()  # appending to `bytes` would copy it for every piece
+        pieces = Pieces()
         begin_s = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout_at(begin_s + min(max_s, GRACE_S)) as deadline:
@@ -112,20 +113,21 @@ class RequestGuard:
                     if message["type"] == "http.disconnect":
                         raise ClientDisconnect
                     hold(len(message.get("body", b"")))
-                    body += message.get("body", b"")
-                    if len(body) > max_bytes:
+                    pieces.add(message.get("body", b""))
+                    if pieces.num_bytes > max_bytes:
                         raise RequestTooLarge(
                             f"the request body is larger than {max_bytes} bytes, the limit (EMBEDDER_MAX_BODY_BYTES)"
                         )
                     if not message.get("more_body", False):
-                        return bytes(body)
-                    deadline.reschedule(begin_s + min(max_s, GRACE_S + len(body) / MIN_BYTES_PER_S))
+                        break
+                    deadline.reschedule(begin_s + min(max_s, GRACE_S + pieces.num_bytes / MIN_BYTES_PER_S))
         except TimeoutError as error:
             spent_s = asyncio.get_running_loop().time() - begin_s
             raise DeadlineExceeded(
-                f"the request body was not complete after {spent_s:.3g} s; received {len(body)} bytes; allowed: "
+                f"the request body was not complete after {spent_s:.3g} s; received {pieces.num_bytes} bytes; allowed: "
                 f"{max_s:g} s (EMBEDDER_REQUEST_TIMEOUT_S), and {MIN_BYTES_PER_S} bytes per second after {GRACE_S:g} s"
             ) from error
+        return await pieces.join()
 
     async def _decompress(self, coding: str, body: bytes, hold: Callable[[int], None]) -> bytes:
         max_bytes, num_bytes = self.settings.max_body_bytes, 0

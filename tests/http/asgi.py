@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Awaitable, Iterable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -81,6 +83,23 @@ def call_app(
 def chunks(*parts: bytes) -> list[Message]:
     last = len(parts) - 1
     return [{"type": "http.request", "body": part, "more_body": index < last} for index, part in enumerate(parts)]
+
+
+async def longest_turn_s(work: Awaitable[object]) -> float:
+    """The longest time for which `work` keeps the event loop from another task, in CPU seconds of the loop's thread."""
+    turns: list[float] = []
+
+    async def take_turns() -> None:
+        while True:
+            turns.append(time.thread_time())
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(take_turns())
+    await asyncio.sleep(0)
+    await work
+    await asyncio.sleep(0)
+    other.cancel()
+    return max(later - earlier for earlier, later in itertools.pairwise(turns))
 
 
 class Echo:
