@@ -11,6 +11,7 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, get_args
 
 import PIL.Image
@@ -196,7 +197,7 @@ def without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
     """Raises `InvalidRequest` that names the unknown fields, if there are any."""
-    if unknown := sorted(str(name) for name in set(fields) - known):
+    if unknown := [str(name) for name in fields if name not in known]:
         raise InvalidRequest(unknown_fields_message(unknown, known))
 
 
@@ -238,6 +239,9 @@ class _JsonRepr(reprlib.Repr):
 
     def repr_bool(self, value: object, _: int) -> str:
         return "true" if value else "false"
+
+    def repr_dict(self, value: dict[Any, Any], level: int) -> str:
+        return super().repr_dict(dict(islice(value.items(), self.maxdict + 1)), level)  # it would sort all keys
 
     def repr_NoneType(self, *_: object) -> str:  # noqa: N802 - the name of the type
         return "null"

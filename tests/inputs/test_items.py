@@ -411,7 +411,7 @@ def test_options_of_a_mapping_are_those_of_the_item() -> None:
         ({"text": []}, "an item needs at least one of text, image or video; got none"),
         ({"content": []}, "an item needs at least one of text, image or video; got none"),
         ({"content": None}, "an item needs at least one of text, image or video; got none"),
-        ({"txt": "a", "img": "b"}, "unknown fields: img (did you mean image?), txt (did you mean text?)"),
+        ({"txt": "a", "img": "b"}, "unknown fields: txt (did you mean text?), img (did you mean image?)"),
         ({"text": "a", 1: 2}, "unknown field: 1"),
         (
             {"text": "a", "content": []},
