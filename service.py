@@ -9,6 +9,7 @@ import asyncio
 import functools
 import gc
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -51,6 +52,9 @@ except (ValueError, OSError) as error:
 
 REQUIREMENTS = Path(__file__).with_name("deploy").joinpath("requirements.txt").read_text(encoding="utf-8")
 NUM_GPUS = count_gpus()
+# The event loop takes the interpreter some five times for a request, and each time waits so long for a thread that
+# computes. Python's default is 5 ms (`python -m benchmarks.choices`).
+SWITCH_INTERVAL_S = 0.001
 IN_THE_IMAGE = "export BENTOML_HOME=/tmp/bentoml BENTOML_PORT=${AIP_HTTP_PORT:-${BENTOML_PORT:-3000}}"
 BentoRows = Annotated[list[Any], AfterValidator(lambda rows: check_rows(rows, SETTINGS))]
 
@@ -134,6 +138,7 @@ class Qwen3VLEmbedding:
             await self.models.warm_up()
         gc.set_threshold(10_000)  # 64 requests in progress hold more objects than the usual 700
         gc.freeze()  # half a million objects that stay; a collection of them would stop all responses for 0.3 s
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         if bentoml.server_context.worker_index:  # None if a program, not BentoML's arbiter, runs this
             from embedder.server.connection import bound_connections
 

@@ -6,7 +6,8 @@
 2. Texts of mixed lengths through the library, in batches of different numbers of tokens.
 3. Short texts through the library with a model that computes nothing, preprocessed on the calling thread or in threads.
 4. The duration of a garbage collection with and without the loaded objects.
-5. Requests to the service, also without computation, with Python's default and shorter switch intervals.
+5. The service, also without computation, with Python's default and shorter switch intervals: its throughput, and how
+   long a probe takes while a thread of the service computes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import http.client
+import json
 import os
 import shutil
 import statistics
@@ -58,6 +61,9 @@ OURS = "ours"
 MAX_DIFFERENCE = 1e-4  # between rows before normalization, whose length is a few units
 SWITCH_INTERVALS_S = (0.005, 0.001, 0.0002)  # the first is Python's default
 CALLERS = 64
+_SET_INTERVAL = "import sys\nsys.setswitchinterval({})\nsys.setswitchinterval = lambda _: None  # the service's own\n"
+# Refusing it keeps a thread busy for some tenths of a second.
+COSTLY = json.dumps({"items": [{f"field{number}_{place}": 1 for place in range(5)} for number in range(2048)]}).encode()
 
 Run = Callable[[list[ModelInput]], NDArray[np.float32]]
 
@@ -75,14 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         items_per_s = _batch_lengths(folder, chosen.rounds)
         texts_per_s = _short_texts(folder)
         pauses_ms = _pauses_ms()
-        requests_per_s = asyncio.run(_switch_intervals(folder, chosen.seconds))
+        intervals = asyncio.run(_switch_intervals(folder, chosen.seconds))
     data = {
         "environment": about,
         "times": times,
         "items_per_s": items_per_s,
         "texts_per_s": texts_per_s,
         "pauses_ms": pauses_ms,
-        "requests_per_s": requests_per_s,
+        "switch_intervals": intervals,
     }
     variants = list(next(iter(times.values())))
     parts = [
@@ -100,8 +106,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         ),
         report.table(("a full garbage collection", "ms"), [[name, f"{ms:.1f}"] for name, ms in pauses_ms.items()]),
         report.table(
-            ("switch interval, ms", f"requests/s, null model, {CALLERS} callers"),
-            [[name, f"{rate:.0f}"] for name, rate in requests_per_s.items()],
+            (
+                "switch interval, ms",
+                f"requests/s, null model, {CALLERS} callers",
+                "probe next to costly bodies, ms",
+                "p90",
+            ),
+            [
+                [name, f"{one['requests_per_s']:.0f}", f"{one['probe_ms']:.1f}", f"{one['probe_p90_ms']:.1f}"]
+                for name, one in intervals.items()
+            ],
         ),
     ]
     text = "\n\n".join(parts)
@@ -222,25 +236,50 @@ def _pauses_ms() -> dict[str, float]:
     return {"of all that is loaded": uncompiled, "ours: frozen after loading": frozen}
 
 
-async def _switch_intervals(folder: Path, seconds: float) -> dict[str, float]:
-    """Requests per second to the service by switch interval in ms, medians of three rounds."""
+async def _switch_intervals(folder: Path, seconds: float) -> dict[str, dict[str, float]]:
+    """By switch interval in ms: requests per second, the median of three rounds, and the latencies of probes."""
     bodies = LocalProtocol().bodies(make_items("text-16", 64, read_words(folder)), 1)
     with contextlib.ExitStack() as stack:
         servers = {}
         for interval_s in SWITCH_INTERVALS_S:
             startup = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            (startup / "sitecustomize.py").write_text(f"import sys; sys.setswitchinterval({interval_s})\n")
+            (startup / "sitecustomize.py").write_text(_SET_INTERVAL.format(interval_s))
             one = contenders.service(contenders.NULL, "benchmarks.null_service:Qwen3VLEmbedding", folder, "/txt/embed")
             one.environment = {**one.environment, "PYTHONPATH": os.pathsep.join((str(startup), str(contenders.ROOT)))}
             stack.callback(one.stop)
             one.start(bodies[0])
             servers[f"{interval_s * 1e3:g}"] = one
         rates: dict[str, list[float]] = {name: [] for name in servers}
+        probes_s: dict[str, list[float]] = {name: [] for name in servers}
         for _ in range(3):
             for name, one in servers.items():
                 load = await drive(one.url, bodies, concurrency=CALLERS, seconds=seconds)
                 rates[name].append(load.requests_per_s)
-    return {name: statistics.median(found) for name, found in rates.items()}
+                costly = drive(f"http://127.0.0.1:{one.port}/embed", [COSTLY], concurrency=2, seconds=seconds)
+                _, latencies_s = await asyncio.gather(costly, asyncio.to_thread(_probe, one.port, seconds))
+                probes_s[name] += latencies_s
+    return {
+        name: {
+            "requests_per_s": statistics.median(rates[name]),
+            "probe_ms": statistics.median(latencies_s) * 1e3,
+            "probe_p90_ms": statistics.quantiles(latencies_s, n=10)[-1] * 1e3,
+        }
+        for name, latencies_s in probes_s.items()
+    }
+
+
+def _probe(port: int, seconds: float) -> list[float]:
+    """The latencies of probes, one every 20 ms, each on a connection of its own."""
+    latencies_s = []
+    end_s = time.perf_counter() + seconds
+    while (begin_s := time.perf_counter()) < end_s:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/livez")
+        connection.getresponse().read()
+        connection.close()
+        latencies_s.append(time.perf_counter() - begin_s)
+        time.sleep(0.02)
+    return latencies_s
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Reads request bodies into the requests of their dialects: small ones in the event loop, the others in a thread.
 
 The largest body that is accepted takes 0.3 s to parse (2-core CPU). In the event loop, this would block all other
-requests. A thread releases the interpreter every 5 ms.
+requests. A thread releases the interpreter every millisecond.
 """
 
 from __future__ import annotations

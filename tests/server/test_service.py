@@ -7,6 +7,9 @@ import base64
 import json
 import pickle
 import re
+import statistics
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -389,3 +392,38 @@ def test_worker_that_loses_its_device_responds_and_exits(
     assert httpx.get(f"{server.url}/readyz", timeout=5).status_code == 503
     assert server.process.wait(60) != 0
     assert "stops with 1 items pending: the device failed: AcceleratorError" in server.log.read_text()
+
+
+COSTLY = {"items": [{f"instructio{number}{place}": 1 for place in range(5)} for number in range(2048)]}
+
+
+def test_threads_that_compute_leave_the_interpreter_to_probes(server: Server) -> None:
+    """Refusing these bodies keeps a thread busy. Its CPU time is measured, to which other processes do not add.
+
+    With Python's default switch interval, it computes for 20 ms while a probe waits, on an idle machine.
+    """
+    worker = server.workers[0]
+    is_over = threading.Event()
+
+    def send() -> None:
+        while not is_over.is_set():
+            assert httpx.post(f"{server.url}/embed", json=COSTLY, timeout=60).status_code == 400
+
+    def cpu_s_of_threads() -> float:
+        """CPU seconds of all threads but the event loop's."""
+        tasks = [task for task in Path(f"/proc/{worker}/task").iterdir() if task.name != str(worker)]
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+    senders = [threading.Thread(target=send) for _ in range(2)]
+    for sender in senders:
+        sender.start()
+    spent_s = []
+    for _ in range(40):
+        time.sleep(0.02)
+        begin_s = cpu_s_of_threads()
+        assert httpx.get(f"{server.url}/livez", timeout=60).status_code == 200
+        spent_s.append(cpu_s_of_threads() - begin_s)
+    is_over.set()
+    for sender in senders:
+        sender.join()
+    assert statistics.median(spent_s) < 0.008
