@@ -48,7 +48,7 @@ def start(job: Job, checkpoint: Checkpoint, source: Source, writer: Writer, rows
         raise ValueError(f"{path} is of another version: the output can be searched, not continued; use another OUTPUT")
     if started and (changed := [name for name in options if started.get(name) != options[name]]):
         raise ValueError(
-            f"the output was started with another {', '.join(changed)} (see {path}); "
+            f"the output was started with another value of {', '.join(changed)} (see {path}); "
             "use the same options, or another OUTPUT"
         )
     plan = read_plan(writer.state_folder)

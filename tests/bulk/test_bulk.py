@@ -308,8 +308,8 @@ def test_engine_that_fails_for_every_input_fails_the_part(
         (["--dimensions", "5000"], "dimensions: got 5000"),
         (["--text", "titel", "--rows-per-part", "0"], "--rows-per-part: got 0; allowed: 1 and more"),
         (["--text", "titel"], "the input has no column titel; its columns: text"),
-        (["--format", "lance"], "started with another format"),
-        (["--dimensions", "64", "--rows-per-part", "1"], "started with another dimensions"),
+        (["--format", "lance"], "started with another value of format"),
+        (["--dimensions", "64", "--rows-per-part", "1"], "started with another value of dimensions"),
     ],
 )
 def test_wrong_arguments_are_refused_before_ray_starts(
