@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 from embedder.errors import ModelUnavailable
+from embedder.model.compact_table import compact_bytes, stores_compactly
 from embedder.model.eight_bit import eight_bit_bytes, eight_bit_names
-from embedder.model.weight_files import read_shapes, trunk_name
+from embedder.model.weight_files import Shape, read_shapes, trunk_name
 from embedder.settings import WeightFormat
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+EMBEDDINGS = "language_model.embed_tokens.weight"
 
 
 def check_memory(
@@ -25,7 +27,7 @@ def check_memory(
 
     Raises `ModelUnavailable` if that is more than the device's free memory.
     """
-    needed = weights_bytes(folder, dtype, weight_format)
+    needed = weights_bytes(folder, dtype, device, weight_format)
     free = free_bytes(device)
     if free is not None and needed > free:
         smaller = "set EMBEDDER_DTYPE=bfloat16, " if dtype.itemsize > 2 else ""
@@ -38,16 +40,22 @@ def check_memory(
     return needed
 
 
-def weights_bytes(folder: Path, dtype: torch.dtype, weight_format: WeightFormat | None = None) -> int:
+def weights_bytes(
+    folder: Path, dtype: torch.dtype, device: torch.device, weight_format: WeightFormat | None = None
+) -> int:
     """Bytes of all weights of the files that are read, as `check_memory` counts them. Reads only the files' headers."""
     shapes = {trunk_name(name): shape for name, shape in read_shapes(folder).items()}
     names = eight_bit_names(shapes) if weight_format else set()
-    return sum(
-        eight_bit_bytes(shape, weight_format, dtype)
-        if weight_format and name in names
-        else math.prod(shape) * dtype.itemsize
-        for name, shape in shapes.items()
-    )
+    is_compact = stores_compactly(weight_format, dtype, device)
+
+    def num_bytes(name: str, shape: Shape) -> int:
+        if weight_format and name in names:
+            return eight_bit_bytes(shape, weight_format, dtype)
+        if is_compact and name == EMBEDDINGS:
+            return compact_bytes(*shape)
+        return math.prod(shape) * dtype.itemsize
+
+    return sum(num_bytes(name, shape) for name, shape in shapes.items())
 
 
 def release_freed_memory() -> None:

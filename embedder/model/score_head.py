@@ -32,7 +32,7 @@ def load_score_head(folder: Path, model: Towers, tokenizer: Tokenizer) -> Tensor
     if len(ids) < 2:
         raise ModelUnavailable(f"the tokenizer of {folder} has no tokens {YES!r} and {NO!r}; needed: a reranker's")
     if model.config.tie_word_embeddings:
-        rows: Tensor | None = model.language_model.embed_tokens.weight[ids]
+        rows: Tensor | None = model.language_model.embed_tokens(torch.tensor(ids, device=model.device))
     else:
         rows = _read_rows(folder, "lm_head.weight", ids)
     if rows is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from embedder.errors import ModelUnavailable
 from embedder.model.architecture import Architecture, read_architecture
+from embedder.model.compact_table import CompactTable, stores_compactly
 from embedder.model.eight_bit import EightBitLinear, use_eight_bit_layers
 from embedder.model.memory import check_memory
 from embedder.model.modules import Towers
@@ -78,6 +79,10 @@ def load_model(
     names = model.state_dict().keys()
     if weight_format:
         use_eight_bit_layers(model, weight_format, dtype)
+    if stores_compactly(weight_format, dtype, device):
+        model.language_model.set_submodule(
+            "embed_tokens", CompactTable(*model.language_model.embed_tokens.weight.shape)
+        )
     with LoggedProgress(total=size, desc="loading weights", unit="B", unit_scale=True) as progress:
         for path in weight_files(folder):
             try:
@@ -150,6 +155,9 @@ def _set_weight(model: Towers, name: str, weight: Tensor, dtype: torch.dtype, de
     if isinstance(owner, EightBitLinear) and attribute == "weight":
         owner.quantize(weight.to(device))
         return owner.weight.nbytes + owner.scale.nbytes
+    if isinstance(owner, CompactTable):
+        owner.compress(weight.to(dtype))
+        return owner.fractions.nbytes + owner.codes.nbytes + owner.largest.nbytes
     # a copy: `weight` is a view of the file, which may be replaced while the service runs
     copied = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
     setattr(owner, attribute, copied)

@@ -29,7 +29,7 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_weights_are_counted_in_the_dtype_they_get(dtype: torch.dtype, size: int, random_checkpoint: Path) -> None:
     model = load_model(random_checkpoint, dtype, CPU)
-    assert weights_bytes(random_checkpoint, dtype) == size * sum(one.numel() for one in model.parameters())
+    assert weights_bytes(random_checkpoint, dtype, CPU) == size * sum(one.numel() for one in model.parameters())
 
 
 @pytest.mark.parametrize(("limit", "free_mib"), [("max\n", 4), ("2097152\n", 2), ("99999999\n", 4), (None, 4)])
