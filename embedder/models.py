@@ -25,6 +25,7 @@ from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.loaded_model import EmbeddingModel, RerankingModel
 from embedder.model.checkpoint import find_checkpoint, find_reranker
 from embedder.model.devices import choose_device
+from embedder.model.memory import release_freed_memory
 from embedder.model.speed import warn_if_slow
 from embedder.model.vision_cache import VisionCache
 from embedder.settings import Settings, available_cores
@@ -152,6 +153,7 @@ class Models:
         if self.device.type == "cpu":
             for model in self._loaded:
                 warn_if_slow(model.forward, model.preprocessor)
+            release_freed_memory()  # of the measured layers
 
     def _limit_torch_threads(self) -> None:
         """Use this worker's share of the cores. By default torch uses all of the machine's, whatever the CPU quota."""

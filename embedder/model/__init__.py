@@ -9,7 +9,10 @@ memory         check that the weights fit the device, before they are loaded
 architecture   the sizes of both towers in config.json
 modules        the layers of both towers, by the names of their weights
 eight_bit      linear layers whose weights have 8 bits
+compact_table  token embeddings in 12 bits, without loss
 weights        checkpoint folder to both towers on the device
+onednn         its matrix product for any number of rows
+int8_digits    products of int8 weights by the CPU's instructions for integers
 products       linear layers of one input joined, and packed for oneDNN where that is faster
 packing        preprocessed items to one packed batch (no padding) on the device
 positions      coordinates to rotary angles and interpolated position embeddings

@@ -20,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embedder.model.eight_bit import EightBitLinear, Int8Linear, Product
+from embedder.model.int8_digits import DigitLinear, has_exact_products
+from embedder.model.memory import release_freed_memory
+from embedder.model.onednn import onednn_product
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +36,6 @@ MEASURE_S = 0.2
 MIN_ROUNDS = 3  # the first one includes the generation of code
 MAX_TIME_RATIO = 0.95  # a smaller difference is noise
 
-# oneDNN prepares each number of rows once: up to 1 ms for each shape of a weight, and about 0.6 MB of heap (2 cores,
-# AMD EPYC). Products are therefore computed for multiples of `step` rows, up to `end` rows each: with the
-# bundled model, the process had grown by 255 MB after 100 random numbers of rows up to 1,024, and by 266 MB after 200.
-_STEPS = ((4, 1), (64, 4), (256, 16), (512, 32), (2048, 64))
-_LAST_STEP = 256
-
 
 def arrange_products(model: Any, *, is_compiled: bool = False) -> str:
     """Join and pack the linear layers of a loaded model. Returns the product's name: torch or oneDNN.
@@ -51,9 +48,8 @@ def arrange_products(model: Any, *, is_compiled: bool = False) -> str:
     chosen = fastest_product(model)
     if chosen == "oneDNN":
         pack_linears(model)
-    int8_layers = [one for one in model.modules() if isinstance(one, Int8Linear)]
-    if int8_layers and int8_layers[0].weight.device.type == "cpu":
-        arrange_int8(int8_layers)
+    if model.device.type == "cpu":
+        arrange_int8(model)
     return chosen
 
 
@@ -110,21 +106,6 @@ class PackedLinear(nn.Module):
         return onednn_product(states, self.weight, self.bias)
 
 
-def onednn_product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As `F.linear`. `weight`: in oneDNN's layout or a plain one."""
-    num_rows = len(states)
-    if missing := padded_rows(num_rows) - num_rows:
-        states = F.pad(states, (0, 0, 0, missing))
-    output: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
-    return output[:num_rows]
-
-
-def padded_rows(num_rows: int) -> int:
-    """The number of rows for which oneDNN computes a product of `num_rows`."""
-    step = next((step for end, step in _STEPS if num_rows <= end), _LAST_STEP)
-    return math.ceil(num_rows / step) * step
-
-
 def pack_linears(module: nn.Module) -> None:
     """Replace each linear layer inside `module` by a packed one."""
     for name in [name for name, _ in module.named_children()]:  # the names only: a list of layers would keep them all
@@ -137,8 +118,11 @@ def pack_linears(module: nn.Module) -> None:
 
 def add_product(residual: Tensor, linear: nn.Module, states: Tensor) -> Tensor:
     """`residual` + linear(states). Overwrites `residual`: without a bias, the product adds it in the same kernel."""
-    if torch.compiler.is_compiling():  # the compiler fuses the sum with the operation that follows
-        return torch.add(residual, linear(states))
+    if torch.compiler.is_compiling():
+        # The compiler fuses the sum with the operation that follows. In float32, which rounds a sum of 16 bits the same
+        # way, it does not make a product with a matrix to add, which would be copied to the output first.
+        product: Tensor = linear(states)
+        return (residual.float() + product.float()).to(residual.dtype)
     if isinstance(linear, nn.Linear) and linear.bias is None:
         return residual.addmm_(states, linear.weight.t())
     residual += linear(states)
@@ -166,15 +150,55 @@ def fastest_product(model: Any) -> str:
     return chosen
 
 
-def arrange_int8(layers: Sequence[Int8Linear]) -> None:
-    """Choose the products of int8 layers on a CPU by measuring.
+def arrange_int8(model: nn.Module) -> None:
+    """Choose the products of int8 layers on a CPU by measuring."""
+    names = [name for name, one in model.named_modules() if isinstance(one, Int8Linear)]
+    if not names:
+        return
+    layers: list[Any] = [model.get_submodule(name) for name in names]
+    arrange_conversion(layers)
+    if not digits_are_faster(layers):
+        return
+    del layers  # which would keep all weights
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        layer.scratch = None
+        model.set_submodule(name, DigitLinear(layer))
+        release_freed_memory()  # of the weight as it was: else freed weights of all layers stay in the heap
+
+
+def digits_are_faster(layers: Sequence[Int8Linear]) -> bool:
+    """Whether integer products of digits are exact here, and take less time than the arranged products."""
+    if not has_exact_products():
+        return False
+    parts = [_int8_part(layer, layer.product, layer.max_direct_rows) for layer in _largest(layers)]
+    digits = [DigitLinear(part) for part in parts]
+    ratios = [_time_ratio(digits, parts, _ones(parts[0], num_rows)) for num_rows in ROWS]
+    is_faster = math.prod(ratios) <= MAX_TIME_RATIO ** len(ratios)
+    logger.info(
+        "int8 weights: %s (products of digits take %s of the time for %s rows)",
+        "products of digits" if is_faster else "converted",
+        " and ".join(f"{ratio:.0%}" for ratio in ratios),
+        " and ".join(map(str, ROWS)),
+    )
+    return is_faster
+
+
+def _largest(layers: Sequence[Int8Linear]) -> list[Int8Linear]:
+    """Some of the largest weights, all of one shape."""
+    shape = max((layer.weight.shape for layer in layers), key=math.prod)
+    return [layer for layer in layers if layer.weight.shape == shape][:NUM_MEASURED]
+
+
+def arrange_conversion(layers: Sequence[Int8Linear]) -> None:
+    """Choose how the weights are converted for products with floats.
 
     Up to a number of rows, torch's product with int8 is faster than a conversion of the weight.
     """
     scratch = torch.empty(max(layer.weight.numel() for layer in layers), dtype=layers[0].dtype)
     for layer in layers:
         layer.scratch = scratch
-    measured = sorted(layers, key=lambda layer: -layer.weight.numel())[:NUM_MEASURED]
+    measured = _largest(layers)
     chosen = fastest_conversion(measured)
     product = onednn_product if chosen == "oneDNN" else F.linear
     max_direct_rows = most_direct_rows(measured, product)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from embedder import Embedder
 from embedder.model import products
+from embedder.model.onednn import padded_rows
 from embedder.model.products import (
     PackedLinear,
     arrange_products,
@@ -23,7 +24,6 @@ from embedder.model.products import (
     fastest_product,
     join_layers,
     pack_linears,
-    padded_rows,
 )
 from embedder.model.weights import load_model
 from tests.conftest import picture, words
