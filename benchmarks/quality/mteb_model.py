@@ -59,8 +59,13 @@ class EmbedderModel(AbsEncoder):
 
 
 def preprocessing_of(info: dict[str, Any]) -> dict[str, Any]:
-    """What scores of images depend on in addition to the weights. mteb keeps the results of each apart."""
-    return {"preprocessing": info["preprocessing"], "max_pixels": info["pixels"]["max"], "dtype": info["dtype"]}
+    """What scores depend on in addition to the checkpoint. mteb keeps the results of each apart.
+
+    Weights of 8 bits are named; without them the result is as in versions that had only one format.
+    """
+    about = {"preprocessing": info["preprocessing"], "max_pixels": info["pixels"]["max"], "dtype": info["dtype"]}
+    weights = info.get("weights", info["dtype"])  # missing in older services
+    return about if weights == info["dtype"] else {**about, "weights": weights}
 
 
 def instruction_for(metadata: TaskMetadata, prompt_type: PromptType | None) -> str | None:

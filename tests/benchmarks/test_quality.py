@@ -24,7 +24,7 @@ from benchmarks.quality import ablations, colors, neighbors, reranking, suite
 from benchmarks.quality.color_data import COLORS, NAMES, ciede2000
 from benchmarks.quality.drawing_data import drawings_of_the_demo
 from benchmarks.quality.local_schema import Client, Endpoint, LocalService, read_models
-from benchmarks.quality.mteb_model import EmbedderModel, instruction_for, items_of
+from benchmarks.quality.mteb_model import EmbedderModel, instruction_for, items_of, preprocessing_of
 from benchmarks.quality.published import MMTEB
 from benchmarks.quality.targets import Item, Library, RequestFailed, Service
 from benchmarks.quality.tasks import LOCAL_TASKS
@@ -82,6 +82,23 @@ def test_mteb_scores_are_the_same_by_service_and_library(
     assert "in float32. Images: preprocessing `checkpoint`, at most 1,310,720 pixels." in shown
     assert "/tmp" not in shown
     assert "/root" not in shown
+
+
+def test_results_with_8_bit_weights_are_kept_apart(random_checkpoint: Path, embedder: Embedder, tmp_path: Path) -> None:
+    tasks = [LOCAL_TASKS["Drawings"](6)]
+    folders = []
+    for kind in ("float32", "int8"):
+        weights = "int8" if kind == "int8" else None
+        with (
+            Embedder(str(random_checkpoint), device="cpu", weights=weights) as model,  # type: ignore[arg-type]
+            Vectors(Counted(Library(model)), tmp_path / kind) as vectors,
+        ):
+            suite.evaluate(EmbedderModel(vectors), tasks, tmp_path, batch_size=4)
+            folders.append({one.parent for one in (tmp_path / "results").rglob("Drawings-6.json")})
+    assert len(folders[0]) == 1
+    assert len(folders[1]) == 2, "the second one has a folder of its own"
+    assert "weights" not in preprocessing_of(embedder.info())
+    assert preprocessing_of({**embedder.info(), "weights": "int8"})["weights"] == "int8"
 
 
 def test_interrupted_run_is_resumed(embedder: Embedder, tmp_path: Path) -> None:

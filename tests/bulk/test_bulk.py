@@ -322,6 +322,38 @@ def test_wrong_arguments_are_refused_before_ray_starts(
     assert reason in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("before", "after"), [("", "int8"), ("int8", ""), ("int8", "fp8")])
+def test_output_is_not_continued_with_weights_of_another_format(
+    before: str, after: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, output = write_jsonl(tmp_path / "a.jsonl", ROWS[:1] * 2), tmp_path / "out"
+    monkeypatch.setenv("EMBEDDER_WEIGHTS", before)
+    start(path, output)
+    monkeypatch.setenv("EMBEDDER_WEIGHTS", after)
+    with pytest.raises(SystemExit, match="2"):
+        main([str(path), str(output)])
+    assert "the output was started with another weights (see " in capsys.readouterr().err
+    monkeypatch.setenv("EMBEDDER_WEIGHTS", before)
+    assert main([str(path), str(output)]) == 0
+
+
+def test_output_of_a_version_without_the_setting_is_continued_without_it_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, output = write_jsonl(tmp_path / "a.jsonl", ROWS[:1] * 2), tmp_path / "out"
+    start(path, output)
+    (options,) = output.rglob("job.json")
+    written = json.loads(options.read_text())
+    del written["weights"]
+    options.write_text(json.dumps(written))
+    assert main([str(path), str(output)]) == 0
+    options.write_text(json.dumps(written))
+    monkeypatch.setenv("EMBEDDER_WEIGHTS", "int8")
+    with pytest.raises(SystemExit, match="2"):
+        main([str(path), str(output)])
+    assert "started with another weights" in capsys.readouterr().err
+
+
 def start(path: Path, output: Path, errors: Sequence[str | None] = (None,)) -> int:
     """A run that finds its only part written, with these errors."""
     output.mkdir()

@@ -160,14 +160,35 @@ def test_matryoshka_cut_is_the_first_values_at_unit_length(embedder: Embedder) -
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
 @pytest.mark.slow
 def test_compiled_layers_equal_transformers_whatever_the_number_of_tokens(
-    random_checkpoint: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+    random_checkpoint: Path, oracle: Oracle
 ) -> None:
     items = list(ITEMS.values())
-    with Embedder(str(random_checkpoint), device="cpu", execution="compiled") as embedder:
-        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)  # the start has compiled all
+    with (
+        Embedder(str(random_checkpoint), device="cpu", execution="compiled") as embedder,
+        torch._dynamo.config.patch(error_on_recompile=True),  # the start has compiled all
+    ):
         assert_equal(embedder.embed(items), oracle.embed(items))
         alone = [embedder.embed([item])[0] for item in items]
     assert_equal(alone, oracle.embed(items))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_layers_with_int8_weights_equal_the_eager_ones(dtype: Any, random_checkpoint: Path) -> None:
+    items = list(ITEMS.values())
+    options: dict[str, Any] = {"device": "cpu", "dtype": dtype, "weights": "int8"}
+    with Embedder(str(random_checkpoint), **options) as eager:
+        expected = np.stack(eager.embed(items))
+    with Embedder(str(random_checkpoint), **options, execution="compiled") as embedder:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            vectors = np.stack(embedder.embed(items))
+            alone = np.concatenate([embedder.embed([item]) for item in items])
+        assert embedder.info()["weights"] == "int8"
+    minimum = 1 - (1e-6 if dtype == "float32" else 1e-3)
+    assert float((vectors * expected).sum(1).min()) >= minimum
+    assert float((alone * vectors).sum(1).min()) >= minimum
 
 
 @pytest.mark.slow
