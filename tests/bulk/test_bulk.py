@@ -332,7 +332,7 @@ def test_output_is_not_continued_with_weights_of_another_format(
     monkeypatch.setenv("EMBEDDER_WEIGHTS", after)
     with pytest.raises(SystemExit, match="2"):
         main([str(path), str(output)])
-    assert "the output was started with another weights (see " in capsys.readouterr().err
+    assert "the output was started with another value of weights (see " in capsys.readouterr().err
     monkeypatch.setenv("EMBEDDER_WEIGHTS", before)
     assert main([str(path), str(output)]) == 0
 
@@ -351,7 +351,7 @@ def test_output_of_a_version_without_the_setting_is_continued_without_it_only(
     monkeypatch.setenv("EMBEDDER_WEIGHTS", "int8")
     with pytest.raises(SystemExit, match="2"):
         main([str(path), str(output)])
-    assert "started with another weights" in capsys.readouterr().err
+    assert "started with another value of weights" in capsys.readouterr().err
 
 
 def start(path: Path, output: Path, errors: Sequence[str | None] = (None,)) -> int:
