@@ -1,7 +1,8 @@
-"""Time of small steps of the code, each against the usual way to write it: `python -m benchmarks.micro`.
+"""Time of small steps of the code: `python -m benchmarks.micro`.
 
-Comments in the code give these steps as faster than the usual way. Times are the CPU time of one thread and call: the
-median of rounds, in which both run in turns. Both must give the same result.
+Comments in the code give these times. The steps of the first table are compared with the usual way to write them; both
+must give the same result. Those of the second run in the event loop, with the largest input that they may have there.
+Times are the CPU time of one thread and call: medians of rounds, in which the two ways run in turns.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ from tokenizers import Tokenizer
 from benchmarks import report
 from embedder.errors import AttributedToItem
 from embedder.http import content_coding
+from embedder.http.guard import COUNTED_AT_ONCE_BYTES
+from embedder.http.json_limits import MAX_VALUES, exceeds_value_count
 from embedder.inputs.data_uri import decode_base64
+from embedder.inputs.items import unknown_fields_message
+from embedder.inputs.preprocess import SHORT_CHARS, Patches
 from embedder.inputs.word_ids import WordIds
 from embedder.model.checkpoint import BUNDLED
 from embedder.telemetry.bulk_histogram import BulkHistogram
@@ -63,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             if not step.is_same(step.ours(), step.usual()):
                 raise SystemExit(f"{name}: the two ways give different results")
             data["steps"][name] = dict(zip(("ours_us", "usual_us"), measure(step, chosen.rounds), strict=True))
-    text = table(data["steps"])
+    data["bounded_us"] = {name: measure(Step(call, call), chosen.rounds)[0] for name, call in bounded().items()}
+    text = table(data["steps"]) + "\n\n" + bounded_table(data["bounded_us"])
     report.write(chosen.results, "micro", data, text)
     print(text)
     return data
@@ -205,6 +211,37 @@ def percent_escapes() -> Step:
     """A text that consists of escapes, the slowest one for `unquote`."""
     escaped = "%2B%2F" * 20_000
     return Step(lambda: decode_base64(escaped), lambda: base64.b64decode(unquote(escaped)))
+
+
+def bounded() -> dict[str, Callable[[], object]]:
+    """What runs in the event loop, or between its turns, with its largest input."""
+    body = b'"' + rb"\\," * (COUNTED_AT_ONCE_BYTES // 3) + b'"'  # one value, of escapes and commas
+    words = "".join(chr(97 + place * 7 % 26) + " " * (place % 6 == 5) for place in range(SHORT_CHARS))
+    tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
+    patches = Patches(np.zeros((2**20 // 768, 768), np.uint8), (1, 1, 1), 1)
+    known = {
+        "input",
+        "instruction",
+        "dimensions",
+        "normalize",
+        "encoding_format",
+        "output_dtype",
+        "truncate",
+        "priority",
+    }
+    return {
+        "count the values of a body of 1 MiB": lambda: exceeds_value_count(body, MAX_VALUES),
+        "tokenize 512 characters of unknown words": lambda: tokenizer.encode(words, add_special_tokens=False),
+        "key of 1 MiB of pixels": patches.with_key,
+        "message about an unknown field": lambda: unknown_fields_message(["dimension"], known),
+    }
+
+
+def bounded_table(found: Mapping[str, float]) -> str:
+    """Markdown."""
+    return report.table(
+        ("step with its largest input", "µs"), [(name, report.number(us)) for name, us in found.items()]
+    )
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:

@@ -1,6 +1,6 @@
 """What the response bodies of several dialects have in common: vectors, usage, errors.
 
-orjson serializes vectors directly from numpy: 0.03 ms for 2,048 values, instead of 0.9 ms by BentoML 1.4.40 (one core
+orjson serializes vectors directly from numpy: 0.03 ms for 2,048 values, instead of 0.8 ms by BentoML 1.4.40 (one core
 of an AMD EPYC, `python -m benchmarks.micro`).
 """
 

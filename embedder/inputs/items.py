@@ -204,7 +204,8 @@ def refuse_unknown(fields: Mapping[str, Any], known: set[str]) -> None:
 def unknown_fields_message(unknown: Sequence[str], known: Iterable[str]) -> str:
     """Message that names up to five unknown fields, and for two of them the known name that is most like it, if one is.
 
-    To look for one takes 0.1 ms of the event loop, for each of a request's items.
+    To look for one among 8 takes 0.02 ms of the event loop, for each of a request's items (one core of an AMD EPYC,
+    `python -m benchmarks.micro`).
     """
     names = ", ".join([*(_with_nearest(name, known) for name in unknown[:2]), *map(_shown, unknown[2:5])])
     more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
