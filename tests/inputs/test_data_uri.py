@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import random
 import time
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.address import is_url
-from embedder.inputs.data_uri import media_kind, video_frames
+from embedder.inputs.data_uri import decode_base64, media_kind, video_frames
 from embedder.inputs.image import load_image
 from embedder.inputs.items import Image, Video, item_from_fields
 from embedder.inputs.jpeg import count_scans
@@ -54,6 +55,13 @@ def load(source: Any) -> Any:
 def test_data_uri_and_base64_in_any_usual_form_are_the_same_picture(source: str) -> None:
     assert np.array_equal(load(source), load(DATA))
     assert not is_url(source)
+
+
+def test_megabytes_of_url_safe_base64_in_lines_are_decoded_whole() -> None:
+    data = random.Random(0).randbytes(3 * 2**20)
+    text = base64.urlsafe_b64encode(data).decode()
+    lines = "\r\n".join(text[start : start + 76] for start in range(0, len(text), 76))
+    assert decode_base64(lines.rstrip("=")) == data
 
 
 @pytest.mark.parametrize(
