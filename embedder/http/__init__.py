@@ -16,5 +16,6 @@ document_pages      a document in a request -> the embeddings of its pages
 uploads             images sent as files: forms, and bodies that are an image
 request_body        options and error messages of all request bodies
 response            vectors, usage and errors in response bodies
+response_writer     writes response bodies, large ones in a thread
 openapi             the OpenAPI document
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
@@ -70,8 +71,14 @@ def error_body(error: EmbedderError) -> bytes:
 
 
 def to_json(fields: Any) -> bytes:
-    """JSON bytes; numpy arrays become lists."""
-    return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY)
+    """JSON bytes; numpy arrays become lists. Between two arrays, another thread may have the interpreter."""
+    return orjson.dumps(fields, default=_array_to_json)
+
+
+def _array_to_json(array: object) -> orjson.Fragment:
+    if not isinstance(array, np.ndarray):
+        raise TypeError(type(array).__name__)
+    return orjson.Fragment(orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def json_response(body: bytes, headers: Mapping[str, str] | None = None) -> Response:

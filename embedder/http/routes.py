@@ -51,6 +51,7 @@ from embedder.http.openapi import ROW_EXAMPLES, openapi_document
 from embedder.http.playground_routes import PlaygroundRoutes, Score
 from embedder.http.request_body import read_json
 from embedder.http.response import json_response, to_json, with_headers
+from embedder.http.response_writer import ResponseWriter
 from embedder.http.timing import timing_headers, traced_items
 from embedder.playground.collection import Collection
 from embedder.settings import Settings, vertex_routes
@@ -135,6 +136,7 @@ class Routes:
         self.serving: Serving | None = None
         self._default: ASGIApp = not_found
         self.bodies = BodyReader(settings)
+        self._responses = ResponseWriter()
         self._document_pages = DocumentPages(settings)
         optional = (document.EMBED,) if settings.max_document_pages else ()
         served = (*optional, *DIALECTS, *(rerank.RERANKING if settings.reranker else ()))
@@ -194,7 +196,7 @@ class Routes:
         read = await self.bodies.parse(self._reranking[path] if is_scoring else self._dialects[path], fields)
         read = read._replace(priority=max(read.priority, BATCH_PRIORITY))
         outcomes = await (self._score_each(read.parsed, read.priority) if is_scoring else self._outcomes(read))
-        response = read.dialect.respond(read.parsed, outcomes, model)
+        response = await self._responses.write(read.dialect, read.parsed, outcomes, model)
         if isinstance(response, bytes):
             return response
         raise InvalidRequest("encoding_format: responses in a batch are JSON; allowed: float, base64")
@@ -229,7 +231,7 @@ class Routes:
         with InFormOf(read.dialect):
             with traced_items() as traces:
                 outcomes = await unless_disconnected(self._outcomes(read), request.receive)
-            response = read.dialect.respond(read.parsed, outcomes, model)
+            response = await self._responses.write(read.dialect, read.parsed, outcomes, model)
         headers = {**timing_headers(started_s, traces), **(self._cache_headers(outcomes) or {})}
         return with_headers(response, headers)
 
@@ -255,7 +257,7 @@ class Routes:
 
     async def _scores(self, read: ReadBody) -> bytes | Response:
         outcomes = await self._score_each(read.parsed, read.priority)
-        return read.dialect.respond(read.parsed, outcomes, self._served("reranker"))
+        return await self._responses.write(read.dialect, read.parsed, outcomes, self._served("reranker"))
 
     def scoring(self) -> Score:
         """The function that scores a request's documents. Raises `NotFound` if the service has no reranker."""
