@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pybase64
@@ -21,8 +20,7 @@ MIN_DIMENSIONS = 64  # the smallest Matryoshka size that the checkpoints were tr
 INT8_RANGE = 12.0
 
 
-@dataclass(frozen=True)
-class Embedding:
+class Embedding(NamedTuple):
     """The result for one item.
 
     `vector`: (dimensions,) float32. `num_tokens`: tokens of the sequence that was embedded. `num_cut_tokens`: tokens

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,8 +53,7 @@ class Patches:
         return replace(self, key=digest.digest())
 
 
-@dataclass(frozen=True)
-class ModelInput:
+class ModelInput(NamedTuple):
     """One item as the model takes it.
 
     `input_ids`: (num_tokens,) int64. `position_ids`: (3, num_tokens) int64: time, height, width (M-RoPE).
@@ -88,12 +87,12 @@ class ModelInput:
     @property
     def num_bytes(self) -> int:
         """Memory that the item holds by itself, in bytes."""
-        pixels = sum(one.pixels.nbytes for one in self.patches[self.num_prefix_patches :])
+        pixels = sum([one.pixels.nbytes for one in self.patches[self.num_prefix_patches :]])
         return pixels + self.input_ids.nbytes + self.position_ids.nbytes
 
     def without_prefix(self) -> ModelInput:
         """The same item, with its prefix as ordinary tokens."""
-        return replace(self, num_prefix_tokens=0, num_prefix_patches=0, prefix_key=b"")
+        return self._replace(num_prefix_tokens=0, num_prefix_patches=0, prefix_key=b"")
 
 
 class Preprocessor:
@@ -147,7 +146,7 @@ class Preprocessor:
 
     def _cost(self, num_tokens: int, patches: Sequence[Patches]) -> int:
         """What so many tokens, and these patches in the vision tower, take, in tokens of the language tower."""
-        num_patches = sum(len(one.pixels) for one in patches)
+        num_patches = sum([len(one.pixels) for one in patches])
         return num_tokens + math.ceil(self.visual_cost * num_patches / self.vision.merge_size**2)
 
     def prompt_ids(self, item: EmbeddingItem, grids: list[tuple[int, int, int]], seconds: Sequence[Any]) -> list[int]:
@@ -162,12 +161,14 @@ class Preprocessor:
         self, item: EmbeddingItem, decoder: Decoder | None
     ) -> tuple[tuple[Patches, ...], list[tuple[float, ...]]]:
         """Patches of each image and video, and the frame times of each video."""
+        media = [part for part in item.parts if not isinstance(part, Text)]
         patches: list[Patches] = []
-        seconds = []
+        seconds: list[tuple[float, ...]] = []
+        if not media:
+            return (), seconds
         deadline = decode_deadline(self.settings)
-        for part in item.parts:
-            if not isinstance(part, Text):
-                self._check_num_visual_tokens(patches)
+        for part in media:
+            self._check_num_visual_tokens(patches)
             match part:
                 case Image():
                     pixels = image.load_image(part.source, self.vision.regime, self.settings, deadline, decoder)

@@ -66,16 +66,16 @@ def test_key_depends_on_everything_that_the_vector_depends_on_and_on_nothing_els
     pixels = patches.pixels.copy()
     pixels[-1, -1] += 1
     others = [
-        dataclasses.replace(same, input_ids=ids[::-1]),
-        dataclasses.replace(same, position_ids=positions + 1),
-        dataclasses.replace(same, visual_index=index + 1),
-        dataclasses.replace(same, patches=()),
-        dataclasses.replace(same, patches=(patches, patches)),
-        dataclasses.replace(same, patches=(dataclasses.replace(patches, pixels=pixels),)),
-        dataclasses.replace(same, patches=(dataclasses.replace(patches, pixels=patches.pixels.reshape(2, 32)),)),
-        dataclasses.replace(same, patches=(dataclasses.replace(patches, grid_thw=(1, 1, 4)),)),
-        dataclasses.replace(same, patches=(dataclasses.replace(patches, num_frames=2),)),
+        same._replace(input_ids=ids[::-1]),
+        same._replace(position_ids=positions + 1),
+        same._replace(visual_index=index + 1),
+        same._replace(patches=()),
+        same._replace(patches=(patches, patches)),
+        same._replace(patches=(dataclasses.replace(patches, pixels=pixels),)),
+        same._replace(patches=(dataclasses.replace(patches, pixels=patches.pixels.reshape(2, 32)),)),
+        same._replace(patches=(dataclasses.replace(patches, grid_thw=(1, 1, 4)),)),
+        same._replace(patches=(dataclasses.replace(patches, num_frames=2),)),
     ]
     keys = [content_key(one) for one in (same, *others)]
     assert len(set(keys)) == len(keys)
-    assert content_key(dataclasses.replace(model_input(), num_cut_tokens=3, cost=9)) == keys[0]
+    assert content_key(model_input()._replace(num_cut_tokens=3, cost=9)) == keys[0]

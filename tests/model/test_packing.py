@@ -147,7 +147,7 @@ def test_equal_content_is_packed_once_and_kept_features_not_at_all() -> None:
     """Content without a key is never taken for equal."""
     first, second, third = (model_input(1, STILL, WIDE) for _ in range(3))
     named = [
-        replace(one, patches=tuple(replace(patches, key=key) for patches, key in zip(one.patches, keys, strict=True)))
+        one._replace(patches=tuple(replace(patches, key=key) for patches, key in zip(one.patches, keys, strict=True)))
         for one, keys in ((first, (b"a", b"b")), (second, (b"a", b"c")), (third, (b"", b"")))
     ]
     features = torch.ones(4, 3, 8)
@@ -192,7 +192,7 @@ def test_tensors_that_share_one_copy_to_the_device_keep_their_values(monkeypatch
 
 def test_small_batch_shares_no_prefix_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_copy", lambda tensor, _: tensor)
-    inputs = [replace(model_input(length), num_prefix_tokens=4) for length in (20, 30)]
+    inputs = [model_input(length)._replace(num_prefix_tokens=4) for length in (20, 30)]
     assert pack(inputs, MERGE, CPU).prefixes == (prefix_of(inputs[0]),)
     assert pack(inputs, MERGE, torch.device("cuda")).prefixes == ()
     assert pack(inputs * 10, MERGE, torch.device("cuda")).prefixes == (prefix_of(inputs[0]),)
