@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -32,6 +32,8 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from benchmarks.checkpoints import tokenizer
 from benchmarks.random_checkpoint import shape_config
 from embedder.inputs.processor_config import VisionConfig
+from embedder.model import language
+from embedder.model import vision as vision_module
 from embedder.model.architecture import Architecture
 from embedder.model.attention import Attention, flash_attn_import_error, num_splits_argument
 from embedder.model.eight_bit import use_eight_bit_layers
@@ -40,6 +42,9 @@ from embedder.model.modules import Towers
 from embedder.model.packing import Sequences
 from embedder.model.products import arrange_products
 from embedder.settings import WeightFormat
+
+if TYPE_CHECKING:
+    from benchmarks.compiled_layers import CompiledKernels
 
 CUDA = torch.device("cuda", 0)
 
@@ -99,9 +104,12 @@ class KernelCounter(TorchDispatchMode):
         self.attention_flops = 0.0
         self.host_to_device = self.device_to_host = 0
         self.faults: list[str] = []
+        self.is_paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if self.is_paused:
+            return out
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
         name = func._overloadpacket.__name__
         devices = {tensor.device.type for tensor in inputs + outputs}
@@ -114,6 +122,28 @@ class KernelCounter(TorchDispatchMode):
             if any(shape for shape in shapes):  # a CPU scalar is an argument of the kernel
                 self.faults.append(f"{name} takes tensors on the CPU, of shapes {shapes}")
         return out
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing of what runs inside."""
+        self.is_paused = True
+        yield
+        self.is_paused = False
+
+    @contextmanager
+    def as_compiled(self, kernels: CompiledKernels) -> Iterator[None]:
+        """Count what runs inside as `kernels`; the products as they are."""
+        before, us_before = self.kernels.copy(), self.us.copy()
+        yield
+        products = sum((self.kernels - before)[name] for name in PRODUCTS)
+        assert products == kernels.products, f"{products} products in eager mode, {kernels.products} compiled"
+        for counts, earlier in ((self.kernels, before), (self.us, us_before)):
+            for name in set(counts) - set(PRODUCTS):
+                counts[name] = earlier[name]
+        self.kernels["compiled"] += kernels.fused + kernels.copies
+        self.us["compiled"] += max(
+            kernels.fused_bytes / self.BYTES_PER_S * 1e6, (kernels.fused + kernels.copies) * self.MIN_KERNEL_US
+        )
 
     @property
     def num_kernels(self) -> int:
@@ -289,19 +319,46 @@ class FakeCuda:
         arrange_products(model)
         return model
 
-    def make_forward(self, model: Any, vision: VisionConfig, attention: str) -> Forward:
-        """The project's forward pass; its attention also reports FLOPs to the counter."""
-        forward = Forward(model, vision, attention)
+    def make_forward(self, model: Any, vision: VisionConfig, attention: str, *, is_compiled: bool = False) -> Forward:
+        """The project's forward pass; its attention also reports FLOPs to the counter.
+
+        Compiled layers give the values of eager ones, and the counter gets the kernels that Inductor makes of them.
+        """
+        with ExitStack() as stack:
+            for module in (language, vision_module):
+                stack.enter_context(mock.patch.object(module, "compile_if", self._compile_if))
+            forward = Forward(model, vision, attention, is_compiled=is_compiled)
         forward.vision.attention = self._with_flops(forward.vision.attention)
         forward.language.attention = self._with_flops(forward.language.attention)
         return forward
 
     def count(self, run: Callable[[], object]) -> KernelCounter:
         """What `run` sends to the device."""
-        self._counter = KernelCounter()
-        with self._counter:
+        counter = self._counter = KernelCounter()
+        with counter:
             run()
-        return self._counter
+        self._counter = None
+        return counter
+
+    def _compile_if(self, is_compiled: bool, function: Callable[..., Any]) -> Callable[..., Any]:
+        if not is_compiled:
+            return function
+        from benchmarks.compiled_layers import compiled_kernels  # the caller has imported it, without a fake device
+
+        known: dict[object, CompiledKernels] = {}
+
+        def call(layer: Any, *states: Tensor) -> Any:
+            if self._counter is None:
+                return function(layer, *states)
+            kinds = tuple(type(one) for one in layer.modules())
+            key = (kinds, tuple(one.shape for one in states))
+            if key not in known:
+                with self._counter.paused():
+                    known[key] = compiled_kernels(lambda *given: function(layer, *given), states)
+            with self._counter.as_compiled(known[key]):
+                return function(layer, *states)
+
+        return call
 
     def _with_flops(self, attention: Attention) -> Attention:
         def attend(

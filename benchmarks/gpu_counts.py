@@ -1,8 +1,9 @@
 """What one forward pass sends to a GPU, counted without one: `python -m benchmarks.gpu_counts [--shapes 2b 8b]`.
 
 Kernels, host-to-device copies, FLOPs and the roofline's time on an H200, for one query of 16 tokens (eager, and as a
-CUDA graph) and for full batches of texts and of images. Writes `results/gpu_counts.json`; a test fails if a change adds
-kernels or copies to it. Compiled layers are not counted: the compiler for them needs Triton.
+CUDA graph) and for full batches of texts and of images; each with eager and with compiled layers, whose kernels are
+those of Inductor (`benchmarks.compiled_layers`). Graphs of compiled layers are the default on a GPU. With weights in 16
+bits, and with those of `--weights`. Writes `results/gpu_counts.json`; a test fails if a change adds kernels or copies.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from embedder.model.forward import Forward
 from embedder.model.packing import pack
 from embedder.model.pooling import pool
 from embedder.model.weights import visual_cost
-from embedder.settings import Settings
+from embedder.settings import Settings, WeightFormat
 
 WORKLOADS = ("query", "text-64", "image-448")
 FILE = "gpu_counts"
@@ -40,6 +41,7 @@ FILE = "gpu_counts"
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Count what a forward pass sends to a GPU; no GPU is needed.")
     parser.add_argument("--shapes", nargs="+", choices=("2b", "8b"), default=["2b", "8b"])
+    parser.add_argument("--weights", nargs="*", choices=("int8", "fp8"), default=["int8", "fp8"])
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
     if reason := missing_requirement():
@@ -48,11 +50,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "command": report.command(FILE, chosen),
         "torch": torch.__version__.partition("+")[0],
         "shapes": {shape: count_shape(shape) for shape in chosen.shapes},
+        "weights": {
+            weights: {shape: count_shape(shape, weights) for shape in chosen.shapes} for weights in chosen.weights
+        },
     }
     chosen.results.mkdir(parents=True, exist_ok=True)
     (chosen.results / f"{FILE}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    print(table(data["shapes"]))
+    print(table(all_counts(data)))
     return data
+
+
+def all_counts(data: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """The counts of a record by shape, and by shape and format of the weights where these have 8 bits."""
+    found: dict[str, dict[str, dict[str, float]]] = dict(data["shapes"])
+    for weights, shapes in data["weights"].items():
+        found |= {f"{shape}, {weights}": counts for shape, counts in shapes.items()}
+    return found
 
 
 def table(shapes: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -78,27 +91,30 @@ def table(shapes: dict[str, dict[str, dict[str, float]]]) -> str:
     return report.table(headers, rows)
 
 
-def count_shape(shape: str) -> dict[str, dict[str, float]]:
+def count_shape(shape: str, weights: WeightFormat | None = None) -> dict[str, dict[str, float]]:
     """The counts of each batch, after a first one that has filled the prefix cache."""
+    import benchmarks.compiled_layers  # noqa: F401 - imports torch's compiler, which the fake device would disturb
+
     with random_folder("tiny") as folder:  # its tokenizer and image processor
         settings = Settings()
         words, vision = read_words(folder), read_vision_config(folder, settings)
         tokenizer = load_tokenizer(folder)
     counts = {}
     with fake_cuda() as device:
-        model = device.make_model(shape)
+        model = device.make_model(shape, weight_format=weights)
         preprocess = Preprocessor(tokenizer, vision, settings, visual_cost=visual_cost(model))
-        forward = device.make_forward(model, preprocess.vision, "varlen")
-        for name in WORKLOADS:
-            inputs = _full_batch(name, words, preprocess)
+        for layers in ("", ", compiled"):
+            forward = device.make_forward(model, preprocess.vision, "varlen", is_compiled=bool(layers))
+            for name in WORKLOADS:
+                inputs = _full_batch(name, words, preprocess)
 
-            def run(inputs: list[ModelInput] = inputs) -> None:
-                pool(forward(pack(inputs, preprocess.vision.merge_size, forward.device)))
+                def run(inputs: list[ModelInput] = inputs, forward: Forward = forward) -> None:
+                    pool(forward(pack(inputs, preprocess.vision.merge_size, forward.device)))
 
-            run()
-            counts[name] = _figures(inputs, device.count(run))
-            if name == "query":
-                counts["query, CUDA graph"] = _figures(inputs, *_count_graph(device, forward, inputs))
+                run()
+                counts[name + layers] = _figures(inputs, device.count(run))
+                if name == "query":
+                    counts[f"query, CUDA graph{layers}"] = _figures(inputs, *_count_graph(device, forward, inputs))
     return counts
 
 

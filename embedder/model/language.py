@@ -18,7 +18,7 @@ from torch import Tensor
 from embedder.model.attention import Attention
 from embedder.model.execution import compile_if
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, PackedVision, Prefix
-from embedder.model.positions import apply_rotary, interleaved_axes, rotary_frequencies, text_rotary
+from embedder.model.positions import apply_rotary, interleaved_axes, rotary_frequencies, rotate_halves, text_rotary
 from embedder.model.products import add_product
 
 Module = Any  # of `modules`, whose attributes torch leaves untyped
@@ -182,9 +182,26 @@ def _query_key_value(layer: Module, hidden_states: Tensor, cos: Tensor, sin: Ten
     heads = projected.view(len(projected), -1, attention.head_dim)
     num_rotated = len(attention.qk_norm_weight)  # heads of query and key
     num_heads = 2 * num_rotated - heads.shape[1]
-    normed = F.rms_norm(heads, heads.shape[2:], None, attention.q_norm.variance_epsilon)
-    rotated = apply_rotary(normed[:, :num_rotated] * attention.qk_norm_weight, cos, sin)
+    if torch.compiler.is_compiling():
+        rotated = _rotated_halves(attention, heads[:, :num_rotated], cos, sin)
+    else:
+        normed = F.rms_norm(heads, heads.shape[2:], None, attention.q_norm.variance_epsilon)
+        rotated = apply_rotary(normed[:, :num_rotated] * attention.qk_norm_weight, cos, sin)
     return rotated[:, :num_heads], rotated[:, num_heads:], heads[:, num_rotated:]
+
+
+def _rotated_halves(attention: Module, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Norm and rotation of heads of query and key, for the compiler.
+
+    Every value of a head has the same norm, so both halves, which rotate together, are computed at the same place: one
+    kernel. A norm of the whole head would be a kernel by itself.
+    """
+    first, second = heads.float().chunk(2, -1)
+    mean = (first.square() + second.square()).sum(-1, keepdim=True) / attention.head_dim
+    scale = torch.rsqrt(mean + attention.q_norm.variance_epsilon)
+    first_weight, second_weight = attention.qk_norm_weight.chunk(2, -1)
+    halves = rotate_halves(first * scale * first_weight, second * scale * second_weight, cos, sin)
+    return torch.cat([half.to(heads.dtype) for half in halves], -1)
 
 
 def _query(attention: Module, normed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -15,11 +15,20 @@ def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = states.chunk(2, dim=-1)
     sin_first, sin_second = sin[:, None].chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # one kernel: of operations in place on parts, the compiler makes three
+        return torch.cat(rotate_halves(first, second, cos, sin), dim=-1)
     rotated = states * cos[:, None]
     rotated_first, rotated_second = rotated.chunk(2, dim=-1)
     rotated_first.addcmul_(second, sin_first, value=-1)  # in place: `rotate_half` would copy both halves
     rotated_second.addcmul_(first, sin_second)
     return rotated
+
+
+def rotate_halves(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As `apply_rotary`, from and to the two halves of each head, without operations in place."""
+    cos_first, cos_second = cos[:, None].chunk(2, dim=-1)
+    sin_first, sin_second = sin[:, None].chunk(2, dim=-1)
+    return first * cos_first - second * sin_first, second * cos_second + first * sin_second
 
 
 def rotary_frequencies(head_dim: int, theta: float) -> Tensor:

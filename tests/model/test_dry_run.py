@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,6 +27,7 @@ from benchmarks.fake_cuda import (
     CUDA,
     FLASH_KEYWORDS,
     FakeCuda,
+    KernelCounter,
     fake_cuda,
     missing_requirement,
     no_capture,
@@ -34,7 +37,7 @@ from embedder.inputs.items import EmbeddingItem, Image, Part, Text, Video
 from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.inputs.processor_config import read_vision_config
 from embedder.inputs.tokenizer_files import load_tokenizer
-from embedder.model import cuda_graphs
+from embedder.model import cuda_graphs, language
 from embedder.model.attention import flash_attention, sdpa_attention, varlen_attention
 from embedder.model.cuda_graphs import TextGraphs, graph_size
 from embedder.model.devices import choose_dtype
@@ -50,6 +53,7 @@ from tests.model.test_model import LENGTHS, naive_attention, randn, sequences
 CPU = torch.device("cpu")
 BACK_ENDS = {"varlen": varlen_attention, "flash_attn": flash_attention}
 
+ignores_torch_warning = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 needs_fake_cuda = pytest.mark.skipif(missing_requirement() is not None, reason=missing_requirement() or "")
 
 CLIP = Video(tuple(picture(64, 96, seed) for seed in range(4)))
@@ -136,16 +140,88 @@ def test_graphs_of_texts_are_captured_and_fed_without_waiting(
 
 @needs_fake_cuda
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+@ignores_torch_warning
+@pytest.mark.parametrize("weights", [None, "int8", "fp8"])
 @pytest.mark.parametrize("shape", ["2b", "8b"])
-def test_no_change_adds_kernels_or_copies(shape: str) -> None:
+def test_no_change_adds_kernels_or_copies(shape: str, weights: Any) -> None:
     """`python -m benchmarks.gpu_counts` records new counts, for a change that is worth them."""
-    recorded = json.loads((report.RESULTS / f"{gpu_counts.FILE}.json").read_text(encoding="utf-8"))["shapes"][shape]
-    counted = gpu_counts.count_shape(shape)
+    recorded = recorded_counts()[f"{shape}, {weights}" if weights else shape]
+    counted = gpu_counts.count_shape(shape, weights)
     assert counted.keys() == recorded.keys()
     for batch, one in counted.items():
         for name in ("kernels", "products", "host_to_device_copies"):
             assert one[name] <= recorded[batch][name], f"{name} of {batch}"
         assert one["tflop"] == pytest.approx(recorded[batch]["tflop"], rel=0.01)
+
+
+def recorded_counts() -> dict[str, dict[str, dict[str, float]]]:
+    content = json.loads((report.RESULTS / f"{gpu_counts.FILE}.json").read_text(encoding="utf-8"))
+    return gpu_counts.all_counts(content)
+
+
+def test_recorded_query_of_the_default_takes_at_most_350_kernels() -> None:
+    """Graphs of compiled layers, with every format of the weights of the 2B."""
+    recorded = recorded_counts()
+    assert recorded["2b"]["query, CUDA graph, compiled"]["kernels"] <= 350
+    for counts in recorded.values():
+        assert counts["query, CUDA graph, compiled"]["kernels"] < counts["query, CUDA graph"]["kernels"]
+        assert counts["query, CUDA graph, compiled"]["host_to_device_copies"] == 1
+
+
+# Compiled layers
+
+
+@pytest.fixture(scope="module")
+def compiled_kernels() -> Any:
+    """Imports torch's compiler, before there is a fake device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module("benchmarks.compiled_layers").compiled_kernels
+
+
+@needs_fake_cuda
+def test_inductor_makes_few_kernels_of_a_language_layer(compiled_kernels: Any, device: FakeCuda) -> None:
+    """A norm, the scale of the heads, their rotation; a sum with a norm, the activation, and a sum."""
+    layer = device.make_model("tiny").language_model.layers[1]
+    states, cos, sin = (torch.empty(16, size, dtype=torch.bfloat16, device=CUDA) for size in (192, 32, 32))
+    attended = torch.empty(16, 6, 32, dtype=torch.bfloat16, device=CUDA)
+    before = compiled_kernels(lambda *given: language._query_key_value(layer, *given), (states, cos, sin))
+    after = compiled_kernels(lambda *given: language._output_and_mlp(layer, *given), (states, attended))
+    assert (before.products, after.products) == (1, 3)
+    assert (before.copies, after.copies) == (0, 0)
+    assert before.fused <= 3
+    assert after.fused <= 3
+
+
+@needs_fake_cuda
+def test_matrix_that_a_product_adds_is_counted_as_a_copy(compiled_kernels: Any, device: FakeCuda) -> None:
+    matrix, states, weight = (torch.empty(32, 32, dtype=torch.bfloat16, device=CUDA) for _ in range(3))
+    found = compiled_kernels(torch.addmm, (matrix, states, weight))
+    assert (found.products, found.copies, found.fused) == (1, 1, 0)
+    found = compiled_kernels(torch.addmm, (matrix[0], states, weight))  # a bias
+    assert (found.products, found.copies, found.fused) == (1, 0, 0)
+
+
+@needs_fake_cuda
+@pytest.mark.usefixtures("compiled_kernels")
+def test_tracing_a_compiled_layer_is_not_counted(preprocessor: Preprocessor) -> None:
+    """The first pass traces each kind of layer, the second one none."""
+    inputs = inputs_of(preprocessor, "one short text")
+    with fake_cuda() as device:
+        model = device.make_model("tiny")
+        eager = device.make_forward(model, preprocessor.vision, "varlen")
+        compiled = device.make_forward(model, preprocessor.vision, "varlen", is_compiled=True)
+
+        def count(forward: Forward) -> KernelCounter:
+            return device.count(lambda: pool(forward(pack(inputs, preprocessor.vision.merge_size, forward.device))))
+
+        for forward in (eager, compiled):
+            count(forward)  # computes the prefix
+        first, second, plain = count(compiled), count(compiled), count(eager)
+    assert (first.kernels, first.flops) == (second.kernels, second.flops)
+    assert first.flops == plain.flops
+    assert first.num_kernels < plain.num_kernels
 
 
 # The dry run finds each kind of fault
