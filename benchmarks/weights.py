@@ -1,10 +1,13 @@
 """What weights of 8 bits cost and save on a CPU: `python -m benchmarks.weights [CHECKPOINT]`.
 
-depth    cosine of int8 and of emulated fp8 to bfloat16 through all layers, and the memory of the loaded weights: of
-         CHECKPOINT, or of random weights in the shape of the 2B (4.3 GB of disk), for texts, pictures and a mixture
-speed    time of a query, of a batch of texts and of a picture, of copies of the shape with few layers, in turns
-recall   of the bundled model: names on colors and on drawings
-service  `bentoml serve` with int8: its resident memory, and the time of a query
+sensitivities  what each part of the model loses if it is rounded, which the choice of the parts rests on (random
+               weights of seed 0, `benchmarks.sensitivities`)
+depth          cosine of int8 and of emulated fp8 to bfloat16 through all layers, and the memory of the loaded weights:
+               of CHECKPOINT, or of random weights in the shape of the 2B with two other seeds (4.3 GB of disk), for
+               texts, pictures and a mixture
+speed          time of a query, of a batch of texts and of a picture, of copies of the shape with few layers, in turns
+recall         of the bundled model: names on colors and on drawings
+service        `bentoml serve` with int8: its resident memory, and the time of a query
 
 Writes the record after each part, so that a part can be repeated: `--parts speed`. Exit status: 0 every goal is met, 1
 not. fp8 has no product on a CPU, so its values are computed by an emulation, and its speed is not measured.
@@ -32,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks import cpu, report
+from benchmarks import cpu, report, sensitivities
 from benchmarks.checkpoints import tokenizer
 from benchmarks.invariance import picture
 from benchmarks.meter import footprint
@@ -42,9 +45,10 @@ from embedder import Embedder
 from embedder.inputs.prompt import QUERY_INSTRUCTION
 
 NAME = "weights"
-PARTS = ("depth", "speed", "recall", "service")
+PARTS = ("sensitivities", "depth", "speed", "recall", "service")
+SEEDS = (1, 2)  # of `depth`: not the seed of the sensitivities
 MIN_COSINE = 0.999
-MAX_RESIDENT_GIB = 3.0
+MAX_RESIDENT_GB = 3.0
 MAX_LOST_POINTS = 0.5  # of recall, in percent
 FORMATS: dict[str, dict[str, Any]] = {  # of `depth`; the first is what the others are compared with
     "bfloat16": {"dtype": "bfloat16"},
@@ -77,33 +81,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = chosen.results / f"{NAME}.json"
     record: Record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     command = report.command(NAME, argparse.Namespace(**{**vars(chosen), "parts": None}))
-    with _checkpoint(chosen) as folder:
-        for part in chosen.parts:
-            about = report.environment(command)
-            record = {**record, "environment": about, part: _measure(part, folder, chosen)}
-            report.write(chosen.results, NAME, record, describe(record))
+    for part in chosen.parts:
+        record = {**record, "environment": report.environment(command), part: _measure(part, chosen)}
+        report.write(chosen.results, NAME, record, describe(record))
     print(describe(record))
     return int(not all(is_met for _, _, is_met in verdicts(record)))
 
 
 @contextlib.contextmanager
-def _checkpoint(chosen: argparse.Namespace) -> Iterator[Path]:
-    """The folder that was given, or a temporary one with random weights if a part needs it."""
-    if chosen.checkpoint or not {"depth", "service"} & set(chosen.parts):
+def _checkpoint(chosen: argparse.Namespace, seed: int) -> Iterator[Path]:
+    """The folder that was given, or a temporary one with random weights."""
+    if chosen.checkpoint:
         yield chosen.checkpoint
         return
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         config = shape_config(chosen.shape, tokenizer())
-        write_checkpoint(Path(folder), config, tokenizer(), dtype="bfloat16")
+        write_checkpoint(Path(folder), config, tokenizer(), seed=seed, dtype="bfloat16")
         yield Path(folder)
 
 
-def _measure(part: str, folder: Path, chosen: argparse.Namespace) -> Record:
-    if part == "depth":
-        return measure_depth(folder)
+def _measure(part: str, chosen: argparse.Namespace) -> Record:
     if part == "speed":
         return measure_speed(chosen.shape, chosen.rounds)
-    return measure_recall(chosen.count) if part == "recall" else measure_service(folder)
+    if part == "recall":
+        return measure_recall(chosen.count)
+    if part == "sensitivities":
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+            sensitivities.write_narrow(Path(folder), chosen.shape)
+            return sensitivities.measure_sensitivities(Path(folder))
+    if part == "service":
+        with _checkpoint(chosen, SEEDS[0]) as folder:
+            return measure_service(folder)
+    rows: Record = {}
+    for seed in SEEDS[:1] if chosen.checkpoint else SEEDS:
+        with _checkpoint(chosen, seed) as folder:
+            rows["checkpoint" if chosen.checkpoint else f"seed {seed}"] = measure_depth(folder)
+    return rows
 
 
 # Fidelity and memory at full depth
@@ -263,9 +276,9 @@ def verdicts(record: Record) -> list[tuple[str, str, bool]]:
     """What must be reached, what was, and whether that is enough, for the parts that were measured."""
     rows = []
     if depth := record.get("depth"):
-        memory, cosine = depth["int8"]["weights_gb"] * 1e9 / 2**30, depth["int8"]["least_cosine"]
-        goal = f"resident int8 weights <= {MAX_RESIDENT_GIB:g} GiB"
-        rows.append((goal, f"{memory:.2f} GiB", memory <= MAX_RESIDENT_GIB))
+        memory, cosine = most_memory(depth), least_cosine(depth)
+        goal = f"resident int8 weights <= {MAX_RESIDENT_GB:g} GB"
+        rows.append((goal, f"{memory:.2f} GB", memory <= MAX_RESIDENT_GB))
         rows.append((f"int8, lowest cosine to bfloat16 >= {MIN_COSINE}", f"{cosine:.5f}", cosine >= MIN_COSINE))
     if speed := record.get("speed"):
         ratio = slowest_ratio(speed)
@@ -276,6 +289,16 @@ def verdicts(record: Record) -> list[tuple[str, str, bool]]:
             (f"int8 loses <= {MAX_LOST_POINTS} points of recall", f"{lost:.2f} points", lost <= MAX_LOST_POINTS)
         )
     return rows
+
+
+def most_memory(depth: Record) -> float:
+    """GB of the int8 weights, of the seed for which they take most."""
+    return max(float(rows["int8"]["weights_gb"]) for rows in depth.values())
+
+
+def least_cosine(depth: Record) -> float:
+    """Of int8 to bfloat16, of all items and seeds."""
+    return min(float(rows["int8"]["least_cosine"]) for rows in depth.values())
 
 
 def slowest_ratio(speed: Record) -> float:
@@ -295,22 +318,29 @@ def lost_points(recall: Record) -> float:
 
 def describe(record: Record) -> str:
     """Markdown."""
-    parts = [
-        report.table(
-            ("goal", "reached", "met"),
-            [(goal, reached, "yes" if is_met else "**no**") for goal, reached, is_met in verdicts(record)],
-        )
-    ]
+    parts = []
+    if found := verdicts(record):
+        cells = [(goal, reached, "yes" if is_met else "**no**") for goal, reached, is_met in found]
+        parts.append(report.table(("goal", "reached", "met"), cells))
+    if losses := record.get("sensitivities"):
+        kinds = list(sensitivities.GROUP_SIZES)
+        headers = ("rounded part", "weights, M", *(f"1 - cosine, a scale for each {kind}" for kind in kinds))
+        cells = [
+            (part, report.number(one["weights"] / 1e6), *(f"{one[kind]:.5f}" for kind in kinds))
+            for part, one in losses.items()
+        ]
+        parts.append(report.table(headers, cells))
     if depth := record.get("depth"):
         headers = ("all layers", "lowest cosine", "mean cosine", "weights, GB", "peak while loading, GB", "process, GB")
         figures = ("weights_gb", "peak_loading_gb", "process_gb")
         cells = [
             (
-                name,
+                f"{name}, {seed}",
                 *(f"{one[key]:.5f}" for key in ("least_cosine", "mean_cosine")),
                 *(f"{one[key]:.2f}" for key in figures),
             )
-            for name, one in depth.items()
+            for seed, rows in depth.items()
+            for name, one in rows.items()
         ]
         parts.append(report.table(headers, cells))
     if speed := record.get("speed"):
