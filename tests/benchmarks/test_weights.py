@@ -72,7 +72,7 @@ def test_every_part_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert list(found["depth"]) == ["seed 1", "seed 2"]
     for rows in found["depth"].values():
         assert rows["bfloat16"]["least_cosine"] == pytest.approx(1, abs=1e-5)
-        assert weights.MIN_COSINE <= rows["int8"]["least_cosine"] < 1
+        assert 0.998 <= rows["int8"]["least_cosine"] < 1  # of four layers, none keeps its weights
         assert 0.95 <= rows["fp8, emulated"]["least_cosine"] < rows["int8"]["least_cosine"]
     losses = found["sensitivities"]
     assert list(losses) == [
