@@ -7,7 +7,7 @@ and all norm weights differ from one, so that a forward pass without one of thes
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -293,13 +293,15 @@ def write_checkpoint(
     max_pixels: int = MAX_PIXELS,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     is_reranker: bool = False,
+    stored_dtype: Callable[[str], torch.dtype] | None = None,
 ) -> None:
     """Write a complete checkpoint folder.
 
     `prefixed` names the weights as Qwen3VLForConditionalGeneration does (`model.visual...`, and `lm_head.weight` unless
     tied), otherwise as Qwen3VLModel does (`visual...`). `processor_config=False` leaves the two preprocessor files out.
     `state_dict`, by Qwen3VLModel's names, replaces the random weights. `is_reranker` adds the files by which Sentence
-    Transformers loads a reranker; `tokenizer` is then one of `build_reranker_tokenizer`.
+    Transformers loads a reranker; `tokenizer` is then one of `build_reranker_tokenizer`. `stored_dtype`: of a weight in
+    the file, if not `dtype`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config.architectures = [architecture]
@@ -311,7 +313,7 @@ def write_checkpoint(
         _write_processor_configs(folder, max_pixels)
     if is_reranker:
         _write_reranker_configs(folder, tokenizer)
-    _write_weights(folder, config, seed, getattr(torch, dtype), prefixed, state_dict)
+    _write_weights(folder, config, seed, getattr(torch, dtype), prefixed, state_dict, stored_dtype)
 
 
 def _write_processor_configs(folder: Path, max_pixels: int) -> None:
@@ -358,6 +360,7 @@ def _write_weights(
     dtype: torch.dtype,
     prefixed: bool,
     state_dict: Mapping[str, torch.Tensor] | None,
+    stored_dtype: Callable[[str], torch.dtype] | None,
 ) -> None:
     """Write one shard at a time, so that the 8b shape needs MAX_SHARD_BYTES of memory instead of 16 GB."""
     with torch.device("meta"):
@@ -379,7 +382,8 @@ def _write_weights(
             else:
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + order[name])
                 tensor = _random_weight(name, shapes[name].shape, dtype, std, generator)
-            tensors[name if prefixed else bare_name] = tensor
+            stored = tensor if stored_dtype is None else tensor.to(stored_dtype(bare_name))
+            tensors[name if prefixed else bare_name] = stored
         save_file(tensors, folder / filename, metadata={"format": "pt"})
     if plan.is_sharded:
         weight_map = {

@@ -64,16 +64,55 @@ def plain_picture(drawings: Drawings, row: int, size: Size) -> Picture:
     return _on_background(layer, (255, 255, 255))
 
 
+def drawing_for(drawings: Drawings, row: int, size: Size) -> Image.Image:
+    """The drawing as premultiplied RGBa, at the resolution that suits `size`."""
+    source = drawings.large if min(size) > DRAWING_PIXELS // 2 else drawings.small
+    return Image.fromarray(np.asarray(source[drawings.place[row]]), "RGBa")
+
+
+def mixed(one: Image.Image, other: Image.Image, random: Generator) -> Image.Image:
+    """A drawing between two styles of the same emoji: a blend, or parts of each, sometimes warped or with few colors.
+
+    No vendor draws like this, which is the point: what is learned must not depend on a vendor's style.
+    """
+    if random.random() < 0.5:
+        drawing = Image.blend(one.convert("RGBa"), other.convert("RGBa"), random.random())
+    else:
+        mask = Image.fromarray(random.integers(0, 256, (3, 3), np.uint8)).resize(one.size, Image.Resampling.BICUBIC)
+        mask = mask.point(lambda value: max(0, min(255, 4 * value - 384)))
+        drawing = Image.composite(one, other, mask)
+    if random.random() < 0.6:
+        drawing = _warped(drawing, random)
+    if random.random() < 0.25:
+        few = drawing.convert("RGBA").quantize(int(random.integers(4, 17)), Image.Quantize.FASTOCTREE)
+        drawing = few.convert("RGBA").convert("RGBa")
+    return drawing
+
+
+def _warped(drawing: Image.Image, random: Generator) -> Image.Image:
+    """The drawing on a grid of 3x3 cells whose inner corners are moved by up to a seventh of a cell."""
+    side = drawing.width
+    places = np.linspace(0, side, 4)
+    corners = np.stack(np.meshgrid(places, places, indexing="ij"), -1)  # (4, 4, 2), rows and columns
+    moved = corners.copy()
+    moved[1:3, 1:3] += random.uniform(-side / 21, side / 21, (2, 2, 2))
+    mesh = []
+    for row in range(3):
+        for column in range(3):
+            box = (*corners[row, column, ::-1], *corners[row + 1, column + 1, ::-1])
+            quad = [moved[row + y, column + x, ::-1] for y, x in ((0, 0), (1, 0), (1, 1), (0, 1))]
+            mesh.append((tuple(round(float(value)) for value in box), tuple(np.concatenate(quad).tolist())))
+    return drawing.transform(drawing.size, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
+
+
 def varied_frames(
-    drawings: Drawings, row: int, size: Size, random: Generator, strength: float, num_frames: int, is_mirrored: bool
+    drawing: Image.Image, size: Size, random: Generator, strength: float, num_frames: int, is_mirrored: bool
 ) -> list[Picture]:
     """The drawing with random rotation, scale, shift, colors and background, and sometimes JPEG compression.
 
     The frames of a clip share these parameters; the drawing moves a little from frame to frame.
     """
     height, width = size
-    source = drawings.large if min(size) > DRAWING_PIXELS // 2 else drawings.small
-    drawing = Image.fromarray(np.asarray(source[drawings.place[row]]), "RGBa")
     scale = min(size) / drawing.width * random.uniform(1 - 0.28 * strength, 1 + 0.08 * strength)
     stretch = math.exp(random.normal(0, 0.06 * strength))
     angle = math.radians(random.normal(0, 7 * strength))

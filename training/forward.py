@@ -86,12 +86,12 @@ def _see_attention(attention: nn.Module, hidden_states: Tensor, cos: Tensor, sin
     num_images, num_patches, width = hidden_states.shape
     qkv = attention.qkv(hidden_states).view(num_images, num_patches, 3, attention.num_heads, -1)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (num_images, heads, num_patches, head_dim)
-    query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     weights = torch.softmax(query @ key.transpose(-1, -2) * attention.scaling, dim=-1)
     return attention.proj((weights @ value).transpose(1, 2).reshape(num_images, num_patches, width))
 
 
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -167,7 +167,7 @@ def _keys_values(attention: nn.Module, normed: Tensor, cos: Tensor, sin: Tensor)
     heads = (*normed.shape[:-1], -1, attention.head_dim)
     key = attention.k_norm(attention.k_proj(normed).view(heads)).transpose(1, 2)
     value = attention.v_proj(normed).view(heads).transpose(1, 2)
-    return _rotate(key, cos[:, None], sin[:, None]), value
+    return rotate(key, cos[:, None], sin[:, None]), value
 
 
 def _finish_layer(
@@ -188,7 +188,7 @@ def _finish_layer(
     num_items, num_queries = normed.shape[:2]
     num_keys, kv_heads = key.shape[2], key.shape[1]
     query = attention.q_norm(attention.q_proj(normed).view(num_items, num_queries, -1, attention.head_dim))
-    query = _rotate(query.transpose(1, 2), cos[:, None], sin[:, None])
+    query = rotate(query.transpose(1, 2), cos[:, None], sin[:, None])
     grouped = query.reshape(num_items, kv_heads, -1, attention.head_dim)  # query heads grouped by kv head
     scores = (grouped @ key.transpose(-1, -2) * attention.scaling).view(num_items, -1, num_queries, num_keys)
     places = torch.arange(num_keys)

@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ class Stage:
     smaller: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)  # probabilities of the smaller Matryoshka sizes
     imitation: float = 0.0  # weight of the distillation loss
     loose_texts: int = 0  # random words without a meaning, for the distillation loss
+    mixed: float = 0.0  # share of the drawings that are mixed of two styles
 
 
 MOSTLY_SMALL = {size: share * (1.0 if max(size) <= 128 else 0.4) for size, share in SIZES.items()}
@@ -262,6 +264,82 @@ class Example:
     meaning: set[int]  # all proxies that the text means
 
 
+class Masters:
+    """The float32 master copies of a model's bfloat16 weights, and their optimizers.
+
+    `heads`: float32 parameters outside the model, with the factor of their learning rate. `round_`: changes a weight in
+    place to the value that the checkpoint's format can hold.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        heads: dict[nn.Parameter, float],
+        round_: Callable[[str, Tensor], None] = lambda name, weight: None,
+    ) -> None:
+        self.names = [name for name, _ in model.named_parameters()]
+        self.weights = list(model.parameters())
+        self.masters = [weight.detach().float() for weight in self.weights]
+        self.round_ = round_
+        named = list(zip(self.names, self.masters, strict=True))
+        matrices = [master for name, master in named if master.dim() == 2 and "embed" not in name]
+        tokens = [master for name, master in named if "embed_tokens" in name]
+        others = [
+            master for name, master in named if "embed_tokens" not in name and (master.dim() != 2 or "embed" in name)
+        ]
+        muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        adam_groups: list[dict[str, Any]] = [
+            {"params": others, "factor": 1.0},
+            {"params": tokens, "factor": 4.0},  # because most tokens are rare
+            *({"params": [head], "factor": factor} for head, factor in heads.items()),
+        ]
+        adam = torch.optim.AdamW(adam_groups, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
+        self.optimizers: list[torch.optim.Optimizer] = [muon, adam]
+
+    def update(self, learning_rate: float) -> None:
+        """Apply the gradients of the weights and heads, and clear them."""
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * group.get("factor", MUON_FACTOR)
+            optimizer.step()
+            optimizer.zero_grad()
+        self._copy()
+
+    def state(self) -> dict[str, Any]:
+        return {"masters": self.masters, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._set(state["masters"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def average(self, states: list[dict[str, Any]]) -> None:
+        """Set the weights to the mean of these states, which is better than each one (model soups, Wortsman 2022)."""
+        self._set([torch.stack(same).mean(0) for same in zip(*(state["masters"] for state in states), strict=True)])
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Take over weights that were set in the model."""
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            master.copy_(weight)
+
+    @torch.no_grad()
+    def _set(self, values: list[Tensor]) -> None:
+        for master, value in zip(self.masters, values, strict=True):
+            master.copy_(value)
+        self._copy()
+
+    @torch.no_grad()
+    def _copy(self) -> None:
+        for name, master, weight in zip(self.names, self.masters, self.weights, strict=True):
+            weight.copy_(master)
+            self.round_(name, weight)
+
+
 class Training:
     """Weights, proxies and optimizers; `step` makes one update."""
 
@@ -293,41 +371,15 @@ class Training:
             self.proxies = nn.Parameter(proxies_from_checkpoint(self))
         self.log_scale = nn.Parameter(torch.full((len(MATRYOSHKA),), math.log(scale)))
         self.prefixes: dict[str, Tensor] = {}
-        self.weights = list(self.model.parameters())
-        self.masters = [weight.detach().float() for weight in self.weights]
-        named = list(zip((name for name, _ in self.model.named_parameters()), self.masters, strict=True))
-        matrices = [master for name, master in named if master.dim() == 2 and "embed" not in name]
-        tokens = [master for name, master in named if "embed_tokens" in name]
-        others = [
-            master for name, master in named if "embed_tokens" not in name and (master.dim() != 2 or "embed" in name)
-        ]
-        muon = torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-        adam_groups = [
-            {"params": others, "factor": 1.0},
-            {"params": tokens, "factor": 4.0},  # because most tokens are rare
-            {"params": [self.proxies], "factor": 4.0},
-            {"params": [self.log_scale], "factor": 2.0},
-        ]
-        adam = torch.optim.AdamW(adam_groups, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
-        self.optimizers: list[torch.optim.Optimizer] = [muon, adam]
+        self.masters = Masters(self.model, {self.proxies: 4.0, self.log_scale: 2.0})
 
     def step(self, stage: Stage, learning_rate: float) -> dict[str, float]:
         """Make one update and return the losses by name."""
         losses = self.losses(stage)
         sum(losses.values()).backward()
-        for master, weight in zip(self.masters, self.weights, strict=True):
-            master.grad = None if weight.grad is None else weight.grad.float()
-            weight.grad = None
-        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * group.get("factor", MUON_FACTOR)
-            optimizer.step()
-            optimizer.zero_grad()
+        self.masters.update(learning_rate)
         with torch.no_grad():
             self.log_scale.clamp_(max=MAX_LOG_SCALE)
-            for master, weight in zip(self.masters, self.weights, strict=True):
-                weight.copy_(master)
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
     def losses(self, stage: Stage) -> dict[str, Tensor]:
@@ -394,9 +446,9 @@ class Training:
         chance = random.random()
         if chance < stage.swatches:
             basic = random.random() < 0.2
-            color = int(random.choice(BASIC_COLORS)) if basic else int(random.integers(len(COLORS)))
-            target = captions.num_drawings + color
-            return Example([pictures.swatch(color, size)] * num_frames, target, *captions.text_for(target, random))
+            return self.swatch(
+                int(random.choice(BASIC_COLORS)) if basic else int(random.integers(len(COLORS))), size, num_frames
+            )
         if chance < stage.swatches + stage.shapes:
             color, shape = int(random.integers(len(COLORS))), int(random.integers(len(SHAPES)))
             target = captions.num_proxies + color * len(SHAPES) + shape
@@ -404,9 +456,23 @@ class Training:
             return Example(frames, target, f"{COLOR_NAMES[color]} {SHAPES[shape]}", {target})
         if not self.queue:
             self.queue = list(random.permutation(len(self.drawings)))
-        style, row = self.drawings[self.queue.pop()]
+        return self.drawn(*self.drawings[self.queue.pop()], stage, size, num_frames)
+
+    def swatch(self, color: int, size: tuple[int, int], num_frames: int = 1) -> Example:
+        target = self.captions.num_drawings + color
+        frames = [pictures.swatch(color, size)] * num_frames
+        return Example(frames, target, *self.captions.text_for(target, self.random))
+
+    def drawn(self, style: str, row: int, stage: Stage, size: tuple[int, int], num_frames: int = 1) -> Example:
+        """One drawing with augmentation."""
+        random, captions = self.random, self.captions
         mirrored = captions.may_be_mirrored[row] and random.random() < 0.25 * stage.strength
-        frames = pictures.varied_frames(self.styles[style], row, size, random, stage.strength, num_frames, mirrored)
+        drawing = pictures.drawing_for(self.styles[style], row, size)
+        if stage.mixed and random.random() < stage.mixed:
+            others = [drawings for drawings in self.styles.values() if row in drawings.place]
+            other = others[random.integers(len(others))]
+            drawing = pictures.mixed(drawing, pictures.drawing_for(other, row, size), random)
+        frames = pictures.varied_frames(drawing, size, random, stage.strength, num_frames, mirrored)
         return Example(frames, row, *captions.text_for(row, random))
 
     def prefix(self) -> tuple[Tensor, forward.Prefix]:
@@ -460,30 +526,19 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         return {
-            "masters": self.masters,
+            **self.masters.state(),
             "heads": [self.proxies.data, self.log_scale.data],
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "random": self.random.bit_generator.state,
             "queue": self.queue,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        self.masters.restore(state)
         with torch.no_grad():
-            for master, weight, saved in zip(self.masters, self.weights, state["masters"], strict=True):
-                master.copy_(saved)
-                weight.copy_(saved)
             for head, saved in zip((self.proxies, self.log_scale), state["heads"], strict=True):
                 head.copy_(saved)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
         self.random.bit_generator.state = state["random"]
         self.queue = state["queue"]
-
-    def average(self, states: list[dict[str, Any]]) -> None:
-        """Set the weights to the mean of these states, which is better than each one (model soups, Wortsman 2022)."""
-        with torch.no_grad():
-            for place, weight in enumerate(self.weights):
-                weight.copy_(torch.stack([state["masters"][place] for state in states]).mean(0))
 
     def write(self, out: Path) -> None:
         """Write a checkpoint folder with the bfloat16 weights."""
@@ -562,8 +617,8 @@ def text_vectors_of(training: Training, texts: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def picture_vectors_of(training: Training, frames: list[np.ndarray]) -> Tensor:
-    """(num_images, hidden_size), for images of one size, with the default instruction."""
+def picture_vectors_of(training: Training, frames: list[np.ndarray], texts: list[str] | None = None) -> Tensor:
+    """(num_images, hidden_size), for images of one size, with the default instruction. `texts`: one for each image."""
     ids = prefix_ids(training.tokenizer, DEFAULT_INSTRUCTION)
     prefix = forward.read_prefix(training.model, ids)
     vectors = []
@@ -571,7 +626,8 @@ def picture_vectors_of(training: Training, frames: list[np.ndarray]) -> Tensor:
         seen = frames[start : start + 128]
         features = forward.see(training.model, to_pixels(seen))
         size = (seen[0].shape[0], seen[0].shape[1])
-        tokens = visual_tokens(training.tokenizer, training.model, ids, len(seen), size)
+        some = None if texts is None else texts[start : start + 128]
+        tokens = visual_tokens(training.tokenizer, training.model, ids, len(seen), size, texts=some)
         read = (tokens.input_ids, tokens.lengths, tokens.position_ids, tokens.visual_at)
         vectors.append(forward.read(training.model, prefix, *read, features))
     return torch.cat(vectors)
@@ -666,10 +722,10 @@ def main() -> None:
     if not start.exists():
         train_from_scratch(chosen.data, run, chosen.seed).write(start)
     training = Training(chosen.data, run, chosen.seed, start)
-    begun = {"masters": [master.clone() for master in training.masters]}
+    begun = {"masters": [master.clone() for master in training.masters.masters]}
     report(training)
     run_stage(training, "distillation", DISTILLATION, run)
-    training.average([begun, training.state()])
+    training.masters.average([begun, training.state()])
     training.write(chosen.out)
     report(training)
 
@@ -678,7 +734,7 @@ def train_from_scratch(data: Path, run: Path, seed: int) -> Training:
     training = Training(data, run, seed)
     for name, stage in STAGES.items():
         run_stage(training, name, stage, run)
-    training.average([torch.load(run / f"{name}.pt", weights_only=False)["state"] for name in AVERAGED])
+    training.masters.average([torch.load(run / f"{name}.pt", weights_only=False)["state"] for name in AVERAGED])
     return training
 
 

@@ -1,0 +1,425 @@
+"""Train the bundled reranker: `python -m training.train_reranker [--data FOLDER] [--run FOLDER] [--out FOLDER]`.
+
+Training plain pairs from the embedder's weights stays at chance, so it goes in four stages. Each saves its state, and
+the command resumes from it.
+
+1. `trunk` continues the training of the bundled embedder, on drawings that are mixed of two styles.
+2. `states` adds a layer that multiplies two vectors, with weights that are set and not learned, and trains the layers
+   below it to have these vectors where it expects them: the query's at the last token before the document, the
+   document's at the last token, each as the trunk has it without the other.
+3. `pairs` trains all weights on every query of a batch with every document, a third of which are easily confused.
+4. The mean of the weights at the ends of the last stages, rounded to what the checkpoint can hold.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import processors
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Qwen2Tokenizer
+
+from benchmarks.random_checkpoint import write_checkpoint
+from training import data as pictures
+from training import forward, pairs
+from training.data import COLORS
+from training.last_layer import ANSWER, COPY, LENGTH, MARK, MARKED, VECTOR, mark_loss, with_last_layer
+from training.prepare import DEFAULT_DATA, HELD_OUT_STYLE
+from training.prompt import TAIL
+from training.train import (
+    BASIC_COLORS,
+    MAX_AREA,
+    MOSTLY_SMALL,
+    SAVE_EVERY,
+    Captions,
+    Example,
+    Masters,
+    Stage,
+    Training,
+    picture_vectors_of,
+    run_stage,
+    text_vectors_of,
+    to_pixels,
+)
+from training.train import (
+    OUT as EMBEDDER,
+)
+
+OUT = EMBEDDER.with_name("default_reranker")
+INSTRUCTIONS = (
+    "Retrieve images or text relevant to the user's query.",
+    "Find the picture that matches the text.",
+    "Given a query, retrieve relevant pictures.",
+)
+LOG_ODDS, THRESHOLD = 25.0, 0.5  # log-odds = LOG_ODDS * (cosine - THRESHOLD) after the stage `states`
+
+TRUNK = Stage(
+    1100,
+    5e-4,
+    3072,
+    MOSTLY_SMALL,
+    swatches=0.06,
+    shapes=0.02,
+    texts=256,
+    strength=0.9,
+    clips=0.03,
+    pairs=0.04,
+    late_keywords=True,
+    smaller=(0.1, 0.8, 0.1),
+    mixed=0.7,
+)
+NUM_TRUNK_STAGES = 3
+
+
+@dataclass(frozen=True)
+class PairStage:
+    """The parameters of one training stage of pairs. `confused`: groups of documents that are easily confused."""
+
+    steps: int
+    learning_rate: float
+    queries: int
+    documents: int
+    confused: int
+    distilled: bool = False
+    more_queries: int = 0  # without documents, for the distillation, since a query takes little time
+    last_rate: float = 0.03
+
+
+STATES = (
+    PairStage(600, 1e-3, queries=2, documents=64, confused=0, distilled=True, more_queries=128),
+    PairStage(1400, 6e-4, queries=2, documents=64, confused=0, distilled=True, more_queries=128),
+)
+PAIRS = PairStage(700, 2e-4, queries=16, documents=24, confused=4, more_queries=32)
+NUM_PAIR_STAGES = 2
+CONFUSED_WITH = 16  # nearest drawings, of which the others of a group are chosen
+PICTURES = Stage(0, 0.0, 0, MOSTLY_SMALL, swatches=0.0, shapes=0.0, strength=0.9, late_keywords=True, mixed=0.6)
+KINDS = {"image": 0.7, "text": 0.2, "both": 0.1}  # of documents
+QUERY_KINDS = {"text": 0.8, "image": 0.15, "both": 0.05}
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """Of a weight in the checkpoint: the largest ones take 8 bits, so that the package grows by less than 10 MB."""
+    is_large = "embed_tokens" in name or ("merger" in name and "linear" in name and name.endswith("weight"))
+    return torch.float8_e4m3fn if is_large else torch.bfloat16
+
+
+def round_to_stored(name: str, weight: Tensor) -> None:
+    weight.copy_(weight.to(stored_dtype(name)).to(weight.dtype))
+
+
+class RerankerTraining:
+    """The reranker's weights and optimizers, and the trunk whose vectors it starts from."""
+
+    def __init__(self, data: Path, run: Path, trunk: Path, seed: int) -> None:
+        self.examples = Training(data, run, seed, trunk)
+        self.examples.captions = Captions(data, late=True)
+        self.random = self.examples.random
+        self.teacher = self.examples.model
+        self.tokenizer = reranker_tokenizer(trunk)
+        self.model = with_last_layer(self.teacher, self.tokenizer)
+        self.masters = Masters(self.model, {}, round_to_stored)
+        self.nearest = nearest_of(self.examples.proxies.detach())
+        self.common = {
+            text: torch.tensor(self.tokenizer(pairs.prefix_text(text)).input_ids)
+            for text in (pairs.INSTRUCTION, *INSTRUCTIONS)
+        }
+
+    def step(self, stage: PairStage, learning_rate: float) -> dict[str, float]:
+        """Make one update and return the losses by name."""
+        losses = self.distillation(stage) if stage.distilled else self.losses(stage)
+        sum(losses.values()).backward()
+        self.masters.update(learning_rate)
+        return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    def batch(self, stage: PairStage, frozen_vision: bool) -> tuple["Side", "Side"]:
+        random = self.random
+        size = self._size()
+        examples = self.documents(stage, size)
+        documents = self.side(examples, _choose(KINDS, random), size, TAIL, frozen_vision)
+        targets = np.array([example.target for example in examples])
+        if stage.queries < stage.documents:
+            targets = random.choice(targets, stage.queries, replace=False)
+        return self.queries(targets, frozen_vision), documents
+
+    def queries(self, targets: np.ndarray, frozen_vision: bool) -> "Side":
+        """Texts or images of these drawings and colors, all of one kind."""
+        kind, size = _choose(QUERY_KINDS, self.random), self._size()
+        if kind == "text":
+            asked = [self._text(int(target)) for target in targets]
+        else:
+            asked = [self._drawing(int(target), size) for target in targets]
+        return self.side(asked, kind, size, pairs.AFTER_QUERY, frozen_vision)
+
+    def documents(self, stage: PairStage, size: tuple[int, int]) -> list[Example]:
+        """Groups of drawings or colors that are easily confused, then random ones."""
+        random, captions = self.random, self.examples.captions
+        chosen: list[int] = []
+        in_group = stage.documents * 2 // 3 // max(1, stage.confused)
+        for _ in range(stage.confused):
+            if random.random() < 0.08:
+                first = captions.num_drawings + int(random.choice(BASIC_COLORS))
+            else:
+                first = int(random.integers(captions.num_drawings))
+            others = random.choice(self.nearest[first], in_group - 1, replace=False)
+            chosen += [first, *(int(other) for other in others)]
+        while len(chosen) < stage.documents:
+            color = random.random() < 0.06
+            chosen.append(
+                int(random.integers(len(COLORS))) + captions.num_drawings
+                if color
+                else int(random.integers(captions.num_drawings))
+            )
+        chosen = [chosen[place] for place in random.permutation(len(chosen))]
+        return [self._drawing(target, size) for target in chosen]
+
+    def side(self, examples: list[Example], kind: str, size: tuple[int, int], end: str, frozen_vision: bool) -> "Side":
+        texts = ["" if kind == "image" else example.text for example in examples]
+        if kind == "text":
+            return Side(pairs.part_of(self.tokenizer, texts, end), examples, kind, texts, [])
+        frames = [example.frames[0] for example in examples]
+        with torch.set_grad_enabled(not frozen_vision):
+            features = forward.see(self.model, to_pixels(frames))
+        return Side(pairs.part_of(self.tokenizer, texts, end, size, features), examples, kind, texts, frames)
+
+    def common_ids(self) -> Tensor:
+        chosen = pairs.INSTRUCTION
+        if self.random.random() < 0.2:
+            chosen = INSTRUCTIONS[self.random.integers(len(INSTRUCTIONS))]
+        return self.common[chosen]
+
+    def distillation(self, stage: PairStage) -> dict[str, Tensor]:
+        """The squared differences of the states before the last layer from those that it expects."""
+        queries, documents = self.batch(stage, frozen_vision=True)
+        scored = pairs.Scored(self.model, self.tokenizer, self.common_ids(), queries.part, documents.part)
+        return self.state_losses(stage, scored, queries, documents)
+
+    def state_losses(
+        self, stage: PairStage, scored: pairs.Scored, queries: "Side", documents: "Side"
+    ) -> dict[str, Tensor]:
+        more = self.queries(self.random.integers(self.examples.captions.num_proxies, size=stage.more_queries), True)
+        more_states = pairs.read_queries(self.model, scored.common, scored.start, more.part)
+        at_query = pairs.last_state(more_states.before_last_layer, more.part)[:, 0].float()
+        at_document = pairs.last_state(scored.documents.before_last_layer, documents.part).float()
+        with torch.no_grad():
+            asked, found = (self.taught(side) * LENGTH for side in (more, documents))
+        empty = [*range(COPY.start, COPY.stop), ANSWER]
+        return {
+            "query": (at_query[:, VECTOR] - asked).square().sum(-1).mean() / LENGTH**2,
+            "document": (at_document[..., VECTOR] - found).square().sum(-1).mean() / LENGTH**2,
+            "empty": at_document[..., empty].square().sum(-1).mean() / LENGTH**2,
+            "mark": mark_loss(scored.states, queries.part, documents.part) / MARKED**2,
+        }
+
+    def losses(self, stage: PairStage) -> dict[str, Tensor]:
+        """Softmax over the documents of a query and over the queries of a document, each also as the trunk's vectors
+        would have it; "yes" against "no" for each pair; and the losses of `distillation`."""
+        queries, documents = self.batch(stage, frozen_vision=False)
+        scored = pairs.Scored(self.model, self.tokenizer, self.common_ids(), queries.part, documents.part)
+        log_odds = scored.log_odds
+        positive = torch.tensor(
+            [[found.target in asked.meaning for found in documents.examples] for asked in queries.examples]
+        )
+        with torch.no_grad():
+            taught = self.taught(queries) @ self.taught(documents).T * LOG_ODDS
+        state_losses = self.state_losses(stage, scored, queries, documents)
+        return {
+            "documents": _softmax_loss(log_odds, positive),
+            "queries": _softmax_loss(log_odds.T, positive.T),
+            "imitation": (_imitation_loss(log_odds, taught) + _imitation_loss(log_odds.T, taught.T)) / 2,
+            "yes or no": F.softplus(-log_odds[positive]).mean() + F.softplus(log_odds[~positive]).mean(),
+            **state_losses,
+        }
+
+    @torch.no_grad()
+    def calibrate(self, batches: int = 20) -> None:
+        """Set the final norm so that the log-odds are LOG_ODDS * (cosine - THRESHOLD) of the trunk's vectors."""
+        norm = self.model.language_model.norm.weight
+        norm.fill_(1)
+        totals = torch.zeros(3)
+        for _ in range(batches):
+            queries, documents = self.batch(STATES[0], frozen_vision=True)
+            scored = pairs.Scored(self.model, self.tokenizer, self.common_ids(), queries.part, documents.part)
+            cosines = self.taught(queries) @ self.taught(documents).T
+            answers = scored.last[..., ANSWER]
+            totals += torch.stack(((cosines * answers).mean(), answers.square().mean(), scored.last[..., MARK].mean()))
+        direction = pairs.score_direction(self.model, self.tokenizer)
+        norm.zero_()
+        norm[ANSWER] = LOG_ODDS * totals[0] / totals[1] / direction[ANSWER]
+        norm[MARK] = -LOG_ODDS * THRESHOLD / (totals[2] / batches) / direction[MARK]
+        self.masters.read()
+
+    def taught(self, side: "Side") -> Tensor:
+        """The trunk's unit vectors of the items, (num_items, 64)."""
+        if side.kind == "text":
+            vectors = text_vectors_of(self.examples, side.texts)
+        else:
+            vectors = picture_vectors_of(self.examples, side.frames, side.texts if side.kind == "both" else None)
+        return F.normalize(vectors[:, VECTOR], dim=-1)
+
+    def write(self, out: Path) -> None:
+        """Write a checkpoint folder."""
+        weights = {name: weight.detach() for name, weight in self.model.state_dict().items()}
+        write_checkpoint(
+            out,
+            self.model.config,
+            self.tokenizer,
+            dtype="bfloat16",
+            max_pixels=MAX_AREA,
+            state_dict=weights,
+            is_reranker=True,
+            stored_dtype=stored_dtype,
+        )
+
+    def _size(self) -> tuple[int, int]:
+        shares = np.array(list(MOSTLY_SMALL.values()))
+        return list(MOSTLY_SMALL)[self.random.choice(len(shares), p=shares / shares.sum())]
+
+    def _drawing(self, target: int, size: tuple[int, int]) -> Example:
+        if target >= self.examples.captions.num_drawings:
+            return self.examples.swatch(target - self.examples.captions.num_drawings, size)
+        having = [style for style, drawings in self.examples.styles.items() if target in drawings.place]
+        return self.examples.drawn(str(self.random.choice(having)), target, PICTURES, size)
+
+    def _text(self, target: int) -> Example:
+        return Example([], target, *self.examples.captions.text_for(target, self.random))
+
+
+@dataclass(frozen=True)
+class Side:
+    """The queries or the documents of a batch. A query with an image means only that drawing."""
+
+    part: pairs.Part
+    examples: list[Example]
+    kind: str
+    texts: list[str]
+    frames: list[np.ndarray]
+
+
+def reranker_tokenizer(folder: Path) -> Qwen2Tokenizer:
+    """The embedder's tokenizer, which adds no last token: a prompt of the reranker ends with the template's."""
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+def nearest_of(proxies: Tensor) -> np.ndarray:
+    """(num_proxies, CONFUSED_WITH): the most similar others."""
+    unit = F.normalize(proxies, dim=-1)
+    return (unit @ unit.T).fill_diagonal_(-1).topk(CONFUSED_WITH, dim=1).indices.numpy()
+
+
+def _softmax_loss(logits: Tensor, positive: Tensor) -> Tensor:
+    """Cross-entropy of the rows that have a positive column, with equal shares for all of them."""
+    asked = positive.any(1)
+    shares = positive[asked] / positive[asked].sum(1, keepdim=True)
+    return -(shares * F.log_softmax(logits[asked], dim=1)).sum(1).mean()
+
+
+def _imitation_loss(logits: Tensor, taught: Tensor) -> Tensor:
+    """KL divergence of each row's softmax from the one that is taught."""
+    return F.kl_div(F.log_softmax(logits, dim=1), F.softmax(taught, dim=1), reduction="batchmean")
+
+
+def _choose(shares: dict[str, float], random: np.random.Generator) -> str:
+    return str(random.choice(list(shares), p=list(shares.values())))
+
+
+def train(training: RerankerTraining, name: str, stage: PairStage, run: Path) -> dict[str, Any]:
+    """Run one stage, or what is left of it, and return its last state."""
+    file = run / f"{name}.pt"
+    step = 0
+    if file.exists():
+        saved = torch.load(file, weights_only=False)
+        training.masters.restore(saved)
+        training.random.bit_generator.state = saved["random"]
+        step = saved["step"]
+    bar = tqdm(range(step, stage.steps), initial=step, total=stage.steps, desc=name, mininterval=10)
+    smooth: dict[str, float] = {}
+    for step in bar:
+        warm = min(1.0, (step + 1) / 50)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / stage.steps)
+        losses = training.step(stage, stage.learning_rate * warm * (stage.last_rate + (1 - stage.last_rate) * cosine))
+        smooth = {key: 0.98 * smooth.get(key, value) + 0.02 * value for key, value in losses.items()}
+        bar.set_postfix({key: f"{value:.3f}" for key, value in smooth.items()}, refresh=False)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
+            state = {**training.masters.state(), "random": training.random.bit_generator.state, "step": step + 1}
+            torch.save(state, file)
+            tqdm.write(json.dumps({"stage": name, "step": step + 1, **smooth}))
+    return torch.load(file, weights_only=False)
+
+
+@torch.no_grad()
+def report(training: RerankerTraining, num_queries: int = 300) -> None:
+    """Print R@1 of names among the trunk's first 20 drawings, before and after, as a check before the evaluation."""
+    for style in ("noto", HELD_OUT_STYLE):
+        drawings = training.examples.watched[style]
+        rows = sorted(drawings.place)
+        frames = [pictures.plain_picture(drawings, row, (96, 96)) for row in rows]
+        names = [training.examples.captions.names[row] for row in rows]
+        asked = F.normalize(text_vectors_of(training.examples, names)[:, VECTOR], dim=-1)
+        found = F.normalize(picture_vectors_of(training.examples, frames)[:, VECTOR], dim=-1)
+        first = (asked @ found.T).topk(20, dim=1).indices
+        before = after = 0
+        for row in range(0, len(rows), max(1, len(rows) // num_queries)):
+            query = pairs.part_of(training.tokenizer, [names[row]], pairs.AFTER_QUERY)
+            features = forward.see(training.model, to_pixels([frames[place] for place in first[row]]))
+            documents = pairs.part_of(training.tokenizer, [""] * 20, TAIL, (96, 96), features)
+            scores = pairs.Scored(training.model, training.tokenizer, training.common_ids(), query, documents).log_odds
+            before += int(first[row, 0]) == row
+            after += int(first[row, scores[0].argmax()]) == row
+        num = len(range(0, len(rows), max(1, len(rows) // num_queries)))
+        print(
+            json.dumps({"style": style, "queries": num, "trunk R@1": before / num, "reranked R@1": after / num}),
+            flush=True,
+        )
+
+
+def train_trunk(data: Path, run: Path, seed: int) -> None:
+    """Continue the training of the bundled embedder. RUN/trunk is the mean of the ends of the stages and, with the same
+    weight as all of them, of the embedder itself."""
+    training = Training(data, run, seed, EMBEDDER)
+    begun = {"masters": [master.clone() for master in training.masters.masters]}
+    states = []
+    for place in range(NUM_TRUNK_STAGES):
+        run_stage(training, f"trunk-{place}", TRUNK, run)
+        states.append(torch.load(run / f"trunk-{place}.pt", weights_only=False)["state"])
+    training.masters.average([begun] * NUM_TRUNK_STAGES + states)
+    training.write(run / "trunk")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the bundled reranker.")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
+    parser.add_argument("--run", type=Path, help="folder for saved states; default: DATA/reranker")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    run: Path = chosen.run or chosen.data / "reranker"
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "trunk").exists():
+        train_trunk(chosen.data, run, chosen.seed)
+    training = RerankerTraining(chosen.data, run, run / "trunk", chosen.seed)
+    for place, stage in enumerate(STATES):
+        train(training, f"states-{place}", stage, run)
+    training.calibrate()
+    report(training)
+    ends = []
+    for place in range(NUM_PAIR_STAGES):
+        ends.append(train(training, f"pairs-{place}", PAIRS, run))
+        report(training)
+    training.masters.average(ends)
+    report(training)
+    training.write(chosen.out)
+
+
+if __name__ == "__main__":
+    main()
