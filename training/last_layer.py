@@ -14,26 +14,29 @@ from transformers import Qwen2Tokenizer, Qwen3VLModel
 
 from training import pairs
 
-# Where the layers below the last one leave what it needs, in dimensions of the hidden state. The vectors have LENGTH,
-# which is about what the trunk's have. MARK is MARKED at the last token before the document, and -MARKED elsewhere.
+# Where the layers below the last one leave what it needs, in dimensions of the hidden state. The vectors have about
+# LENGTH, as the trunk's have. MARK is MARKED at the last token before the document, END at the last token of all; both
+# are -MARKED elsewhere. The other dimensions are empty at these two tokens.
 VECTOR = slice(0, 64)
-COPY = slice(64, 128)  # empty at the document's last token: the last layer copies the query's vector there
-MARK = 128
-ANSWER = 129  # empty: the last layer adds the product there
-LENGTH, MARKED = 40.0, 20.0
-COPIED = 50.0  # so that the copied vector is longer than the rest of the state, whose length then hardly matters
+COPY = slice(64, 128)  # the last layer copies the query's vector there
+MARK, ANSWER, END = 128, 129, 130  # the last layer adds the product to ANSWER
+OTHERS = [*range(COPY.start, COPY.stop), ANSWER, *range(END + 1, 192)]
+LENGTH, MARKED = 40.0, 10.0
+COPIED = 50.0  # so that the copies, of constant length, are longer than the rest of the state
 PRODUCT = 1.7  # so that the product is not
-HEAD = 0.4  # of the head's row of "yes" in MARK and ANSWER, and -HEAD of "no"
+THRESHOLD = 0.5  # the cosine at which the answer is zero
+HEAD = 0.4  # of the head's row of "yes" in ANSWER, and -HEAD of "no"
 
 
 @torch.no_grad()
 def with_last_layer(trunk: Qwen3VLModel, tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
     """The trunk with one more layer, which multiplies the query's vector with the document's.
 
-    Its attention copies the vector of the marked token to the last one: the mark is the only input of the keys, in the
-    dimension with the lowest frequency, so that the distance hardly matters. Its MLP computes each product of two
-    dimensions with two neurons, since silu(x) - silu(-x) = x, and adds the sum to ANSWER. `calibrate` sets the final
-    norm, which keeps ANSWER, and MARK for the threshold.
+    Its attention copies both vectors to the last token, after the norm, which gives them a constant length: one head
+    reads the marked token, another the last token itself. The marks are the only input of the keys, in the dimensions
+    with the lowest frequencies, so that the distance hardly matters. The MLP computes each product of two dimensions
+    with two neurons, since silu(x) - silu(-x) = x, less THRESHOLD times the square of the query's vector, and adds the
+    sum to ANSWER. `calibrate` sets the final norm, which keeps only ANSWER.
     """
     config = copy.deepcopy(trunk.config)
     config.text_config.num_hidden_layers += 1
@@ -47,7 +50,7 @@ def with_last_layer(trunk: Qwen3VLModel, tokenizer: Qwen2Tokenizer) -> Qwen3VLMo
     _set_attention(layer.self_attn)
     _set_products(layer.mlp)
     for word, sign in (("yes", 1.0), ("no", -1.0)):
-        model.language_model.embed_tokens.weight[tokenizer.convert_tokens_to_ids(word), [MARK, ANSWER]] = sign * HEAD
+        model.language_model.embed_tokens.weight[tokenizer.convert_tokens_to_ids(word), ANSWER] = sign * HEAD
     model.language_model.norm.weight.fill_(1)
     return model
 
@@ -60,14 +63,18 @@ def _set_attention(attention: Any) -> None:
     attention.q_norm.weight.fill_(1.7)
     width = VECTOR.stop // 2
     for kv_head in range(2):
-        attention.k_proj.weight[kv_head * head_dim + lowest, MARK] = 1
+        key = kv_head * head_dim + lowest
+        attention.k_proj.weight[key, MARK] = 1
+        attention.k_proj.weight[key - 1, END] = 1
         rows = slice(kv_head * head_dim, kv_head * head_dim + width)
         attention.v_proj.weight[rows, kv_head * width : (kv_head + 1) * width] = torch.eye(width)
-        head = kv_head * per_kv_head
-        attention.q_proj.weight[head * head_dim + lowest, MARK] = -1  # the last token is not marked
-        columns = slice(head * head_dim, head * head_dim + width)
-        places = slice(COPY.start + kv_head * width, COPY.start + (kv_head + 1) * width)
-        attention.o_proj.weight[places, columns] = COPIED * torch.eye(width)
+        reads_query, reads_document = (kv_head * per_kv_head + place for place in range(2))
+        attention.q_proj.weight[reads_query * head_dim + lowest, END] = 1  # END is MARKED at the last token
+        attention.q_proj.weight[reads_document * head_dim + lowest - 1, END] = 1
+        for head, target in ((reads_query, COPY), (reads_document, VECTOR)):
+            columns = slice(head * head_dim, head * head_dim + width)
+            places = slice(target.start + kv_head * width, target.start + (kv_head + 1) * width)
+            attention.o_proj.weight[places, columns] = COPIED * torch.eye(width)
 
 
 def _set_products(mlp: Any) -> None:
@@ -75,25 +82,26 @@ def _set_products(mlp: Any) -> None:
         for neuron, sign in ((2 * place, 1.0), (2 * place + 1, -1.0)):
             mlp.gate_proj.weight[neuron, COPY.start + place] = sign
             mlp.up_proj.weight[neuron, place] = sign * PRODUCT
+            mlp.up_proj.weight[neuron, COPY.start + place] = -sign * PRODUCT * THRESHOLD
             mlp.down_proj.weight[ANSWER, neuron] = PRODUCT
 
 
 def mark_loss(states_by_part: Sequence[pairs.States], queries: pairs.Part, documents: pairs.Part) -> Tensor:
-    """The squared difference of MARK from MARKED at the last token of a query, and from -MARKED elsewhere.
+    """The squared differences of MARK and END from what they should be, over MARKED squared.
 
     `states_by_part`: of what all prompts start with, the queries and the documents.
     """
     common, of_queries, of_documents = states_by_part
-    total = (common.before_last_layer[..., MARK].float() + MARKED).square().mean()
-    for states, part in ((of_queries, queries), (of_documents, documents)):
-        counts = torch.arange(part.input_ids.shape[1]) < part.lengths[:, None]
-        wanted = torch.full(counts.shape, -MARKED)
+    total = (common.before_last_layer[..., [MARK, END]].float() + MARKED).square().mean()
+    for states, part, marked in ((of_queries, queries, MARK), (of_documents, documents, END)):
+        num_tokens = part.input_ids.shape[1]
+        counts = torch.arange(num_tokens) < part.lengths[:, None]
+        is_last = torch.arange(num_tokens) == part.lengths[:, None] - 1
         if part is queries:
-            wanted[torch.arange(len(part.lengths)), part.lengths - 1] = MARKED
-            wanted, counts = wanted[:, None], counts[:, None]
-        off = (states.before_last_layer[..., MARK].float() - wanted).square()
-        total = total + (off * counts).sum() / counts.expand_as(off).sum()
-        if part is queries:
-            ends = states.before_last_layer[torch.arange(len(part.lengths)), 0, part.lengths - 1, MARK]
-            total = total + (ends.float() - MARKED).square().mean()
-    return total
+            counts, is_last = counts[:, None], is_last[:, None]
+        for mark in (MARK, END):
+            wanted = torch.where(is_last & (mark == marked), MARKED, -MARKED)
+            off = (states.before_last_layer[..., mark].float() - wanted).square()
+            for chosen in (counts, is_last):  # the last tokens count as much as all
+                total = total + (off * chosen).sum() / chosen.expand_as(off).sum()
+    return total / MARKED**2

@@ -16,13 +16,13 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import processors
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Qwen2Tokenizer
 
@@ -30,7 +30,7 @@ from benchmarks.random_checkpoint import write_checkpoint
 from training import data as pictures
 from training import forward, pairs
 from training.data import COLORS
-from training.last_layer import ANSWER, COPY, LENGTH, MARK, MARKED, VECTOR, mark_loss, with_last_layer
+from training.last_layer import ANSWER, LENGTH, OTHERS, THRESHOLD, VECTOR, mark_loss, with_last_layer
 from training.prepare import DEFAULT_DATA, HELD_OUT_STYLE
 from training.prompt import TAIL
 from training.train import (
@@ -58,7 +58,7 @@ INSTRUCTIONS = (
     "Find the picture that matches the text.",
     "Given a query, retrieve relevant pictures.",
 )
-LOG_ODDS, THRESHOLD = 25.0, 0.5  # log-odds = LOG_ODDS * (cosine - THRESHOLD) after the stage `states`
+LOG_ODDS = 25.0  # log-odds = LOG_ODDS * (cosine - THRESHOLD) before the training of pairs
 
 TRUNK = Stage(
     1100,
@@ -87,15 +87,16 @@ class PairStage:
     queries: int
     documents: int
     confused: int
-    distilled: bool = False
+    kind: Literal["states", "vectors", "pairs"] = "pairs"
     more_queries: int = 0  # without documents, for the distillation, since a query takes little time
     last_rate: float = 0.03
 
 
 STATES = (
-    PairStage(600, 1e-3, queries=2, documents=64, confused=0, distilled=True, more_queries=128),
-    PairStage(1400, 6e-4, queries=2, documents=64, confused=0, distilled=True, more_queries=128),
+    PairStage(600, 1e-3, queries=2, documents=64, confused=0, kind="states", more_queries=128),
+    PairStage(1400, 6e-4, queries=2, documents=64, confused=0, kind="states", more_queries=128),
 )
+VECTORS = PairStage(1000, 4e-4, kind="vectors", queries=1, documents=64, confused=4, more_queries=160)
 PAIRS = PairStage(700, 2e-4, queries=16, documents=24, confused=4, more_queries=32)
 NUM_PAIR_STAGES = 2
 CONFUSED_WITH = 16  # nearest drawings, of which the others of a group are chosen
@@ -124,7 +125,9 @@ class RerankerTraining:
         self.teacher = self.examples.model
         self.tokenizer = reranker_tokenizer(trunk)
         self.model = with_last_layer(self.teacher, self.tokenizer)
-        self.masters = Masters(self.model, {}, round_to_stored)
+        self.proxies = nn.Parameter(self.examples.proxies.detach()[:, VECTOR].clone())
+        self.log_scale = nn.Parameter(torch.tensor(math.log(35.0)))
+        self.masters = Masters(self.model, {self.proxies: 4.0, self.log_scale: 2.0}, round_to_stored)
         self.nearest = nearest_of(self.examples.proxies.detach())
         self.common = {
             text: torch.tensor(self.tokenizer(pairs.prefix_text(text)).input_ids)
@@ -133,7 +136,7 @@ class RerankerTraining:
 
     def step(self, stage: PairStage, learning_rate: float) -> dict[str, float]:
         """Make one update and return the losses by name."""
-        losses = self.distillation(stage) if stage.distilled else self.losses(stage)
+        losses = {"states": self.distillation, "vectors": self.vector_losses, "pairs": self.losses}[stage.kind](stage)
         sum(losses.values()).backward()
         self.masters.update(learning_rate)
         return {name: float(loss.detach()) for name, loss in losses.items()}
@@ -209,13 +212,51 @@ class RerankerTraining:
         at_document = pairs.last_state(scored.documents.before_last_layer, documents.part).float()
         with torch.no_grad():
             asked, found = (self.taught(side) * LENGTH for side in (more, documents))
-        empty = [*range(COPY.start, COPY.stop), ANSWER]
         return {
             "query": (at_query[:, VECTOR] - asked).square().sum(-1).mean() / LENGTH**2,
             "document": (at_document[..., VECTOR] - found).square().sum(-1).mean() / LENGTH**2,
-            "empty": at_document[..., empty].square().sum(-1).mean() / LENGTH**2,
-            "mark": mark_loss(scored.states, queries.part, documents.part) / MARKED**2,
+            "empty": empty_loss(at_query, at_document),
+            "mark": mark_loss(scored.states, queries.part, documents.part),
         }
+
+    def vector_losses(self, stage: PairStage) -> dict[str, Tensor]:
+        """The losses of the embedder's training, with the vectors in the states before the last layer.
+
+        A softmax over all proxies for queries and for documents, InfoNCE between them, and the trunk's similarities to
+        imitate. The documents follow one of the queries, so that they learn to have their vector after any.
+        """
+        queries, documents = self.batch(stage, frozen_vision=False)
+        scored = pairs.Scored(self.model, self.tokenizer, self.common_ids(), queries.part, documents.part)
+        targets = [example.target for example in documents.examples]
+        others = self.random.integers(self.examples.captions.num_proxies, size=stage.more_queries - len(targets))
+        more = self.queries(np.array([*targets, *others]), frozen_vision=False)
+        more_states = pairs.read_queries(self.model, scored.common, scored.start, more.part)
+        at_query = pairs.last_state(more_states.before_last_layer, more.part)[:, 0].float()
+        at_document = pairs.last_state(scored.documents.before_last_layer, documents.part)[0].float()
+        asked, found = (F.normalize(states[:, VECTOR], dim=-1) for states in (at_query, at_document))
+        positive = torch.tensor(
+            [[one.target in query.meaning for one in documents.examples] for query in more.examples]
+        )
+        scale = self.log_scale.exp()
+        with torch.no_grad():
+            taught = self.taught(more) @ self.taught(documents).T * LOG_ODDS
+        similar = asked @ found.T
+        lengths = [states[:, VECTOR].norm(dim=-1) / LENGTH - 1 for states in (at_query, at_document)]
+        return {
+            "query": self.proxy_loss(asked, more),
+            "document": self.proxy_loss(found, documents),
+            "pairs": (_softmax_loss(similar * scale, positive) + _softmax_loss(similar.T * scale, positive.T)) / 2,
+            "imitation": _imitation_loss(similar * LOG_ODDS, taught) + _imitation_loss(similar.T * LOG_ODDS, taught.T),
+            "length": sum(length.square().mean() for length in lengths),
+            "empty": empty_loss(at_query, at_document),
+            "mark": mark_loss(scored.states, queries.part, documents.part),
+        }
+
+    def proxy_loss(self, vectors: Tensor, side: "Side") -> Tensor:
+        """Cross-entropy over the proxies. A text means what its text means, an item with an image only that drawing."""
+        meanings = [one.meaning if side.kind == "text" else {one.target} for one in side.examples]
+        logits = vectors @ F.normalize(self.proxies, dim=-1).T * self.log_scale.exp()
+        return -(self.examples.shares(meanings) * F.log_softmax(logits, dim=-1)).sum(-1).mean()
 
     def losses(self, stage: PairStage) -> dict[str, Tensor]:
         """Softmax over the documents of a query and over the queries of a document, each also as the trunk's vectors
@@ -223,9 +264,7 @@ class RerankerTraining:
         queries, documents = self.batch(stage, frozen_vision=False)
         scored = pairs.Scored(self.model, self.tokenizer, self.common_ids(), queries.part, documents.part)
         log_odds = scored.log_odds
-        positive = torch.tensor(
-            [[found.target in asked.meaning for found in documents.examples] for asked in queries.examples]
-        )
+        positive = positives(queries, documents)
         with torch.no_grad():
             taught = self.taught(queries) @ self.taught(documents).T * LOG_ODDS
         state_losses = self.state_losses(stage, scored, queries, documents)
@@ -242,17 +281,16 @@ class RerankerTraining:
         """Set the final norm so that the log-odds are LOG_ODDS * (cosine - THRESHOLD) of the trunk's vectors."""
         norm = self.model.language_model.norm.weight
         norm.fill_(1)
-        totals = torch.zeros(3)
+        products = squares = 0.0
         for _ in range(batches):
             queries, documents = self.batch(STATES[0], frozen_vision=True)
             scored = pairs.Scored(self.model, self.tokenizer, self.common_ids(), queries.part, documents.part)
-            cosines = self.taught(queries) @ self.taught(documents).T
+            wanted = self.taught(queries) @ self.taught(documents).T - THRESHOLD
             answers = scored.last[..., ANSWER]
-            totals += torch.stack(((cosines * answers).mean(), answers.square().mean(), scored.last[..., MARK].mean()))
-        direction = pairs.score_direction(self.model, self.tokenizer)
+            products += float((wanted * answers).sum())
+            squares += float(answers.square().sum())
         norm.zero_()
-        norm[ANSWER] = LOG_ODDS * totals[0] / totals[1] / direction[ANSWER]
-        norm[MARK] = -LOG_ODDS * THRESHOLD / (totals[2] / batches) / direction[MARK]
+        norm[ANSWER] = LOG_ODDS * products / squares / pairs.score_direction(self.model, self.tokenizer)[ANSWER]
         self.masters.read()
 
     def taught(self, side: "Side") -> Tensor:
@@ -262,6 +300,17 @@ class RerankerTraining:
         else:
             vectors = picture_vectors_of(self.examples, side.frames, side.texts if side.kind == "both" else None)
         return F.normalize(vectors[:, VECTOR], dim=-1)
+
+    def state(self) -> dict[str, Any]:
+        heads = [self.proxies.data, self.log_scale.data]
+        return {**self.masters.state(), "heads": heads, "random": self.random.bit_generator.state}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.masters.restore(state)
+        with torch.no_grad():
+            for head, saved in zip((self.proxies, self.log_scale), state["heads"], strict=True):
+                head.copy_(saved)
+        self.random.bit_generator.state = state["random"]
 
     def write(self, out: Path) -> None:
         """Write a checkpoint folder."""
@@ -302,6 +351,11 @@ class Side:
     frames: list[np.ndarray]
 
 
+def positives(queries: Side, documents: Side) -> Tensor:
+    """Whether each query means each document, (num_queries, num_documents) bool."""
+    return torch.tensor([[found.target in asked.meaning for found in documents.examples] for asked in queries.examples])
+
+
 def reranker_tokenizer(folder: Path) -> Qwen2Tokenizer:
     """The embedder's tokenizer, which adds no last token: a prompt of the reranker ends with the template's."""
     tokenizer = Qwen2Tokenizer.from_pretrained(folder)
@@ -322,6 +376,10 @@ def _softmax_loss(logits: Tensor, positive: Tensor) -> Tensor:
     return -(shares * F.log_softmax(logits[asked], dim=1)).sum(1).mean()
 
 
+def empty_loss(at_query: Tensor, at_document: Tensor) -> Tensor:
+    return sum(states[..., OTHERS].square().sum(-1).mean() / LENGTH**2 for states in (at_query, at_document))
+
+
 def _imitation_loss(logits: Tensor, taught: Tensor) -> Tensor:
     """KL divergence of each row's softmax from the one that is taught."""
     return F.kl_div(F.log_softmax(logits, dim=1), F.softmax(taught, dim=1), reduction="batchmean")
@@ -337,8 +395,7 @@ def train(training: RerankerTraining, name: str, stage: PairStage, run: Path) ->
     step = 0
     if file.exists():
         saved = torch.load(file, weights_only=False)
-        training.masters.restore(saved)
-        training.random.bit_generator.state = saved["random"]
+        training.restore(saved)
         step = saved["step"]
     bar = tqdm(range(step, stage.steps), initial=step, total=stage.steps, desc=name, mininterval=10)
     smooth: dict[str, float] = {}
@@ -349,8 +406,7 @@ def train(training: RerankerTraining, name: str, stage: PairStage, run: Path) ->
         smooth = {key: 0.98 * smooth.get(key, value) + 0.02 * value for key, value in losses.items()}
         bar.set_postfix({key: f"{value:.3f}" for key, value in smooth.items()}, refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
-            state = {**training.masters.state(), "random": training.random.bit_generator.state, "step": step + 1}
-            torch.save(state, file)
+            torch.save({**training.state(), "step": step + 1}, file)
             tqdm.write(json.dumps({"stage": name, "step": step + 1, **smooth}))
     return torch.load(file, weights_only=False)
 
@@ -410,6 +466,7 @@ def main() -> None:
     training = RerankerTraining(chosen.data, run, run / "trunk", chosen.seed)
     for place, stage in enumerate(STATES):
         train(training, f"states-{place}", stage, run)
+    train(training, "vectors", VECTORS, run)
     training.calibrate()
     report(training)
     ends = []
