@@ -24,7 +24,7 @@ OTHERS = [*range(COPY.start, COPY.stop), ANSWER, *range(END + 1, 192)]
 LENGTH, MARKED = 40.0, 10.0
 COPIED = 50.0  # so that the copies, of constant length, are longer than the rest of the state
 PRODUCT = 1.7  # so that the product is not
-THRESHOLD = 0.5  # the cosine at which the answer is zero
+THRESHOLD = 0.5  # the cosine at which the answer is zero, before the calibration
 HEAD = 0.4  # of the head's row of "yes" in ANSWER, and -HEAD of "no"
 
 
@@ -49,6 +49,7 @@ def with_last_layer(trunk: Qwen3VLModel, tokenizer: Qwen2Tokenizer) -> Qwen3VLMo
     layer.post_attention_layernorm.weight.fill_(1)
     _set_attention(layer.self_attn)
     _set_products(layer.mlp)
+    set_threshold(layer.mlp, THRESHOLD)
     for word, sign in (("yes", 1.0), ("no", -1.0)):
         model.language_model.embed_tokens.weight[tokenizer.convert_tokens_to_ids(word), ANSWER] = sign * HEAD
     model.language_model.norm.weight.fill_(1)
@@ -82,8 +83,15 @@ def _set_products(mlp: Any) -> None:
         for neuron, sign in ((2 * place, 1.0), (2 * place + 1, -1.0)):
             mlp.gate_proj.weight[neuron, COPY.start + place] = sign
             mlp.up_proj.weight[neuron, place] = sign * PRODUCT
-            mlp.up_proj.weight[neuron, COPY.start + place] = -sign * PRODUCT * THRESHOLD
             mlp.down_proj.weight[ANSWER, neuron] = PRODUCT
+
+
+@torch.no_grad()
+def set_threshold(mlp: Any, threshold: float) -> None:
+    """Subtract from the product `threshold` times the square of the query's vector, whose length is constant."""
+    for place in range(VECTOR.stop):
+        for neuron, sign in ((2 * place, 1.0), (2 * place + 1, -1.0)):
+            mlp.up_proj.weight[neuron, COPY.start + place] = -sign * PRODUCT * threshold
 
 
 def mark_loss(states_by_part: Sequence[pairs.States], queries: pairs.Part, documents: pairs.Part) -> Tensor:

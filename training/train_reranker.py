@@ -1,14 +1,14 @@
 """Train the bundled reranker: `python -m training.train_reranker [--data FOLDER] [--run FOLDER] [--out FOLDER]`.
 
-Training plain pairs from the embedder's weights stays at chance, so it goes in four stages. Each saves its state, and
-the command resumes from it.
+Training plain pairs from the embedder's weights stays at chance, so it goes in four stages. The first three save their
+state, and the command resumes from it.
 
 1. `trunk` continues the training of the bundled embedder, on drawings that are mixed of two styles.
 2. `states` adds a layer that multiplies two vectors, with weights that are set and not learned, and trains the layers
    below it to have these vectors where it expects them: the query's at the last token before the document, the
    document's at the last token, each as the trunk has it without the other.
-3. `pairs` trains all weights on every query of a batch with every document, a third of which are easily confused.
-4. The mean of the weights at the ends of the last stages, rounded to what the checkpoint can hold.
+3. `vectors` trains these two vectors further, with the losses of the embedder.
+4. The mean of the weights at the ends of the last stages; its scores become probabilities by a logistic regression.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from benchmarks.random_checkpoint import write_checkpoint
 from training import data as pictures
 from training import forward, pairs
 from training.data import COLORS
-from training.last_layer import ANSWER, LENGTH, OTHERS, THRESHOLD, VECTOR, mark_loss, with_last_layer
+from training.last_layer import ANSWER, LENGTH, OTHERS, VECTOR, mark_loss, set_threshold, with_last_layer
 from training.prepare import DEFAULT_DATA, HELD_OUT_STYLE
 from training.prompt import TAIL
 from training.train import (
@@ -58,7 +58,7 @@ INSTRUCTIONS = (
     "Find the picture that matches the text.",
     "Given a query, retrieve relevant pictures.",
 )
-LOG_ODDS = 25.0  # log-odds = LOG_ODDS * (cosine - THRESHOLD) before the training of pairs
+IMITATED_SCALE = 25.0  # of the trunk's cosines, in the softmax to imitate
 
 TRUNK = Stage(
     1100,
@@ -87,7 +87,7 @@ class PairStage:
     queries: int
     documents: int
     confused: int
-    kind: Literal["states", "vectors", "pairs"] = "pairs"
+    kind: Literal["states", "vectors"]
     more_queries: int = 0  # without documents, for the distillation, since a query takes little time
     last_rate: float = 0.03
 
@@ -96,9 +96,9 @@ STATES = (
     PairStage(600, 1e-3, queries=2, documents=64, confused=0, kind="states", more_queries=128),
     PairStage(1400, 6e-4, queries=2, documents=64, confused=0, kind="states", more_queries=128),
 )
-VECTORS = PairStage(1000, 4e-4, kind="vectors", queries=1, documents=64, confused=4, more_queries=160)
-PAIRS = PairStage(700, 2e-4, queries=16, documents=24, confused=4, more_queries=32)
-NUM_PAIR_STAGES = 2
+VECTORS = PairStage(1000, 3e-4, kind="vectors", queries=1, documents=64, confused=4, more_queries=160)
+NUM_VECTOR_STAGES = 2
+CALIBRATION = PairStage(0, 0.0, kind="vectors", queries=24, documents=24, confused=4)
 CONFUSED_WITH = 16  # nearest drawings, of which the others of a group are chosen
 PICTURES = Stage(0, 0.0, 0, MOSTLY_SMALL, swatches=0.0, shapes=0.0, strength=0.9, late_keywords=True, mixed=0.6)
 KINDS = {"image": 0.7, "text": 0.2, "both": 0.1}  # of documents
@@ -136,7 +136,7 @@ class RerankerTraining:
 
     def step(self, stage: PairStage, learning_rate: float) -> dict[str, float]:
         """Make one update and return the losses by name."""
-        losses = {"states": self.distillation, "vectors": self.vector_losses, "pairs": self.losses}[stage.kind](stage)
+        losses = self.distillation(stage) if stage.kind == "states" else self.vector_losses(stage)
         sum(losses.values()).backward()
         self.masters.update(learning_rate)
         return {name: float(loss.detach()) for name, loss in losses.items()}
@@ -239,14 +239,15 @@ class RerankerTraining:
         )
         scale = self.log_scale.exp()
         with torch.no_grad():
-            taught = self.taught(more) @ self.taught(documents).T * LOG_ODDS
+            taught = self.taught(more) @ self.taught(documents).T * IMITATED_SCALE
         similar = asked @ found.T
         lengths = [states[:, VECTOR].norm(dim=-1) / LENGTH - 1 for states in (at_query, at_document)]
         return {
             "query": self.proxy_loss(asked, more),
             "document": self.proxy_loss(found, documents),
             "pairs": (_softmax_loss(similar * scale, positive) + _softmax_loss(similar.T * scale, positive.T)) / 2,
-            "imitation": _imitation_loss(similar * LOG_ODDS, taught) + _imitation_loss(similar.T * LOG_ODDS, taught.T),
+            "imitation": _imitation_loss(similar * IMITATED_SCALE, taught)
+            + _imitation_loss(similar.T * IMITATED_SCALE, taught.T),
             "length": sum(length.square().mean() for length in lengths),
             "empty": empty_loss(at_query, at_document),
             "mark": mark_loss(scored.states, queries.part, documents.part),
@@ -258,40 +259,32 @@ class RerankerTraining:
         logits = vectors @ F.normalize(self.proxies, dim=-1).T * self.log_scale.exp()
         return -(self.examples.shares(meanings) * F.log_softmax(logits, dim=-1)).sum(-1).mean()
 
-    def losses(self, stage: PairStage) -> dict[str, Tensor]:
-        """Softmax over the documents of a query and over the queries of a document, each also as the trunk's vectors
-        would have it; "yes" against "no" for each pair; and the losses of `distillation`."""
-        queries, documents = self.batch(stage, frozen_vision=False)
-        scored = pairs.Scored(self.model, self.tokenizer, self.common_ids(), queries.part, documents.part)
-        log_odds = scored.log_odds
-        positive = positives(queries, documents)
-        with torch.no_grad():
-            taught = self.taught(queries) @ self.taught(documents).T * LOG_ODDS
-        state_losses = self.state_losses(stage, scored, queries, documents)
-        return {
-            "documents": _softmax_loss(log_odds, positive),
-            "queries": _softmax_loss(log_odds.T, positive.T),
-            "imitation": (_imitation_loss(log_odds, taught) + _imitation_loss(log_odds.T, taught.T)) / 2,
-            "yes or no": F.softplus(-log_odds[positive]).mean() + F.softplus(log_odds[~positive]).mean(),
-            **state_losses,
-        }
-
-    @torch.no_grad()
     def calibrate(self, batches: int = 20) -> None:
-        """Set the final norm so that the log-odds are LOG_ODDS * (cosine - THRESHOLD) of the trunk's vectors."""
-        norm = self.model.language_model.norm.weight
-        norm.fill_(1)
-        products = squares = 0.0
-        for _ in range(batches):
-            queries, documents = self.batch(STATES[0], frozen_vision=True)
-            scored = pairs.Scored(self.model, self.tokenizer, self.common_ids(), queries.part, documents.part)
-            wanted = self.taught(queries) @ self.taught(documents).T - THRESHOLD
-            answers = scored.last[..., ANSWER]
-            products += float((wanted * answers).sum())
-            squares += float(answers.square().sum())
-        norm.zero_()
-        norm[ANSWER] = LOG_ODDS * products / squares / pairs.score_direction(self.model, self.tokenizer)[ANSWER]
+        """Set scale and threshold of the last layer, so that a score is the probability of a correct document.
+
+        They are those of a logistic regression on batches whose documents are easily confused.
+        """
+        layer, norm = self.model.language_model.layers[-1], self.model.language_model.norm.weight
+        with torch.no_grad():
+            norm.fill_(1)
+            set_threshold(layer.mlp, 0.0)
+            found = [self.answers() for _ in range(batches)]
+        answers, right = (torch.cat([one[place] for one in found]) for place in range(2))
+        scale, threshold = logistic_fit(answers, right)
+        # the threshold is subtracted as a multiple of the query's squared vector, which has the same length for all
+        with torch.no_grad():
+            set_threshold(layer.mlp, 1.0)
+            squares = torch.cat([self.answers()[0] for _ in range(3)]).mean() - answers.mean()
+            set_threshold(layer.mlp, float(threshold / -squares))
+            norm.zero_()
+            norm[ANSWER] = scale / pairs.score_direction(self.model, self.tokenizer)[ANSWER]
         self.masters.read()
+
+    def answers(self) -> tuple[Tensor, Tensor]:
+        """The last layer's answers for a batch of pairs, and whether each is correct, both flat."""
+        queries, documents = self.batch(CALIBRATION, frozen_vision=True)
+        scored = pairs.Scored(self.model, self.tokenizer, self.common_ids(), queries.part, documents.part)
+        return scored.last[..., ANSWER].flatten(), positives(queries, documents).flatten()
 
     def taught(self, side: "Side") -> Tensor:
         """The trunk's unit vectors of the items, (num_items, 64)."""
@@ -349,6 +342,26 @@ class Side:
     kind: str
     texts: list[str]
     frames: list[np.ndarray]
+
+
+def logistic_fit(values: Tensor, right: Tensor) -> tuple[float, float]:
+    """The scale and threshold with which sigmoid(scale * (value - threshold)) fits `right` best.
+
+    The right ones count as much as all others, so that 0.5 separates them.
+    """
+    scale = torch.tensor(10.0 / float(values.std()), requires_grad=True)
+    threshold = torch.tensor(float(values[right].mean() + values[~right].mean()) / 2, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scale, threshold], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        log_odds = scale * (values - threshold)
+        total = F.softplus(-log_odds[right]).mean() + F.softplus(log_odds[~right]).mean()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    return float(scale.detach()), float(threshold.detach())
 
 
 def positives(queries: Side, documents: Side) -> Tensor:
@@ -466,14 +479,9 @@ def main() -> None:
     training = RerankerTraining(chosen.data, run, run / "trunk", chosen.seed)
     for place, stage in enumerate(STATES):
         train(training, f"states-{place}", stage, run)
-    train(training, "vectors", VECTORS, run)
-    training.calibrate()
-    report(training)
-    ends = []
-    for place in range(NUM_PAIR_STAGES):
-        ends.append(train(training, f"pairs-{place}", PAIRS, run))
-        report(training)
+    ends = [train(training, f"vectors-{place}", VECTORS, run) for place in range(NUM_VECTOR_STAGES)]
     training.masters.average(ends)
+    training.calibrate()
     report(training)
     training.write(chosen.out)
 
