@@ -138,23 +138,30 @@ def score_direction(model: Qwen3VLModel, tokenizer: Qwen2Tokenizer) -> Tensor:
 
 def score(model: Qwen3VLModel, tokenizer: Qwen2Tokenizer, common_ids: Tensor, queries: Part, documents: Part) -> Tensor:
     """The log-odds of "yes", (num_queries, num_documents) float32."""
-    return Scored(model, tokenizer, common_ids, queries, documents).log_odds
+    return Scored(model, tokenizer, common_ids, queries, documents).log_odds()
 
 
 class Scored:
-    """A batch of queries with a batch of documents: the log-odds, and the states that lead to them."""
+    """A batch of queries with a batch of documents: the states before the last layer, and from them the log-odds."""
 
     def __init__(
         self, model: Qwen3VLModel, tokenizer: Qwen2Tokenizer, common_ids: Tensor, queries: Part, documents: Part
     ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.query_part, self.document_part = queries, documents
         self.common, self.start = read_common(model, common_ids)
-        start = self.start
-        self.queries = read_queries(model, self.common, start, queries)
-        self.documents = read_documents(model, self.common, self.queries, start, queries, documents)
+        self.queries = read_queries(model, self.common, self.start, queries)
+        self.documents = read_documents(model, self.common, self.queries, self.start, queries, documents)
         self.states = (self.common, self.queries, self.documents)
+
+    def last(self) -> Tensor:
+        """The state of each pair's last token after the final norm, (num_queries, num_documents, hidden_size)."""
         past = [self.common, self.queries]
-        self.last = last_layer(model, self.documents, past, start + queries.advance, documents)  # after the final norm
-        self.log_odds = self.last @ score_direction(model, tokenizer)
+        return last_layer(self.model, self.documents, past, self.start + self.query_part.advance, self.document_part)
+
+    def log_odds(self) -> Tensor:
+        """(num_queries, num_documents) float32."""
+        return self.last() @ score_direction(self.model, self.tokenizer)
 
 
 def _embed(model: Qwen3VLModel, part: Part) -> tuple[Tensor, list[Tensor]]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tokenizers import processors
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Qwen2Tokenizer
+from transformers import Qwen2Tokenizer, Qwen3VLModel
 
 from benchmarks.random_checkpoint import write_checkpoint
 from training import data as pictures
@@ -118,13 +118,17 @@ def round_to_stored(name: str, weight: Tensor) -> None:
 class RerankerTraining:
     """The reranker's weights and optimizers, and the trunk whose vectors it starts from."""
 
-    def __init__(self, data: Path, run: Path, trunk: Path, seed: int) -> None:
+    def __init__(self, data: Path, run: Path, trunk: Path, seed: int, start: Path | None = None) -> None:
+        """`start`: a reranker to continue from. None: the trunk, with one more layer."""
         self.examples = Training(data, run, seed, trunk)
         self.examples.captions = Captions(data, late=True)
         self.random = self.examples.random
         self.teacher = self.examples.model
         self.tokenizer = reranker_tokenizer(trunk)
-        self.model = with_last_layer(self.teacher, self.tokenizer)
+        if start is None:
+            self.model = with_last_layer(self.teacher, self.tokenizer)
+        else:
+            self.model = Qwen3VLModel.from_pretrained(start, dtype=torch.bfloat16)
         self.proxies = nn.Parameter(self.examples.proxies.detach()[:, VECTOR].clone())
         self.log_scale = nn.Parameter(torch.tensor(math.log(35.0)))
         self.masters = Masters(self.model, {self.proxies: 4.0, self.log_scale: 2.0}, round_to_stored)
@@ -249,8 +253,8 @@ class RerankerTraining:
             "imitation": _imitation_loss(similar * IMITATED_SCALE, taught)
             + _imitation_loss(similar.T * IMITATED_SCALE, taught.T),
             "length": sum(length.square().mean() for length in lengths),
-            "empty": empty_loss(at_query, at_document),
-            "mark": mark_loss(scored.states, queries.part, documents.part),
+            "empty": 3 * empty_loss(at_query, at_document),
+            "mark": 3 * mark_loss(scored.states, queries.part, documents.part),
         }
 
     def proxy_loss(self, vectors: Tensor, side: "Side") -> Tensor:
@@ -284,7 +288,7 @@ class RerankerTraining:
         """The last layer's answers for a batch of pairs, and whether each is correct, both flat."""
         queries, documents = self.batch(CALIBRATION, frozen_vision=True)
         scored = pairs.Scored(self.model, self.tokenizer, self.common_ids(), queries.part, documents.part)
-        return scored.last[..., ANSWER].flatten(), positives(queries, documents).flatten()
+        return scored.last()[..., ANSWER].flatten(), positives(queries, documents).flatten()
 
     def taught(self, side: "Side") -> Tensor:
         """The trunk's unit vectors of the items, (num_items, 64)."""
@@ -440,7 +444,9 @@ def report(training: RerankerTraining, num_queries: int = 300) -> None:
             query = pairs.part_of(training.tokenizer, [names[row]], pairs.AFTER_QUERY)
             features = forward.see(training.model, to_pixels([frames[place] for place in first[row]]))
             documents = pairs.part_of(training.tokenizer, [""] * 20, TAIL, (96, 96), features)
-            scores = pairs.Scored(training.model, training.tokenizer, training.common_ids(), query, documents).log_odds
+            scores = pairs.Scored(
+                training.model, training.tokenizer, training.common_ids(), query, documents
+            ).log_odds()
             before += int(first[row, 0]) == row
             after += int(first[row, scores[0].argmax()]) == row
         num = len(range(0, len(rows), max(1, len(rows) // num_queries)))
@@ -463,23 +469,34 @@ def train_trunk(data: Path, run: Path, seed: int) -> None:
     training.write(run / "trunk")
 
 
+def from_trunk(data: Path, run: Path, seed: int) -> RerankerTraining:
+    if not (run / "trunk").exists():
+        train_trunk(data, run, seed)
+    training = RerankerTraining(data, run, run / "trunk", seed)
+    for place, stage in enumerate(STATES):
+        train(training, f"states-{place}", stage, run)
+    return training
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled reranker.")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--run", type=Path, help="folder for saved states; default: DATA/reranker")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--start", type=Path, help="reranker whose vectors are trained further; default: all stages")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     run: Path = chosen.run or chosen.data / "reranker"
     run.mkdir(parents=True, exist_ok=True)
-    if not (run / "trunk").exists():
-        train_trunk(chosen.data, run, chosen.seed)
-    training = RerankerTraining(chosen.data, run, run / "trunk", chosen.seed)
-    for place, stage in enumerate(STATES):
-        train(training, f"states-{place}", stage, run)
-    ends = [train(training, f"vectors-{place}", VECTORS, run) for place in range(NUM_VECTOR_STAGES)]
+    if chosen.start is not None:
+        training = RerankerTraining(chosen.data, run, EMBEDDER, chosen.seed, chosen.start)
+        ends: list[dict[str, Any]] = [{"masters": [master.clone() for master in training.masters.masters]}]
+    else:
+        training = from_trunk(chosen.data, run, chosen.seed)
+        ends = []
+    ends += [train(training, f"vectors-{place}", VECTORS, run) for place in range(NUM_VECTOR_STAGES)]
     training.masters.average(ends)
     training.calibrate()
     report(training)
