@@ -402,8 +402,18 @@ function drawBuilding(answer) {
   Object.assign(byId("building-progress"), { max: answer.num_pictures || 1, value: answer.num_done });
 }
 
-function drawCollection() {
+/** The switch of the reranker, or how to start one. */
+function drawRerankSwitch() {
   byId("rerank-row").hidden = !info.reranker;
+  byId("rerank-hint").hidden = Boolean(info.reranker);
+  const name = info.is_bundled_model ? "bundled" : "Qwen/Qwen3-VL-Reranker-2B";
+  const settings = `${info.is_bundled_model ? "EMBEDDER_MODEL=bundled " : ""}EMBEDDER_RERANKER=${name}`;
+  byId("rerank-what").textContent = collection.has_pages ? "this search" : "the service";
+  byId("rerank-option").textContent = collection.has_pages ? `--rerank ${name}` : settings;
+}
+
+function drawCollection() {
+  drawRerankSwitch();
   if (collection.has_pages) {
     const { unit } = collection;
     byId("search-label").textContent = `Search ${counted(collection.num_pictures, unit)}${collection.title && ` of ${collection.title}`}`;

@@ -146,6 +146,8 @@ def test_broken_image_shows_the_services_message_and_the_others_are_compared(pag
 def test_search_ranks_as_the_service_does_at_every_size(page: Page, small_server: Server) -> None:
     page.open_search()
     assert not page.one("#rerank-row").is_displayed(), "this service has no reranker"
+    hint = "To rerank the first 24 results, start the service with EMBEDDER_MODEL=bundled EMBEDDER_RERANKER=bundled."
+    assert page.one("#rerank-hint").text == hint
     page.one("#query").send_keys("red", Keys.ENTER)
     collection = httpx.get(f"{small_server.url}/playground/collection").json()["pictures"]
     whole = np.array([np.frombuffer(base64.b64decode(entry["vector"]), "<f4") for entry in collection], np.float64)

@@ -196,6 +196,7 @@ def page(chromium: webdriver.Chrome, url: str) -> Iterator[Page]:
 @needs_chromium
 def test_found_page_is_shown_large_and_opens_in_its_file(page: Page, indexed: Indexed) -> None:
     assert page.one("#search-label").text == "Search 9 pages of documents"
+    assert page.one("#rerank-hint").text == "To rerank the first 24 results, start this search with --rerank bundled."
     name = indexed.subjects[1][0]
     page.ask(name)
     assert page.texts(".page .name")[0] == "report-02.pdf"
@@ -243,7 +244,9 @@ def test_collection_fits_every_screen_in_light_and_dark(
     folder = Path(os.environ.get("PLAYGROUND_SCREENSHOTS") or tmp_path)
     with page.looking(look) as (width, _):
         page.ask(f"sales of {indexed.subjects[0][2]}")
+        page.driver.execute_script("scrollTo(0, document.body.scrollHeight)")  # the browser loads what is near
         page.wait(lambda: page.driver.execute_script(PICTURES_ARE_SEEN))
+        page.driver.execute_script("scrollTo(0, 0)")
         fits(page, width)
         screenshot(page, folder / f"{look}-pages.png")
         page.one(".page .open").click()
