@@ -16,7 +16,7 @@ Next to them: `models` connects the loaded models (`loaded_model`) with an engin
 for programs; `settings` reads the environment; `errors` has everything that can go wrong; `doctor` is a command that
 checks what a start needs. `server/` holds what depends on BentoML's and uvicorn's internals, `telemetry/` metrics,
 spans and logs, `bulk/` the command for whole data sets, `playground/` the page, `verify/` the command that checks a
-checkpoint or a running service. `default_model/` and `demo/` are a small trained model and its images.
+checkpoint or a running service. `default_model/`, `default_reranker/` and `demo/` are small trained models and images.
 """
 
 from __future__ import annotations

@@ -350,6 +350,14 @@ def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     assert server.stop() == 0
 
 
+@pytest.fixture(scope="session")
+def bundled_pair_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The service with both models of the package, and its drawings."""
+    server = start_server(tmp_path_factory.mktemp("server"), model="bundled", reranker="bundled", device="cpu")
+    yield server
+    assert server.stop() == 0
+
+
 @pytest.fixture
 def model() -> FakeModel:
     """A fake model that does not wait."""

@@ -94,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows, failures = measure(find_tasks(chosen), models, folder, chosen.candidates, chosen.batch_size)
             infos = {EMBEDDER: target.info, RERANKER: reranker.info()}
     shown = " ".join(
-        f"--{option} {name_of(infos[role])}" for option, role in (("model", EMBEDDER), ("reranker", RERANKER))
+        f"--{option} {'bundled' if infos[role]['is_bundled_model'] else name_of(infos[role])}"
+        for option, role in (("model", EMBEDDER), ("reranker", RERANKER))
     )
     data = {
         "environment": report.environment(
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality rerank", description=__doc__)
-    parser.add_argument("--reranker", required=True, help="folder or hub id of the reranker")
+    parser.add_argument("--reranker", default="", help="folder or hub id of the reranker; default: the bundled one")
     parser.add_argument("--model", default="", help="folder or hub id of the embedder; default: the bundled model")
     add_shared_arguments(parser, parser)
     parser.set_defaults(benchmark=None)

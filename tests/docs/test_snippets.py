@@ -54,8 +54,23 @@ def clone(tmp_path: Path) -> Path:
 
 SLOW_PAGES = {
     ROOT / "docs" / page
-    for page in ("operations/troubleshooting.md", "guides/search-your-pictures.md", "guides/clients.md")
+    for page in (
+        "operations/troubleshooting.md",
+        "guides/search-your-pictures.md",
+        "guides/rerank-search-results.md",
+        "guides/clients.md",
+    )
 }
+RERANKING_PAGES = {ROOT / "docs" / page for page in ("api/rerank.md", "guides/rerank-search-results.md")}
+
+
+@pytest.fixture
+def page_server(page: Path, small_server: Server, request: pytest.FixtureRequest) -> Server:
+    """What `localhost:3000` is on the page: the service as the quickstart starts it, or with a reranker."""
+    if page not in RERANKING_PAGES:
+        return small_server
+    pair: Server = request.getfixturevalue("bundled_pair_server")
+    return pair
 
 
 @pytest.mark.parametrize(
@@ -64,7 +79,7 @@ SLOW_PAGES = {
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_blocks_of_a_page_do_what_it_says(
-    page: Path, clone: Path, small_server: Server, monkeypatch: pytest.MonkeyPatch
+    page: Path, clone: Path, page_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In order, as a reader would: later blocks use the files of earlier ones."""
     monkeypatch.chdir(clone)
@@ -73,15 +88,15 @@ def test_blocks_of_a_page_do_what_it_says(
         if block.reason or (block.language == "sh" and SET_UP in block.text):
             continue
         if block.mark.startswith("request: "):
-            answer = send(block, small_server)
+            answer = send(block, page_server)
             shows_response = following is not None and following.mark.startswith("response")
             assert shows_response or answer[0] == 200, f"{block}: got {answer}"
         elif block.mark.startswith("response"):
             check_response(block, *answer)
         elif block.language == "sh":
-            answer = (200, run_command(block, small_server))
+            answer = (200, run_command(block, page_server))
         elif block.language == "python":
-            check_printed(block, run_python(block, small_server))
+            check_printed(block, run_python(block, page_server))
         elif block.language == "json":
             json.loads(block.text)
         elif block.language == "yaml":

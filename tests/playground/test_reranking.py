@@ -59,6 +59,7 @@ def search_reranked(page: Page, text: str) -> None:
 
 @needs_chromium
 def test_first_24_pictures_have_the_scores_of_the_library(page: Page, pictures: Path, reranker: Reranker) -> None:
+    assert not page.one("#rerank-hint").is_displayed()
     page.one("#query").send_keys("blue", Keys.ENTER)
     by_similarity = dict(page.ranking()[:24])
     page.one("#rerank").click()
@@ -119,3 +120,19 @@ def test_both_scores_fit_every_screen(look: str, page: Page, tmp_path: Path) -> 
         for cell in page.all(".result .score"):
             assert page.driver.execute_script("return arguments[0].scrollWidth <= arguments[0].clientWidth", cell)
         screenshot(page, folder / f"{look}-reranked.png")
+
+
+@needs_chromium
+def test_bundled_models_find_a_drawing_of_the_demo_with_both_scores(
+    chromium: webdriver.Chrome, bundled_pair_server: Server
+) -> None:
+    page = Page(chromium, bundled_pair_server.url)
+    page.open()
+    assert "reranker bundled-reranker" in page.one("#model").text
+    page.open_search()
+    page.one("#rerank").click()
+    search_reranked(page, "guitar")
+    assert len(scores(page, "reranker")) == len(scores(page, "similarity")) == 24
+    assert page.texts(".result .name")[0] == "guitar"
+    assert scores(page, "reranker") == sorted(scores(page, "reranker"), reverse=True)
+    page.check_log()
