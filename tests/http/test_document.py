@@ -172,7 +172,12 @@ def test_page_whose_process_is_killed_is_rendered_once_more(
     expected = app.post(report.read_bytes())[0].json()
     kills = kill_at(monkeypatch, "render")
     (response,) = app.post(report.read_bytes())
-    assert (kills, response.status_code, response.json()) == (["render"], 200, expected)
+    found = response.json()
+    assert (kills, response.status_code) == (["render"], 200)
+    # other pages may share its batch now, which changes the last digits
+    vectors, expected_vectors = ([one.pop("embedding") for one in body["results"]] for body in (found, expected))
+    assert found == expected
+    np.testing.assert_allclose(vectors, expected_vectors, atol=1e-6)
     kill_at(monkeypatch, "render", times=1000)
     (response,) = app.post(report.read_bytes())
     assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_media")
