@@ -24,7 +24,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -174,7 +173,7 @@ def _as_it_is(embedder: Embedder) -> Run:
 
 
 def _without_prefixes(embedder: Embedder) -> Run:
-    return lambda inputs: embedder.models._launch([replace(one, num_prefix_tokens=0) for one in inputs])()
+    return lambda inputs: embedder.models._launch([one._replace(num_prefix_tokens=0) for one in inputs])()
 
 
 def _with_norm_modules(embedder: Embedder) -> Run:
