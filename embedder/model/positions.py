@@ -14,9 +14,9 @@ def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Value i of a head rotates together with value i + head_dim / 2 (transformers' `rotate_half`).
     """
     first, second = states.chunk(2, dim=-1)
-    sin_first, sin_second = sin[:, None].chunk(2, dim=-1)
     if torch.compiler.is_compiling():  # one kernel: of operations in place on parts, the compiler makes three
         return torch.cat(rotate_halves(first, second, cos, sin), dim=-1)
+    sin_first, sin_second = sin[:, None].chunk(2, dim=-1)
     rotated = states * cos[:, None]
     rotated_first, rotated_second = rotated.chunk(2, dim=-1)
     rotated_first.addcmul_(second, sin_first, value=-1)  # in place: `rotate_half` would copy both halves
