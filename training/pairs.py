@@ -136,11 +136,6 @@ def score_direction(model: Qwen3VLModel, tokenizer: Qwen2Tokenizer) -> Tensor:
     return rows[yes].float() - rows[no].float()
 
 
-def score(model: Qwen3VLModel, tokenizer: Qwen2Tokenizer, common_ids: Tensor, queries: Part, documents: Part) -> Tensor:
-    """The log-odds of "yes", (num_queries, num_documents) float32."""
-    return Scored(model, tokenizer, common_ids, queries, documents).log_odds()
-
-
 class Scored:
     """A batch of queries with a batch of documents: the states before the last layer, and from them the log-odds."""
 

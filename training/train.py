@@ -15,10 +15,10 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -162,6 +162,8 @@ BASIC_COLORS = [COLOR_NAMES.index(name) for name in BASIC]
 SIDED = re.compile("left|right|arrow|clock|button|mark|sign|symbol|input|keycap|letter|flag|play|moon|hand|fist")
 
 WORDS = re.compile(r"[a-z0-9'-]+")
+
+Choice = TypeVar("Choice")
 
 
 class Captions:
@@ -312,6 +314,10 @@ class Masters:
     def state(self) -> dict[str, Any]:
         return {"masters": self.masters, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
+    def copy(self) -> dict[str, Any]:
+        """A state for `average`."""
+        return {"masters": [master.clone() for master in self.masters]}
+
     def restore(self, state: dict[str, Any]) -> None:
         self._set(state["masters"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -386,8 +392,7 @@ class Training:
         random = self.random
         kind = random.choice(("picture", "clip", "pair"), p=(1 - stage.clips - stage.pairs, stage.clips, stage.pairs))
         sizes = {size: share for size, share in stage.sizes.items() if kind != "clip" or size in SMALL}
-        shares = np.array(list(sizes.values()))
-        size = list(sizes)[random.choice(len(sizes), p=shares / shares.sum())]
+        size = drawn_from(sizes, random)
         patches = size[0] // 16 * (size[1] // 16) * (2 if kind == "clip" else 1)
         examples = [self.example(stage, size, 4 if kind == "clip" else 1) for _ in range(stage.patches // patches)]
         features = self.see([example.frames for example in examples])
@@ -503,21 +508,17 @@ class Training:
 
     def pair_loss(self, vectors: Tensor, text_vectors: Tensor, positive: Tensor) -> Tensor:
         """InfoNCE in both directions; a text that means several images has several positives."""
-        by_picture = positive / positive.sum(1, keepdim=True)
-        by_text = positive.T / positive.T.sum(1, keepdim=True)
         total = torch.zeros(())
         for size, _, scale in self.directions:
             logits = similarities(vectors, text_vectors, size) * scale
-            total = total - (by_picture * F.log_softmax(logits, dim=1)).sum(1).mean() / 2
-            total = total - (by_text * F.log_softmax(logits.T, dim=1)).sum(1).mean() / 2
+            total = total + (softmax_loss(logits, positive) + softmax_loss(logits.T, positive.T)) / 2
         return total / 2
 
     def imitation_loss(self, rows: Tensor, columns: Tensor) -> Tensor:
         """KL divergence of the smaller size from the full size, over the similarities of each row to all columns."""
         (smaller, _, _), (full, _, _) = self.directions
-        taught = F.softmax(similarities(rows, columns, full).detach() * IMITATED_SCALE, dim=-1)
-        own = F.log_softmax(similarities(rows, columns, smaller) * IMITATED_SCALE, dim=-1)
-        return F.kl_div(own, taught, reduction="batchmean")
+        taught = similarities(rows, columns, full).detach()
+        return divergence(similarities(rows, columns, smaller) * IMITATED_SCALE, taught * IMITATED_SCALE)
 
     def matryoshka(self, stage: Stage) -> list[tuple[int, Tensor]]:
         """A random smaller size and the full size, with their learned scales. All four would cost twice as much."""
@@ -544,6 +545,24 @@ class Training:
         """Write a checkpoint folder with the bfloat16 weights."""
         weights = {name: weight.detach() for name, weight in self.model.state_dict().items()}
         write_checkpoint(out, self.config, self.tokenizer, dtype="bfloat16", max_pixels=MAX_AREA, state_dict=weights)
+
+
+def drawn_from(shares: Mapping[Choice, float], random: Generator) -> Choice:
+    """A random key; `shares` need not add up to 1."""
+    values = np.array(list(shares.values()))
+    return list(shares)[random.choice(len(values), p=values / values.sum())]
+
+
+def softmax_loss(logits: Tensor, positive: Tensor) -> Tensor:
+    """Cross-entropy of the rows that have a positive column, with equal shares for all of them."""
+    asked = positive.any(1)
+    shares = positive[asked] / positive[asked].sum(1, keepdim=True)
+    return -(shares * F.log_softmax(logits[asked], dim=1)).sum(1).mean()
+
+
+def divergence(logits: Tensor, taught: Tensor) -> Tensor:
+    """KL divergence of each row's softmax from the one that is taught."""
+    return F.kl_div(F.log_softmax(logits, dim=1), F.softmax(taught, dim=1), reduction="batchmean")
 
 
 def similarities(rows: Tensor, columns: Tensor, size: int) -> Tensor:
@@ -658,9 +677,28 @@ def recall(texts: Tensor, found: Tensor, right: Tensor, at: int, size: int) -> f
     return float(right.gather(1, first).any(1).float().mean())
 
 
-def run_stage(training: Training, name: str, stage: Stage, run: Path) -> None:
-    file = run / f"{name}.pt"
+class Trainable(Protocol):
+    """What `run_steps` trains. `step` makes one update and returns the losses by name."""
+
+    def step(self, stage: Any, learning_rate: float) -> dict[str, float]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+def run_stage(training: Training, name: str, stage: Stage, run: Path) -> dict[str, Any]:
+    """As `run_steps`, with the texts of the stage."""
     training.captions = Captions(training.folder, stage.late_keywords)
+    return run_steps(training, name, stage, run)
+
+
+def run_steps(training: Trainable, name: str, stage: Any, run: Path) -> dict[str, Any]:
+    """Run one stage, or what is left of it, and return its last state.
+
+    `stage`: with `steps`, `learning_rate` and `last_rate`. RUN/NAME.pt has the state of the last SAVE_EVERY steps.
+    """
+    file = run / f"{name}.pt"
     step = 0
     if file.exists():
         saved = torch.load(file, weights_only=False)
@@ -677,6 +715,8 @@ def run_stage(training: Training, name: str, stage: Stage, run: Path) -> None:
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
             torch.save({"state": training.state(), "step": step + 1}, file)
             tqdm.write(json.dumps({"stage": name, "step": step + 1, **smooth}))
+    state: dict[str, Any] = torch.load(file, weights_only=False)["state"]
+    return state
 
 
 def report(training: Training) -> None:
@@ -706,35 +746,44 @@ def report(training: Training) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the bundled model.")
+def parse_options(description: str, *, run: str, out: Path, start: str, seed: int) -> argparse.Namespace:
+    """The options of a training; sets torch's threads and creates the folder for saved states.
+
+    `run`: the name of that folder, `start`: what --start is for; `out` and `seed` are defaults.
+    """
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
-    parser.add_argument("--run", type=Path, help="folder for saved states; default: DATA/run")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--start", type=Path, help="checkpoint to distill; default: it is trained first")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", type=Path, help=f"folder for saved states; default: DATA/{run}")
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--start", type=Path, help=start)
+    parser.add_argument("--seed", type=int, default=seed)
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    run: Path = chosen.run or chosen.data / "run"
-    run.mkdir(parents=True, exist_ok=True)
+    chosen.run = chosen.run or chosen.data / run
+    chosen.run.mkdir(parents=True, exist_ok=True)
+    return chosen
+
+
+def main() -> None:
+    start_help = "checkpoint to distill; default: it is trained first"
+    chosen = parse_options("Train the bundled model.", run="run", out=OUT, start=start_help, seed=0)
+    run: Path = chosen.run
     start: Path = chosen.start or run / "mean"
     if not start.exists():
         train_from_scratch(chosen.data, run, chosen.seed).write(start)
     training = Training(chosen.data, run, chosen.seed, start)
-    begun = {"masters": [master.clone() for master in training.masters.masters]}
+    begun = training.masters.copy()
     report(training)
-    run_stage(training, "distillation", DISTILLATION, run)
-    training.masters.average([begun, training.state()])
+    training.masters.average([begun, run_stage(training, "distillation", DISTILLATION, run)])
     training.write(chosen.out)
     report(training)
 
 
 def train_from_scratch(data: Path, run: Path, seed: int) -> Training:
     training = Training(data, run, seed)
-    for name, stage in STAGES.items():
-        run_stage(training, name, stage, run)
-    training.masters.average([torch.load(run / f"{name}.pt", weights_only=False)["state"] for name in AVERAGED])
+    ends = {name: run_stage(training, name, stage, run) for name, stage in STAGES.items()}
+    training.masters.average([ends[name] for name in AVERAGED])
     return training
 
 

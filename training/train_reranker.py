@@ -8,10 +8,9 @@ state, and the command resumes from it.
    below it to have these vectors where it expects them: the query's at the last token before the document, the
    document's at the last token, each as the trunk has it without the other.
 3. `vectors` trains these two vectors further, with the losses of the embedder.
-4. The mean of the weights at the ends of the last stages; its scores become probabilities by a logistic regression.
+4. The mean of the weights at the ends of the last stages; a logistic regression sets the scores' threshold.
 """
 
-import argparse
 import json
 import math
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from tokenizers import processors
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import Qwen2Tokenizer, Qwen3VLModel
 
 from benchmarks.random_checkpoint import write_checkpoint
@@ -31,20 +29,24 @@ from training import data as pictures
 from training import forward, pairs
 from training.data import COLORS
 from training.last_layer import ANSWER, LENGTH, OTHERS, VECTOR, mark_loss, set_threshold, with_last_layer
-from training.prepare import DEFAULT_DATA, HELD_OUT_STYLE
+from training.prepare import HELD_OUT_STYLE
 from training.prompt import TAIL
 from training.train import (
     BASIC_COLORS,
     MAX_AREA,
     MOSTLY_SMALL,
-    SAVE_EVERY,
     Captions,
     Example,
     Masters,
     Stage,
     Training,
+    divergence,
+    drawn_from,
+    parse_options,
     picture_vectors_of,
     run_stage,
+    run_steps,
+    softmax_loss,
     text_vectors_of,
     to_pixels,
 )
@@ -147,9 +149,9 @@ class RerankerTraining:
 
     def batch(self, stage: PairStage, frozen_vision: bool) -> tuple["Side", "Side"]:
         random = self.random
-        size = self._size()
+        size = drawn_from(MOSTLY_SMALL, self.random)
         examples = self.documents(stage, size)
-        documents = self.side(examples, _choose(KINDS, random), size, TAIL, frozen_vision)
+        documents = self.side(examples, drawn_from(KINDS, random), size, TAIL, frozen_vision)
         targets = np.array([example.target for example in examples])
         if stage.queries < stage.documents:
             targets = random.choice(targets, stage.queries, replace=False)
@@ -157,7 +159,7 @@ class RerankerTraining:
 
     def queries(self, targets: np.ndarray, frozen_vision: bool) -> "Side":
         """Texts or images of these drawings and colors, all of one kind."""
-        kind, size = _choose(QUERY_KINDS, self.random), self._size()
+        kind, size = drawn_from(QUERY_KINDS, self.random), drawn_from(MOSTLY_SMALL, self.random)
         if kind == "text":
             asked = [self._text(int(target)) for target in targets]
         else:
@@ -249,9 +251,9 @@ class RerankerTraining:
         return {
             "query": self.proxy_loss(asked, more),
             "document": self.proxy_loss(found, documents),
-            "pairs": (_softmax_loss(similar * scale, positive) + _softmax_loss(similar.T * scale, positive.T)) / 2,
-            "imitation": _imitation_loss(similar * IMITATED_SCALE, taught)
-            + _imitation_loss(similar.T * IMITATED_SCALE, taught.T),
+            "pairs": (softmax_loss(similar * scale, positive) + softmax_loss(similar.T * scale, positive.T)) / 2,
+            "imitation": divergence(similar * IMITATED_SCALE, taught)
+            + divergence(similar.T * IMITATED_SCALE, taught.T),
             "length": sum(length.square().mean() for length in lengths),
             "empty": 3 * empty_loss(at_query, at_document),
             "mark": 3 * mark_loss(scored.states, queries.part, documents.part),
@@ -264,7 +266,7 @@ class RerankerTraining:
         return -(self.examples.shares(meanings) * F.log_softmax(logits, dim=-1)).sum(-1).mean()
 
     def calibrate(self, batches: int = 20) -> None:
-        """Set scale and threshold of the last layer, so that a score is the probability of a correct document.
+        """Set scale and threshold of the last layer, so that a score of 0.5 separates correct documents from others.
 
         They are those of a logistic regression on batches whose documents are easily confused.
         """
@@ -322,10 +324,6 @@ class RerankerTraining:
             is_reranker=True,
             stored_dtype=stored_dtype,
         )
-
-    def _size(self) -> tuple[int, int]:
-        shares = np.array(list(MOSTLY_SMALL.values()))
-        return list(MOSTLY_SMALL)[self.random.choice(len(shares), p=shares / shares.sum())]
 
     def _drawing(self, target: int, size: tuple[int, int]) -> Example:
         if target >= self.examples.captions.num_drawings:
@@ -386,46 +384,8 @@ def nearest_of(proxies: Tensor) -> np.ndarray:
     return (unit @ unit.T).fill_diagonal_(-1).topk(CONFUSED_WITH, dim=1).indices.numpy()
 
 
-def _softmax_loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """Cross-entropy of the rows that have a positive column, with equal shares for all of them."""
-    asked = positive.any(1)
-    shares = positive[asked] / positive[asked].sum(1, keepdim=True)
-    return -(shares * F.log_softmax(logits[asked], dim=1)).sum(1).mean()
-
-
 def empty_loss(at_query: Tensor, at_document: Tensor) -> Tensor:
     return sum(states[..., OTHERS].square().sum(-1).mean() / LENGTH**2 for states in (at_query, at_document))
-
-
-def _imitation_loss(logits: Tensor, taught: Tensor) -> Tensor:
-    """KL divergence of each row's softmax from the one that is taught."""
-    return F.kl_div(F.log_softmax(logits, dim=1), F.softmax(taught, dim=1), reduction="batchmean")
-
-
-def _choose(shares: dict[str, float], random: np.random.Generator) -> str:
-    return str(random.choice(list(shares), p=list(shares.values())))
-
-
-def train(training: RerankerTraining, name: str, stage: PairStage, run: Path) -> dict[str, Any]:
-    """Run one stage, or what is left of it, and return its last state."""
-    file = run / f"{name}.pt"
-    step = 0
-    if file.exists():
-        saved = torch.load(file, weights_only=False)
-        training.restore(saved)
-        step = saved["step"]
-    bar = tqdm(range(step, stage.steps), initial=step, total=stage.steps, desc=name, mininterval=10)
-    smooth: dict[str, float] = {}
-    for step in bar:
-        warm = min(1.0, (step + 1) / 50)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / stage.steps)
-        losses = training.step(stage, stage.learning_rate * warm * (stage.last_rate + (1 - stage.last_rate) * cosine))
-        smooth = {key: 0.98 * smooth.get(key, value) + 0.02 * value for key, value in losses.items()}
-        bar.set_postfix({key: f"{value:.3f}" for key, value in smooth.items()}, refresh=False)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
-            torch.save({**training.state(), "step": step + 1}, file)
-            tqdm.write(json.dumps({"stage": name, "step": step + 1, **smooth}))
-    return torch.load(file, weights_only=False)
 
 
 @torch.no_grad()
@@ -440,7 +400,8 @@ def report(training: RerankerTraining, num_queries: int = 300) -> None:
         found = F.normalize(picture_vectors_of(training.examples, frames)[:, VECTOR], dim=-1)
         first = (asked @ found.T).topk(20, dim=1).indices
         before = after = 0
-        for row in range(0, len(rows), max(1, len(rows) // num_queries)):
+        asked_rows = range(0, len(rows), max(1, len(rows) // num_queries))
+        for row in asked_rows:
             query = pairs.part_of(training.tokenizer, [names[row]], pairs.AFTER_QUERY)
             features = forward.see(training.model, to_pixels([frames[place] for place in first[row]]))
             documents = pairs.part_of(training.tokenizer, [""] * 20, TAIL, (96, 96), features)
@@ -449,7 +410,7 @@ def report(training: RerankerTraining, num_queries: int = 300) -> None:
             ).log_odds()
             before += int(first[row, 0]) == row
             after += int(first[row, scores[0].argmax()]) == row
-        num = len(range(0, len(rows), max(1, len(rows) // num_queries)))
+        num = len(asked_rows)
         print(
             json.dumps({"style": style, "queries": num, "trunk R@1": before / num, "reranked R@1": after / num}),
             flush=True,
@@ -460,12 +421,9 @@ def train_trunk(data: Path, run: Path, seed: int) -> None:
     """Continue the training of the bundled embedder. RUN/trunk is the mean of the ends of the stages and, with the same
     weight as all of them, of the embedder itself."""
     training = Training(data, run, seed, EMBEDDER)
-    begun = {"masters": [master.clone() for master in training.masters.masters]}
-    states = []
-    for place in range(NUM_TRUNK_STAGES):
-        run_stage(training, f"trunk-{place}", TRUNK, run)
-        states.append(torch.load(run / f"trunk-{place}.pt", weights_only=False)["state"])
-    training.masters.average([begun] * NUM_TRUNK_STAGES + states)
+    begun = training.masters.copy()
+    ends = [run_stage(training, f"trunk-{place}", TRUNK, run) for place in range(NUM_TRUNK_STAGES)]
+    training.masters.average([begun] * NUM_TRUNK_STAGES + ends)
     training.write(run / "trunk")
 
 
@@ -474,29 +432,21 @@ def from_trunk(data: Path, run: Path, seed: int) -> RerankerTraining:
         train_trunk(data, run, seed)
     training = RerankerTraining(data, run, run / "trunk", seed)
     for place, stage in enumerate(STATES):
-        train(training, f"states-{place}", stage, run)
+        run_steps(training, f"states-{place}", stage, run)
     return training
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the bundled reranker.")
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
-    parser.add_argument("--run", type=Path, help="folder for saved states; default: DATA/reranker")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--start", type=Path, help="reranker whose vectors are trained further; default: all stages")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    run: Path = chosen.run or chosen.data / "reranker"
-    run.mkdir(parents=True, exist_ok=True)
+    start = "reranker whose vectors are trained further; default: all stages"
+    chosen = parse_options("Train the bundled reranker.", run="reranker", out=OUT, start=start, seed=1)
+    run: Path = chosen.run
     if chosen.start is not None:
         training = RerankerTraining(chosen.data, run, EMBEDDER, chosen.seed, chosen.start)
-        ends: list[dict[str, Any]] = [{"masters": [master.clone() for master in training.masters.masters]}]
+        ends = [training.masters.copy()]
     else:
         training = from_trunk(chosen.data, run, chosen.seed)
         ends = []
-    ends += [train(training, f"vectors-{place}", VECTORS, run) for place in range(NUM_VECTOR_STAGES)]
+    ends += [run_steps(training, f"vectors-{place}", VECTORS, run) for place in range(NUM_VECTOR_STAGES)]
     training.masters.average(ends)
     training.calibrate()
     report(training)

@@ -76,7 +76,7 @@ def test_scores_equal_those_of_transformers(
         items.append([{name: one[name] for name in kept} for one in fields])
     ids = torch.tensor(tokenizer(pairs.prefix_text()).input_ids)
     with torch.no_grad():
-        scores = torch.sigmoid(pairs.score(model, tokenizer, ids, *parts))
+        scores = torch.sigmoid(pairs.Scored(model, tokenizer, ids, *parts).log_odds())
     expected = [[oracle.score(query, document) for document in items[1]] for query in items[0]]
     assert len({round(score, 4) for row in expected for score in row}) == 4
     torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
