@@ -15,6 +15,7 @@ import ssl
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,14 +56,18 @@ os.environ["EMBEDDING_TESTS_RUN"] = RUN  # every process that a test starts inhe
 
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
-    """Fail the run, and end the processes, if any that a test has started is still there."""
+    """Fail the run, and end the processes, if any that a test has started is still there after 30 s."""
     yield  # fixtures and the processes of `pytest -n` end
-    if not IS_XDIST_WORKER and (left := processes_of_this_run()):
+    if not IS_XDIST_WORKER:
+        deadline = time.monotonic() + 30  # Ray's agents take some seconds to notice that their parent has ended
+        while (left := processes_of_this_run()) and time.monotonic() < deadline:
+            time.sleep(0.5)
         for pid, command in left.items():
             print(f"\nstill running after the tests: {pid} {command}", file=sys.stderr)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if left:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def processes_of_this_run() -> dict[int, str]:
@@ -120,8 +125,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none."""
+    """Tests marked `gpu` are skipped where there is none. Two tests with one id are an error: xdist would run one."""
     import torch
+
+    repeated = [node_id for node_id, times in Counter(item.nodeid for item in items).items() if times > 1]
+    if repeated:
+        raise pytest.UsageError(f"tests with the same id: {', '.join(repeated)}")
 
     if not torch.cuda.is_available():
         for item in items:
