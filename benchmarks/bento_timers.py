@@ -1,8 +1,8 @@
-"""What BentoML's time-out middleware costs: `python -m benchmarks.bento_timers`.
+"""What BentoML's timeout middleware costs: `python -m benchmarks.bento_timers`.
 
 Embeds short texts with the bundled model through an ASGI app, with that middleware around it and without, in turns.
 Prints requests per second, and the memory that a request still holds after its response. The middleware keeps a timer
-for each request until the time-out has passed, so at R requests per second R * 150 of them are kept.
+for each request until the timeout has passed, so at R requests per second R * 150 of them are kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float | str]]
         plain = embedding_app(embedder.engine)
         for _ in range(chosen.rounds):
             for name, app in (("without", plain), ("with BentoML's", TimeoutMiddleware(plain, TIMEOUT_S))):
-                rows.append({"time-out middleware": name, **uvloop.run(measure(app, chosen.requests))})
+                rows.append({"timeout middleware": name, **uvloop.run(measure(app, chosen.requests))})
     print(report.table(tuple(rows[0]), [[str(value) for value in row.values()] for row in rows]))
     return rows
 

@@ -1,7 +1,7 @@
 """Serve a checkpoint on this CPU: time until ready, memory, and latency: `python -m benchmarks.cpu CHECKPOINT`.
 
 `python -m benchmarks.random_checkpoint 2b FOLDER` writes one with the shapes of the 2B. If the service warns that the
-largest picture exceeds the time-out, it is started again with the time-out that the warning proposes. Exit status 1 if
+largest picture exceeds the timeout, it is started again with the timeout that the warning proposes. Exit status 1 if
 the full picture is not embedded within that.
 """
 
@@ -88,7 +88,7 @@ def measure(url: str, timeout_s: float) -> int:
         files = {"file": ("page.jpg", picture, "image/jpeg")}
         status = client.post("/img/embed", files=files).status_code
         seconds = time.monotonic() - start
-        print(f"a full picture: {seconds:.1f} s, status {status}, time-out {timeout_s:g} s", flush=True)
+        print(f"a full picture: {seconds:.1f} s, status {status}, timeout {timeout_s:g} s", flush=True)
         return status
 
 

@@ -2,7 +2,7 @@
 
 A null model computes nothing, so all time is that of HTTP, validation, tokenization, queue and serialization. It is the
 CPU time of the service's processes: the load generator and other processes do not count. With `--base`, the service
-of that commit runs too, in turns; a change is the median of the rounds' ratios, with a bootstrap interval of 95 %. The
+of that commit runs too, in turns; a change is the median of the rounds' ratios, with a bootstrap interval of 95%. The
 vectors have 192 values, as those of the bundled model; each 1,000 more take 0.014 ms to
 write as JSON (`python -m benchmarks.micro`).
 """
@@ -38,7 +38,7 @@ WORKLOADS = (
 )
 GZIP = "single texts, 64 callers, response as gzip"  # which many clients ask for without being told
 NO_GZIP = {"accept-encoding": "identity"}
-HEADERS = ("requests", "CPU ms an item", "before", "change", "95 % interval")
+HEADERS = ("requests", "CPU ms an item", "before", "change", "95% interval")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

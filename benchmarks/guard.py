@@ -3,9 +3,9 @@
 BASE is a commit; by default the one that set the version, so the last release. Both services run with the packages of
 this environment, or, with `--install`, the base with its own. In each round, every workload is sent to one service and
 then to the other, and the order changes from round to round; the service that waits is paused. A change is the median
-of the rounds' ratios, with a bootstrap interval of 95 %.
+of the rounds' ratios, with a bootstrap interval of 95%.
 
-Exit status: 1 if a workload takes over 15 % longer and the interval excludes 0, 2 if there is no such commit here.
+Exit status: 1 if a workload takes over 15% longer and the interval excludes 0, 2 if there is no such commit here.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ WORKLOADS = (
 
 @dataclass(frozen=True)
 class Change:
-    """The relative change of a time: 0.1 is 10 % longer. `low` and `high` are the ends of the interval."""
+    """The relative change of a time: 0.1 is 10% longer. `low` and `high` are the ends of the interval."""
 
     median: float
     low: float
@@ -159,7 +159,7 @@ def changes_table(changes: dict[str, Change]) -> str:
         )
         for name, change in changes.items()
     ]
-    return report.table(("workload", "time", "95 % interval", ""), rows)
+    return report.table(("workload", "time", "95% interval", ""), rows)
 
 
 def _service(name: str, tree: Path, python: Path) -> Contender:

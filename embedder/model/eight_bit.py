@@ -47,7 +47,7 @@ def check_weight_format(weight_format: WeightFormat | None, device: torch.device
         capability, found = (0, 0), f"the device is {device}"
     if capability < FP8_CAPABILITY:
         raise ModelUnavailable(
-            "EMBEDDER_WEIGHTS=fp8 needs a GPU of Nvidia's Ada or Hopper generation or later (capability 8.9); "
+            "EMBEDDER_WEIGHTS=fp8 needs an NVIDIA GPU of the Ada or Hopper generation or newer (capability 8.9); "
             f"{found}. Set EMBEDDER_WEIGHTS=int8, which runs on every device"
         )
     if dtype != torch.bfloat16:

@@ -30,7 +30,7 @@ MEASURED_SIDE = 448  # pixels: 784 patches
 MEASURED_WORDS = 250
 NUM_MEASURED = 2  # layers of each tower, after one that allocates the memory
 PROMPT_TOKENS = 40  # upper estimate of the chat template and the instruction
-MARGIN = 1.5  # of the time-out that the warning proposes
+MARGIN = 1.5  # of the timeout that the warning proposes
 
 
 class _Measured(Exception):
@@ -73,7 +73,7 @@ class Speed:
 
 
 def warn_if_slow(forward: Forward, preprocess: Preprocessor) -> None:
-    """Log how long the largest picture and the longest text take, with a warning if that exceeds the time-out."""
+    """Log how long the largest picture and the longest text take, with a warning if that exceeds the timeout."""
     speed = measure_speed(forward, preprocess)
     if speed is None:
         return
@@ -157,7 +157,7 @@ def _layer_seconds(forward: Forward, one: ModelInput, merge_size: int) -> float:
 def _warn(kind: str, seconds: float, settings: Settings, other: str) -> None:
     proposed_s = math.ceil(seconds * MARGIN / 10) * 10
     logger.warning(
-        "the largest %s takes about %s on this CPU, longer than the time-out of %g s, and gets 504. "
+        "the largest %s takes about %s on this CPU, longer than the timeout of %g s, and gets 504. "
         "Set EMBEDDER_REQUEST_TIMEOUT_S=%d or %s, or use a CPU with more cores, AVX512-BF16 or AMX",
         kind,
         _shown(seconds),

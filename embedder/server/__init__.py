@@ -5,11 +5,11 @@ be deleted, and which test fails when upstream changes.
 
 bento_app.serve_inside
     Subclasses the class of a BentoML service, so that our middlewares are outside of BentoML's (BentoML 1.4.40).
-    `Service.add_asgi_middleware` puts them inside of BentoML's time-out middleware. That one keeps a timer for each
-    request until the time-out has passed, 150 s by default: about 400 bytes each, or 240 MB at 4,000 requests per
+    `Service.add_asgi_middleware` puts them inside of BentoML's timeout middleware. That one keeps a timer for each
+    request until the timeout has passed, 150 s by default: about 400 bytes each, or 240 MB at 4,000 requests per
     second (`python -m benchmarks.bento_timers`, bundled model). It costs no measurable time next to a real forward
     pass. It also leaves the caller waiting when an exception passes through it.
-    Goes when: the time-out of a service can be None.
+    Goes when: the timeout of a service can be None.
     Test: tests/server/test_service.py, every route.
 bento_app.RaisingErrors
     Reads the body of BentoML's error responses, which have three shapes (BentoML 1.4.40).

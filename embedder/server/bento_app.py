@@ -57,8 +57,8 @@ RAISED = "embedder.error"  # key of an ASGI message that carries an exception ou
 def serve_inside(service: Any, wrap: Callable[[ASGIApp], ASGIApp]) -> None:
     """Make a BentoML service serve `wrap(its own app)`.
 
-    `Service.add_asgi_middleware` would put our middlewares inside BentoML's. Its time-out middleware keeps a timer for
-    each request until the time-out has passed, also after the response, and hangs when an exception passes through.
+    `Service.add_asgi_middleware` would put our middlewares inside BentoML's. Its timeout middleware keeps a timer for
+    each request until the timeout has passed, also after the response, and hangs when an exception passes through.
     """
 
     class Wrapped(type(service)):  # type: ignore[misc]  # BentoML's Service class

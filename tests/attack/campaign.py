@@ -203,7 +203,7 @@ def attack(port: int, seconds: float, seed: str, names: list[str], counts: multi
         draw = random.Random(f"{seed} {index}")
         while time.monotonic() < until_s:
             name = draw.choice(names)
-            with contextlib.suppress(OSError, http.client.HTTPException):  # a refusal, a reset, a time-out
+            with contextlib.suppress(OSError, http.client.HTTPException):  # a refusal, a reset, a timeout
                 KINDS[name](draw, port)
             counts.put(name)
 

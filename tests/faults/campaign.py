@@ -189,7 +189,7 @@ class Report:
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Campaign]:
-    """A service of the bundled model and its callers, who wait at most its time-out and some seconds."""
+    """A service of the bundled model and its callers, who wait at most its timeout and some seconds."""
     temporary = folder / "temporary"
     temporary.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(temporary)]
