@@ -57,7 +57,7 @@ class ApiKeys:
             if not self._from_setting:
                 raise ValueError(
                     "EMBEDDER_API_KEY holds no key; allowed: one, or several with commas between them. "
-                    "Unset the variable if no key is to be needed"
+                    "To run without API keys, unset the variable"
                 )
         if self._path:
             self._stamp = _stamp(self._path)

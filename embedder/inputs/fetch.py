@@ -176,7 +176,7 @@ def _translated_errors(name: str, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except TimeoutError as error:
-        raise MediaUnavailable(f"{name}: not complete after {timeout_s:g} s (url_timeout_s)") from error
+        raise MediaUnavailable(f"{name}: not complete after {timeout_s:g} s (EMBEDDER_URL_TIMEOUT_S)") from error
     except tuple(_REASONS) as error:
         reason = next(reason for kind, reason in _REASONS.items() if isinstance(error, kind))
         raise MediaUnavailable(f"{name}: {reason}") from error
