@@ -134,7 +134,7 @@ class InputTooLong(InvalidRequest):
     """Content that may not be cut (instruction, image and video tokens) does not fit the model's context."""
 
     code = "input_too_long"
-    remedy = "Send less, or let the operator raise `EMBEDDER_MAX_INPUT_TOKENS` or `EMBEDDER_MAX_TEXT_CHARS`."
+    remedy = "Send less, or ask the operator to raise `EMBEDDER_MAX_INPUT_TOKENS` or `EMBEDDER_MAX_TEXT_CHARS`."
 
 
 class UnsupportedDimensions(InvalidRequest):
@@ -149,7 +149,7 @@ class RequestTooLarge(InvalidRequest):
 
     status = 413
     code = "request_too_large"
-    remedy = "Send several smaller requests, or let the operator raise the setting that `message` names."
+    remedy = "Send several smaller requests, or ask the operator to raise the setting that `message` names."
 
 
 class UnsupportedContentType(InvalidRequest):
@@ -185,7 +185,7 @@ class MediaTooLarge(InvalidRequest):
 
     status = 413
     code = "media_too_large"
-    remedy = "Send a smaller file, or let the operator raise the limit that `message` names."
+    remedy = "Send a smaller file, or ask the operator to raise the limit that `message` names."
 
 
 class UnsupportedTransferCoding(EmbedderError):
@@ -212,7 +212,7 @@ class Overloaded(EmbedderError):
     status = 429
     type = "unavailable"
     code = "overloaded"
-    remedy = "Try again after the seconds in `Retry-After`. If this happens often, let the operator add replicas."
+    remedy = "Try again after `Retry-After` seconds. If this happens often, ask the operator to add replicas."
 
     def __init__(self, message: str, *, retry_after_s: float, item: int | None = None) -> None:
         """`retry_after_s`: estimated seconds until there is capacity again."""
@@ -230,7 +230,7 @@ class DeadlineExceeded(EmbedderError):
     status = 504
     type = "unavailable"
     code = "deadline_exceeded"
-    remedy = "Send fewer or smaller items, or let the operator raise `EMBEDDER_REQUEST_TIMEOUT_S`."
+    remedy = "Send fewer or smaller items, or ask the operator to raise `EMBEDDER_REQUEST_TIMEOUT_S`."
 
 
 class NotReady(EmbedderError):
@@ -262,7 +262,7 @@ class DeviceOutOfMemory(EngineFailed):
     """A batch, or an item by itself, does not fit into the device's memory."""
 
     code = "device_out_of_memory"
-    remedy = "Send smaller items, or let the operator use a device with more memory."
+    remedy = "Send smaller items, or ask the operator to use a device with more memory."
 
 
 class DeviceFailed(EmbedderError):
@@ -292,7 +292,7 @@ def without_traceback(error: Raised) -> Raised:
 
 
 class AttributedToItem:
-    """Sets `item` of an error that an item causes inside the block: the item's index in its request.
+    """Context manager: gives an error of an item that is raised in the block the item's index in its request.
 
     A class, because it is entered for each request and item, and a generator takes three times as long (0.7 µs on one
     core of an AMD EPYC, `python -m benchmarks.micro`). In a loop, `for block.index, item in enumerate(items)` saves
@@ -327,7 +327,7 @@ def recorded(index: int, errors: Literal["raise", "return"], outcomes: list[Any]
 
 @contextmanager
 def attributed_to_query() -> Iterator[None]:
-    """An error of an item that is raised in the block says that the query of a reranking request caused it."""
+    """Make an error of an item that is raised in the block say that the query of a reranking request caused it."""
     try:
         yield
     except ITEM_ERRORS as error:

@@ -96,8 +96,8 @@ def allowed_address(url: str, url_hosts: str) -> Address:
     """Parse a URL and check it against `Settings.url_hosts`. Raises `InvalidRequest`."""
     if not url_hosts:
         raise InvalidRequest(
-            f"got a URL, {describe_value(url)}, and URLs are off; send base64 or a data URI, or let the operator set "
-            "EMBEDDER_URL_HOSTS"
+            f"got a URL, {describe_value(url)}, and URLs are off; send base64 or a data URI, or ask the operator to "
+            "set EMBEDDER_URL_HOSTS"
         )
     address = _parse(url)
     if not any(_matches_entry(entry.strip(), address) for entry in url_hosts.split(",")):

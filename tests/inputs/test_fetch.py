@@ -647,7 +647,7 @@ def test_urls_are_off_by_default_on_every_route(server: Server) -> None:
     for path, body in bodies("https://a.com/a.png"):
         status, code, message = ask(server, path, body)
         assert (status, code) == (400, "invalid_request"), path
-        assert "URLs are off; send base64 or a data URI, or let the operator set EMBEDDER_URL_HOSTS" in message
+        assert "URLs are off; send base64 or a data URI, or ask the operator to set EMBEDDER_URL_HOSTS" in message
 
 
 @pytest.mark.slow

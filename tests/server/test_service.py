@@ -138,7 +138,7 @@ BAD_REQUESTS: dict[str, tuple[str, Any, int, str, str]] = {
     "1:500 image": ("/img/embed", {"input": b64(encoded(picture(4, 2000)))}, 400, "invalid_media", "aspect ratio of 500:1; allowed: up to 200:1"),
     "not base64": ("/img/embed", {"input": "it's red"}, 400, "invalid_media", "not valid base64"),
     "a path": ("/img/embed", {"input": "/etc/hostname"}, 400, "invalid_media", "not valid base64"),
-    "a URL": ("/img/embed", {"input": "https://example.com/a.png"}, 400, "invalid_request", "URLs are off; send base64 or a data URI, or let the operator set EMBEDDER_URL_HOSTS"),
+    "a URL": ("/img/embed", {"input": "https://example.com/a.png"}, 400, "invalid_request", "URLs are off; send base64 or a data URI, or ask the operator to set EMBEDDER_URL_HOSTS"),
     "truncated PNG": ("/img/embed", {"input": b64(encoded(picture(99, 99))[:-300])}, 400, "invalid_media", "truncated"),
     "empty image": ("/img/embed", {"input": ""}, 400, "invalid_media", "image is empty"),
     "a PDF": ("/img/embed", {"input": b64(b"%PDF-1.7 and so on")}, 400, "invalid_media", "PDF document"),
