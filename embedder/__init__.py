@@ -5,18 +5,22 @@
     with Embedder("Qwen/Qwen3-VL-Embedding-2B") as embedder:
         red, swatch = embedder.embed(["red", {"image": open("red.png", "rb").read()}])
 
-An item goes through these folders, top to bottom; imports point down only:
+An item goes through these folders, top to bottom:
 
     http/           a request body -> items; embeddings -> a response body
     engine/         which items run together, on which thread, and for how long
     inputs/         untrusted text, images, videos and URLs -> token ids and patches
     model/          token ids and patches -> hidden states, on the device
 
-Next to them: `models` connects the loaded models (`loaded_model`) with an engine; `embedder` and `reranker` are that
-for programs; `settings` reads the environment; `errors` has everything that can go wrong; `doctor` is a command that
-checks what a start needs. `server/` holds what depends on BentoML's and uvicorn's internals, `telemetry/` metrics,
-spans and logs, `bulk/` the command for whole data sets, `playground/` the page, `verify/` the command that checks a
-checkpoint or a running service. `default_model/`, `default_reranker/` and `demo/` are small trained models and images.
+Of these, `http` imports `engine` and `inputs`; `engine` and `model` import only `inputs`; `inputs` imports none.
+
+Next to them: `models` connects the loaded models (`loaded_model`) with an engine; `embedder` and `reranker` are the
+same for Python programs; `settings` reads the environment; `errors` defines everything that can go wrong; `doctor`
+is a command that checks what a start needs. `server/` holds what depends on BentoML's and uvicorn's internals,
+`telemetry/` metrics, spans and logs, `documents/` turns files into pages, `bulk/` is the command for whole data sets,
+`search/` the command that searches what `bulk` has embedded, `playground/` the web page, `verify/` the command that
+checks a checkpoint or a running service. `default_model/`, `default_reranker/` and `demo/` are small trained models and
+images.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
 # Batches have many sizes, and each would leave blocks of its own size in torch's cache of a GPU's memory. Segments that
-# grow hold all sizes. Not measured: no GPU has run this project yet.
+# grow hold all sizes. Not measured: this project has not been run on a GPU yet.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
@@ -44,7 +48,7 @@ __all__ = ["Embedder", "Reranker", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Embedder` and `Reranker` are imported on first use: torch and transformers take seconds."""
+    """Import `Embedder` and `Reranker` on first use, because importing torch takes seconds."""
     if name == "Embedder":
         from embedder.embedder import Embedder
 

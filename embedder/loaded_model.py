@@ -96,7 +96,7 @@ class EmbeddingModel:
         return wait
 
     def use_vision_cache(self, cache: VisionCache) -> None:
-        """Reuse the features of images and clips that come again."""
+        """Reuse the features of images and clips that occur again."""
         self.forward.vision_cache = cache
         self.preprocessor.hashes_media = True
 
@@ -143,7 +143,7 @@ class EmbeddingModel:
 
     @property
     def weight_format(self) -> str:
-        """int8 or fp8, or the data type of the model if the layers' weights have no 8 bits."""
+        """int8 or fp8, or the data type of the model if the layers' weights are not in 8 bits."""
         return self.settings.weights or str(self.forward.dtype).removeprefix("torch.")
 
     @property

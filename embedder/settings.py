@@ -263,7 +263,7 @@ def make_metrics_folder() -> None:
 def metrics_folder() -> str | None:
     """The folder where prometheus_client keeps the values of all workers; None outside of a worker.
 
-    Created again if temporary files were swept since the service has started.
+    Created again if temporary files were deleted since the service started.
     """
     if PROMETHEUS_FOLDER in os.environ and METRICS_FOLDER in os.environ:
         os.environ[PROMETHEUS_FOLDER] = os.environ[METRICS_FOLDER]

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        from embedder.bulk.command import run  # takes 2 s, which --help and wrong arguments need not wait
+        from embedder.bulk.command import run  # takes 2 s; --help and wrong arguments should not wait for it
     except ModuleNotFoundError as missing:
         raise SystemExit(f"{missing.name} is not installed: pip install -e '.[bulk]'") from None
     return run(options, parser)

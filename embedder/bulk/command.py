@@ -124,7 +124,7 @@ def _finish(schema: pa.Schema, parts: Sequence[Part], writer: Writer) -> int:
 
 
 def _run(job: Job, parts: Sequence[Part], address: str | None) -> Iterator[dict[str, Any]]:
-    """Embed the parts with Ray. Ray is imported here because that takes 3.5 s, which wrong arguments need not wait."""
+    """Embed the parts with Ray. Ray is imported here: that takes 3.5 s, and wrong arguments are reported before."""
     from embedder.bulk.actors import run_parts
 
     return run_parts(job, parts, address)

@@ -43,8 +43,8 @@ Places = Set[int] | None
 class Part:
     """`num_rows` rows of the file `path` from `first_row` on (in JSONL at byte `offset`), or pictures, clips and pages.
 
-    `names`: of the pictures, clips and pages. Paths are relative to the input folder. A tar is one part of 0 rows:
-    their number is known only after reading it. `digest`: of the rows' bytes, in JSONL only.
+    `names`: those of the pictures, clips and pages. Paths are relative to the input folder. A tar is one part with
+    `num_rows` 0: the number is known only after reading it. `digest`: a hash of the rows' bytes (only in JSONL).
     """
 
     number: int
@@ -56,7 +56,7 @@ class Part:
     digest: str = ""
 
     def to_json(self) -> str:
-        """As a string, which Ray transports unchanged."""
+        """Serialize to a string, which Ray transports unchanged."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -70,7 +70,7 @@ class Part:
 class Format:
     """`plan`: folder, files, rows per part, and parts that exist -> fields of the other parts.
 
-    `read`: folder, part, columns, places -> records. `places`: in the part, from 0, of the records that are wanted;
+    `read`: folder, part, columns, places -> records. `places`: positions in the part, from 0, of the wanted records;
     others may be empty. None: all are wanted.
     """
 
@@ -89,7 +89,7 @@ class InputFiles:
 
 
 def find_files(path: Path, folder: Path) -> InputFiles:
-    """Find the files of the input. Pictures, clips and documents are it only if no file of another format is there.
+    """Find the files of the input. Pictures, clips and documents count only if no other format is there.
 
     Raises `ValueError` if there is no file, or if there are several formats.
     """

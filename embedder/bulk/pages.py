@@ -68,7 +68,7 @@ class FolderPages:
         return iter(segment_names(name, size, self._segment_s))
 
     def clip(self, name: str) -> bytes:
-        """The bytes of a clip. The segments of one, which follow each other, share them.
+        """The bytes of a clip. Consecutive segments of a clip share them.
 
         Raises `InvalidMedia` and `MediaTooLarge`.
         """
@@ -79,7 +79,7 @@ class FolderPages:
         return data
 
     def render(self, name: str, number: int, regime: Regime) -> Page:
-        """A page of a document. `number` 0: of one that could not be opened, which raises why.
+        """Render a page of a document. `number` 0: the document could not be opened; this raises its error.
 
         Raises `InvalidMedia` and `MediaTooLarge`.
         """
@@ -173,7 +173,7 @@ def is_office(name: str) -> bool:
 
 
 def split_page(row_id: str) -> tuple[str, int]:
-    """`a.pdf#page=3` -> path and number of the page; 0 of a file without pages, and of a clip's segment."""
+    """`a.pdf#page=3` -> path and number of the page; 0 for a file without pages, and for a clip's segment."""
     path, separator, number = row_id.rpartition(PAGE)
     if separator and is_document(path) and number.isdecimal():
         return path, int(number)

@@ -35,7 +35,7 @@ class Changes:
 
 @dataclass(frozen=True)
 class Plan:
-    """`shrunk`: numbers of parts that have rows to take out. `next_number`: no part has had it, or a larger one."""
+    """`shrunk`: numbers of the parts from which rows must be removed. `next_number`: that of the next new part."""
 
     files: dict[str, Stamp] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)

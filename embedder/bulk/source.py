@@ -46,9 +46,9 @@ class Columns:
 
 @dataclass(frozen=True)
 class Row:
-    """`fields`: those of `item_from_fields`, or the error of the row. `text`: the text layer of a page.
+    """`fields`: the argument of `item_from_fields`, or the row's error. `text`: the text layer of a page.
 
-    `segment`: of a clip.
+    `segment`: the part of a clip that is the row; None: it is not a segment.
     """
 
     id: Any
@@ -94,8 +94,8 @@ class Source:
     ) -> list[Part]:
         """The rows of the files `names` (None: of all) in parts, in their order. A tar is one part.
 
-        `existing`: parts whose rows are left out. `first_number`: of the parts. `rows_per_part` None: a number that
-        depends on the format.
+        `existing`: parts whose rows are left out. `first_number`: number of the first part. `rows_per_part` None: a
+        number that depends on the format.
         """
         names = self.names if names is None else names
         if self.format is FOLDER:
@@ -110,8 +110,8 @@ class Source:
     def rows(self, part: Part, regime: Regime = _PUBLISHED, only: Places = None) -> Iterator[Row]:
         """The rows of a part, in order. Raises one of `FILE_ERRORS` if the file is broken.
 
-        `regime`: of the model, which gives the size of a document's pages. `only`: places in the part, from 0; other
-        rows are left out.
+        `regime`: the model's, which determines the size of a document's pages. `only`: positions in the part, from 0;
+        other rows are left out.
         """
         for place, (name, record) in enumerate(self.format.read(self.folder, part, self._read, only)):
             if only is not None and place not in only:

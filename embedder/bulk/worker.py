@@ -69,7 +69,7 @@ def job_schema(job: Job, source: Source, dimensions: int) -> pa.Schema:
 class Worker:
     """A Ray actor: part in, counts out. Raises `EngineFailed` if the engine cannot embed anything anymore.
 
-    `observer`: of the engine.
+    `observer`: called by the engine at each stage of an item.
     """
 
     def __init__(self, job: Job, observer: Observer | None = None) -> None:

@@ -41,7 +41,7 @@ def output_schema(
     has_thumbnail: bool = False,
     has_segments: bool = False,
 ) -> pa.Schema:
-    """Columns of the output. Of `embedding` and `error` one is null. `text`: the text layer of a document's page.
+    """Columns of the output. One of `embedding` and `error` is null. `text`: the text layer of a document's page.
     `thumbnail`: JPEG. `start_s`, `end_s`: of a clip's segment.
     """
     num_values = (dimensions + 7) // 8 if output_dtype in ("binary", "ubinary") else dimensions

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="", help="address that the service would listen on; default: all")
     parser.add_argument("--port", type=int, default=3000)
     chosen = parser.parse_args(arguments)
-    from embedder.doctor.report import examine  # takes 2 s, which --help need not wait
+    from embedder.doctor.report import examine  # takes 2 s; --help should not wait for it
 
     report = examine(chosen.model, chosen.host, chosen.port)
     print(report)

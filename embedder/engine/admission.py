@@ -95,13 +95,13 @@ class Admission:
         self._measured_s = 0.0  # when an item left last, or when the first one entered an empty queue
 
     def has_capacity(self, num_tokens: int, priority: int = 0) -> bool:
-        """True if so many tokens may enter. An empty queue accepts any number: an item may exceed the limit."""
+        """True if this many tokens may enter. An empty queue accepts any number: an item may exceed the limit."""
         if self._is_for_others(priority):
             return False
         return not self.pending_tokens or self.pending_tokens + num_tokens <= self._settings.max_queued_tokens
 
     def _is_for_others(self, priority: int) -> bool:
-        """Whether so many tokens wait that only requests of the default priority may enter."""
+        """Whether the queue is so full that only requests of the default priority may enter."""
         return priority > 0 and self.pending_tokens > QUEUE_SHARE * self._settings.max_queued_tokens
 
     def admit(self, num_tokens: int, reservation: Reservation | None, now_s: float) -> None:

@@ -34,7 +34,7 @@ async def embed_all(
     """Embed all items, in order. Raises the first error in order, with the item's index, and cancels the other items.
 
     Also raises `DeadlineExceeded` after `timeout_s`, and `Overloaded`, `RequestTooLarge`, `ShuttingDown` and
-    `DeviceFailed`, which concern the whole request. With a `priority` above 0, requests of lower ones go first.
+    `DeviceFailed`, which concern the whole request. With a `priority` above 0, requests with a lower one go first.
     """
     return await _compute(engine, items, timeout_s, priority, _embeddings)
 
@@ -85,7 +85,7 @@ async def _embeddings(futures: Sequence[Future[Embedding]]) -> list[Embedding]:
 
 
 async def _result(future: Future[Any]) -> Any:
-    """The result of a future; most futures of a request are done with the first. Cancelling this leaves it as it is.
+    """Await the result of a future, which is not cancelled with the caller. Most of a request's futures end together.
 
     `asyncio.wrap_future` does more and takes twice as long.
     """

@@ -40,7 +40,7 @@ class InFlightBatch:
 class Device:
     """Calls `launch`, in the engine's device thread only. `is_wanted`: whether somebody waits for a job.
 
-    `busy_since_s` is when the batch that now computes started, or infinity; the watchdog reads it from its thread.
+    `busy_since_s` is the time at which the current batch started, or infinity; the watchdog reads it from its thread.
     """
 
     def __init__(self, launch: Launch, is_wanted: Callable[[Job], bool]) -> None:

@@ -1,4 +1,4 @@
-"""One admitted item on its way through the engine, and the errors that say no more than its caller may know."""
+"""One admitted item on its way through the engine, and errors that reveal no more than its caller may know."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from embedder.inputs.preprocess import ModelInput
 class Job:
     """An item, its future, and what is known of it so far.
 
-    `request` None: of its own. `num_tokens` is the estimate at admission. `delay` is how much longer its request waits
-    than others. `num_bytes` is the size of `model_input`, which preprocessing sets.
+    `request`: which request it belongs to; None: one of its own. `num_tokens` is the estimate at admission. `delay` is
+    how much longer its request waits than others. `num_bytes` is the size of `model_input`, which preprocessing sets.
     `fetched` is the item with bytes in place of its URLs, while it waits for a process. `is_repeated`: its first
     process was killed.
     `key` identifies the content if vectors are cached; otherwise it is different for every job. `context` is the

@@ -1,9 +1,9 @@
-"""What the priority of a request does: one with a higher number lets others go first, for a bounded time.
+"""The priority of a request: one with a higher number lets others go first, for a limited time.
 
-0 is the default, and no request can go before that, because otherwise every caller could claim to be first. A request
-with a higher number has a delay: half of `MAX_DELAY` for 1, two thirds for 2, three quarters for 3, and so on. Its
-items let those of requests with lower numbers go first that arrive within the delay. Once the request is older than
-its delay, it is treated like the others. So its priority makes it wait at most twice its delay, whatever others send.
+0 is the default, and no request can be ahead of that, because otherwise every caller could claim to be first. A request
+with a higher number has a delay: half of `MAX_DELAY` for 1, two thirds for 2, three quarters for 3, and so on. Items of
+requests with lower numbers that arrive within the delay go before its items. Once the request is older than its delay,
+it is treated like the others. So its priority makes it wait at most twice its delay, whatever others send.
 On an idle device it does not wait at all. Requests with the same priority share the device fairly.
 """
 

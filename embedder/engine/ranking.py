@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 
 def sigmoid(logit: float) -> float:
-    """The probability of log-odds."""
+    """Convert log-odds to a probability."""
     return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
 
 
 def best_first(scores: Sequence[float]) -> list[int]:
-    """The places of the scores, the highest first; of equal ones, the first."""
+    """The indices of the scores, the highest score first; equal scores stay in order."""
     return sorted(range(len(scores)), key=lambda place: -scores[place])

@@ -1,4 +1,4 @@
-"""Chooses which waiting jobs run next, within a token budget: fair between requests, cheap jobs first, with aging.
+"""Chooses which waiting jobs run next, within a token budget: fair queueing, shortest job first, with aging.
 
 Each request has a first-in first-out queue, and only its first job competes with those of other requests. That job's
 deadline is the start of its turn plus `STRETCH` times its expected duration; the earliest deadline runs first. So a
@@ -46,7 +46,7 @@ ON_GPU = BatchLength(0.05, 4096)
 
 
 class Delay(NamedTuple):
-    """Jobs of a request whose turns begin before `until_s` let those of others go first that come `seconds` later."""
+    """Jobs of a request whose turns begin before `until_s` get deadlines that are `seconds` later."""
 
     seconds: float
     until_s: float
@@ -143,7 +143,7 @@ class Scheduler(Generic[Job]):
 
 @dataclass
 class Rate:
-    """Seconds per token, as measured lately: a measurement's weight halves with every `HALF_LIFE_S` measured after it.
+    """Recent seconds per token: a measurement's weight halves with every `HALF_LIFE_S` measured after it.
 
     `seconds_per_token` is the caller's guess until something was measured.
     """

@@ -93,7 +93,7 @@ class RequestBoundary:
 
 
 def _without_trailing_slashes(path: str) -> str:
-    """The path as the routes have it: a redirect would send clients behind a proxy to `http://`, and lose bodies."""
+    """The path as the routes have it. A redirect would send clients of a proxy to `http://`, and lose bodies."""
     return path if path in _PAGES else path.rstrip("/") or "/"
 
 

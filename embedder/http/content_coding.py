@@ -28,7 +28,7 @@ _ALIASES = {"x-gzip": "gzip"}
 
 MIN_COMPRESSED_BYTES = 2**10  # of a response: a smaller one fits in one packet anyway
 COMPRESSED_IN_THREAD_BYTES = 2**14  # compressing fewer bytes takes less time than passing them to a thread
-# For 100 vectors of 2,048 values in JSON, level 6 takes 131 ms instead of 18, for 9 % fewer bytes (one core of an AMD
+# For 100 vectors of 2,048 values in JSON, level 6 takes 131 ms instead of 18, for 9% fewer bytes (one core of an AMD
 # EPYC, `python -m benchmarks.micro`).
 LEVEL = 1
 

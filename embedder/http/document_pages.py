@@ -56,7 +56,7 @@ class DocumentPages:
         """Each page's embedding or error, in order.
 
         Raises the errors that concern the whole request: those of the document, and those of `embed_each`. `priority`:
-        as there.
+        as for `embed_each`.
         """
         timeout_s = self._settings.request_timeout_s
         futures: list[Future[Embedding]] = []

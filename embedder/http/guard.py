@@ -33,7 +33,7 @@ from embedder.settings import Settings
 SMALL_BODY_BYTES = 2**16  # a body up to this size is accepted even when `max_held_bytes` is used up
 # Counting the values of a smaller body takes 9 ms at most (one core of an AMD EPYC, `python -m benchmarks.micro`).
 COUNTED_AT_ONCE_BYTES = 2**20
-GRACE_S, MIN_BYTES_PER_S = 20.0, 500  # a body may be slower than this for so long
+GRACE_S, MIN_BYTES_PER_S = 20.0, 500  # a body may be slower than this during the grace period
 RETRY_AFTER_S = 1  # when `max_held_bytes` is used up: bodies are freed as soon as their requests end
 
 

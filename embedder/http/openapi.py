@@ -250,7 +250,7 @@ def _post(routes: Sequence[Dialect[Any] | TokenRoute]) -> dict[str, Any]:
 
 
 def _query_options(model: type[BaseModel], file: str) -> list[dict[str, Any]]:
-    """The fields of a form but its files, as parameters of the URL. Without defaults: fields of a body come first."""
+    """The fields of a form except its files, as URL parameters. Without defaults: fields of a body take precedence."""
     parameters = []
     for name, schema in model.model_json_schema()["properties"].items():
         kinds = [one for one in schema.get("anyOf", [schema]) if one != {"type": "null"}]

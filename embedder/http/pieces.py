@@ -1,7 +1,7 @@
 """The pieces of a body, joined without stopping the event loop.
 
-Copying 64 MiB takes 30 ms (one core of an AMD EPYC), and most ways to do it hold the GIL so long. `bytes.join` releases
-it.
+Copying 64 MiB takes 30 ms (one core of an AMD EPYC), and most ways to do it hold the GIL for that long. `bytes.join`
+releases it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ PIECE_BYTES = 2**20  # smaller pieces are gathered to this size: each is an obje
 
 
 class Pieces:
-    """Bytes in the order of their arrival. `num_bytes`: of all."""
+    """Bytes in the order of their arrival. `num_bytes`: their total number."""
 
     def __init__(self) -> None:
         self.num_bytes = 0

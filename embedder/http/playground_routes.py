@@ -67,8 +67,8 @@ def _fields(outcome: Embedding | EmbedderError) -> dict[str, Any]:
 
 
 class PlaygroundRoutes:
-    """`routes`: for a router. `collection` gives what is searched, or raises `NotReady`. `scoring` gives what scores
-    documents, or raises `NotFound`.
+    """`routes`: for a router. `collection` returns what is searched, or raises `NotReady`. `scoring` returns what
+    scores documents, or raises `NotFound`.
     """
 
     def __init__(self, bodies: BodyReader, collection: Callable[[], Collection], scoring: Callable[[], Score]) -> None:

@@ -242,7 +242,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _explain_unknown(unknown: list[_Location], missing: list[str], model: type[BaseModel]) -> str:
-    """The unknown fields of one object. The only unknown field of a body is taken for its only missing one."""
+    """The unknown fields of one object. A body's only unknown field is taken to be its only missing one, misspelled."""
     *_, holder, _ = _place(unknown[0], model)
     names = [str(location[-1]) for location in unknown if location[:-1] == unknown[0][:-1]]
     message = unknown_fields_message(names, known_names(holder))

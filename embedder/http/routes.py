@@ -114,7 +114,7 @@ class Serving:
 
 
 class ModelName(PathConvertor):
-    """A model's name in a path: also a hub id, which has a slash. It leaves `/infer` to the route that ends so."""
+    """A model's name in a path; it may be a hub id, which has a slash. A final `/infer` is not part of the name."""
 
     regex = r"[\s\S]+(?<!/infer)"
 
@@ -205,7 +205,7 @@ class Routes:
         if scope["type"] != "http":
             await self._default(scope, receive, send)
         elif scope["method"] == "POST" and scope["path"] in self._dialects:
-            # Starlette's router would take some percent longer
+            # Starlette's router would take a few percent longer
             response = await self._embed(self._dialects[scope["path"]], Request(scope, receive))
             await response(scope, receive, send)
         else:
@@ -350,7 +350,7 @@ def _any_model(path: str) -> str:
 def path_hint(path: str) -> str:
     """The path of a POST route that a caller of an unknown path may mean; empty if there is none.
 
-    A misspelled path is like one of them; one with a base URL that has a part too many ends in one.
+    A misspelled path resembles one of them; a path after a base URL with one part too many ends with one.
     """
     nearest = difflib.get_close_matches(path, _POST_PATHS, 1, 0.75)
     if nearest and difflib.SequenceMatcher(None, path, nearest[0]).ratio() > 0.85:

@@ -40,7 +40,7 @@ def is_upload(content_type: str) -> bool:
 async def upload_fields(
     content_type: str, body: bytes, query: str, *, name: str, max_items: int
 ) -> dict[str, list[bytes | str]]:
-    """The values of each field, in order. `name`: of the field with a body that is an image.
+    """The values of each field, in order. `name`: the field of a body that is an image.
 
     Raises `InvalidRequest` and `RequestTooLarge`.
     """
@@ -78,7 +78,7 @@ async def _form(content_type: str, body: bytes, max_items: int) -> _Fields:
 
 @dataclass
 class _Fields:
-    """Values by the name of their field. `file_name`: of the last file that has one."""
+    """Values by the name of their field. `file_name`: that of the last file that has one."""
 
     values: dict[str, list[bytes | str]] = field(default_factory=dict)
     file_name: str = ""

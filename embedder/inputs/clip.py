@@ -238,7 +238,7 @@ def _read_packets(
 def _timeline(packets: list[Packet[Any]], stream: VideoStream) -> tuple[list[int], float]:
     """Timestamps of the visible frames, in order, and the frame rate.
 
-    The reference's readers take the frame rate from the header. It is used if the timestamps agree within 2 %;
+    The reference's readers take the frame rate from the header. It is used if the timestamps agree within 2%;
     otherwise the rate is computed from the timestamps.
     """
     visible = sorted((packet.pts or 0, packet.duration or 0) for packet in packets if _is_visible(packet, stream))

@@ -46,7 +46,7 @@ def is_scan(marker: bytes) -> bool:
 def coefficient_bytes_per_pixel(image: PIL.Image.Image, data: bytes) -> float:
     """Memory of the coefficients, which libjpeg keeps if a JPEG has several scans: 2 bytes for each value.
 
-    It has if it is progressive, or if its first scan lacks a component.
+    A JPEG has several scans if it is progressive, or if its first scan lacks a component.
     """
     if not isinstance(image, JpegImageFile):
         return 0.0

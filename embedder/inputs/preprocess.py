@@ -145,7 +145,7 @@ class Preprocessor:
         return [(t, h // merge, w // merge) for t, h, w in (one.grid_thw for one in patches)]
 
     def _cost(self, num_tokens: int, patches: Sequence[Patches]) -> int:
-        """What so many tokens, and these patches in the vision tower, take, in tokens of the language tower."""
+        """The cost of these tokens, and of these patches in the vision tower, in tokens of the language tower."""
         num_patches = sum([len(one.pixels) for one in patches])
         return num_tokens + math.ceil(self.visual_cost * num_patches / self.vision.merge_size**2)
 

@@ -4,7 +4,7 @@
     uint8    torch's bicubic filter on bytes, which transformers' processors use
     float32  torch's bicubic filter on floats, rounded, which qwen-vl-utils uses for frames of videos
 
-The three differ by one or two in some percent of the values. All of them smooth when they shrink.
+The three differ by one or two in a few percent of the values. All of them smooth when they shrink.
 """
 
 from __future__ import annotations

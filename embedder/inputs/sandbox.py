@@ -139,14 +139,14 @@ def refuse_system_calls() -> bool:
 
 
 def refuse_network() -> bool:
-    """Refuse, from now on and in every program that this process becomes, to connect, and sockets but local ones."""
+    """Refuse all connections, and all sockets except local ones, also in every program that this process executes."""
     if sys.platform != "linux" or platform.machine() not in _MACHINES:
         return False
     return _install(_network_program(*_MACHINES[platform.machine()]))
 
 
 def restrict_files(readable: Sequence[str], writable: Sequence[str], with_sockets: Sequence[str]) -> bool:
-    """Refuse, from now on and in every program that this process becomes, all files but those below these paths.
+    """Refuse access to files outside these paths, from now on and in every program that this process executes.
 
     `with_sockets`: folders in which local sockets may be made, and nothing else may be done.
     By Landlock (Linux 5.13), which also keeps signals and abstract sockets inside where it can (6.12). A path that does

@@ -11,7 +11,7 @@ modules        the layers of both towers, by the names of their weights
 eight_bit      linear layers whose weights have 8 bits
 compact_table  token embeddings in 12 bits, without loss
 weights        checkpoint folder to both towers on the device
-onednn         its matrix product for any number of rows
+onednn         oneDNN's matrix product for any number of rows
 int8_digits    products of int8 weights by the CPU's instructions for integers
 products       linear layers of one input joined, and packed for oneDNN where that is faster
 packing        preprocessed items to one packed batch (no padding) on the device
@@ -19,7 +19,7 @@ positions      coordinates to rotary angles and interpolated position embeddings
 attention      attention over packed sequences: sdpa, varlen or flash_attn
 execution      how the layers run: eager, by torch.compile, as CUDA graphs, or both
 vision         patches to visual tokens and DeepStack features
-vision_cache   features of images and clips that come again
+vision_cache   features of images and clips that occur again
 language       tokens to the final hidden state of each item's last token
 forward        both towers, in order
 cuda_graphs    CUDA graphs of the language tower for small batches of text

@@ -2,8 +2,8 @@
 
 Each takes query (num_queries, num_heads, head_dim), key and value (num_keys, num_kv_heads, head_dim), and returns
 (num_queries, num_heads, head_dim). `queries` and `keys` say where the sequences are; sequence i of the queries attends
-sequence i of the keys. There may be more keys than queries: with `causal`, the two sequences are aligned at their ends
-(the last query attends all keys, the one before it all but the last).
+to sequence i of the keys. There may be more keys than queries: with `causal`, the two sequences are aligned at their
+ends (the last query attends to all keys, the one before it to all but the last).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # With more keys than queries, sdpa takes a mask, or queries of zeros before the first one. A mask is faster for few
 # queries: 100 times for 12 queries and 6,126 keys, twice for 300 and 1,000, as fast for 600 and 1,000, 0.6 times for
-# 1,480 and 1,500. The kernel then skips blocks of keys that no query attends (x86 with AVX2, one core, 2026-11-29).
+# 1,480 and 1,500. The kernel then skips blocks of keys that no query attends to (x86 with AVX2, one core, 2026-11-29).
 MAX_CACHED_MASK = 2**16  # elements; small sequences also take a mask whatever their lengths are
 MAX_MASK = 2**24  # elements; sdpa makes floats of them
 
@@ -133,7 +133,7 @@ def _takes_mask(num_queries: int, num_keys: int) -> bool:
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """(num_queries, num_keys) bool, True where a query attends a key; aligned at the ends."""
+    """(num_queries, num_keys) bool, True where a query attends to a key; aligned at the ends."""
     make = _cached_mask if num_queries * num_keys <= MAX_CACHED_MASK else _make_mask
     return make(num_queries, num_keys, device)
 

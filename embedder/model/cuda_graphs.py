@@ -124,7 +124,7 @@ def static_batch(num_tokens: int, device: torch.device) -> tuple[Tensor, PackedB
 def static_bytes(inputs: Sequence[ModelInput], num_tokens: int) -> Tensor:
     """The inputs as the bytes that a graph of `num_tokens` reads: one copy moves all of them.
 
-    Items that are missing up to `MAX_ITEMS` + 1 are empty ones behind the last token.
+    Items that are missing up to `MAX_ITEMS` + 1 are empty ones after the last token.
     """
     packed = pack(pad_to_size(inputs, num_tokens), 1, CPU)
     num_missing = MAX_ITEMS + 1 - len(packed.pooled_index)

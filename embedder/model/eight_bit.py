@@ -56,7 +56,7 @@ def check_weight_format(weight_format: WeightFormat | None, device: torch.device
 
 
 def eight_bit_names(shapes: Mapping[str, Shape]) -> set[str]:
-    """The weights that get 8 bits, of those of a trunk: those of the language tower's layers but the first ones."""
+    """The weights of a trunk that get 8 bits: those of the language tower's layers except the first ones."""
     numbers = {name: int(match[1]) for name in shapes if (match := _LAYERS.fullmatch(name)) and len(shapes[name]) == 2}
     num_kept = int((1 + max(numbers.values(), default=0)) * KEPT_SHARE)
     return {name for name, number in numbers.items() if number >= num_kept}
@@ -141,8 +141,8 @@ class Int8Linear(EightBitLinear):
     A CPU with instructions for integers uses `DigitLinear` instead, if that is faster. On other CPUs, torch has a
     product that reads int8 (`max_direct_rows`: up to so many rows it is used). For more rows, the weight is converted
     to the type of the states in `scratch`, which all layers of a model share, and then multiplied by `product`. On a
-    GPU, the converted weight is allocated for each product: torch's own product with int8 is not for speed there, it
-    computes one output after the other in float32.
+    GPU, the converted weight is allocated for each product: torch's own product with int8 is slow there: it computes
+    one output after the other in float32.
     """
 
     value_dtype = torch.int8

@@ -20,7 +20,7 @@ class Forward:
     """The forward pass of a loaded checkpoint on its device.
 
     `attention` is a setting's value: auto, flash_attn, varlen or sdpa. With `is_compiled` the layers go through
-    torch.compile at their first call. `max_shared_tokens`: of the prefixes that a batch shares, as `pack` is given it.
+    torch.compile at their first call. `max_shared_tokens`: limit on the prefixes that a batch shares, for `pack`.
     """
 
     def __init__(

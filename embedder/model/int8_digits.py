@@ -1,4 +1,4 @@
-"""Products of int8 weights on a CPU by its instructions for integers (VNNI, AMX).
+"""Matrix products with int8 weights on a CPU, by its integer instructions (VNNI, AMX).
 
 Each row of the states is rounded to integers of 16 bits (24 bits for float32), relative to its largest value. Their
 digits of 8 bits are rows of one product of integers, whose sums are exact. So a row of the output does not depend on

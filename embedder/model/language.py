@@ -28,7 +28,7 @@ MAX_CACHED_TOKENS = 4096  # of all cached prefixes together: 470 MB for the 2B, 
 
 
 class Language:
-    """The language tower of one checkpoint, and its prefix cache. `max_shared_tokens`: of the prefixes of one batch."""
+    """The language tower of one checkpoint, and its prefix cache. `max_shared_tokens`: limit for a batch's prefixes."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Language:
         key, value = _prepend_prefix(prefix, _key_value(layer.self_attn, normed, cos, sin), batch)
         pooled = batch.pooled_index
         query = _query(layer.self_attn, normed[pooled], cos[pooled], sin[pooled])
-        # Not causal: the pooled token is the last of its item and attends all of its keys.
+        # Not causal: the pooled token is the last of its item and attends to all of its keys.
         attended = self.attention(query, key, value, batch.pooled, batch.keys, causal=False)
         return _output_and_mlp(layer, hidden_states[pooled], attended)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from embedder.inputs.preprocess import ModelInput, Patches
 
 MAX_SHARED_TOKENS = 1024  # of the distinct prefixes of a batch, together
-# On a GPU, batches of up to so many tokens do not share prefixes. Reading the weights takes their time, and each layer
-# needs four kernels less without a prefix (benchmarks/results/gpu_counts.json).
+# On a GPU, batches of up to this many tokens do not share prefixes. They spend most of their time reading the weights,
+# and each layer needs four fewer kernels without a prefix (benchmarks/results/gpu_counts.json).
 MAX_UNSHARED_GPU_TOKENS = 256
 
 Placed = tuple[Patches, NDArray[np.int64]]  # with the places of the visual tokens
@@ -61,7 +61,7 @@ class PackedPatches:
     `video_pixels`: (num_video_patches, channels * temporal_patch * patch**2) uint8.
     `coordinates`: (num_patches, 2), each patch's row and column in its image.
     `grid_sizes`: (num_patches, 2), the rows and columns of that image.
-    `sequences`: what attends each other: the patches of one image, or of one temporal patch (two frames) of a clip.
+    `sequences`: which patches attend to each other: those of an image, or of a temporal patch (two frames) of a clip.
     """
 
     image_pixels: Tensor
@@ -172,7 +172,7 @@ def pack(
     """Concatenate the items in the given order, and copy them to the device.
 
     Items sorted by length give fewer and longer runs, which are faster on the CPU. `merge_size` is the vision config's
-    `spatial_merge_size`. `max_shared_tokens`: of the distinct prefixes, together. `find_features`: of the vision cache.
+    `spatial_merge_size`. `max_shared_tokens`: limit on all distinct prefixes. `find_features`: the vision cache's.
     """
     if device.type == "cuda" and sum(one.num_tokens for one in inputs) <= MAX_UNSHARED_GPU_TOKENS:
         inputs = [one.without_prefix() for one in inputs]

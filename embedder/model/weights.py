@@ -24,7 +24,7 @@ from embedder.settings import WeightFormat
 
 logger = logging.getLogger(__name__)
 
-# A file is mapped while it is read, and its pages count as memory of the process. So it is opened again after so much.
+# A file is mapped while it is read, and its pages count as the process's memory. It is reopened after this many bytes.
 MAX_MAPPED_BYTES = 2**28
 
 
@@ -32,7 +32,7 @@ def visual_cost(model: Towers) -> float:
     """FLOPs of the vision tower for one visual token, in units of one token of the language tower.
 
     Each tower takes two FLOPs for each weight and row. A visual token is `spatial_merge_size`^2 rows in the blocks and
-    one row in the mergers. Attention is left out: it is some percent of the total at the usual lengths.
+    one row in the mergers. Attention is left out: it is a few percent of the total at the usual lengths.
     """
     vision = model.visual
     blocks, mergers = (vision.patch_embed, vision.blocks), (vision.merger, vision.deepstack_merger_list)

@@ -123,7 +123,7 @@ async function embed(entries, instruction, signal) {
   };
   for (const [place, entry] of entries.entries()) {
     if (entry.file && entry.file.size > limits.max_image_bytes) {
-      outcomes[place] = { error: `the file has ${megabytes(entry.file.size)}; allowed: up to ${megabytes(limits.max_image_bytes)}` };
+      outcomes[place] = { error: `the file is ${megabytes(entry.file.size)}; allowed: up to ${megabytes(limits.max_image_bytes)}` };
       continue;
     }
     const item = entry.file ? { image: await readBase64(entry.file) } : entry.text;

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        from embedder.search.command import run  # takes 3 s, which --help and wrong arguments need not wait
+        from embedder.search.command import run  # takes 3 s; --help and wrong arguments should not wait for it
     except ModuleNotFoundError as missing:
         raise SystemExit(f"{missing.name} is not installed: pip install -e '.[bulk]'") from None
     return run(options, parser)

@@ -29,7 +29,7 @@ Batch = tuple[list[str], NDArray[np.float32], list[str]]  # ids, vectors (num_ro
 
 @dataclass(frozen=True)
 class Hit:
-    """A row that was found. `page`: 0 of a file without pages. `text`: the page's text layer, if it has one.
+    """A row that was found. `page`: 0 for a file without pages. `text`: the page's text layer, if it has one.
 
     `row`: its number among the rows that have a vector. `score`: the cosine. `reranked`: what a reranker says, a
     probability or why there is none; None if it was not asked.
@@ -50,7 +50,7 @@ class Hit:
 
     @property
     def place(self) -> str:
-        """Number of the page or seconds of the segment, for people; empty of a whole file."""
+        """Number of the page or seconds of the segment, for display; empty for a whole file."""
         return "-".join(map(format_seconds, self.segment)) if self.segment else str(self.page or "")
 
 

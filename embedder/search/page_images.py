@@ -43,7 +43,7 @@ class PageImages:
         self._num_bytes = 0
 
     def render(self, row_id: str, max_pixels: int) -> bytes:
-        """The picture of a row, of a clip its first frame, as JPEG of at most `max_pixels`.
+        """The picture of a row (the first frame of a clip) as a JPEG of at most `max_pixels`.
 
         Raises `InvalidMedia` and `MediaTooLarge`.
         """

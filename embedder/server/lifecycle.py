@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.05  # between checks whether a draining worker has requests left
 PARENT_POLL_S = 1.0
-MIN_HANG_S = 20.0  # an event loop that does not run for so long is lost; the machine may be busy, too
+MIN_HANG_S = 20.0  # a shorter pause may only mean that the machine is busy
 SENDING_S = 5  # after the drain, for responses that are being sent
 
 
@@ -128,7 +128,7 @@ def replace_dead_workers_at_once() -> None:
 
 
 def end_hanging_workers(max_s: float) -> None:
-    """Kill a worker that is stopped (SIGSTOP) for more than `max_s` seconds, or whose event loop does not run for so
+    """Kill a worker that is stopped (SIGSTOP) for more than `max_s` seconds, or whose event loop does not run for that
     long and for more than `MIN_HANG_S`; another one replaces it.
 
     Its callers would wait without an end. Time is counted in looks, so a pause of the whole service does not count.

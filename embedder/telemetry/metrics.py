@@ -224,7 +224,7 @@ class Metrics(Observer):
             return generate_latest(self._registry)
         try:
             _touch_files(Path(self._folder))
-        except FileNotFoundError:  # temporary files were swept
+        except FileNotFoundError:  # temporary files were deleted
             return generate_latest(self._registry)
         _forget_dead_processes(Path(self._folder))
         registry = CollectorRegistry()
@@ -324,7 +324,7 @@ def _make_files(folder: Path) -> OSError | None:
 
 
 def _touch_files(folder: Path) -> None:
-    """Set the times of this process's files to now: what is old is swept from temporary folders."""
+    """Set the times of this process's files to now: old files are often deleted from temporary folders."""
     for path in _files(folder):
         os.utime(path)
 

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = vars(parser.parse_args(arguments))
     if chosen["url"] and not chosen["url"].startswith(("http://", "https://")):
         parser.error(f"--url: got {chosen['url']!r}; it must start with http:// or https://")
-    # These take 5 s, which --help and wrong arguments need not wait
+    # These take 5 s; --help and wrong arguments should not wait for them
     from embedder.settings import Settings
     from embedder.verify.checks import verify
     from embedder.verify.http_service import ServiceUnreachable

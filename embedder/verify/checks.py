@@ -148,7 +148,7 @@ def _check_properties(subject: Embedder | Service, info: Mapping[str, Any]) -> l
 
 
 def _check_instructions(subject: Embedder | Service, info: Mapping[str, Any], plain: Vector) -> list[Check]:
-    """That the prompt contains the instruction. Leaving the prompt out is the most common fault of other servers."""
+    """Check that the prompt contains the instruction. Leaving it out is the most common fault of other servers."""
     instructions = (DEFAULT_INSTRUCTION, "Find it.", "Find it")
     default, custom, no_period = subject.embed([{"text": "red", "instruction": one} for one in instructions])
     minimum = min_cosine_for(MIN_TEXT_COSINE, info)

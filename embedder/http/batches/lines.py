@@ -29,7 +29,7 @@ class Line:
 
 
 def read_line(data: bytes, endpoint: str, settings: Settings) -> Line:
-    """Raises `InvalidRequest` and `RequestTooLarge`."""
+    """Parse a line. Raises `InvalidRequest` and `RequestTooLarge`."""
     allowed = max_values(settings.max_items_per_request)
     if exceeds_value_count(data, allowed):
         raise RequestTooLarge(f"more than {allowed} JSON values in a line, as in the body of a request")

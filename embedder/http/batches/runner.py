@@ -219,7 +219,7 @@ class _BatchRun:
             self.num_done += 1
 
     def end_turn(self) -> None:
-        """An orderly end: the next start is not one after a worker's death."""
+        """End the turn, so that the next start does not count as one after a worker's death."""
         if self.batch["status"] not in FINAL:
             self.batch["_starts"] = 0
             self.store.save_batch(self.owner, self.batch)
@@ -234,7 +234,7 @@ class _BatchRun:
         return True
 
     def _may_start(self) -> bool:
-        """Count the starts without progress, and fail the batch after some."""
+        """Count the starts without progress, and fail the batch after `MAX_STARTS` of them."""
         batch = self.batch
         is_same = batch.get("_done_at_start") == self.num_done
         batch |= {"_starts": batch.get("_starts", 0) + 1 if is_same else 1, "_done_at_start": self.num_done}

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from embedder.errors import InvalidRequest, NotFound, RequestTooLarge
 
-MAX_FILES = 1000  # of an owner
+MAX_FILES = 1000  # per owner
 FinalStatus = Literal["completed", "failed", "expired", "cancelled"]
 FINAL: tuple[FinalStatus, ...] = ("completed", "failed", "expired", "cancelled")
 _ID = re.compile(r"(file-|batch_)[0-9a-f]{24}")
@@ -38,7 +38,7 @@ _ID = re.compile(r"(file-|batch_)[0-9a-f]{24}")
 class BatchStore:
     """Files and batches of all owners. Methods read and write the disk, so they are called in threads.
 
-    `max_bytes`: of all files together. `retention_s`: files and finished batches are removed after it.
+    `max_bytes`: limit on all files together. `retention_s`: files and finished batches are removed after it.
     """
 
     def __init__(self, folder: Path, max_bytes: int, retention_s: float) -> None:
@@ -85,7 +85,7 @@ class BatchStore:
         return self._owner_folder(owner) / f"{identifier}.jsonl"
 
     def delete_file(self, owner: str, identifier: str) -> None:
-        """Raises `NotFound`, and `InvalidRequest` for the input of a batch that is not finished."""
+        """Delete a file. Raises `NotFound`, and `InvalidRequest` for the input of a batch that is not finished."""
         self.file(owner, identifier)
         for batch in self.batches(owner):
             if batch["input_file_id"] == identifier and batch["status"] not in FINAL:

@@ -23,7 +23,7 @@ EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 
 
 class BilledUnits(BaseModel):
-    """What was embedded. `input_tokens`: of texts, with instruction and template; of images alone it is 0."""
+    """What was embedded. `input_tokens`: of texts, with instruction and template; 0 if there are only images."""
 
     input_tokens: int
     image_tokens: int

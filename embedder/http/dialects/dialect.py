@@ -48,7 +48,7 @@ Outcomes = Sequence[Outcome]
 
 @dataclass(frozen=True)
 class Upload(Generic[Parsed]):
-    """How a route takes files. `name`: of the form's field with the files; `request` describes the others.
+    """How a route takes files. `name`: the form's field with the files; `request` describes the other fields.
 
     `parse` gets all values of each field, in order. `options` makes fields of a JSON body of the URL's query, also
     `priority`.
@@ -86,7 +86,7 @@ class Dialect(Generic[Parsed]):
 
 @dataclass(frozen=True)
 class TokenRoute:
-    """A route that answers from the tokenizer alone. `handle` gives the fields of the response."""
+    """A route that needs only the tokenizer. `handle` returns the fields of the response."""
 
     path: str
     summary: str

@@ -49,7 +49,7 @@ class DocumentResponse(BaseModel):
 
 @dataclass(frozen=True)
 class DocumentPagesRequest:
-    """`document`: base64. `pages`: their numbers; empty for all. `options`: of the item of each page."""
+    """`document`: base64. `pages`: their numbers; empty for all. `options`: those of each page's item."""
 
     document: str
     pages: tuple[int, ...]

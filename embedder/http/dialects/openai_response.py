@@ -44,7 +44,7 @@ class EmbeddingsResponse(BaseModel):
 def embeddings_response(
     request: EncodedRequest, embeddings: Sequence[Embedding], model: ServedModel, *, name: str = "embedding"
 ) -> bytes | Response:
-    """Embeddings -> response body. `name`: of the field with the vector."""
+    """Embeddings -> response body. `name`: the field that holds the vector."""
     usage = usage_fields(dict(enumerate(embeddings)), model.max_input_tokens)
     usage["usage"]["completion_tokens"] = 0
     about = {"id": f"embd-{uuid.uuid4().hex}", "object": "list", "created": model.now(), "model": model.name}
