@@ -51,7 +51,7 @@ class FrameCollector:
             raise InputTooLong(
                 f"{num_tokens} tokens of a video of {num_frames} frames of {width}x{height} pixels, which cannot be "
                 f"cut; allowed: {self._max_tokens} (EMBEDDER_MAX_INPUT_TOKENS). Send smaller or fewer frames (for an "
-                "encoded video, a lower `fps`), or ask the operator to raise that limit, or to set EMBEDDER_MAX_PIXELS, "
+                "encoded video, a lower `fps`), or ask the operator to raise that limit or to set EMBEDDER_MAX_PIXELS, "
                 "which bounds each frame, or EMBEDDER_MAX_VIDEO_FRAMES"
             )
 
