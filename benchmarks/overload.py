@@ -4,10 +4,10 @@ Closed-loop callers measure the capacity three times before and three times afte
 requests are sent at twice the best of the first three rates, independent of the responses. The capacity is the median
 of all six, because the speed of a shared machine changes within ten minutes. Requirements:
 
-- all statuses are 200 or 429, with at least a quarter 429 (otherwise it was no overload); - p99 of successful requests
-is below the deadline; - throughput is at least 95 % of the capacity (not reachable with the `tiny` shape, where
-rejecting a request costs a tenth
-  of embedding it);
+- all statuses are 200 or 429, with at least a quarter 429 (otherwise it was no overload);
+- p99 of successful requests is below the deadline;
+- throughput is at least 95% of the capacity (not reachable with the `tiny` shape, where rejecting a request costs a
+  tenth of embedding it);
 - memory stays flat;
 - queries directly after the overload are as fast as in an idle service.
 """

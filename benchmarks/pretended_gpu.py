@@ -1,8 +1,8 @@
 """Is one worker process fast enough for a GPU? `python -m benchmarks.pretended_gpu` asks without one.
 
-The service runs with a pretended GPU: a full batch of 16,384 tokens takes 73 ms, the roofline of a 2B on an H200, and
+The service runs with a simulated GPU: a full batch of 16,384 tokens takes 73 ms, the roofline of a 2B on an H200, and
 the Python of launching it is that of a 2B's layers. For each layout, it prints how much of the time the device is
-busy while callers send as much as it takes, the CPU time of an item, and how long a query waits behind that.
+busy while callers send as much as it takes, the CPU time of an item, and how long a query waits next to them.
 `one call`: as if one call launched a whole batch, as a CUDA graph or a compiled model does.
 """
 

@@ -1,4 +1,4 @@
-"""The service with a pretended GPU, for `bentoml serve`; `benchmarks.pretended_gpu` starts it.
+"""The service with a simulated GPU, for `bentoml serve`; `benchmarks.pretended_gpu` starts it.
 
 Launching a batch takes the Python of a forward pass over one short text; then the device is busy, which is a sleep. All
 workers share the device: the file that the environment names holds the time until which it is busy. Each batch is a

@@ -264,7 +264,7 @@ def _part(linear: nn.Linear) -> nn.Linear:
 
 @torch.inference_mode()
 def _time_ratio(ours: Sequence[nn.Module], theirs: Sequence[nn.Module], states: Tensor) -> float:
-    """The shortest time of `ours` divided by that of `theirs`, measured in turns: other processes slow both down."""
+    """The shortest time of `ours` divided by that of `theirs`, measured in alternation: other processes slow both."""
     times: tuple[list[float], list[float]] = ([], [])
     stop = time.perf_counter() + MEASURE_S / len(ROWS)
     while len(times[0]) < MIN_ROUNDS or time.perf_counter() < stop:

@@ -1,4 +1,4 @@
-"""The benchmarks of what is around the model: its CPU time, one worker at a pretended GPU, and the parts of a start."""
+"""The benchmarks of what is around the model: its CPU time, one worker at a simulated GPU, and the parts of a start."""
 
 from __future__ import annotations
 
