@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--reranker", default="", help="a reranker to compare, too; default: EMBEDDER_RERANKER")
     parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:N, xpu or mps (for MODEL in this process)"
+        "--device", default="auto", help="auto, cpu, cuda, cuda:N, xpu, xpu:N or mps (for MODEL in this process)"
     )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--weights", choices=("int8", "fp8"), help="as EMBEDDER_WEIGHTS (for MODEL in this process)")
