@@ -42,7 +42,7 @@ def output_schema(
     has_segments: bool = False,
 ) -> pa.Schema:
     """Columns of the output. One of `embedding` and `error` is null. `text`: the text layer of a document's page.
-    `thumbnail`: JPEG. `start_s`, `end_s`: of a clip's segment.
+    `thumbnail`: JPEG. `start_s`, `end_s`: seconds at which a clip's segment starts and ends.
     """
     num_values = (dimensions + 7) // 8 if output_dtype in ("binary", "ubinary") else dimensions
     return pa.schema(

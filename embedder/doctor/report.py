@@ -101,7 +101,7 @@ def _examine_checkpoint(report: Report, settings: Settings, kind: Literal["model
 
 
 def _examine_device(report: Report, settings: Settings, checkpoints: Sequence[Checkpoint | None]) -> None:
-    """`checkpoints`: of the models that are served; None for one that is not on this machine."""
+    """`checkpoints`: one for each served model; None if it is not on this machine."""
     device = report.add("device", lambda: choose_device(settings), _describe_device)
     if device is None:
         return

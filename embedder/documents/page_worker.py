@@ -60,7 +60,7 @@ class _Worker:
 
 
 def main(descriptor: int, parent: int, limits: dict[str, Any]) -> None:
-    """Serve documents until the socket `descriptor` is closed. `parent`: process id. `limits`: of FixedLimits."""
+    """Serve documents until the socket `descriptor` is closed. `parent`: process id. `limits`: FixedLimits'."""
     process = confine(descriptor, parent, _import_everything)
     address_space = process.address_space + DOCUMENT_BYTES
     fixed = FixedLimits(**limits)

@@ -31,7 +31,7 @@ class MediaQueue:
         return len(self._small) + len(self._large) + (self._next_large is not None)
 
     def put(self, job: Job, num_bytes: int, now_s: float) -> None:
-        """Add an item. `num_bytes`: of memory to decode it; 0 if not known."""
+        """Add an item. `num_bytes`: bytes of memory to decode it; 0 if not known."""
         if num_bytes > START_BYTES:
             self._needed[job] = num_bytes
             self._large.put(job, job.num_tokens, job.request, now_s, job.delay)

@@ -51,7 +51,7 @@ def encode_vector(vector: NDArray[Any], encoding_format: EncodingFormat) -> Any:
 
 
 def usage_fields(embeddings: Mapping[int, Embedding], limit: int) -> dict[str, Any]:
-    """`usage`, and `warnings` if text was cut to `limit` tokens. `embeddings`: by index in the request."""
+    """`usage`, and `warnings` if text was cut to `limit` tokens. `embeddings`: results by index in the request."""
     num_tokens = sum(one.num_tokens for one in embeddings.values())
     fields: dict[str, Any] = {"usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens}}
     cut = {index: one for index, one in embeddings.items() if one.num_cut_tokens}

@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 
 class NeedsProcess(Exception):
-    """The bytes may take longer, or more memory, than a thread may use. `num_bytes`: of memory; 0 if not known."""
+    """The bytes may take longer, or more memory, than a thread may use. `num_bytes`: the memory; 0 if not known."""
 
     def __init__(self, num_bytes: int = 0) -> None:
         super().__init__(num_bytes)
@@ -116,7 +116,7 @@ class ThreadDecoder(Decoder):
         return self.open_large_image(data, 0, limits, deadline)
 
     def open_large_image(self, data: bytes, num_bytes: int, limits: MediaLimits, deadline: float) -> OpenImage:
-        """Open an image that may not be decoded here. `num_bytes`: of memory; 0 if not known."""
+        """Open an image that may not be decoded here. `num_bytes`: the memory it needs; 0 if not known."""
         raise NeedsProcess(num_bytes)
 
     def open_clip(self, data: bytes, limits: MediaLimits, deadline: float) -> AbstractContextManager[OpenClip]:

@@ -180,7 +180,7 @@ class DecoderProcess:
 class ProcessDecoder(ThreadDecoder):
     """Decodes one item: simple images in the calling thread, everything else in a process. Close it afterwards.
 
-    `num_bytes`: of memory that the item may use. `grow(num_bytes)` asks for more; if it returns False, the item raises
+    `num_bytes`: memory that the item may use. `grow(num_bytes)` asks for more; if it returns False, the item raises
     `NeedsProcess` with the memory that it needs.
     """
 

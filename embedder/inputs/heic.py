@@ -67,7 +67,7 @@ _HEIF = _load_library()
 
 
 def decode_heic(data: bytes, mode: str, bit_depth: int) -> PIL.Image.Image:
-    """The primary picture of a file, turned and cropped as the file says. `mode` and `bit_depth`: as pi-heif has them.
+    """The primary picture of a file, turned and cropped as the file says. `mode` and `bit_depth`: pi-heif's.
 
     Raises `ValueError`.
     """

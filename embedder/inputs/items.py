@@ -125,7 +125,7 @@ class EmbeddingItem:
 
 
 def check_text(name: str, text: object) -> None:
-    """Raises `InvalidRequest` unless the value is a string of valid Unicode. `name`: of the value, for the message."""
+    """Raises `InvalidRequest` unless the value is a string of valid Unicode. `name`: the value's, for the message."""
     if not isinstance(text, str):
         raise InvalidRequest(f"{name}: got {describe_value(text)}; allowed: a string")
     if not text.isascii():  # ASCII is valid, and need not be copied

@@ -52,7 +52,7 @@ class Query(EmbeddingItem):
     """What documents are judged against. Preprocessing it gives the tokens that all pairs of the request begin with.
 
     `instruction` None or empty: `DEFAULT_INSTRUCTION`. `num_documents`: how many pairs share the query's cost.
-    `max_document_tokens`: to which the text of each document is cut, in addition to the limit of all items.
+    `max_document_tokens`: number of tokens to which each document's text is cut, in addition to the items' limit.
     """
 
     num_documents: int = 1

@@ -56,7 +56,7 @@ class Confined:
 def confine(descriptor: int, parent: int, import_everything: Callable[[], None]) -> Confined:
     """Confine this process, and tell the parent that it is ready.
 
-    `descriptor`: of the socket. `parent`: process id. `import_everything` uses whatever needs files when first used.
+    `descriptor`: the socket's. `parent`: process id. `import_everything` uses whatever needs files when first used.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     sandbox.die_with_parent(parent)

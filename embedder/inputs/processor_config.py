@@ -60,7 +60,7 @@ _VIDEO_TYPES = ("Qwen3VLVideoProcessor",)
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower's input format. `mean` and `std`: of values in 0..1, one per channel."""
+    """The vision tower's input format. `mean` and `std`: for values in 0..1, one per channel."""
 
     patch_size: int
     temporal_patch_size: int

@@ -50,7 +50,7 @@ class Regime(Protocol):
     """How images and frames are resized, and which frames of a video are used.
 
     `factor`: side length of one visual token in pixels. `min_pixels`, `max_pixels`: bounds of an image's area.
-    `max_frames`: of a video.
+    `max_frames`: limit on the frames of a video.
     """
 
     @property
@@ -148,7 +148,7 @@ class CheckpointRegime:
 
 @dataclass(frozen=True)
 class ReferenceRegime:
-    """Sizes and frames as the authors' script and qwen-vl-utils choose them. `max_pixels`: of an image, and of a frame.
+    """Sizes and frames as the authors' script and qwen-vl-utils choose them. `max_pixels`: limit for an image or frame.
 
     An encoded video has `clip_max_pixels` in all frames together, a list of frames `list_max_pixels`.
     """

@@ -68,7 +68,7 @@ def eight_bit_bytes(shape: Shape, weight_format: WeightFormat, dtype: torch.dtyp
 
 
 def use_eight_bit_layers(model: Towers, weight_format: WeightFormat, dtype: torch.dtype) -> None:
-    """Replace the linear layers of a model on the meta device, before weights are read. `dtype`: of the states."""
+    """Replace the linear layers of a model on the meta device, before weights are read. `dtype`: the states'."""
     kind = Fp8Linear if weight_format == "fp8" else Int8Linear
     for name in eight_bit_names({name: tuple(one.shape) for name, one in model.named_parameters()}):
         layer: Any = model.get_submodule(name.removesuffix(".weight"))
@@ -79,7 +79,7 @@ def use_eight_bit_layers(model: Towers, weight_format: WeightFormat, dtype: torc
 class EightBitLinear(nn.Module):
     """A linear layer with an 8-bit weight, (out_features, in_features), and `scale`, (out_features,).
 
-    `dtype`: of the states. Without weights until `quantize` is called.
+    `dtype`: data type of the states. Without weights until `quantize` is called.
     """
 
     value_dtype: ClassVar[torch.dtype]

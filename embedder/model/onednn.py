@@ -16,7 +16,7 @@ _LAST_STEP = 256
 
 
 def onednn_product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As `F.linear`. `weight`: in oneDNN's layout or a plain one."""
+    """Compute `F.linear`. `weight` is in oneDNN's layout or a plain one."""
     num_rows = len(states)
     if missing := padded_rows(num_rows) - num_rows:
         states = F.pad(states, (0, 0, 0, missing))

@@ -71,8 +71,8 @@ def read_shapes(folder: Path) -> dict[str, Shape]:
 def check_shapes(folder: Path, expected: Mapping[str, Shape]) -> list[str]:
     """Compare the files with the shapes that config.json describes; return the names of weights that are not used.
 
-    `expected`: by the trunk's names. The heads in `HEADS` are not reported. Raises `ModelUnavailable` if a weight is
-    missing or has another shape.
+    `expected`: shapes by the trunk's names. The heads in `HEADS` are not reported. Raises `ModelUnavailable` if a
+    weight is missing or has another shape.
     """
     found = {trunk_name(name): shape for name, shape in read_shapes(folder).items()}
     missing = sorted(expected.keys() - found.keys())

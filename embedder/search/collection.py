@@ -57,8 +57,8 @@ class Hit:
 class Collection:
     """A finished output. Raises `ValueError` if the folder is none.
 
-    `model`: name and revision of the checkpoint. `dimensions`: of the vectors; None: the model's. `folder`: of the
-    input. `input`: the input itself, with the names of its `columns`. The last three are None in outputs of older
+    `model`: name and revision of the checkpoint. `dimensions`: the vectors' size; None: the model's. `folder`: the
+    input's. `input`: the input itself, with the names of its `columns`. The last three are None in outputs of older
     versions.
     """
 

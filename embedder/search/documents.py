@@ -18,8 +18,8 @@ from embedder.settings import Settings
 class Documents:
     """Reads rows in a thread of its own, and documents of a folder in a process of its own. Close it at the end.
 
-    `regime`: of the reranker, which gives the size of a document's pages. Raises `ValueError` if the output does not
-    say what it was made of.
+    `regime`: the reranker's, which determines the size of a document's pages. Raises `ValueError` if the output does
+    not say what it was made of.
     """
 
     def __init__(self, collection: Collection, settings: Settings, regime: Regime) -> None:

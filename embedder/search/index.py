@@ -18,7 +18,7 @@ MIN_CANDIDATES, CANDIDATES_PER_RESULT = 100, 4
 
 
 class Index:
-    """Searches a collection often. `ids`: of all rows that have a vector, by number of the row."""
+    """Searches a collection many times. `ids`: ids of all rows that have a vector, by row number."""
 
     def __init__(self, collection: Collection, first_values: int = FIRST_VALUES) -> None:
         self._collection = collection

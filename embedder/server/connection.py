@@ -37,9 +37,10 @@ _END = b"\r\n\r\n"  # of a head, and of a chunked body with its trailers
 
 
 def bound_connections(config: Config, max_wait_s: float, max_connections: int | None = None) -> None:
-    """Limit the connections of a server that does not accept any yet. `max_wait_s`: for a head, and for reading.
+    """Limit the connections of a server that does not accept any yet.
 
-    `max_connections`: by default as many as the limit on open files leaves.
+    `max_wait_s`: for a head to arrive, and for a response to be read. `max_connections`: by default as many as
+    the limit on open files leaves.
     """
     config.timeout_keep_alive = KEEP_ALIVE_S
     config.ws_protocol_class = None  # there are no websocket routes

@@ -62,7 +62,7 @@ class Connection(Protocol):
 
 
 class ConnectionLimits:
-    """The connections of one worker. `max_wait_s`: for a head, and for reading a response."""
+    """The connections of one worker. `max_wait_s`: for a head to arrive, and for a response to be read."""
 
     def __init__(self, max_wait_s: float, max_connections: int | None = None) -> None:
         self.max_connections = max_connections or _connections_within_open_files()
