@@ -23,7 +23,16 @@ from tqdm import tqdm
 DEFAULT_DATA = Path.home() / ".cache" / "embedder-training"
 DRAWING_PIXELS = 224  # side of a rendered drawing: the largest trained size
 HELD_OUT_PERCENT = 15  # of the keywords
-TRAINED_STYLES = ("noto", "fluent-emoji-flat", "fluent-emoji", "emojione", "noto-v1", "fxemoji")
+TRAINED_STYLES = (
+    "noto",
+    "fluent-emoji-flat",
+    "fluent-emoji",
+    "emojione",
+    "noto-v1",
+    "fxemoji",
+    "streamline-emojis",
+    "fluent-emoji-high-contrast",
+)
 HELD_OUT_STYLE = "twemoji"
 PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
@@ -32,6 +41,8 @@ PACKAGES = {
     "emojione": "@iconify-json/emojione@1.2.3",
     "noto-v1": "@iconify-json/noto-v1@1.2.5",
     "fxemoji": "@iconify-json/fxemoji@1.2.2",
+    "streamline-emojis": "@iconify-json/streamline-emojis@1.2.4",
+    "fluent-emoji-high-contrast": "@iconify-json/fluent-emoji-high-contrast@1.2.6",
     "twemoji": "@iconify-json/twemoji@1.2.5",
     "cldr": "cldr-annotations-full@48.2.0",
     "cldr-derived": "cldr-annotations-derived-full@48.2.0",
@@ -76,10 +87,11 @@ def read_captions(npm: Path) -> list[Caption]:
     """The English name, the keywords and the icons of every emoji in Noto, without skin tones."""
     annotations = _annotations(npm)
     more_keywords = {_bare(emoji): words for emoji, words in _json(npm / "emojilib/dist/emoji-en-US.json").items()}
-    icons = {style: _icons_by_emoji(npm, style, annotations) for style in ("noto", "fluent-emoji-flat", "twemoji")}
+    with_code_points = ("noto", "fluent-emoji-flat", "fluent-emoji-high-contrast", "twemoji")
+    icons = {style: _icons_by_emoji(npm, style, annotations) for style in with_code_points}
     shaded = _json(npm / "fluent-emoji" / "icons.json")["icons"]  # the same icons as the flat set, with shading
     icons["fluent-emoji"] = {emoji: icon for emoji, icon in icons["fluent-emoji-flat"].items() if icon in shaded}
-    for style in ("emojione", "noto-v1", "fxemoji"):
+    for style in ("emojione", "noto-v1", "fxemoji", "streamline-emojis"):
         icons[style] = _icons_by_slug(npm, style, icons["noto"], annotations)
     names = {emoji: annotations[emoji]["tts"][0] for emoji in icons["noto"]}
     known_names = {name.lower() for name in names.values()}
@@ -190,7 +202,7 @@ def _icons_by_slug(npm: Path, style: str, noto: dict[str, str], annotations: dic
     icon_set = _json(npm / style / "icons.json")
     found: dict[str, str] = {}
     for icon in (*icon_set["icons"], *icon_set.get("aliases", {})):
-        emoji = by_slug.get(_slug(icon))
+        emoji = by_slug.get(_slug(icon)) or by_slug.get(_slug(re.sub(r"-\d$", "", icon)))
         if emoji is not None:
             found.setdefault(emoji, icon)
     return found

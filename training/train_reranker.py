@@ -8,7 +8,10 @@ state, and the command resumes from it.
    below it to have these vectors where it expects them: the query's at the last token before the document, the
    document's at the last token, each as the trunk has it without the other.
 3. `vectors` trains these two vectors further, with the losses of the embedder.
-4. The mean of the weights at the ends of the last stages; a logistic regression sets the scores' threshold.
+4. The mean of the weights before and after stage 3; a logistic regression sets the scores' threshold.
+
+Stages 2 and 3 do not train the vision tower, which is the trunk's. With `--start`, the language model of that reranker
+takes the place of stage 2.
 """
 
 import json
@@ -33,7 +36,6 @@ from training.prepare import HELD_OUT_STYLE
 from training.prompt import TAIL
 from training.train import (
     BASIC_COLORS,
-    MAX_AREA,
     MOSTLY_SMALL,
     Captions,
     Example,
@@ -77,7 +79,11 @@ TRUNK = Stage(
     smaller=(0.1, 0.8, 0.1),
     mixed=0.7,
 )
-NUM_TRUNK_STAGES = 3
+NUM_TRUNK_STAGES, NUM_AVERAGED = 4, 2
+
+
+MAX_PIXELS = 96 * 96  # larger pictures are reduced: the trunk recognizes the held-out vendor's drawings best at this size
+SIZES = {(96, 96): 0.85, (64, 64): 0.05, (64, 128): 0.05, (128, 64): 0.05}
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class PairStage:
     documents: int
     confused: int
     kind: Literal["states", "vectors"]
-    more_queries: int = 0  # without documents, for the distillation, since a query takes little time
+    more_queries: int = 0  # without documents, since a query takes little time
     last_rate: float = 0.03
 
 
@@ -98,13 +104,13 @@ STATES = (
     PairStage(600, 1e-3, queries=2, documents=64, confused=0, kind="states", more_queries=128),
     PairStage(1400, 6e-4, queries=2, documents=64, confused=0, kind="states", more_queries=128),
 )
-VECTORS = PairStage(1000, 3e-4, kind="vectors", queries=1, documents=64, confused=4, more_queries=160)
-NUM_VECTOR_STAGES = 2
+VECTORS = PairStage(1300, 3.5e-4, queries=1, documents=128, confused=6, kind="vectors", more_queries=384)
 CALIBRATION = PairStage(0, 0.0, kind="vectors", queries=24, documents=24, confused=4)
+MAX_PICTURE_QUERIES = 96  # of a batch, because a picture has more tokens than most texts
 CONFUSED_WITH = 16  # nearest drawings, of which the others of a group are chosen
 PICTURES = Stage(0, 0.0, 0, MOSTLY_SMALL, swatches=0.0, shapes=0.0, strength=0.9, late_keywords=True, mixed=0.6)
-KINDS = {"image": 0.7, "text": 0.2, "both": 0.1}  # of documents
-QUERY_KINDS = {"text": 0.8, "image": 0.15, "both": 0.05}
+KINDS = {"image": 0.8, "text": 0.12, "both": 0.08}  # of documents
+QUERY_KINDS = {"text": 0.88, "image": 0.08, "both": 0.04}
 
 
 def stored_dtype(name: str) -> torch.dtype:
@@ -121,7 +127,7 @@ class RerankerTraining:
     """The reranker's weights and optimizers, and the trunk whose vectors it starts from."""
 
     def __init__(self, data: Path, run: Path, trunk: Path, seed: int, start: Path | None = None) -> None:
-        """`start`: a reranker to continue from. None: the trunk, with one more layer."""
+        """`start`: a reranker whose language model is trained further. None: the trunk's, with one more layer."""
         self.examples = Training(data, run, seed, trunk)
         self.examples.captions = Captions(data, late=True)
         self.random = self.examples.random
@@ -131,6 +137,7 @@ class RerankerTraining:
             self.model = with_last_layer(self.teacher, self.tokenizer)
         else:
             self.model = Qwen3VLModel.from_pretrained(start, dtype=torch.bfloat16)
+            self.model.visual.load_state_dict(self.teacher.visual.state_dict())
         self.proxies = nn.Parameter(self.examples.proxies.detach()[:, VECTOR].clone())
         self.log_scale = nn.Parameter(torch.tensor(math.log(35.0)))
         self.masters = Masters(self.model, {self.proxies: 4.0, self.log_scale: 2.0}, round_to_stored)
@@ -147,24 +154,24 @@ class RerankerTraining:
         self.masters.update(learning_rate)
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
-    def batch(self, stage: PairStage, frozen_vision: bool) -> tuple["Side", "Side"]:
+    def batch(self, stage: PairStage) -> tuple["Side", "Side"]:
         random = self.random
-        size = drawn_from(MOSTLY_SMALL, self.random)
+        size = drawn_from(SIZES, self.random)
         examples = self.documents(stage, size)
-        documents = self.side(examples, drawn_from(KINDS, random), size, TAIL, frozen_vision)
+        documents = self.side(examples, drawn_from(KINDS, random), size, TAIL)
         targets = np.array([example.target for example in examples])
         if stage.queries < stage.documents:
             targets = random.choice(targets, stage.queries, replace=False)
-        return self.queries(targets, frozen_vision), documents
+        return self.queries(targets), documents
 
-    def queries(self, targets: np.ndarray, frozen_vision: bool) -> "Side":
-        """Texts or images of these drawings and colors, all of one kind."""
-        kind, size = drawn_from(QUERY_KINDS, self.random), drawn_from(MOSTLY_SMALL, self.random)
+    def queries(self, targets: np.ndarray) -> "Side":
+        """Texts or images of these drawings and colors, all of one kind; not all of them if they are many images."""
+        kind, size = drawn_from(QUERY_KINDS, self.random), drawn_from(SIZES, self.random)
         if kind == "text":
             asked = [self._text(int(target)) for target in targets]
         else:
-            asked = [self._drawing(int(target), size) for target in targets]
-        return self.side(asked, kind, size, pairs.AFTER_QUERY, frozen_vision)
+            asked = [self._drawing(int(target), size) for target in targets[:MAX_PICTURE_QUERIES]]
+        return self.side(asked, kind, size, pairs.AFTER_QUERY)
 
     def documents(self, stage: PairStage, size: tuple[int, int]) -> list[Example]:
         """Groups of drawings or colors that are easily confused, then random ones."""
@@ -188,12 +195,12 @@ class RerankerTraining:
         chosen = [chosen[place] for place in random.permutation(len(chosen))]
         return [self._drawing(target, size) for target in chosen]
 
-    def side(self, examples: list[Example], kind: str, size: tuple[int, int], end: str, frozen_vision: bool) -> "Side":
+    def side(self, examples: list[Example], kind: str, size: tuple[int, int], end: str) -> "Side":
         texts = ["" if kind == "image" else example.text for example in examples]
         if kind == "text":
             return Side(pairs.part_of(self.tokenizer, texts, end), examples, kind, texts, [])
         frames = [example.frames[0] for example in examples]
-        with torch.set_grad_enabled(not frozen_vision):
+        with torch.no_grad():
             features = forward.see(self.model, to_pixels(frames))
         return Side(pairs.part_of(self.tokenizer, texts, end, size, features), examples, kind, texts, frames)
 
@@ -205,14 +212,14 @@ class RerankerTraining:
 
     def distillation(self, stage: PairStage) -> dict[str, Tensor]:
         """The squared differences of the states before the last layer from those that it expects."""
-        queries, documents = self.batch(stage, frozen_vision=True)
+        queries, documents = self.batch(stage)
         scored = pairs.Scored(self.model, self.tokenizer, self.common_ids(), queries.part, documents.part)
         return self.state_losses(stage, scored, queries, documents)
 
     def state_losses(
         self, stage: PairStage, scored: pairs.Scored, queries: "Side", documents: "Side"
     ) -> dict[str, Tensor]:
-        more = self.queries(self.random.integers(self.examples.captions.num_proxies, size=stage.more_queries), True)
+        more = self.queries(self.random.integers(self.examples.captions.num_proxies, size=stage.more_queries))
         more_states = pairs.read_queries(self.model, scored.common, scored.start, more.part)
         at_query = pairs.last_state(more_states.before_last_layer, more.part)[:, 0].float()
         at_document = pairs.last_state(scored.documents.before_last_layer, documents.part).float()
@@ -228,14 +235,15 @@ class RerankerTraining:
     def vector_losses(self, stage: PairStage) -> dict[str, Tensor]:
         """The losses of the embedder's training, with the vectors in the states before the last layer.
 
-        A softmax over all proxies for queries and for documents, InfoNCE between them, and the trunk's similarities to
-        imitate. The documents follow one of the queries, so that they learn to have their vector after any.
+        A softmax over all proxies for queries and for documents, InfoNCE between them, and the trunk's vectors and
+        similarities to imitate. The documents follow one of the queries, so that they learn to have their vector after
+        any.
         """
-        queries, documents = self.batch(stage, frozen_vision=False)
+        queries, documents = self.batch(stage)
         scored = pairs.Scored(self.model, self.tokenizer, self.common_ids(), queries.part, documents.part)
         targets = [example.target for example in documents.examples]
         others = self.random.integers(self.examples.captions.num_proxies, size=stage.more_queries - len(targets))
-        more = self.queries(np.array([*targets, *others]), frozen_vision=False)
+        more = self.queries(np.array([*targets, *others]))
         more_states = pairs.read_queries(self.model, scored.common, scored.start, more.part)
         at_query = pairs.last_state(more_states.before_last_layer, more.part)[:, 0].float()
         at_document = pairs.last_state(scored.documents.before_last_layer, documents.part)[0].float()
@@ -245,15 +253,18 @@ class RerankerTraining:
         )
         scale = self.log_scale.exp()
         with torch.no_grad():
-            taught = self.taught(more) @ self.taught(documents).T * IMITATED_SCALE
+            to_ask, to_find = self.taught(more), self.taught(documents)
+        taught = to_ask @ to_find.T * IMITATED_SCALE
         similar = asked @ found.T
+        distances = [(one - other).square().sum(-1).mean() for one, other in ((asked, to_ask), (found, to_find))]
         lengths = [states[:, VECTOR].norm(dim=-1) / LENGTH - 1 for states in (at_query, at_document)]
         return {
-            "query": self.proxy_loss(asked, more),
+            "query": 1.5 * self.proxy_loss(asked, more),
             "document": self.proxy_loss(found, documents),
             "pairs": (softmax_loss(similar * scale, positive) + softmax_loss(similar.T * scale, positive.T)) / 2,
             "imitation": divergence(similar * IMITATED_SCALE, taught)
             + divergence(similar.T * IMITATED_SCALE, taught.T),
+            "distance": 2 * sum(distances),
             "length": sum(length.square().mean() for length in lengths),
             "empty": 3 * empty_loss(at_query, at_document),
             "mark": 3 * mark_loss(scored.states, queries.part, documents.part),
@@ -288,7 +299,7 @@ class RerankerTraining:
 
     def answers(self) -> tuple[Tensor, Tensor]:
         """The last layer's answers for a batch of pairs, and whether each is correct, both flat."""
-        queries, documents = self.batch(CALIBRATION, frozen_vision=True)
+        queries, documents = self.batch(CALIBRATION)
         scored = pairs.Scored(self.model, self.tokenizer, self.common_ids(), queries.part, documents.part)
         return scored.last()[..., ANSWER].flatten(), positives(queries, documents).flatten()
 
@@ -319,7 +330,7 @@ class RerankerTraining:
             self.model.config,
             self.tokenizer,
             dtype="bfloat16",
-            max_pixels=MAX_AREA,
+            max_pixels=MAX_PIXELS,
             state_dict=weights,
             is_reranker=True,
             stored_dtype=stored_dtype,
@@ -418,36 +429,31 @@ def report(training: RerankerTraining, num_queries: int = 300) -> None:
 
 
 def train_trunk(data: Path, run: Path, seed: int) -> None:
-    """Continue the training of the bundled embedder. RUN/trunk is the mean of the ends of the stages and, with the same
-    weight as all of them, of the embedder itself."""
+    """Continue the training of the bundled embedder. RUN/trunk is the mean of the ends of the last stages and, with the
+    same weight as all of them, of the embedder itself."""
     training = Training(data, run, seed, EMBEDDER)
     begun = training.masters.copy()
     ends = [run_stage(training, f"trunk-{place}", TRUNK, run) for place in range(NUM_TRUNK_STAGES)]
-    training.masters.average([begun] * NUM_TRUNK_STAGES + ends)
+    training.masters.average([begun] * NUM_AVERAGED + ends[-NUM_AVERAGED:])
     training.write(run / "trunk")
 
 
-def from_trunk(data: Path, run: Path, seed: int) -> RerankerTraining:
+def after_states(data: Path, run: Path, seed: int, start: Path | None) -> RerankerTraining:
+    """The training after the first two stages."""
     if not (run / "trunk").exists():
         train_trunk(data, run, seed)
-    training = RerankerTraining(data, run, run / "trunk", seed)
-    for place, stage in enumerate(STATES):
+    training = RerankerTraining(data, run, run / "trunk", seed, start)
+    for place, stage in enumerate(STATES if start is None else ()):
         run_steps(training, f"states-{place}", stage, run)
     return training
 
 
 def main() -> None:
-    start = "reranker whose vectors are trained further; default: all stages"
+    start = "reranker whose language model is trained further; default: all stages"
     chosen = parse_options("Train the bundled reranker.", run="reranker", out=OUT, start=start, seed=1)
-    run: Path = chosen.run
-    if chosen.start is not None:
-        training = RerankerTraining(chosen.data, run, EMBEDDER, chosen.seed, chosen.start)
-        ends = [training.masters.copy()]
-    else:
-        training = from_trunk(chosen.data, run, chosen.seed)
-        ends = []
-    ends += [run_steps(training, f"vectors-{place}", VECTORS, run) for place in range(NUM_VECTOR_STAGES)]
-    training.masters.average(ends)
+    training = after_states(chosen.data, chosen.run, chosen.seed, chosen.start)
+    begun = training.masters.copy()
+    training.masters.average([begun, run_steps(training, "vectors", VECTORS, chosen.run)])
     training.calibrate()
     report(training)
     training.write(chosen.out)
