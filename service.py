@@ -52,8 +52,8 @@ except (ValueError, OSError) as error:
 
 REQUIREMENTS = Path(__file__).with_name("deploy").joinpath("requirements.txt").read_text(encoding="utf-8")
 NUM_GPUS = count_gpus()
-# The event loop takes the interpreter some five times for a request, and each time waits so long for a thread that
-# computes. Python's default is 5 ms (`python -m benchmarks.choices`).
+# For each request, the event loop acquires the GIL about five times, and each time waits up to this long while another
+# thread runs Python code. Python's default is 5 ms (`python -m benchmarks.choices`).
 SWITCH_INTERVAL_S = 0.001
 IN_THE_IMAGE = "export BENTOML_HOME=/tmp/bentoml BENTOML_PORT=${AIP_HTTP_PORT:-${BENTOML_PORT:-3000}}"
 BentoRows = Annotated[list[Any], AfterValidator(lambda rows: check_rows(rows, SETTINGS))]
