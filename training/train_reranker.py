@@ -82,7 +82,7 @@ TRUNK = Stage(
 NUM_TRUNK_STAGES, NUM_AVERAGED = 4, 2
 
 
-MAX_PIXELS = 96 * 96  # larger pictures are reduced: the trunk recognizes the held-out vendor's drawings best at this size
+MAX_PIXELS = 96 * 96  # larger pictures are reduced; the trunk recognizes drawings of the held-out vendor best like this
 SIZES = {(96, 96): 0.85, (64, 64): 0.05, (64, 128): 0.05, (128, 64): 0.05}
 
 
