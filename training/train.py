@@ -636,20 +636,26 @@ def text_vectors_of(training: Training, texts: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def picture_vectors_of(training: Training, frames: list[np.ndarray], texts: list[str] | None = None) -> Tensor:
-    """(num_images, hidden_size), for images of one size, with the default instruction. `texts`: one for each image."""
-    ids = prefix_ids(training.tokenizer, DEFAULT_INSTRUCTION)
-    prefix = forward.read_prefix(training.model, ids)
+def picture_vectors_of(training: Training, frames: list[np.ndarray]) -> Tensor:
+    """(num_images, hidden_size), for images of one size, with the default instruction."""
     vectors = []
     for start in range(0, len(frames), 128):
         seen = frames[start : start + 128]
         features = forward.see(training.model, to_pixels(seen))
-        size = (seen[0].shape[0], seen[0].shape[1])
-        some = None if texts is None else texts[start : start + 128]
-        tokens = visual_tokens(training.tokenizer, training.model, ids, len(seen), size, texts=some)
-        read = (tokens.input_ids, tokens.lengths, tokens.position_ids, tokens.visual_at)
-        vectors.append(forward.read(training.model, prefix, *read, features))
+        vectors.append(feature_vectors_of(training, features, (seen[0].shape[0], seen[0].shape[1])))
     return torch.cat(vectors)
+
+
+@torch.no_grad()
+def feature_vectors_of(
+    training: Training, features: forward.VisualFeatures, size: tuple[int, int], texts: list[str] | None = None
+) -> Tensor:
+    """As `picture_vectors_of`, from the outputs of the vision tower. `texts`: one for each image."""
+    ids = prefix_ids(training.tokenizer, DEFAULT_INSTRUCTION)
+    prefix = forward.read_prefix(training.model, ids)
+    tokens = visual_tokens(training.tokenizer, training.model, ids, len(features.tokens), size, texts=texts)
+    read = (tokens.input_ids, tokens.lengths, tokens.position_ids, tokens.visual_at)
+    return forward.read(training.model, prefix, *read, features)
 
 
 def drawing_vectors(training: Training, drawings: pictures.Drawings) -> Tensor:

@@ -44,6 +44,7 @@ from training.train import (
     Training,
     divergence,
     drawn_from,
+    feature_vectors_of,
     parse_options,
     picture_vectors_of,
     run_stage,
@@ -149,7 +150,7 @@ class RerankerTraining:
 
     def step(self, stage: PairStage, learning_rate: float) -> dict[str, float]:
         """Make one update and return the losses by name."""
-        losses = self.distillation(stage) if stage.kind == "states" else self.vector_losses(stage)
+        losses = self.state_losses(stage) if stage.kind == "states" else self.vector_losses(stage)
         sum(losses.values()).backward()
         self.masters.update(learning_rate)
         return {name: float(loss.detach()) for name, loss in losses.items()}
@@ -198,11 +199,10 @@ class RerankerTraining:
     def side(self, examples: list[Example], kind: str, size: tuple[int, int], end: str) -> "Side":
         texts = ["" if kind == "image" else example.text for example in examples]
         if kind == "text":
-            return Side(pairs.part_of(self.tokenizer, texts, end), examples, kind, texts, [])
-        frames = [example.frames[0] for example in examples]
+            return Side(pairs.part_of(self.tokenizer, texts, end), examples, kind, texts, size)
         with torch.no_grad():
-            features = forward.see(self.model, to_pixels(frames))
-        return Side(pairs.part_of(self.tokenizer, texts, end, size, features), examples, kind, texts, frames)
+            features = forward.see(self.model, to_pixels([example.frames[0] for example in examples]))
+        return Side(pairs.part_of(self.tokenizer, texts, end, size, features), examples, kind, texts, size)
 
     def common_ids(self) -> Tensor:
         chosen = pairs.INSTRUCTION
@@ -210,15 +210,10 @@ class RerankerTraining:
             chosen = INSTRUCTIONS[self.random.integers(len(INSTRUCTIONS))]
         return self.common[chosen]
 
-    def distillation(self, stage: PairStage) -> dict[str, Tensor]:
+    def state_losses(self, stage: PairStage) -> dict[str, Tensor]:
         """The squared differences of the states before the last layer from those that it expects."""
         queries, documents = self.batch(stage)
         scored = pairs.Scored(self.model, self.tokenizer, self.common_ids(), queries.part, documents.part)
-        return self.state_losses(stage, scored, queries, documents)
-
-    def state_losses(
-        self, stage: PairStage, scored: pairs.Scored, queries: "Side", documents: "Side"
-    ) -> dict[str, Tensor]:
         more = self.queries(self.random.integers(self.examples.captions.num_proxies, size=stage.more_queries))
         more_states = pairs.read_queries(self.model, scored.common, scored.start, more.part)
         at_query = pairs.last_state(more_states.before_last_layer, more.part)[:, 0].float()
@@ -304,11 +299,12 @@ class RerankerTraining:
         return scored.last()[..., ANSWER].flatten(), positives(queries, documents).flatten()
 
     def taught(self, side: "Side") -> Tensor:
-        """The trunk's unit vectors of the items, (num_items, 64)."""
-        if side.kind == "text":
+        """The trunk's unit vectors of the items, (num_items, 64). Its vision tower is the reranker's, but for rounding."""
+        if side.part.features is None:
             vectors = text_vectors_of(self.examples, side.texts)
         else:
-            vectors = picture_vectors_of(self.examples, side.frames, side.texts if side.kind == "both" else None)
+            texts = side.texts if side.kind == "both" else None
+            vectors = feature_vectors_of(self.examples, side.part.features, side.size, texts)
         return F.normalize(vectors[:, VECTOR], dim=-1)
 
     def state(self) -> dict[str, Any]:
@@ -354,7 +350,7 @@ class Side:
     examples: list[Example]
     kind: str
     texts: list[str]
-    frames: list[np.ndarray]
+    size: tuple[int, int]  # of the images, height and width in pixels
 
 
 def logistic_fit(values: Tensor, right: Tensor) -> tuple[float, float]:

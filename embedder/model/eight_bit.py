@@ -138,11 +138,11 @@ class EightBitLinear(nn.Module):
 class Int8Linear(EightBitLinear):
     """Weights in int8; the states keep their type.
 
-    A CPU with instructions for integers uses `DigitLinear` instead, if that is faster. On other CPUs, torch has a
-    product that reads int8 (`max_direct_rows`: up to so many rows it is used). For more rows, the weight is converted
-    to the type of the states in `scratch`, which all layers of a model share, and then multiplied by `product`. On a
-    GPU, the converted weight is allocated for each product: torch's own product with int8 is slow there: it computes
-    one output after the other in float32.
+    A CPU with instructions for integers uses `DigitLinear` instead, if that is faster. On other CPUs, torch's product
+    that reads int8 is used for up to `max_direct_rows` rows. For more rows, the weight is converted to the type of the
+    states in `scratch`, which all layers of a model share, and then multiplied by `product`. On a GPU, the converted
+    weight is allocated for each product, because torch's product with int8 is slow there: it computes one output after
+    the other in float32.
     """
 
     value_dtype = torch.int8
