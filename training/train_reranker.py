@@ -299,7 +299,7 @@ class RerankerTraining:
         return scored.last()[..., ANSWER].flatten(), positives(queries, documents).flatten()
 
     def taught(self, side: "Side") -> Tensor:
-        """The trunk's unit vectors of the items, (num_items, 64). Its vision tower is the reranker's, but for rounding."""
+        """The trunk's unit vectors of the items, (num_items, 64). The two vision towers differ by rounding only."""
         if side.part.features is None:
             vectors = text_vectors_of(self.examples, side.texts)
         else:
