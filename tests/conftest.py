@@ -124,6 +124,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return "\npytestmark = pytest.mark.slow\n" in collection_path.read_text(encoding="utf-8") or None
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Leave bytes out of test ids: those of gzip and PDF have the time, and the processes of `pytest -n` must agree."""
+    return "bytes" if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where there is none. Two tests with one id are an error: xdist would run one."""
     import torch
