@@ -52,9 +52,10 @@ except (ValueError, OSError) as error:
 
 REQUIREMENTS = Path(__file__).with_name("deploy").joinpath("requirements.txt").read_text(encoding="utf-8")
 NUM_GPUS = count_gpus()
-# For each request, the event loop acquires the GIL about five times, and each time waits up to this long while another
-# thread runs Python code. Python's default is 5 ms (`python -m benchmarks.choices`).
-SWITCH_INTERVAL_S = 0.001
+# A thread that needs the GIL waits up to this long while another one runs Python code. The event loop acquires it about
+# five times a request, and the device thread after each of a batch's several hundred operations, since PyTorch releases
+# it during each. Python's default is 5 ms (`python -m benchmarks.choices`).
+SWITCH_INTERVAL_S = 0.0002
 IN_THE_IMAGE = "export BENTOML_HOME=/tmp/bentoml BENTOML_PORT=${AIP_HTTP_PORT:-${BENTOML_PORT:-3000}}"
 BentoRows = Annotated[list[Any], AfterValidator(lambda rows: check_rows(rows, SETTINGS))]
 
