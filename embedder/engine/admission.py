@@ -14,6 +14,7 @@ from embedder.engine.priority import QUEUE_SHARE, delay_of
 from embedder.engine.scheduler import NO_DELAY, Delay, Rate
 from embedder.errors import InputTooLong, Overloaded, RequestTooLarge, UnsupportedDimensions
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
+from embedder.inputs.preprocess import MAX_PREFIX_TOKENS
 from embedder.settings import Settings
 
 TEMPLATE_TOKENS = 30  # the chat template with a short instruction
@@ -50,6 +51,8 @@ def check_dimensions(dimensions: int | None, hidden_size: int) -> None:
 def estimate_tokens(item: EmbeddingItem, settings: Settings) -> int:
     """Estimate an item's tokens before anything is decoded: at most `max_input_tokens`, to which items are cut."""
     estimate = TEMPLATE_TOKENS
+    if (num_tokens := len(item.instruction or "") // CHARS_PER_TOKEN) > MAX_PREFIX_TOKENS:
+        estimate += num_tokens  # those of a shorter instruction are computed once for many items
     for part in item.parts:
         match part:
             case Text():

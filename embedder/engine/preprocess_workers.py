@@ -1,7 +1,8 @@
 """Preprocesses items, in threads: fetching, decoding, resizing and tokenizing long texts release the GIL.
 
-Items with URLs have a queue and threads of their own, so that a slow host delays only them. So have clips, and images
-that could take long or much memory: they are decoded in processes (`decoder_process`), each driven by one thread.
+Items with URLs have a queue and threads of their own, so that a slow host delays only them. Long texts have a queue and
+one thread, so that they never occupy all the others. Clips, and images that could take long or much memory, have queues
+too: they are decoded in processes (`decoder_process`), each driven by one thread.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from embedder.inputs.decoder_process import (
 from embedder.inputs.fetch import MAX_FETCHES
 from embedder.inputs.items import EmbeddingItem, Video
 from embedder.inputs.pairs import Query
-from embedder.inputs.preprocess import ModelInput
+from embedder.inputs.preprocess import LONG_CHARS, ModelInput, num_chars
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -91,8 +92,8 @@ class PreprocessWorkers:
         self._ready_bytes = 0
         self._num_fetched = 0  # items with fetched bytes that wait for a process
         self._is_closed = False
-        self._items, self._fetches = (
-            _Queue(Scheduler(0, SECONDS_PER_ESTIMATED_TOKEN), threading.Condition(lock)) for _ in range(2)
+        self._items, self._long_texts, self._fetches = self._queues = tuple(
+            _Queue(Scheduler(0, SECONDS_PER_ESTIMATED_TOKEN), threading.Condition(lock)) for _ in range(3)
         )
         self._decoder = ThreadDecoder() if can_start_processes() else Decoder()
         num_processes = settings.preprocess_threads + 1 if can_start_processes() else 0
@@ -104,6 +105,7 @@ class PreprocessWorkers:
         self._threads: list[threading.Thread] = []
         for number in range(settings.preprocess_threads):
             self._start(f"preprocess-{number}", self._run, self._items)
+        self._start("long-texts", self._run, self._long_texts)
         for number in range(num_processes):
             self._start(f"decoder-{number}", self._run_process, number)
         for number in range(MAX_FETCHES if self._fetches_urls else 0):
@@ -111,7 +113,7 @@ class PreprocessWorkers:
 
     def __len__(self) -> int:
         """Number of jobs that wait for a thread or a process."""
-        return len(self._items.jobs) + len(self._fetches.jobs) + len(self._media)
+        return sum([len(queue.jobs) for queue in self._queues]) + len(self._media)
 
     def preprocess_short(self, job: Job, *, wake: bool) -> None:
         """Preprocess a short text in the thread that calls. `wake` is passed to `schedule`."""
@@ -131,7 +133,7 @@ class PreprocessWorkers:
             self._put_media(job, 0, now_s)
             return
         else:
-            queue = self._items
+            queue = self._long_texts if num_chars(job.item) > LONG_CHARS else self._items
         queue.jobs.put(job, job.num_tokens, job.request, now_s, job.delay)
         queue.has_jobs.notify()
 
@@ -140,7 +142,7 @@ class PreprocessWorkers:
         if self._media.discard(job):
             self._count_fetched(job, -1)
             return True
-        return self._items.jobs.discard(job) or self._fetches.jobs.discard(job)
+        return any(queue.jobs.discard(job) for queue in self._queues)
 
     def add_ready_bytes(self, num_bytes: int) -> None:
         """Count a preprocessed item that waits for the device."""
@@ -224,7 +226,7 @@ class PreprocessWorkers:
             return next(iter(queue.jobs.take(time.monotonic())), None)
 
     def _has_memory(self, queue: _Queue) -> bool:
-        return self._ready_bytes < READY_BYTES and (queue is self._items or self._num_fetched < MAX_FETCHES)
+        return self._ready_bytes < READY_BYTES and (queue is not self._fetches or self._num_fetched < MAX_FETCHES)
 
     # In threads with a process
 
@@ -283,8 +285,8 @@ class PreprocessWorkers:
             self._fetches.has_jobs.notify_all()
 
     def _notify_all(self) -> None:
-        self._items.has_jobs.notify_all()
-        self._fetches.has_jobs.notify_all()
+        for queue in self._queues:
+            queue.has_jobs.notify_all()
         for has_jobs in self._idle.values():
             has_jobs.notify_all()
 

@@ -16,6 +16,7 @@ from embedder.engine.admission import (
 from embedder.engine.postprocess import MIN_DIMENSIONS
 from embedder.errors import InputTooLong, Overloaded, RequestTooLarge, UnsupportedDimensions
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
+from embedder.inputs.preprocess import MAX_PREFIX_TOKENS
 from embedder.settings import Settings
 from tests.fake_model import item
 
@@ -64,6 +65,14 @@ def test_estimate_counts_characters_images_and_frames() -> None:
     assert estimate_tokens(image, settings) == 30 + TOKENS_PER_IMAGE
     assert estimate_tokens(EmbeddingItem((Video((b"",) * 4),)), settings) == 30 + 4 * TOKENS_PER_IMAGE
     assert estimate_tokens(EmbeddingItem((Video(b""),)), settings) == 30 + TOKENS_PER_VIDEO
+
+
+def test_estimate_counts_an_instruction_that_is_not_computed_once_for_many_items() -> None:
+    def estimate(num_tokens: int) -> int:
+        return estimate_tokens(EmbeddingItem((Text("red"),), instruction="x" * 4 * num_tokens), Settings())
+
+    assert estimate(MAX_PREFIX_TOKENS) == 30
+    assert estimate(MAX_PREFIX_TOKENS + 1) == 30 + MAX_PREFIX_TOKENS + 1
 
 
 def test_estimate_is_at_most_the_tokens_to_which_items_are_cut() -> None:

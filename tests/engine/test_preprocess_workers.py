@@ -13,7 +13,7 @@ from embedder.engine.job import Job
 from embedder.engine.observer import Observer, begin_trace
 from embedder.engine.preprocess_workers import PreprocessWorkers
 from embedder.errors import EmbedderError, EngineFailed, InvalidRequest
-from embedder.inputs.items import EmbeddingItem, Image
+from embedder.inputs.items import EmbeddingItem, Image, Text
 from embedder.settings import Settings
 from tests.fake_model import FakeModel, item, wait_until
 
@@ -97,6 +97,20 @@ def test_items_with_urls_have_threads_of_their_own(recorder: Recorder) -> None:
     recorder.put(item("red"))
     wait_until(lambda: len(recorder.fetched_in) == 2)
     assert [name.partition("-")[0] for name in recorder.fetched_in] == ["fetch", "preprocess"]
+
+
+def test_long_texts_leave_the_other_threads_free(
+    recorder: Recorder, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedder.engine.preprocess_workers, "LONG_CHARS", len("slow") - 1)
+    model.gate.clear()
+    recorder.put(*[item("slow")] * 5)
+    recorder.put(*[EmbeddingItem((Text("a"),), instruction="long")] * 5)
+    (short,) = recorder.put(item("red"))
+    wait_until(lambda: recorder.scheduled == [short])
+    assert len(recorder.workers) == 9  # the tenth has the thread of the long ones
+    model.gate.set()
+    wait_until(lambda: len(recorder.scheduled) == 11)
 
 
 def test_discarded_job_is_not_preprocessed(recorder: Recorder, model: FakeModel) -> None:

@@ -24,6 +24,7 @@ from embedder.errors import InputTooLong, MediaTooLarge, ModelUnavailable
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
 from embedder.inputs.preprocess import ModelInput, Preprocessor, patchify
 from embedder.inputs.processor_config import read_vision_config
+from embedder.inputs.prompt import TextPiece
 from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.settings import Settings
 from tests.conftest import encoded, picture, words
@@ -314,6 +315,32 @@ def test_only_the_callers_text_is_cut(parts: tuple[Any, ...], make: Make, proces
         assert texts[0].count(" seconds>") == texts[1].count(" seconds>")
         for one, other in zip(cut.patches, whole.patches, strict=True):
             assert np.array_equal(one.pixels, other.pixels)
+
+
+def test_tokens_that_may_be_cut_are_those_within_the_callers_text(preprocessor: Preprocessor) -> None:
+    """The indices that the list of all offsets gives, also where characters are composed, reordered or joined."""
+    draw = random.Random(0)
+    parts = (
+        "a",
+        " ",
+        "\n",
+        "\r\n",
+        "1",
+        "!",
+        "'s",
+        "e\u0301",
+        "\u0301\u0323",
+        "\u1100\u1161",
+        "\U0001f468\u200d",
+        "\u6f22",
+    )
+    for _ in range(2000):
+        header, footer = draw.choice(("", "user\n", "<0.5 seconds>")), draw.choice(("", "\n<x>"))
+        text = "".join(draw.choices(parts, k=draw.randrange(1, 20)))
+        piece = TextPiece(header + text + footer, len(header), len(header) + len(text))
+        offsets = preprocessor.tokenizer.encode_batch([piece.text], add_special_tokens=False)[0].offsets
+        expected = [index for index, (start, end) in enumerate(offsets) if start >= piece.start and end <= piece.end]
+        assert list(preprocessor._cuttable(piece)) == expected, piece
 
 
 def test_image_that_does_not_fit_is_refused(make: Make) -> None:
