@@ -86,15 +86,15 @@ class Engine:
         self.stop_if_abandoned = self._device.stop_if_abandoned  # for a `launch` that computes
         self._batch_limit = BatchLimit(settings.max_batch_tokens)
         self._in_flight: deque[InFlightBatch] = deque()
-        # The lock guards these:
-        self._lock = threading.RLock()
-        self._has_inputs = threading.Condition(self._lock)
-        self._has_capacity = threading.Condition(self._lock)  # also notified when the last item leaves
+        # The lock guards these. Who submits or cancels many items takes it once, since its holder may wait for the GIL.
+        self.lock = threading.RLock()
+        self._has_inputs = threading.Condition(self.lock)
+        self._has_capacity = threading.Condition(self.lock)  # also notified when the last item leaves
         self._admission = Admission(settings)
         self._pending: set[Job] = set()  # admitted and not resolved
         self._admitted: list[ItemTrace] = []  # that the observer does not know yet
         self._workers = PreprocessWorkers(
-            self._lock,
+            self.lock,
             settings,
             fetch or Fetcher(settings),
             preprocess,
@@ -135,12 +135,12 @@ class Engine:
         Items with the same `request` (any hashable) share a queue in the scheduler; with None the item has its own.
         Raises `UnsupportedDimensions`, `InputTooLong`, `ShuttingDown`, `DeviceFailed`, and `Overloaded` if the queue is
         full. `wait`, which blocks until there is capacity, or a `reservation`, whose priority it has, avoids the last.
-        Without `wake` an idle device may not start before `wake()` is called, so that more items run together.
+        Without `wake` an idle device may start only after `wake()`, so that more items run together.
         """
         check_item(item, self.settings, self.hidden_size)
         job = Job(item, request, estimate_tokens(item, self.settings), reservation.delay if reservation else NO_DELAY)
         is_inline = is_short(item)
-        with self._lock:
+        with self.lock:
             now_s = self._admit(job.num_tokens, reservation, wait)
             self._pending.add(job)
             job.trace = begin_trace(item, job.num_tokens)
@@ -157,7 +157,7 @@ class Engine:
 
     def wake(self) -> None:
         """Start computing what was submitted without `wake`."""
-        with self._lock:
+        with self.lock:
             self._report_admitted()
             self._has_inputs.notify()
 
@@ -173,18 +173,18 @@ class Engine:
         Raises `RequestTooLarge` if the items exceed even an empty queue, `Overloaded` if they do not fit now.
         """
         num_tokens = estimate_request_tokens(items, self.settings)
-        with self._lock:
+        with self.lock:
             reservation = self._admission.reserve(num_tokens, time.monotonic(), priority)
         try:
             yield reservation
         finally:
-            with self._lock:
+            with self.lock:
                 self._admission.release_reservation(reservation)
                 self._has_capacity.notify_all()
 
     def close(self) -> None:
         """Refuse new items, finish the pending ones, and end the threads."""
-        with self._lock:
+        with self.lock:
             self._is_closed = True
             self.wake()
             self._has_capacity.notify_all()
@@ -211,7 +211,7 @@ class Engine:
         """Queue a preprocessed job for the device, unless its row is cached or being computed."""
         if isinstance(job.item, Query):  # the pairs of its request will have its tokens
             return self._resolve((job, job.model_input))
-        with self._lock:
+        with self.lock:
             if job not in self._pending:  # cancelled during preprocessing
                 return None
             job.num_bytes = job.model_input.num_bytes
@@ -252,7 +252,7 @@ class Engine:
 
     def _take_batch(self) -> list[Job]:
         """The jobs of the next batch. If no batch is in flight, waits for one; otherwise it may be empty."""
-        with self._lock:
+        with self.lock:
             while True:
                 if not self._in_flight:
                     self._has_inputs.wait_for(lambda: len(self._inputs) or self._is_over)
@@ -268,7 +268,7 @@ class Engine:
 
     def _still_wanted(self, jobs: list[Job]) -> list[Job]:
         """The wanted jobs. The others are no longer being computed."""
-        with self._lock:
+        with self.lock:
             wanted = list(filter(self._is_wanted, jobs))
             for job in set(jobs) - set(wanted):
                 self._cache.stop_computing(job.key)
@@ -311,7 +311,7 @@ class Engine:
         """Resolve the jobs of a batch, and the jobs that were coalesced with them."""
         coalesced: list[Job] = []
         places = []
-        with self._lock:
+        with self.lock:
             for place, (job, row) in enumerate(zip(jobs, rows, strict=True)):
                 served = self._cache.store_row(job.key, row)
                 coalesced += served
@@ -336,7 +336,7 @@ class Engine:
         """Resolve the job that makes its batch fail, and those coalesced with it."""
         num_tokens = job.model_input.num_tokens
         job.log_error(logger, "the forward pass failed for one item of %d tokens", num_tokens, exc=error)
-        with self._lock:
+        with self.lock:
             coalesced = self._cache.stop_computing(job.key)
         self._resolve(*((one, item_failed(error, num_tokens)) for one in (job, *coalesced)))
 
@@ -345,7 +345,7 @@ class Engine:
 
         Only the first outcome of a job counts.
         """
-        with self._lock:
+        with self.lock:
             outcomes = tuple((job, outcome) for job, outcome in outcomes if job in self._pending)
             if not outcomes:
                 return
@@ -382,7 +382,7 @@ class Engine:
 
     def _fail(self, reason: str) -> None:
         """Stop the engine permanently: fail all pending items and refuse new ones."""
-        with self._lock:
+        with self.lock:
             if self.failure:
                 return
             self.failure = reason

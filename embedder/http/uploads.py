@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
@@ -27,6 +28,7 @@ TYPES = (FORM, BYTES, "image/*")
 MAX_OPTIONS = 50  # parts of a form, in addition to the images
 MAX_HEADERS, MAX_HEADER_BYTES = 8, 4096  # of a part
 INLINE_BYTES = 2**12  # a larger form is parsed in a thread: 64 KiB of small parts take 9 ms
+_THREAD = ThreadPoolExecutor(1, "read-form")  # one, as for other bodies
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it logs each malformed form as a warning
 
@@ -72,7 +74,8 @@ async def _form(content_type: str, body: bytes, max_items: int) -> _Fields:
     if len(body) <= INLINE_BYTES:
         _read_form(body, boundary, max_items, fields)
     else:
-        await asyncio.to_thread(_read_form, body, boundary, max_items, fields)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(_THREAD, _read_form, body, boundary, max_items, fields)
     return fields
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from concurrent.futures import Future
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import embedder.inputs.preprocess
-from embedder.engine.aio import ITEMS_PER_TURN, embed_all, embed_each
+from embedder.engine.aio import ENDED_PER_TURN, SUBMITTED_PER_TURN, embed_all, embed_each
 from embedder.engine.engine import Engine
 from embedder.engine.postprocess import Embedding
 from embedder.errors import DeadlineExceeded, InvalidRequest, Overloaded, UnsupportedDimensions
@@ -68,12 +69,34 @@ def test_submitting_many_items_lets_other_tasks_run_in_between(
 
         monkeypatch.setattr(engine, "submit", count)
         others = asyncio.create_task(take_turns())
-        await embed_all(engine, [item("one")] * 10 * ITEMS_PER_TURN, 30)
+        await embed_all(engine, [item("one")] * 10 * SUBMITTED_PER_TURN, 30)
         others.cancel()
         return turns_at_submit
 
     with running(model) as engine:
         assert asyncio.run(turns_of_others(engine))[-1] >= 9
+
+
+def test_cancelling_many_items_lets_other_tasks_run_in_between(model: FakeModel) -> None:
+    items = [item("malformed"), *(item(f"text {index}") for index in range(10 * ENDED_PER_TURN))]
+
+    async def pending_tokens(engine: Engine) -> list[int]:
+        with pytest.raises(InvalidRequest, match="malformed"):
+            await embed_all(engine, items, 30)
+        pending = [engine.pending_tokens]
+        while pending[-1] and len(pending) < 100:
+            await asyncio.sleep(0)
+            pending.append(engine.pending_tokens)
+        return pending
+
+    model.gate.clear()
+    with running(model) as engine:
+        pending = asyncio.run(pending_tokens(engine))
+        model.gate.set()
+    steps = [before - after for before, after in itertools.pairwise(pending)]
+    assert len(steps) >= 9
+    assert max(steps) <= ENDED_PER_TURN * 40  # tokens of an item, at most
+    assert pending[-1] == 0
 
 
 def test_time_limit_removes_a_request_from_both_queues(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,7 @@ def ahead(model: FakeModel) -> Iterator[Engine]:
 
 def test_one_batch_is_launched_ahead_and_no_more(ahead: Engine, model: FakeModel) -> None:
     model.gate.clear()
-    with ahead._lock:  # so that the device thread sees all of them at once
+    with ahead.lock:  # so that the device thread sees all of them at once
         futures = [ahead.submit(item(f"{index:50}")) for index in range(9)]
     wait_until(lambda: model.num_launched == 2)
     time.sleep(0.05)  # in which a third would be launched

@@ -114,7 +114,7 @@ def test_good_clip_has_its_vector_after_clips_that_hang(two_threads: Embedder) -
 )
 def test_small_picture_passes_large_ones(data: bytes, patient: Embedder) -> None:
     webp = encoded(PIL.Image.new("RGB", (2800, 2800)), "WEBP", lossless=True)
-    with patient.engine._lock:  # so that all are there before the first is taken
+    with patient.engine.lock:  # so that all are there before the first is taken
         large = [submit(patient, Image(webp)) for _ in range(4)]
         small = submit(patient, Image(data))
     small.result(60)
