@@ -6,8 +6,8 @@
 2. Texts of mixed lengths through the library, in batches of different numbers of tokens.
 3. Short texts through the library with a model that computes nothing, preprocessed on the calling thread or in threads.
 4. The duration of a garbage collection with and without the loaded objects.
-5. The service, also without computation, with Python's default and shorter switch intervals: its throughput, and how
-   long a probe takes while a thread of the service computes.
+5. The service with Python's default and shorter switch intervals: its throughput without computation, and how long
+   probes and texts take while a thread of the service refuses costly bodies.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from embedder.inputs import preprocess
 from embedder.inputs.items import item_from_fields
 from embedder.inputs.preprocess import ModelInput
 from embedder.model import language, products
+from embedder.model.checkpoint import BUNDLED
 from embedder.models import Models
 from embedder.torchvision_shim import declare_torchvision_operators
 
@@ -58,11 +59,13 @@ BATCHES = {"text-16": 64, "text-512": 8, "image-448": 4}  # items of each worklo
 BATCH_TOKENS = (256, 512, 1024, 2048, 16384)  # ours: 1024, if they take a second or more
 OURS = "ours"
 MAX_DIFFERENCE = 1e-4  # between rows before normalization, whose length is a few units
-SWITCH_INTERVALS_S = (0.005, 0.001, 0.0002)  # the first is Python's default
+SWITCH_INTERVALS_S = (0.005, 0.001, 0.0002, 0.0001)  # the first is Python's default
 CALLERS = 64
 _SET_INTERVAL = "import sys\nsys.setswitchinterval({})\nsys.setswitchinterval = lambda _: None  # the service's own\n"
 # Refusing it keeps a thread busy for some tenths of a second.
 COSTLY = json.dumps({"items": [{f"field{number}_{place}": 1 for place in range(5)} for number in range(2048)]}).encode()
+
+TEXT = ("POST", "/txt/embed", json.dumps({"input": "red"}), {"content-type": "application/json"})
 
 Run = Callable[[list[ModelInput]], NDArray[np.float32]]
 
@@ -110,9 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 f"requests/s, null model, {CALLERS} callers",
                 "probe next to costly bodies, ms",
                 "p90",
+                "text, bundled model, next to costly bodies, ms",
+                "p90",
             ),
             [
-                [name, f"{one['requests_per_s']:.0f}", f"{one['probe_ms']:.1f}", f"{one['probe_p90_ms']:.1f}"]
+                [name, f"{one['requests_per_s']:.0f}", *(f"{one[key]:.1f}" for key in list(one)[1:])]
                 for name, one in intervals.items()
             ],
         ),
@@ -236,44 +241,52 @@ def _pauses_ms() -> dict[str, float]:
 
 
 async def _switch_intervals(folder: Path, seconds: float) -> dict[str, dict[str, float]]:
-    """By switch interval in ms: requests per second, the median of three rounds, and the latencies of probes."""
+    """By switch interval in ms: requests per second, the median of three rounds, and latencies of probes and texts."""
     bodies = LocalProtocol().bodies(make_items("text-16", 64, read_words(folder)), 1)
+    services = {"null": ("benchmarks.null_service:Qwen3VLEmbedding", folder), "text": (".", BUNDLED)}
     with contextlib.ExitStack() as stack:
         servers = {}
         for interval_s in SWITCH_INTERVALS_S:
             startup = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             (startup / "sitecustomize.py").write_text(_SET_INTERVAL.format(interval_s))
-            one = contenders.service(contenders.NULL, "benchmarks.null_service:Qwen3VLEmbedding", folder, "/txt/embed")
-            one.environment = {**one.environment, "PYTHONPATH": os.pathsep.join((str(startup), str(contenders.ROOT)))}
-            stack.callback(one.stop)
-            one.start(bodies[0])
-            servers[f"{interval_s * 1e3:g}"] = one
-        rates: dict[str, list[float]] = {name: [] for name in servers}
-        probes_s: dict[str, list[float]] = {name: [] for name in servers}
+            for kind, (target, model) in services.items():
+                one = contenders.service(kind, target, model, "/txt/embed")
+                path = os.pathsep.join((str(startup), str(contenders.ROOT)))
+                one.environment = {**one.environment, "PYTHONPATH": path}
+                stack.callback(one.stop)
+                one.start(bodies[0])
+                servers[f"{interval_s * 1e3:g}", kind] = one
+        rates: dict[str, list[float]] = {name: [] for name, _ in servers}
+        latencies_s: dict[str, dict[str, list[float]]] = {name: {"probe": [], "text": []} for name in rates}
         for _ in range(3):
-            for name, one in servers.items():
-                load = await drive(one.url, bodies, concurrency=CALLERS, seconds=seconds)
+            for name, of_one in latencies_s.items():
+                load = await drive(servers[name, "null"].url, bodies, concurrency=CALLERS, seconds=seconds)
                 rates[name].append(load.requests_per_s)
-                costly = drive(f"http://127.0.0.1:{one.port}/embed", [COSTLY], concurrency=2, seconds=seconds)
-                _, latencies_s = await asyncio.gather(costly, asyncio.to_thread(_probe, one.port, seconds))
-                probes_s[name] += latencies_s
+                for what, kind, request in (("probe", "null", ("GET", "/livez")), ("text", "text", TEXT)):
+                    port = servers[name, kind].port
+                    costly = drive(f"http://127.0.0.1:{port}/embed", [COSTLY], concurrency=2, seconds=seconds)
+                    _, more_s = await asyncio.gather(costly, asyncio.to_thread(_latencies_s, port, request, seconds))
+                    of_one[what] += more_s
     return {
         name: {
             "requests_per_s": statistics.median(rates[name]),
-            "probe_ms": statistics.median(latencies_s) * 1e3,
-            "probe_p90_ms": statistics.quantiles(latencies_s, n=10)[-1] * 1e3,
+            **{
+                f"{what}_{part}ms": seconds * 1e3
+                for what, all_s in of_one.items()
+                for part, seconds in (("", statistics.median(all_s)), ("p90_", statistics.quantiles(all_s, n=10)[-1]))
+            },
         }
-        for name, latencies_s in probes_s.items()
+        for name, of_one in latencies_s.items()
     }
 
 
-def _probe(port: int, seconds: float) -> list[float]:
-    """The latencies of probes, one every 20 ms, each on a connection of its own."""
+def _latencies_s(port: int, request: Sequence[Any], seconds: float) -> list[float]:
+    """The latencies of equal requests, one every 20 ms, each on a connection of its own."""
     latencies_s = []
     end_s = time.perf_counter() + seconds
     while (begin_s := time.perf_counter()) < end_s:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("GET", "/livez")
+        connection.request(*request)
         connection.getresponse().read()
         connection.close()
         latencies_s.append(time.perf_counter() - begin_s)
