@@ -21,7 +21,7 @@ def onednn_product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     if missing := padded_rows(num_rows) - num_rows:
         states = F.pad(states, (0, 0, 0, missing))
     output: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
-    return output[:num_rows]
+    return output[:num_rows] if missing else output
 
 
 def padded_rows(num_rows: int) -> int:

@@ -1,8 +1,10 @@
 """How long the largest items take on a CPU, estimated at start from a few measured layers and the model's shapes.
 
 Small inputs say little about large ones, because most of their time is spent on reading the weights. So two layers of
-each tower run with inputs of medium size, and their time is scaled by the number of floating-point operations. Time in
-which other programs use the cores is not counted, so the estimate is for an idle machine even if this one is busy.
+each tower run with inputs of medium size, and attention by itself with a longer sequence. Their times are scaled by the
+number of floating-point operations. Attention has half of those of a large picture, and in bfloat16 it is much slower
+than the matrix products. Time in which other programs use the cores is not counted, so the estimate is for an idle
+machine even if this one is busy.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from functools import partial
+from typing import NamedTuple, Self
 
 import PIL.Image
 import torch
@@ -21,13 +25,14 @@ from embedder.errors import ITEM_ERRORS
 from embedder.inputs.items import EmbeddingItem, Image, Text
 from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.model.forward import Forward
-from embedder.model.packing import pack
+from embedder.model.packing import Run, Sequences, pack
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 MEASURED_SIDE = 448  # pixels: 784 patches
 MEASURED_WORDS = 250
+MEASURED_SEQUENCE, MEASURED_HEADS = 4096, 2  # of attention by itself: as long as a large picture, with few heads
 NUM_MEASURED = 2  # layers of each tower, after one that allocates the memory
 PROMPT_TOKENS = 40  # upper estimate of the chat template and the instruction
 MARGIN = 1.5  # of the timeout that the warning proposes
@@ -57,19 +62,32 @@ class _Clocks:
         return min(self.elapsed - start.elapsed, (self.cpu - start.cpu) / torch.get_num_threads())
 
 
+class Flops(NamedTuple):
+    """Floating-point operations of one layer, or of its parts per second."""
+
+    products: float
+    attention: float
+
+
 @dataclass(frozen=True)
 class Speed:
-    """Floating-point operations per second of the layers of each tower."""
+    """What the layers of each tower compute per second."""
 
     forward: Forward
-    vision: float
-    language: float
+    vision: Flops
+    language: Flops
 
     def seconds(self, num_patches: int, num_tokens: int) -> float:
         """The time of one item with an image of `num_patches` (0: none), by itself in a batch."""
-        seen = len(self.forward.vision.tower.blocks) * vision_flops(self.forward, num_patches)
-        read = len(self.forward.language.tower.layers) * language_flops(self.forward, num_tokens)
-        return seen / self.vision + read / self.language
+        seen = len(self.forward.vision.tower.blocks) * _seconds(vision_flops(self.forward, num_patches), self.vision)
+        read = len(self.forward.language.tower.layers) * _seconds(
+            language_flops(self.forward, num_tokens), self.language
+        )
+        return seen + read
+
+
+def _seconds(flops: Flops, per_second: Flops) -> float:
+    return flops.products / per_second.products + flops.attention / per_second.attention
 
 
 def warn_if_slow(forward: Forward, preprocess: Preprocessor) -> None:
@@ -111,27 +129,55 @@ def measure_speed(forward: Forward, preprocess: Preprocessor) -> Speed | None:
     except ITEM_ERRORS:
         return None
     num_patches = sum(math.prod(patches.grid_thw) for patches in picture.patches)
+    layer_s = partial(_layer_seconds, forward, merge_size=preprocess.vision.merge_size)
+    vision, language = forward.vision.tower.config, forward.language.tower.config
+    flops = vision_flops(forward, num_patches), language_flops(forward, text.num_tokens)
     return Speed(
         forward,
-        vision_flops(forward, num_patches) / _layer_seconds(forward, picture, preprocess.vision.merge_size),
-        language_flops(forward, text.num_tokens) / _layer_seconds(forward, text, preprocess.vision.merge_size),
+        _speed_of(forward, flops[0], layer_s(picture), vision.hidden_size // vision.num_heads),
+        _speed_of(forward, flops[1], layer_s(text), language.head_dim),
     )
 
 
-def vision_flops(forward: Forward, num_patches: int) -> float:
+def vision_flops(forward: Forward, num_patches: int) -> Flops:
     """Floating-point operations of one block for an image: two for each weight and row, and those of the attention."""
     config = forward.vision.tower.config
     num_weights: int = config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
-    return 2.0 * num_weights * num_patches + 4.0 * int(config.hidden_size) * num_patches**2
+    return Flops(2.0 * num_weights * num_patches, 4.0 * int(config.hidden_size) * num_patches**2)
 
 
-def language_flops(forward: Forward, num_tokens: int) -> float:
+def language_flops(forward: Forward, num_tokens: int) -> Flops:
     """The same of one layer for a sequence. Causal attention needs half of the pairs."""
     config = forward.language.tower.config
     query_size: int = config.num_attention_heads * config.head_dim
     key_size: int = config.num_key_value_heads * config.head_dim
     num_weights: int = config.hidden_size * (2 * query_size + 2 * key_size + 3 * config.intermediate_size)
-    return 2.0 * num_weights * num_tokens + 2.0 * query_size * num_tokens**2
+    return Flops(2.0 * num_weights * num_tokens, 2.0 * query_size * num_tokens**2)
+
+
+def _speed_of(forward: Forward, flops: Flops, seconds: float, head_dim: int) -> Flops:
+    """Of a tower whose layer with these operations takes so many seconds."""
+    attention = 4.0 * MEASURED_HEADS * head_dim * MEASURED_SEQUENCE**2 / _attention_seconds(forward, head_dim)
+    products_s = max(seconds - flops.attention / attention, seconds / 2)  # most of a layer of medium size
+    return Flops(flops.products / products_s, attention)
+
+
+@torch.inference_mode()
+def _attention_seconds(forward: Forward, head_dim: int) -> float:
+    """The shortest time of attention by itself, in which each token attends to all."""
+    states = torch.ones(MEASURED_SEQUENCE, MEASURED_HEADS, head_dim, dtype=forward.dtype, device=forward.device)
+    ends = torch.tensor((0, MEASURED_SEQUENCE), dtype=torch.int32, device=forward.device)
+    sequence = Sequences(ends, MEASURED_SEQUENCE, (Run(0, 1, MEASURED_SEQUENCE),))
+    starts = [_Clocks.read()]
+    for _ in range(NUM_MEASURED):
+        forward.vision.attention(states, states, states, sequence, sequence, causal=False)
+        starts.append(_Clocks.read())
+    return _shortest(starts)
+
+
+def _shortest(starts: Sequence[_Clocks]) -> float:
+    """The shortest time from one of them to the next, in seconds."""
+    return min(end.seconds_since(start) for start, end in itertools.pairwise(starts))
 
 
 def _layer_seconds(forward: Forward, one: ModelInput, merge_size: int) -> float:
@@ -148,7 +194,7 @@ def _layer_seconds(forward: Forward, one: ModelInput, merge_size: int) -> float:
     try:
         forward(batch)
     except _Measured:
-        return min(end.seconds_since(start) for start, end in itertools.pairwise(starts[1:]))
+        return _shortest(starts[1:])
     finally:
         forward.call_between_layers(lambda: None)
     raise AssertionError("a tower has fewer layers than measured")

@@ -153,7 +153,10 @@ def test_proposed_time_out_is_longer_than_the_estimate_and_proposed_pixels_fit_t
     model = load(deep_checkpoint, request_timeout_s=5.0)
     measured = speed.measure_speed(model.forward, model.preprocessor)
     assert measured is not None
-    slow = speed.Speed(model.forward, measured.vision / 1e6, measured.language / 1e6)
+    slow = speed.Speed(
+        model.forward,
+        *(speed.Flops(one.products / 1e6, one.attention / 1e6) for one in (measured.vision, measured.language)),
+    )
     monkeypatch.setattr(speed, "measure_speed", lambda *_: slow)
     with caplog.at_level(logging.WARNING):
         speed.warn_if_slow(model.forward, model.preprocessor)
