@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from itertools import chain, islice
 from typing import Any, TypeVar
 
 from embedder.engine.admission import Reservation
@@ -149,16 +148,17 @@ async def _compute(
     except TimeoutError as error:
         raise DeadlineExceeded(f"timeout: not done after {timeout_s:g} s, the limit for a request's items") from error
     finally:
-        _cancel(engine, iter(futures))
+        _cancel(engine, futures)
 
 
-def _cancel(engine: Engine, futures: Iterator[Future[Embedding]]) -> None:
-    """Cancel the futures, the first ones at once and the others in the next turns of the loop."""
+def _cancel(engine: Engine, futures: Sequence[Future[Embedding]], start: int = 0) -> None:
+    """Cancel the futures from `start` on, the first ones at once and the others in the next turns of the loop."""
+    end = start + ENDED_PER_TURN
     with engine.lock:
-        for future in islice(futures, ENDED_PER_TURN):
+        for future in futures[start:end]:
             future.cancel()  # has no effect on those that are done
-    if next_one := next(futures, None):
-        asyncio.get_running_loop().call_soon(_cancel, engine, chain([next_one], futures))
+    if end < len(futures):
+        asyncio.get_running_loop().call_soon(_cancel, engine, futures, end)
 
 
 async def _prepared(engine: Engine, query: Query, request: object, reservation: Reservation) -> ModelInput:
