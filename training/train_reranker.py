@@ -84,7 +84,7 @@ NUM_TRUNK_STAGES, NUM_AVERAGED = 4, 2
 
 
 MAX_PIXELS = 96 * 96  # larger pictures are reduced; the trunk recognizes drawings of the held-out vendor best like this
-SIZES = {(96, 96): 0.85, (64, 64): 0.05, (64, 128): 0.05, (128, 64): 0.05}
+SIZES = {(96, 96): 0.9, (64, 64): 0.04, (64, 128): 0.03, (128, 64): 0.03}
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,14 @@ STATES = (
     PairStage(600, 1e-3, queries=2, documents=64, confused=0, kind="states", more_queries=128),
     PairStage(1400, 6e-4, queries=2, documents=64, confused=0, kind="states", more_queries=128),
 )
-VECTORS = PairStage(1300, 3.5e-4, queries=1, documents=128, confused=6, kind="vectors", more_queries=384)
+VECTORS = PairStage(1400, 3.5e-4, queries=1, documents=256, confused=8, kind="vectors", more_queries=384)
+NUM_VECTOR_STAGES = 3  # each followed by the mean with the weights before it
 CALIBRATION = PairStage(0, 0.0, kind="vectors", queries=24, documents=24, confused=4)
 MAX_PICTURE_QUERIES = 96  # of a batch, because a picture has more tokens than most texts
 CONFUSED_WITH = 16  # nearest drawings, of which the others of a group are chosen
 PICTURES = Stage(0, 0.0, 0, MOSTLY_SMALL, swatches=0.0, shapes=0.0, strength=0.9, late_keywords=True, mixed=0.6)
-KINDS = {"image": 0.8, "text": 0.12, "both": 0.08}  # of documents
-QUERY_KINDS = {"text": 0.88, "image": 0.08, "both": 0.04}
+KINDS = {"image": 0.84, "text": 0.08, "both": 0.08}  # of documents
+QUERY_KINDS = {"text": 0.9, "image": 0.06, "both": 0.04}
 
 
 def stored_dtype(name: str) -> torch.dtype:
@@ -259,7 +260,7 @@ class RerankerTraining:
             "pairs": (softmax_loss(similar * scale, positive) + softmax_loss(similar.T * scale, positive.T)) / 2,
             "imitation": divergence(similar * IMITATED_SCALE, taught)
             + divergence(similar.T * IMITATED_SCALE, taught.T),
-            "distance": 2 * sum(distances),
+            "distance": 3 * sum(distances),
             "length": sum(length.square().mean() for length in lengths),
             "empty": 3 * empty_loss(at_query, at_document),
             "mark": 3 * mark_loss(scored.states, queries.part, documents.part),
@@ -448,8 +449,9 @@ def main() -> None:
     start = "reranker whose language model is trained further; default: all stages"
     chosen = parse_options("Train the bundled reranker.", run="reranker", out=OUT, start=start, seed=1)
     training = after_states(chosen.data, chosen.run, chosen.seed, chosen.start)
-    begun = training.masters.copy()
-    training.masters.average([begun, run_steps(training, "vectors", VECTORS, chosen.run)])
+    for place in range(NUM_VECTOR_STAGES):
+        begun = training.masters.copy()
+        training.masters.average([begun, run_steps(training, f"vectors-{place}", VECTORS, chosen.run)])
     training.calibrate()
     report(training)
     training.write(chosen.out)
