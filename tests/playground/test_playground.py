@@ -10,6 +10,7 @@ import io
 import json
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -208,6 +209,7 @@ class FakeEngine:
     def __init__(self, outcomes: list[Embedding | Exception], on_submit: Any = lambda: None) -> None:
         self.outcomes = outcomes
         self.on_submit = on_submit
+        self.lock = threading.RLock()
 
     @contextlib.contextmanager
     def reserve(self, items: Sequence[EmbeddingItem], priority: int) -> Iterator[None]:
