@@ -81,9 +81,10 @@ def test_callers_of_a_batching_api_do_not_wait_for_each_other(random_checkpoint:
 
     async def quick_next_to_slow() -> None:
         async with bentoml.AsyncHTTPClient(server.url, timeout=240) as bento:
-            slow = asyncio.create_task(bento.embed_texts(texts=[words(1000, seed) for seed in range(12)]))
+            slow = asyncio.create_task(bento.embed_texts(texts=[words(1000, seed) for seed in range(100)]))
             while queued_items(server) < 12:
                 await asyncio.sleep(0.01)
+                assert not slow.done()
             await bento.embed_texts(texts=["quick"])
             assert not slow.done()
             await slow
