@@ -89,7 +89,10 @@ SIZES = {(96, 96): 0.9, (64, 64): 0.04, (64, 128): 0.03, (128, 64): 0.03}
 
 @dataclass(frozen=True)
 class PairStage:
-    """The parameters of one training stage of pairs. `confused`: groups of documents that are easily confused."""
+    """The parameters of one training stage of pairs. `confused`: groups of documents that are easily confused.
+
+    A group has at most `CONFUSED_WITH` documents.
+    """
 
     steps: int
     learning_rate: float
@@ -107,7 +110,7 @@ STATES = (
 )
 VECTORS = PairStage(1400, 3.5e-4, queries=1, documents=256, confused=8, kind="vectors", more_queries=384)
 NUM_VECTOR_STAGES = 3  # each followed by the mean with the weights before it
-CALIBRATION = PairStage(0, 0.0, kind="vectors", queries=24, documents=24, confused=4)
+CALIBRATION = PairStage(0, 0.0, kind="vectors", queries=24, documents=24, confused=3)
 MAX_PICTURE_QUERIES = 96  # of a batch, because a picture has more tokens than most texts
 CONFUSED_WITH = 16  # nearest drawings, of which the others of a group are chosen
 PICTURES = Stage(0, 0.0, 0, MOSTLY_SMALL, swatches=0.0, shapes=0.0, strength=0.9, late_keywords=True, mixed=0.6)
@@ -176,10 +179,10 @@ class RerankerTraining:
         return self.side(asked, kind, size, pairs.AFTER_QUERY)
 
     def documents(self, stage: PairStage, size: tuple[int, int]) -> list[Example]:
-        """Groups of drawings or colors that are easily confused, then random ones."""
+        """Half of them in groups of drawings or colors that are easily confused, the others at random, mixed."""
         random, captions = self.random, self.examples.captions
         chosen: list[int] = []
-        in_group = stage.documents * 2 // 3 // max(1, stage.confused)
+        in_group = stage.documents // 2 // max(1, stage.confused)
         for _ in range(stage.confused):
             if random.random() < 0.08:
                 first = captions.num_drawings + int(random.choice(BASIC_COLORS))
