@@ -2,9 +2,9 @@
 
 Small inputs say little about large ones, because most of their time is spent on reading the weights. So two layers of
 each tower run with inputs of medium size, and attention by itself with a longer sequence. Their times are scaled by the
-number of floating-point operations. Attention has half of those of a large picture, and in bfloat16 it is much slower
-than the matrix products. Time in which other programs use the cores is not counted, so the estimate is for an idle
-machine even if this one is busy.
+number of floating-point operations. Those of attention, half of a large picture's, take longer than those of products,
+above all in bfloat16. Time in which other programs use the cores is not counted, so the estimate is for an idle machine
+even if this one is busy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 MEASURED_SIDE = 448  # pixels: 784 patches
 MEASURED_WORDS = 250
-MEASURED_SEQUENCE, MEASURED_HEADS = 4096, 2  # of attention by itself: as long as a large picture, with few heads
+MEASURED_SEQUENCE = 4096  # tokens of attention by itself, with one head: nearly as many as a large picture's
 NUM_MEASURED = 2  # layers of each tower, after one that allocates the memory
 PROMPT_TOKENS = 40  # upper estimate of the chat template and the instruction
 MARGIN = 1.5  # of the timeout that the warning proposes
@@ -157,7 +157,7 @@ def language_flops(forward: Forward, num_tokens: int) -> Flops:
 
 def _speed_of(forward: Forward, flops: Flops, seconds: float, head_dim: int) -> Flops:
     """Of a tower whose layer with these operations takes so many seconds."""
-    attention = 4.0 * MEASURED_HEADS * head_dim * MEASURED_SEQUENCE**2 / _attention_seconds(forward, head_dim)
+    attention = 4.0 * head_dim * MEASURED_SEQUENCE**2 / _attention_seconds(forward, head_dim)
     products_s = max(seconds - flops.attention / attention, seconds / 2)  # most of a layer of medium size
     return Flops(flops.products / products_s, attention)
 
@@ -165,7 +165,7 @@ def _speed_of(forward: Forward, flops: Flops, seconds: float, head_dim: int) -> 
 @torch.inference_mode()
 def _attention_seconds(forward: Forward, head_dim: int) -> float:
     """The shortest time of attention by itself, in which each token attends to all."""
-    states = torch.ones(MEASURED_SEQUENCE, MEASURED_HEADS, head_dim, dtype=forward.dtype, device=forward.device)
+    states = torch.ones(MEASURED_SEQUENCE, 1, head_dim, dtype=forward.dtype, device=forward.device)
     ends = torch.tensor((0, MEASURED_SEQUENCE), dtype=torch.int32, device=forward.device)
     sequence = Sequences(ends, MEASURED_SEQUENCE, (Run(0, 1, MEASURED_SEQUENCE),))
     starts = [_Clocks.read()]
