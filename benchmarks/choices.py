@@ -64,7 +64,7 @@ CALLERS = 64
 _SET_INTERVAL = "import sys\nsys.setswitchinterval({})\nsys.setswitchinterval = lambda _: None  # the service's own\n"
 # Refusing it keeps a thread busy for some tenths of a second.
 COSTLY = json.dumps({"items": [{f"field{number}_{place}": 1 for place in range(5)} for number in range(2048)]}).encode()
-
+PROBE = ("GET", "/livez")
 TEXT = ("POST", "/txt/embed", json.dumps({"input": "red"}), {"content-type": "application/json"})
 
 Run = Callable[[list[ModelInput]], NDArray[np.float32]]
@@ -117,7 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 "p90",
             ),
             [
-                [name, f"{one['requests_per_s']:.0f}", *(f"{one[key]:.1f}" for key in list(one)[1:])]
+                [
+                    name,
+                    f"{one['requests_per_s']:.0f}",
+                    *(f"{one[key]:.1f}" for key in ("probe_ms", "probe_p90_ms", "text_ms", "text_p90_ms")),
+                ]
                 for name, one in intervals.items()
             ],
         ),
@@ -249,38 +253,41 @@ async def _switch_intervals(folder: Path, seconds: float) -> dict[str, dict[str,
         for interval_s in SWITCH_INTERVALS_S:
             startup = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             (startup / "sitecustomize.py").write_text(_SET_INTERVAL.format(interval_s))
+            path = os.pathsep.join((str(startup), str(contenders.ROOT)))
             for kind, (target, model) in services.items():
                 one = contenders.service(kind, target, model, "/txt/embed")
-                path = os.pathsep.join((str(startup), str(contenders.ROOT)))
                 one.environment = {**one.environment, "PYTHONPATH": path}
                 stack.callback(one.stop)
                 one.start(bodies[0])
                 servers[f"{interval_s * 1e3:g}", kind] = one
-        rates: dict[str, list[float]] = {name: [] for name, _ in servers}
-        latencies_s: dict[str, dict[str, list[float]]] = {name: {"probe": [], "text": []} for name in rates}
+        names = list(dict.fromkeys(name for name, _ in servers))
+        rates, probes_s, texts_s = ({name: list[float]() for name in names} for _ in range(3))
         for _ in range(3):
-            for name, of_one in latencies_s.items():
+            for name in names:
                 load = await drive(servers[name, "null"].url, bodies, concurrency=CALLERS, seconds=seconds)
                 rates[name].append(load.requests_per_s)
-                for what, kind, request in (("probe", "null", ("GET", "/livez")), ("text", "text", TEXT)):
-                    port = servers[name, kind].port
-                    costly = drive(f"http://127.0.0.1:{port}/embed", [COSTLY], concurrency=2, seconds=seconds)
-                    _, more_s = await asyncio.gather(costly, asyncio.to_thread(_latencies_s, port, request, seconds))
-                    of_one[what] += more_s
+                probes_s[name] += await _latencies_s(servers[name, "null"].port, PROBE, seconds)
+                texts_s[name] += await _latencies_s(servers[name, "text"].port, TEXT, seconds)
     return {
         name: {
             "requests_per_s": statistics.median(rates[name]),
-            **{
-                f"{what}_{part}ms": seconds * 1e3
-                for what, all_s in of_one.items()
-                for part, seconds in (("", statistics.median(all_s)), ("p90_", statistics.quantiles(all_s, n=10)[-1]))
-            },
+            "probe_ms": statistics.median(probes_s[name]) * 1e3,
+            "probe_p90_ms": statistics.quantiles(probes_s[name], n=10)[-1] * 1e3,
+            "text_ms": statistics.median(texts_s[name]) * 1e3,
+            "text_p90_ms": statistics.quantiles(texts_s[name], n=10)[-1] * 1e3,
         }
-        for name, of_one in latencies_s.items()
+        for name in names
     }
 
 
-def _latencies_s(port: int, request: Sequence[Any], seconds: float) -> list[float]:
+async def _latencies_s(port: int, request: Sequence[Any], seconds: float) -> list[float]:
+    """The latencies of a request that is repeated while other callers send costly bodies."""
+    costly = drive(f"http://127.0.0.1:{port}/embed", [COSTLY], concurrency=2, seconds=seconds)
+    _, latencies_s = await asyncio.gather(costly, asyncio.to_thread(_repeat, port, request, seconds))
+    return latencies_s
+
+
+def _repeat(port: int, request: Sequence[Any], seconds: float) -> list[float]:
     """The latencies of equal requests, one every 20 ms, each on a connection of its own."""
     latencies_s = []
     end_s = time.perf_counter() + seconds
