@@ -19,14 +19,7 @@ from tests.rerank_oracle import RerankOracle
 
 MAX_DIFFERENCE = 1e-5  # of a score, float32, against the oracle
 NUM_CANDIDATES = 24
-NAMES = [
-    "pizza",
-    "guitar",
-    "cactus",
-    "rainbow",
-    "key",
-    "strawberry",
-]  # similarity alone does not rank the last two first
+NAMES = ["pizza", "guitar", "cactus", "rainbow", "key", "strawberry"]  # only reranking ranks the last two first
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from embedder.http.request_body import read_json
 from embedder.http.uploads import is_upload, upload_fields
 from embedder.settings import Settings
 
-READ_AT_ONCE_BYTES = 2**13  # a body up to this size is read in the event loop, in about 5 ms at most
+READ_AT_ONCE_BYTES = 2**13  # a body up to this size is read in the event loop, in about 10 ms at most
 
 _Read = TypeVar("_Read")
 
