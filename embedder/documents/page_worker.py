@@ -24,7 +24,8 @@ from embedder.errors import EmbedderError, InvalidMedia, MediaTooLarge
 from embedder.inputs import sandbox
 from embedder.inputs.formats import find_format
 from embedder.inputs.limits import FixedLimits
-from embedder.inputs.process_connection import RGB_BYTES_PER_PIXEL, Ended, confine
+from embedder.inputs.process_connection import Ended, confine
+from embedder.inputs.shared_memory import RGB_BYTES_PER_PIXEL
 
 DOCUMENT_BYTES = 2**29  # of memory for an open document and one page
 

@@ -20,10 +20,10 @@ import PIL.Image
 from embedder.documents.limits import MAX_PAGES, MAX_TEXT_BYTES
 from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.decoder import repeated_if_killed
-from embedder.inputs.decoder_process import DecoderProcess, memory_file
+from embedder.inputs.decoder_process import DecoderProcess
 from embedder.inputs.limits import MediaLimits
-from embedder.inputs.process_connection import RGB_BYTES_PER_PIXEL
 from embedder.inputs.regimes import Regime
+from embedder.inputs.shared_memory import RGB_BYTES_PER_PIXEL, memory_file
 
 DOCUMENT_SUFFIXES = (".pdf", ".tif", ".tiff")
 MAX_DOCUMENT_BYTES = 2**30

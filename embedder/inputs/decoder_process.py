@@ -11,7 +11,6 @@ can be started in a service, in a program without `if __name__ == "__main__"`, a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import mmap
@@ -34,7 +33,8 @@ from numpy.typing import NDArray
 from embedder.errors import EmbedderError, InvalidMedia, MediaTooLarge, ShuttingDown
 from embedder.inputs.decoder import NeedsProcess, OpenImage, ProcessKilled, ThreadDecoder
 from embedder.inputs.limits import FixedLimits, MediaLimits, decoding_took_too_long
-from embedder.inputs.process_connection import MAX_MESSAGE, RGB_BYTES_PER_PIXEL
+from embedder.inputs.process_connection import MAX_MESSAGE
+from embedder.inputs.shared_memory import BUFFER_BYTES, RGB_BYTES_PER_PIXEL, kept_buffers, memory_file
 from embedder.settings import decoder_environment
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class DecoderProcess:
         program: str = "embedder.inputs.decoder_worker",
     ) -> None:
         self.limits = FixedLimits.of(limits)
+        self.buffers: dict[int, mmap.mmap] = {}  # of pixels, which both processes map
         self._program = program
         self._on_end = on_end
         self._process: subprocess.Popen[bytes] | None = None
@@ -170,6 +171,7 @@ class DecoderProcess:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+        self.buffers = {}
         return status
 
     def _report(self, reason: EndReason, what: str) -> None:
@@ -193,7 +195,6 @@ class ProcessDecoder(ThreadDecoder):
         self._number = 0  # of the dialogue
         self._is_decoding = False
         self._refused = 0  # bytes of memory
-        self._buffers: dict[int, mmap.mmap] = {}
 
     def open_large_image(self, data: bytes, num_bytes: int, limits: MediaLimits, deadline: float) -> OpenImage:
         opened = self._open("image", data, deadline)
@@ -215,10 +216,13 @@ class ProcessDecoder(ThreadDecoder):
         """The frames of what was opened as `number`, each valid until the next one."""
         self._is_decoding = True
         self.process.send(type="decode", item=self._number, opened=number, indices=list(indices))
-        for _ in indices:
-            frame = self._answer("frame")
-            yield self._pixels(frame)
-            self.process.send(type="free", item=self._number)
+        num_missing = len(indices)
+        while num_missing:
+            frames = self._pixels(self._answer("frames"), num_missing)
+            num_missing -= len(frames)
+            yield from frames
+            if num_missing:
+                self.process.send(type="free", item=self._number)
         self._is_decoding = False
 
     def close(self) -> None:
@@ -285,18 +289,21 @@ class ProcessDecoder(ThreadDecoder):
 
     def _share_buffer(self, message: dict[str, Any]) -> None:
         number = self._integer(message, "buffer", 1)
-        num_bytes = self._integer(message, "num_bytes", RGB_BYTES_PER_PIXEL * self.process.limits.max_image_pixels)
+        frame_bytes = RGB_BYTES_PER_PIXEL * self.process.limits.max_image_pixels
+        num_bytes = self._integer(message, "num_bytes", max(BUFFER_BYTES, frame_bytes))
         with memory_file(num_bytes) as descriptor:
-            self._buffers[number] = mmap.mmap(descriptor, num_bytes)
+            self.process.buffers[number] = mmap.mmap(descriptor, num_bytes)
             self.process.send(descriptor, type="buffer", item=self._number)
 
-    def _pixels(self, frame: dict[str, Any]) -> NDArray[np.uint8]:
-        buffer = self._buffers.get(self._integer(frame, "buffer", 1), b"")
-        height, width = (self._integer(frame, side, 2**20) for side in ("height", "width"))
-        num_bytes = RGB_BYTES_PER_PIXEL * height * width
+    def _pixels(self, message: dict[str, Any], max_frames: int) -> NDArray[np.uint8]:
+        """The frames in a buffer -> (num_frames, height, width, 3)."""
+        buffer = self.process.buffers.get(self._integer(message, "buffer", 1), b"")
+        height, width = (self._integer(message, side, 2**20) for side in ("height", "width"))
+        num_frames = self._integer(message, "num_frames", max_frames)
+        num_bytes = RGB_BYTES_PER_PIXEL * num_frames * height * width
         if not 0 < num_bytes <= len(buffer):
             raise self._wrong_answer()
-        return np.frombuffer(buffer, np.uint8, num_bytes).reshape(height, width, RGB_BYTES_PER_PIXEL)
+        return np.frombuffer(buffer, np.uint8, num_bytes).reshape(num_frames, height, width, RGB_BYTES_PER_PIXEL)
 
     def _sizes(self, opened: dict[str, Any]) -> dict[str, int]:
         sizes = {side: self._integer(opened, side, 2**20) for side in ("width", "height")}
@@ -336,7 +343,7 @@ class ProcessDecoder(ThreadDecoder):
     def _end(self) -> None:
         self._num_opened = 0
         self._is_decoding = False
-        self._buffers.clear()
+        self.process.buffers = kept_buffers(self.process.buffers)
 
 
 @contextmanager
@@ -382,15 +389,3 @@ class ProcessClip:
     def decode(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         """Decode frames; see `OpenClip`."""
         return self.decoder.decode(self.number, indices)
-
-
-@contextmanager
-def memory_file(num_bytes: int) -> Iterator[int]:
-    """A descriptor of memory that both processes can map, and neither can make smaller or larger."""
-    descriptor = os.memfd_create("decoding", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(descriptor, num_bytes)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        yield descriptor
-    finally:
-        os.close(descriptor)

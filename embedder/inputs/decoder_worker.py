@@ -5,8 +5,8 @@ first task on: a fault in a decoder may let a caller's bytes take it over. Each 
 one file descriptor of memory that the parent has allocated. The dialogue about one item:
 
     parent: open, with the encoded bytes       process: opened, with sizes
-    parent: decode, with indices of frames     process: frame for each, in one of two buffers
-    parent: free, when it has read a frame
+    parent: decode, with indices of frames     process: frames, some at a time, in one of two buffers
+    parent: free, when it has read a buffer and waits for another one
     process: buffer, when it needs one         parent: buffer, with the memory
     process: memory, when it needs more        parent: memory, with the new limit
     parent: end                                process: ended
@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import io
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ from embedder.inputs.clip import OpenClip, open_clip
 from embedder.inputs.formats import IMAGE_FORMATS
 from embedder.inputs.limits import FixedLimits, TooLittleMemory
 from embedder.inputs.picture import decode_image, decode_peak_bytes, open_image
-from embedder.inputs.process_connection import RGB_BYTES_PER_PIXEL, Connection, Ended, confine
+from embedder.inputs.process_connection import Connection, Ended, confine
+from embedder.inputs.shared_memory import BUFFER_BYTES, RGB_BYTES_PER_PIXEL, kept_buffers
 
 NUM_BUFFERS = 2  # one is filled while the parent reads the other
 WORN_BYTES = 2**26  # of address space that items have left behind; then the parent replaces the process
@@ -48,19 +50,22 @@ class _Refused(Exception):
 
 
 class _Item:
-    """One item: what is open, the memory that it may use, and the buffers."""
+    """One item: what is open, and the memory that it may use. `buffers`: those left by earlier items."""
 
-    def __init__(self, connection: Connection, limits: FixedLimits, address_space: int) -> None:
+    def __init__(
+        self, connection: Connection, limits: FixedLimits, address_space: int, buffers: dict[int, mmap.mmap]
+    ) -> None:
         self._connection = connection
         self._limits = limits
         self._address_space = address_space  # of the process without an item
         self._memory = 0
         self._deadline = 0.0
         self._opened: list[tuple[OpenClip | PIL.Image.Image, int]] = []  # each with the memory to decode it
-        self._buffers: list[mmap.mmap | None] = [None] * NUM_BUFFERS
-        self._num_unread = 0  # frames that the parent has not read
+        self._buffers = buffers
+        self._num_unread = 0  # buffers that the parent has not read
         self._number = -1
         self._num_encoded_bytes = 0
+        self.has_clip = False
 
     def serve(self) -> None:
         """Answer the messages of one item. Raises its error."""
@@ -89,6 +94,7 @@ class _Item:
     def _open(self, kind: str, data: bytes, stack: contextlib.ExitStack) -> None:
         self._num_encoded_bytes += 2 * len(data)  # the decoders copy them
         if kind == "clip":
+            self.has_clip = True
             clip = stack.enter_context(open_clip(data, self._limits, self._deadline))
             buffers = NUM_BUFFERS * RGB_BYTES_PER_PIXEL * clip.width * clip.height
             self._opened.append((clip, clip.num_bytes + buffers))
@@ -103,34 +109,52 @@ class _Item:
 
     def _decode(self, number: int, indices: list[int]) -> None:
         opened, num_bytes = self._opened[number]
+        self._num_unread = 0  # the parent has read what it asked for before
         self._require(num_bytes)
         if isinstance(opened, OpenClip):
-            for place, values in enumerate(opened.decode(indices)):
-                self._send_frame(place % NUM_BUFFERS, values.shape[0], values.shape[1], [values])
-        else:
-            rgb = decode_image(opened, is_raw=self._limits.raw_orientation)
-            self._opened[number] = (PIL.Image.new("RGB", (1, 1)), 0)  # an image is decoded once; this frees its pixels
-            del opened
-            self._send_frame(0, rgb.height, rgb.width, _strips(rgb))
+            self._send_frames(opened.decode(indices), len(indices))
+            return
+        rgb = decode_image(opened, is_raw=self._limits.raw_orientation)
+        self._opened[number] = (PIL.Image.new("RGB", (1, 1)), 0)  # it is decoded once; this frees its pixels
+        del opened
+        (target,) = self._frames_of_buffer(0, rgb.height, rgb.width, 1)
+        _copy_strips(rgb, target)
+        self._send_buffer(0, target[None])
 
-    def _send_frame(self, number: int, height: int, width: int, strips: Iterable[NDArray[np.uint8]]) -> None:
+    def _send_frames(self, frames: Iterator[NDArray[np.uint8]], num_frames: int) -> None:
+        number = num_filled = num_sent = 0
+        target = np.empty((0, 0, 0, RGB_BYTES_PER_PIXEL), np.uint8)
+        for values in frames:
+            if num_filled == len(target) or values.shape != target.shape[1:]:
+                if num_filled:
+                    self._send_buffer(number, target[:num_filled])
+                    number, num_sent, num_filled = (number + 1) % NUM_BUFFERS, num_sent + num_filled, 0
+                target = self._frames_of_buffer(number, values.shape[0], values.shape[1], num_frames - num_sent)
+            target[num_filled] = values
+            num_filled += 1
+        if num_filled:
+            self._send_buffer(number, target[:num_filled])
+
+    def _frames_of_buffer(self, number: int, height: int, width: int, num_frames: int) -> NDArray[np.uint8]:
+        """A buffer that the parent has read, as an array of frames: of one, or of up to `num_frames` small ones."""
         while self._num_unread >= NUM_BUFFERS:
             message, _ = self._connection.receive()
             self._num_unread -= message["item"] == self._number
-        num_bytes = RGB_BYTES_PER_PIXEL * height * width
-        buffer = self._buffers[number]
-        if buffer is None or len(buffer) < num_bytes:
-            self._connection.send(type="buffer", buffer=number, num_bytes=num_bytes)
+        frame_bytes = RGB_BYTES_PER_PIXEL * height * width
+        num_frames = max(1, min(num_frames, BUFFER_BYTES // frame_bytes))
+        buffer = self._buffers.get(number)
+        if buffer is None or len(buffer) < num_frames * frame_bytes:
+            self._connection.send(type="buffer", buffer=number, num_bytes=num_frames * frame_bytes)
             _, descriptor = self._receive()
             assert descriptor is not None
-            buffer = self._buffers[number] = mmap.mmap(descriptor, num_bytes)
+            buffer = self._buffers[number] = mmap.mmap(descriptor, num_frames * frame_bytes)
             os.close(descriptor)
-        target = np.frombuffer(buffer, np.uint8, num_bytes).reshape(height, width, RGB_BYTES_PER_PIXEL)
-        row = 0
-        for strip in strips:
-            target[row : row + len(strip)] = strip
-            row += len(strip)
-        self._connection.send(type="frame", buffer=number, height=height, width=width)
+        values = np.frombuffer(buffer, np.uint8, num_frames * frame_bytes)
+        return values.reshape(num_frames, height, width, RGB_BYTES_PER_PIXEL)
+
+    def _send_buffer(self, number: int, frames: NDArray[np.uint8]) -> None:
+        num_frames, height, width, _ = frames.shape
+        self._connection.send(type="frames", buffer=number, num_frames=num_frames, height=height, width=width)
         self._num_unread += 1
 
     def _require(self, num_bytes: int) -> None:
@@ -152,18 +176,22 @@ def main(descriptor: int, parent: int, limits: dict[str, Any]) -> None:
     """Serve items until the socket `descriptor` is closed. `parent`: process id. `limits`: fields of FixedLimits."""
     process = confine(descriptor, parent, _import_everything)
     worn_address_space = process.address_space + WORN_BYTES
+    buffers: dict[int, mmap.mmap] = {}
+    gc.freeze()  # so that a collection looks only at an item's objects
     with contextlib.suppress(Ended):
         while True:
-            answer = _serve(process.connection, FixedLimits(**limits), process.address_space + OWN_BYTES)
+            item = _Item(process.connection, FixedLimits(**limits), process.address_space + OWN_BYTES, buffers)
+            answer = _serve(item)
+            del item
+            buffers = kept_buffers(buffers)
             if sandbox.address_space(process.memory_file) > worn_address_space:
                 _return_free_memory()
             is_worn = sandbox.address_space(process.memory_file) > worn_address_space
             process.connection.send(**answer, is_worn=is_worn)
 
 
-def _serve(connection: Connection, limits: FixedLimits, address_space: int) -> dict[str, str]:
+def _serve(item: _Item) -> dict[str, str]:
     """Serve one item. Returns the last answer."""
-    item = _Item(connection, limits, address_space)
     try:
         item.serve()
     except (TooLittleMemory, MemoryError):
@@ -172,6 +200,9 @@ def _serve(connection: Connection, limits: FixedLimits, address_space: int) -> d
         return {"type": "error", "error": "Refused", "message": ""}
     except EmbedderError as error:
         return {"type": "error", "error": type(error).__name__, "message": error.message[:1000]}
+    finally:
+        if item.has_clip:
+            gc.collect()  # PyAV's objects refer to each other: a clip of 720p would leave 2 MB
     return {"type": "ended"}
 
 
@@ -181,11 +212,13 @@ def _read(descriptor: int, num_bytes: int) -> bytes:
         return os.pread(file.fileno(), num_bytes, 0)
 
 
-def _strips(image: PIL.Image.Image) -> Iterator[NDArray[np.uint8]]:
-    """An image's rows, some at a time: an array of the whole image would be one more copy."""
+def _copy_strips(image: PIL.Image.Image, target: NDArray[np.uint8]) -> None:
+    """Copy an image's rows, some at a time: an array of the whole image would be one more copy."""
     num_rows = max(1, STRIP_BYTES // (RGB_BYTES_PER_PIXEL * image.width))
     for row in range(0, image.height, num_rows):
-        yield np.asarray(image.crop((0, row, image.width, min(row + num_rows, image.height))))
+        end = min(row + num_rows, image.height)
+        strip = image if num_rows >= image.height else image.crop((0, row, image.width, end))
+        target[row:end] = np.asarray(strip)
 
 
 def _return_free_memory() -> None:
@@ -206,7 +239,7 @@ def _import_everything() -> None:
         file = io.BytesIO()
         PIL.Image.new("RGB", (16, 16)).save(file, kind, **fast.get(kind, {}))
         image = decode_image(open_image(file.getvalue(), limits, deadline))
-        list(_strips(image))
+        _copy_strips(image, np.empty((16, 16, RGB_BYTES_PER_PIXEL), np.uint8))
         if kind == "GIF":
             with open_clip(file.getvalue(), limits, deadline) as clip:
                 list(clip.decode([0]))

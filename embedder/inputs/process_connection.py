@@ -16,7 +16,6 @@ from typing import Any
 from embedder.inputs import sandbox
 
 MAX_MESSAGE = 2**16
-RGB_BYTES_PER_PIXEL = 3  # of the pixels in memory that both processes map
 
 
 class Ended(Exception):

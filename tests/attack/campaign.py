@@ -41,7 +41,7 @@ QUIET: dict[str, tuple[str, str, bytes]] = {
     "text": ("POST", "/txt/embed", json.dumps({"input": "red"}).encode()),
     "picture": ("POST", "/img/embed", json.dumps({"input": EXAMPLE_IMAGE}).encode()),
 }
-PROCESS_BYTES, PRODUCTS_BYTES = 25 * 2**20, 270 * 2**20  # of the sizing guide; the others are constants of the code
+PROCESS_BYTES, PRODUCTS_BYTES = 75 * 2**20, 270 * 2**20  # of the sizing guide; the others are constants of the code
 TOLERANCE = 1e-5  # of a value; batches differ
 TURN_S, QUIET_SHARE = 30.0, 0.25  # quiet and attacked phases alternate, since the machine may be busy in between
 MAX_KEPT_PROCESSES = Settings().preprocess_threads + 1 + READERS  # they start when they are needed, and stay

@@ -20,11 +20,12 @@ import pytest
 from embedder import Embedder
 from embedder.errors import EmbedderError, InvalidMedia, MediaTooLarge
 from embedder.inputs.decoder import NeedsProcess
-from embedder.inputs.decoder_process import RETRY_BYTES, START_BYTES, DecoderProcess, ProcessDecoder, memory_file
+from embedder.inputs.decoder_process import RETRY_BYTES, START_BYTES, DecoderProcess, ProcessDecoder
 from embedder.inputs.image import load_image
 from embedder.inputs.items import EmbeddingItem, Image, Video
 from embedder.inputs.limits import FixedLimits
 from embedder.inputs.regimes import CheckpointRegime
+from embedder.inputs.shared_memory import memory_file
 from embedder.inputs.tokens import item_ids
 from embedder.inputs.video import load_video
 from embedder.settings import Settings
@@ -291,6 +292,28 @@ def test_item_that_is_given_up_while_it_is_decoded_leaves_the_process_usable(goo
     assert np.array_equal(decoding.load(GOOD), good)
 
 
+def test_small_frames_need_no_larger_limit_than_one_frame(good: Any, decoding: Decoding) -> None:
+    decoding.limit(SETTINGS.model_copy(update={"max_image_pixels": 128 * 96}))
+    assert np.array_equal(decoding.load(GOOD), good)
+    assert decoding.ended == []
+
+
+def test_memory_of_a_process_does_not_grow_with_clips(decoding: Decoding) -> None:
+    """Without a collection of its own, the process would keep 2 MB of each, and be replaced after 35 of them."""
+
+    def address_space() -> int:
+        return int(Path(f"/proc/{decoding.pid}/statm").read_text().split()[0]) * 4096
+
+    data = clip(num_frames=30, width=1280, height=720)
+    for _ in range(3):
+        decoding.load(data, RETRY_BYTES)
+    before = address_space()
+    for _ in range(6):
+        decoding.load(data, RETRY_BYTES)
+    assert address_space() < before + 2**22
+    assert decoding.ended == []
+
+
 def test_shared_memory_cannot_be_taken_away() -> None:
     with memory_file(4096) as descriptor:
         for size in (0, 8192):
@@ -301,9 +324,11 @@ def test_shared_memory_cannot_be_taken_away() -> None:
 def test_process_has_no_secrets_sockets_or_heavy_libraries(decoding: Decoding) -> None:
     folder = Path(f"/proc/{decoding.pid}")
     names = {entry.split(b"=")[0].decode() for entry in (folder / "environ").read_bytes().split(b"\0") if entry}
-    assert names <= {"OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX", "LD_LIBRARY_PATH", "LC_CTYPE"}
+    malloc = {"MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
+    assert names <= {"OPENBLAS_NUM_THREADS", "LD_LIBRARY_PATH", "LC_CTYPE", *malloc}
     opened = {os.readlink(path).partition(":")[0] for path in (folder / "fd").iterdir()}
-    assert opened == {"/dev/null", "socket", f"/proc/{decoding.pid}/statm"}
+    pixels = "/memfd"  # of the frames that both processes map
+    assert opened <= {"/dev/null", "socket", pixels, f"/proc/{decoding.pid}/statm"}
     assert sum(os.readlink(path).startswith("socket") for path in (folder / "fd").iterdir()) == 1
     libraries = (folder / "maps").read_text()
     assert "libavcodec" in libraries
@@ -377,6 +402,7 @@ import os, signal, sys, threading
 from embedder.inputs.decoder_process import START_BYTES, DecoderProcess, ProcessDecoder
 from embedder.inputs.items import Video
 from embedder.inputs.regimes import CheckpointRegime
+from embedder.inputs.shared_memory import memory_file
 from embedder.inputs.video import load_video
 from embedder.settings import Settings
 data = open(sys.argv[1], "rb").read()
