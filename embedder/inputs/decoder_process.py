@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import orjson
 import PIL.Image
 from numpy.typing import NDArray
 
@@ -119,7 +120,7 @@ class DecoderProcess:
         """Send a message, with a file descriptor. A process that has ended is noticed when it does not answer."""
         assert self._socket is not None
         with contextlib.suppress(OSError):
-            socket.send_fds(self._socket, [json.dumps(message).encode()], [] if descriptor is None else [descriptor])
+            socket.send_fds(self._socket, [orjson.dumps(message)], [] if descriptor is None else [descriptor])
 
     def receive(self, deadline: float) -> dict[str, Any]:
         """The next message. Kills the process at the deadline.
@@ -156,7 +157,7 @@ class DecoderProcess:
         assert self._socket is not None
         try:
             self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-            message = json.loads(self._socket.recv(MAX_MESSAGE) or b"null")
+            message = orjson.loads(self._socket.recv(MAX_MESSAGE) or b"null")
         except (OSError, ValueError):
             return None
         return message if isinstance(message, dict) else None

@@ -5,13 +5,14 @@ A message is one JSON object, with at most one file descriptor.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import orjson
 
 from embedder.inputs import sandbox
 
@@ -31,7 +32,7 @@ class Connection:
     def send(self, **message: Any) -> None:
         """Send a message. Raises `Ended`."""
         try:
-            self._socket.send(json.dumps(message).encode())
+            self._socket.send(orjson.dumps(message))
         except OSError as error:
             raise Ended from error
 
@@ -40,7 +41,7 @@ class Connection:
         data, descriptors, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, 1)
         if not data:
             raise Ended
-        return json.loads(data), descriptors[0] if descriptors else None
+        return orjson.loads(data), descriptors[0] if descriptors else None
 
 
 @dataclass(frozen=True)

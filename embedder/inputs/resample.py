@@ -10,8 +10,9 @@ The three differ by one or two in a few percent of the values. All of them smoot
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import PIL.Image
@@ -59,8 +60,8 @@ def _one_openmp_thread() -> Iterator[None]:
     import torch
 
     num_threads = torch.get_num_threads()  # also ends torch's own setup of this thread, which would undo the next line
-    set_num_threads = getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
-    if set_num_threads is None:  # torch is built without OpenMP, or with one that is not visible
+    set_num_threads = _omp_set_num_threads()
+    if set_num_threads is None:
         yield
         return
     set_num_threads(1)
@@ -68,3 +69,9 @@ def _one_openmp_thread() -> Iterator[None]:
         yield
     finally:
         set_num_threads(num_threads)
+
+
+@cache
+def _omp_set_num_threads() -> Callable[[int], None] | None:
+    """OpenMP's function; None if torch is built without OpenMP, or with one that is not visible. Needs torch loaded."""
+    return getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
