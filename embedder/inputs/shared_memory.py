@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 RGB_BYTES_PER_PIXEL = 3  # of the pixels in memory that both processes map
-BUFFER_BYTES = 2**20  # of several small frames, so that a clip does not wake the parent for each of them
+BUFFER_BYTES = 2**22  # of several small frames, so that a clip does not wake the parent for each of them
 KEPT_BYTES = 2**23  # of a buffer that is kept for the next item: a frame of 1080p fits
 
 
