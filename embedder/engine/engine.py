@@ -105,6 +105,7 @@ class Engine:
         )
         self._cache: CoalescingCache[Job] = CoalescingCache(settings.cache_bytes)
         self._inputs = Scheduler[Job](settings.max_batch_tokens, self._device.seconds_per_token, batch_length)
+        self._is_awake = False  # the device may take inputs; until there are none left
         self._is_closed = False  # to new items
         self._is_over = False  # for the threads
         self._device_thread = threading.Thread(target=self._run_device, name="engine", daemon=True)
@@ -135,7 +136,7 @@ class Engine:
         Items with the same `request` (any hashable) share a queue in the scheduler; with None the item has its own.
         Raises `UnsupportedDimensions`, `InputTooLong`, `ShuttingDown`, `DeviceFailed`, and `Overloaded` if the queue is
         full. `wait`, which blocks until there is capacity, or a `reservation`, whose priority it has, avoids the last.
-        Without `wake` an idle device may start only after `wake()`, so that more items run together.
+        Without `wake` an idle device starts only after `wake()`, so that more items run together.
         """
         check_item(item, self.settings, self.hidden_size)
         job = Job(item, request, estimate_tokens(item, self.settings), reservation.delay if reservation else NO_DELAY)
@@ -159,6 +160,7 @@ class Engine:
         """Start computing what was submitted without `wake`."""
         with self.lock:
             self._report_admitted()
+            self._is_awake = True
             self._has_inputs.notify()
 
     def _report_admitted(self) -> None:
@@ -221,7 +223,7 @@ class Engine:
                 if self._cache.add_waiting(job.key, job):
                     self._inputs.put(job, job.model_input.cost, job.request, time.monotonic(), job.delay)
                     if wake:
-                        self._has_inputs.notify()
+                        self.wake()
                 return None
         return self._resolve_rows([job], [row], is_cached=True)
 
@@ -255,9 +257,10 @@ class Engine:
         with self.lock:
             while True:
                 if not self._in_flight:
-                    self._has_inputs.wait_for(lambda: len(self._inputs) or self._is_over)
+                    self._has_inputs.wait_for(lambda: (self._is_awake and len(self._inputs)) or self._is_over)
                 self._inputs.max_batch_tokens = self._batch_limit.max_tokens
-                taken = self._inputs.take(time.monotonic())
+                taken = self._inputs.take(time.monotonic()) if self._is_awake else []
+                self._is_awake &= len(self._inputs) > 0
                 jobs = self._still_wanted([job for job in taken if self._cache.start_computing(job.key, job)])
                 if jobs or not taken:
                     return jobs
@@ -309,16 +312,13 @@ class Engine:
 
     def _resolve_batch(self, jobs: list[Job], rows: Rows) -> None:
         """Resolve the jobs of a batch, and the jobs that were coalesced with them."""
-        coalesced: list[Job] = []
-        places = []
         with self.lock:
-            for place, (job, row) in enumerate(zip(jobs, rows, strict=True)):
-                served = self._cache.store_row(job.key, row)
-                coalesced += served
-                places += [place] * len(served)
+            served = [
+                (one, row) for job, row in zip(jobs, rows, strict=True) for one in self._cache.store_row(job.key, row)
+            ]
         self._resolve_rows(jobs, rows, is_cached=False)
-        if coalesced:
-            self._resolve_rows(coalesced, [rows[place] for place in places], is_cached=True)
+        if served:
+            self._resolve_rows([one for one, _ in served], [row for _, row in served], is_cached=True)
 
     def _resolve_rows(self, jobs: list[Job], rows: Rows, *, is_cached: bool) -> None:
         """Resolve each job with its row."""

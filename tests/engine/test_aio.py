@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import embedder.inputs.preprocess
+from embedder.engine import aio
 from embedder.engine.aio import ENDED_PER_TURN, SUBMITTED_PER_TURN, embed_all, embed_each
 from embedder.engine.engine import Engine
 from embedder.engine.postprocess import Embedding
@@ -47,6 +49,41 @@ def test_texts_that_arrive_in_one_turn_of_the_event_loop_run_together(model: Fak
     with running(model) as engine:
         asyncio.run(arrive())
         assert model.batches == [40]
+
+
+def test_idle_device_starts_after_a_turn_of_the_event_loop_without_more_texts(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aio, "MAX_START_DELAY_S", 60.0)
+
+    async def arrive(engine: Engine, turn: int) -> None:
+        for _ in range(turn):
+            await asyncio.sleep(0)
+        time.sleep(0.002)  # the device thread could start
+        await embed_all(engine, [item("text")], 10)
+
+    async def arrive_in_turns(engine: Engine) -> None:
+        await asyncio.gather(*(arrive(engine, turn) for turn in (0, *range(11))))
+
+    with running(model) as engine:
+        asyncio.run(arrive_in_turns(engine))
+        assert model.batches == [12]
+        asyncio.run(arrive(engine, 3))  # another event loop
+        assert model.batches == [12, 1]
+
+
+def test_idle_device_starts_soon_while_more_texts_arrive(model: FakeModel) -> None:
+    async def arrive_until_the_first_is_done(engine: Engine) -> int:
+        tasks = [asyncio.create_task(embed_all(engine, [item(text)], 10)) for text in ("first", "second")]
+        while len(tasks) < 1000 and not tasks[0].done():
+            tasks.append(asyncio.create_task(embed_all(engine, [item(f"text {len(tasks)}")], 10)))
+            await asyncio.sleep(0)
+            time.sleep(0.0005)  # the device thread runs
+        await asyncio.gather(*tasks)
+        return len(tasks)
+
+    with running(model) as engine:
+        assert asyncio.run(arrive_until_the_first_is_done(engine)) < 1000
 
 
 def test_submitting_many_items_lets_other_tasks_run_in_between(
