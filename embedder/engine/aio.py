@@ -155,8 +155,9 @@ async def _compute(
 class _Starter:
     """Wakes an engine once a turn of the event loop submits nothing more to it, or after `MAX_START_DELAY_S`.
 
-    So requests that arrive together run together, and one that arrives alone does not wait. With a model that computes nothing, 64 callers and batches of 6 texts
-    cost 14% more CPU time than the same callers and batches of 21 (`python -m benchmarks.front`, 2026-11-30).
+    So requests that arrive together run together, and one that arrives alone does not wait. With a model that computes
+    nothing, 64 callers and batches of 6 texts cost 14% more CPU time than the same callers and batches of 21
+    (`python -m benchmarks.front`, 2026-11-30).
     """
 
     def __init__(self) -> None:
