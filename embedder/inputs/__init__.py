@@ -18,7 +18,7 @@ The modules, in the order in which an item passes them:
     decoder_process, decoder_worker, sandbox
                 the same in a process that can be killed: this side, the other side, and what it may do
     process_connection  start and socket of such a process
-    shared_memory      memory that both processes map
+    shared_memory       memory that both processes map
     regimes     sizes of images and frames, and which frames of a video are used
     resample    resizing with the filters of both regimes
     image       an encoded image -> RGB values, resized
