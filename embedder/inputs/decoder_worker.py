@@ -181,8 +181,10 @@ def main(descriptor: int, parent: int, limits: dict[str, Any]) -> None:
     with contextlib.suppress(Ended):
         while True:
             item = _Item(process.connection, FixedLimits(**limits), process.address_space + OWN_BYTES, buffers)
-            answer = _serve(item)
+            answer, has_clip = _serve(item), item.has_clip
             del item
+            if has_clip:
+                gc.collect()  # PyAV's objects refer to each other: a clip of 720p would leave 2 MB
             buffers = kept_buffers(buffers)
             if sandbox.address_space(process.memory_file) > worn_address_space:
                 _return_free_memory()
@@ -200,9 +202,6 @@ def _serve(item: _Item) -> dict[str, str]:
         return {"type": "error", "error": "Refused", "message": ""}
     except EmbedderError as error:
         return {"type": "error", "error": type(error).__name__, "message": error.message[:1000]}
-    finally:
-        if item.has_clip:
-            gc.collect()  # PyAV's objects refer to each other: a clip of 720p would leave 2 MB
     return {"type": "ended"}
 
 
