@@ -108,7 +108,7 @@ def test_long_texts_leave_the_other_threads_free(
     recorder.put(*[EmbeddingItem((Text("a"),), instruction="long")] * 5)
     (short,) = recorder.put(item("red"))
     wait_until(lambda: recorder.scheduled == [short])
-    assert len(recorder.workers) == 9  # the tenth has the thread of the long ones
+    wait_until(lambda: len(recorder.workers) == 9)  # the tenth has the thread of the long ones
     model.gate.set()
     wait_until(lambda: len(recorder.scheduled) == 11)
 
