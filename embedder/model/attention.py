@@ -9,24 +9,18 @@ ends (the last query attends to all keys, the one before it to all but the last)
 from __future__ import annotations
 
 import logging
-from functools import cache, lru_cache
+from functools import cache
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from embedder.errors import ModelUnavailable
 from embedder.model.devices import VARLEN_CAPABILITY, has_varlen_kernels
 from embedder.model.packing import Sequences
+from embedder.model.sdpa import sdpa_attention
 
 logger = logging.getLogger(__name__)
-
-# With more keys than queries, sdpa takes a mask, or queries of zeros before the first one. A mask is faster for few
-# queries: 100 times for 12 queries and 6,126 keys, twice for 300 and 1,000, as fast for 600 and 1,000, 0.6 times for
-# 1,480 and 1,500. The kernel then skips blocks of keys that no query attends to (x86 with AVX2, one core, 2026-11-29).
-MAX_CACHED_MASK = 2**16  # elements; small sequences also take a mask whatever their lengths are
-MAX_MASK = 2**24  # elements; sdpa makes floats of them
 
 
 class Attention(Protocol):
@@ -97,52 +91,6 @@ def _check_gpu(name: str, device: torch.device, dtype: torch.dtype) -> None:
             f"attention back end {name}: {device} has compute capability {capability}; allowed: {VARLEN_CAPABILITY} "
             "or newer. Use sdpa"
         )
-
-
-def sdpa_attention(
-    query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, *, causal: bool
-) -> Tensor:
-    """scaled_dot_product_attention, one call for consecutive sequences of equal length."""
-    attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    is_grouped = query.shape[1] > key.shape[1]
-    if is_grouped and query.device.type != "cpu":  # the fused kernels of older GPUs take no groups
-        key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
-        is_grouped = False
-    for query_run, key_run in zip(queries.runs, keys.runs, strict=True):
-        run_query, mask = query_run.view(query), None
-        num_missing = key_run.length - query_run.length if causal else 0  # the keys before the first query's
-        if num_missing and _takes_mask(query_run.length, key_run.length):
-            mask = causal_mask(query_run.length, key_run.length, query.device)
-        elif num_missing:
-            run_query = F.pad(run_query, (0, 0, 0, 0, num_missing, 0))
-        values = F.scaled_dot_product_attention(
-            run_query.transpose(1, 2),  # (count, num_heads, length, head_dim)
-            key_run.view(key).transpose(1, 2),
-            key_run.view(value).transpose(1, 2),
-            attn_mask=mask,
-            is_causal=causal and mask is None,
-            enable_gqa=is_grouped,
-        )
-        query_run.view(attended).copy_(values.transpose(1, 2)[:, -query_run.length :])
-    return attended
-
-
-def _takes_mask(num_queries: int, num_keys: int) -> bool:
-    size = num_queries * num_keys
-    return size <= MAX_CACHED_MASK or (2 * num_queries <= num_keys and size <= MAX_MASK)
-
-
-def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """(num_queries, num_keys) bool, True where a query attends to a key; aligned at the ends."""
-    make = _cached_mask if num_queries * num_keys <= MAX_CACHED_MASK else _make_mask
-    return make(num_queries, num_keys, device)
-
-
-def _make_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
-
-
-_cached_mask = lru_cache(maxsize=1024)(_make_mask)  # every layer needs the same one
 
 
 def varlen_attention(

@@ -38,17 +38,18 @@ from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.inputs.processor_config import read_vision_config
 from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model import cuda_graphs, language
-from embedder.model.attention import flash_attention, sdpa_attention, varlen_attention
+from embedder.model.attention import flash_attention, varlen_attention
 from embedder.model.cuda_graphs import TextGraphs, graph_size
 from embedder.model.devices import choose_dtype
 from embedder.model.forward import Forward
 from embedder.model.packing import pack
 from embedder.model.pooling import pool
 from embedder.model.products import join_layers
+from embedder.model.sdpa import sdpa_attention
 from embedder.model.weights import load_model
 from embedder.settings import Settings
 from tests.conftest import picture, words
-from tests.model.test_model import LENGTHS, naive_attention, randn, sequences
+from tests.model.test_attention import LENGTHS, naive_attention, randn, sequences
 
 CPU = torch.device("cpu")
 BACK_ENDS = {"varlen": varlen_attention, "flash_attn": flash_attention}
