@@ -13,7 +13,8 @@ import torch
 
 from embedder.engine.device import WaitForRows
 from embedder.inputs.preprocess import ModelInput
-from embedder.model.products import PackedLinear, can_pack
+from embedder.model.onednn import PackedLinear
+from embedder.model.products import can_pack
 from embedder.models import Models
 
 _ROW = np.random.default_rng(0).standard_normal(8192, np.float32)

@@ -80,10 +80,10 @@ class Settings(BaseModel):
         description="`int8`: the weights of the layers in 8 bits, on every device; `fp8`: the same with products in "
         "fp8, on GPUs from Ada and Hopper on; empty: in `EMBEDDER_DTYPE`. Changes the vectors.",
     )
-    attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = Field(
+    attention: Literal["auto", "flash_attn", "varlen", "onednn", "sdpa"] = Field(
         "auto",
         description="Attention back end; `auto`: on NVIDIA GPUs of Ampere or newer, flash_attn if installed, else "
-        "varlen; on all other devices, sdpa.",
+        "varlen; on a CPU in float32, onednn if it is faster there; else sdpa.",
     )
     execution: Literal["auto", "eager", "compiled", "graphs", "graphs+compiled"] = Field(
         "auto",

@@ -1,4 +1,4 @@
-"""Attention over packed sequences, with three back ends of one signature.
+"""Attention over packed sequences, with four back ends of one signature.
 
 Each takes query (num_queries, num_heads, head_dim), key and value (num_keys, num_kv_heads, head_dim), and returns
 (num_queries, num_heads, head_dim). `queries` and `keys` say where the sequences are; sequence i of the queries attends
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from embedder.errors import ModelUnavailable
 from embedder.model.devices import VARLEN_CAPABILITY, has_varlen_kernels
+from embedder.model.onednn_attention import is_faster_than_sdpa, onednn_attention
 from embedder.model.packing import Sequences
 from embedder.model.sdpa import sdpa_attention
 
@@ -34,18 +35,21 @@ class Attention(Protocol):
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attention]:
     """The name and the function of the back end for `device`.
 
-    `name` is sdpa (any device), varlen (torch's own kernel, CUDA), flash_attn (the package, CUDA) or auto: flash_attn
-    if it can be imported, else varlen, on CUDA from Ampere on in 16 bits; sdpa elsewhere. Raises `ModelUnavailable` if
-    the back end does not support the device or the dtype.
+    `name` is sdpa (any device), onednn (CPU), varlen (torch's own kernel, CUDA), flash_attn (the package, CUDA) or
+    auto: flash_attn if it can be imported, else varlen, on CUDA from Ampere on in 16 bits; onednn on a CPU in float32
+    if it is faster than sdpa; sdpa elsewhere. Raises `ModelUnavailable` if the back end does not support the device or
+    the dtype.
     """
     import_error = flash_attn_import_error()
     if name == "auto":
         name = _best(device, dtype, import_error)
-    if name != "sdpa":
+    if name == "onednn":
+        _check_cpu(device, dtype)
+    elif name != "sdpa":
         _check_gpu(name, device, dtype)
     if name == "flash_attn" and import_error:
         raise ModelUnavailable(f"EMBEDDER_ATTENTION=flash_attn: flash-attn cannot be used ({import_error}); use varlen")
-    return name, {"flash_attn": flash_attention, "varlen": varlen_attention, "sdpa": sdpa_attention}[name]
+    return name, _BACK_ENDS[name]
 
 
 def log_attention(name: str, device: torch.device) -> None:
@@ -56,7 +60,7 @@ def log_attention(name: str, device: torch.device) -> None:
             "slower than varlen, which needs an NVIDIA GPU of Ampere or newer and a 16-bit dtype; not measured on %s",
             device,
         )
-    elif name != "sdpa":
+    elif device.type != "cpu":
         logger.info("attention back end: %s (flash-attn: %s)", name, flash_attn_import_error() or "installed")
 
 
@@ -75,9 +79,18 @@ def flash_attn_import_error() -> str | None:
 
 
 def _best(device: torch.device, dtype: torch.dtype, import_error: str | None) -> str:
+    if device.type == "cpu" and dtype == torch.float32:
+        return "onednn" if is_faster_than_sdpa() else "sdpa"
     if dtype == torch.float32 or not has_varlen_kernels(device):
         return "sdpa"
     return "varlen" if import_error else "flash_attn"
+
+
+def _check_cpu(device: torch.device, dtype: torch.dtype) -> None:
+    if device.type != "cpu" or dtype != torch.float32 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        raise ModelUnavailable(
+            f"attention back end onednn needs a CPU with oneDNN, and float32; this is {device} in {dtype}. Use sdpa"
+        )
 
 
 def _check_gpu(name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -148,3 +161,11 @@ def flash_attention(
         causal=causal,
     )
     return attended
+
+
+_BACK_ENDS: dict[str, Attention] = {
+    "flash_attn": flash_attention,
+    "onednn": onednn_attention,
+    "sdpa": sdpa_attention,
+    "varlen": varlen_attention,
+}

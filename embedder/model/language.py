@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedder.model.attention import Attention
-from embedder.model.execution import compile_if
+from embedder.model.execution import by_rows, compile_if
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, PackedVision, Prefix
 from embedder.model.positions import apply_rotary, interleaved_axes, rotary_frequencies, rotate_halves, text_rotary
 from embedder.model.products import add_product
@@ -85,8 +85,7 @@ class Language:
         query, *own = self._query_key_value(layer, hidden_states, cos, sin)
         key, value = _prepend_prefix(prefix, own, batch)
         attended = self.attention(query, key, value, batch.sequences, batch.keys, causal=True)
-        output: Tensor = self._output_and_mlp(layer, hidden_states, attended)
-        return output
+        return by_rows(self._output_and_mlp, layer, hidden_states, attended)
 
     def _last_layer(
         self,
@@ -144,7 +143,7 @@ class Language:
             query, key, value = self._query_key_value(layer, hidden_states, cos, sin)
             keys_and_values.append((key, value))
             attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=True)
-            hidden_states = self._output_and_mlp(layer, hidden_states, attended)
+            hidden_states = by_rows(self._output_and_mlp, layer, hidden_states, attended)
             _add_deepstack(hidden_states, batch.vision, deepstack, index)
         keys_and_values.append(_key_value(last.self_attn, _rms_norm(last.input_layernorm, hidden_states), cos, sin))
         parts = [list(zip(key.split(lengths), value.split(lengths), strict=True)) for key, value in keys_and_values]
@@ -221,7 +220,7 @@ def _output_and_mlp(layer: Module, hidden_states: Tensor, attended: Tensor) -> T
     """
     hidden_states = add_product(hidden_states, layer.self_attn.o_proj, attended.flatten(1))
     gate, up = layer.mlp.gate_up_proj(_rms_norm(layer.post_attention_layernorm, hidden_states)).chunk(2, -1)
-    return add_product(hidden_states, layer.mlp.down_proj, layer.mlp.act_fn(gate) * up)
+    return add_product(hidden_states, layer.mlp.down_proj, layer.mlp.act_fn(gate).mul_(up))
 
 
 def _rms_norm(norm: Module, states: Tensor) -> Tensor:

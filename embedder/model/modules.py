@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from embedder.model.architecture import Activation, Architecture, TextConfig, VisionTowerConfig
+from embedder.model.onednn import activated_product
 
 LAYER_NORM_EPS = 1e-6  # of the vision tower; config.json does not state it
 
@@ -90,7 +91,7 @@ class VisionMLP(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(num_patches, hidden_size) to the same shape."""
-        output: Tensor = self.linear_fc2(self.act_fn(self.linear_fc1(states)))
+        output: Tensor = self.linear_fc2(activated_product(self.linear_fc1, self.act_fn, states))
         return output
 
 
@@ -108,7 +109,7 @@ class PatchMerger(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """(num_patches, hidden_size) to (num_visual_tokens, out_hidden_size)."""
         merged = self.norm(states.view(-1, *self.norm.normalized_shape)).view(-1, self.merged_size)
-        output: Tensor = self.linear_fc2(self.act_fn(self.linear_fc1(merged)))
+        output: Tensor = self.linear_fc2(activated_product(self.linear_fc1, self.act_fn, merged))
         return output
 
 

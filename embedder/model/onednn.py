@@ -1,4 +1,4 @@
-"""oneDNN's matrix product for any number of rows."""
+"""oneDNN's matrix product for any number of rows, and a linear layer that uses it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # oneDNN prepares each number of rows once: up to 1 ms for each shape of a weight, and about 0.6 MB of heap (2 cores,
 # AMD EPYC). Products are therefore computed for multiples of `step` rows, up to `end` rows each: with the
@@ -15,13 +15,47 @@ _STEPS = ((4, 1), (64, 4), (256, 16), (512, 32), (2048, 64))
 _LAST_STEP = 256
 
 
-def onednn_product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute `F.linear`. `weight` is in oneDNN's layout or a plain one."""
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is stored in oneDNN's blocked layout."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = linear.bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(num_rows, in_features) to (num_rows, out_features)."""
+        return onednn_product(states, self.weight, self.bias)
+
+
+def activated_product(linear: nn.Module, activation: nn.Module, states: Tensor) -> Tensor:
+    """activation(linear(states)). oneDNN computes a GELU in the product's kernel."""
+    if isinstance(linear, PackedLinear) and isinstance(activation, nn.GELU):
+        return onednn_product(states, linear.weight, linear.bias, "gelu", activation.approximate)
+    output: Tensor = activation(linear(states))
+    return output
+
+
+def onednn_product(
+    states: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = ""
+) -> Tensor:
+    """Compute `F.linear`, and an activation by oneDNN's names. `weight` is in oneDNN's layout or a plain one."""
     num_rows = len(states)
     if missing := padded_rows(num_rows) - num_rows:
         states = F.pad(states, (0, 0, 0, missing))
-    output: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+    output = onednn_matmul(states, weight, bias, activation, algorithm)
     return output[:num_rows] if missing else output
+
+
+def onednn_matmul(
+    states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none", algorithm: str = ""
+) -> Tensor:
+    """`onednn_product` for exactly these shapes.
+
+    A plain `weight` may be transposed, but its rows or columns have to be adjacent: else this is 100 times slower.
+    """
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, activation, [], algorithm)
+    return output
 
 
 def padded_rows(num_rows: int) -> int:

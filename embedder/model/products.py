@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from embedder.model.eight_bit import EightBitLinear, Int8Linear, Product
 from embedder.model.int8_digits import DigitLinear, has_exact_products
 from embedder.model.memory import release_freed_memory
-from embedder.model.onednn import onednn_product
+from embedder.model.onednn import PackedLinear, onednn_product
+from embedder.model.time_ratio import MAX_TIME_RATIO, time_ratio
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ MAX_MEASURED_INT8 = 2**24
 DIRECT_ROWS = (1, 2, 4, 8, 16, 32)
 DIRECT_MULTIPLE = 16  # of in_features: torch's product with int8 reads this many values at a time, also past the end
 MEASURE_S = 0.2
-MIN_ROUNDS = 3  # the first one includes the generation of code
-MAX_TIME_RATIO = 0.95  # a smaller difference is noise
 
 
 def arrange_products(model: Any, *, is_compiled: bool = False) -> str:
@@ -91,19 +89,6 @@ def _joined(parts: Sequence[nn.Linear]) -> nn.Linear:
     if parts[0].bias is not None:
         joined.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
     return joined
-
-
-class PackedLinear(nn.Module):
-    """A linear layer whose weight is stored in oneDNN's blocked layout."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-        self.bias = linear.bias
-
-    def forward(self, states: Tensor) -> Tensor:
-        """(num_rows, in_features) to (num_rows, out_features)."""
-        return onednn_product(states, self.weight, self.bias)
 
 
 def pack_linears(module: nn.Module) -> None:
@@ -264,13 +249,6 @@ def _part(linear: nn.Linear) -> nn.Linear:
 
 @torch.inference_mode()
 def _time_ratio(ours: Sequence[nn.Module], theirs: Sequence[nn.Module], states: Tensor) -> float:
-    """The shortest time of `ours` divided by that of `theirs`, measured in alternation: other processes slow both."""
-    times: tuple[list[float], list[float]] = ([], [])
-    stop = time.perf_counter() + MEASURE_S / len(ROWS)
-    while len(times[0]) < MIN_ROUNDS or time.perf_counter() < stop:
-        for layers, seconds in zip((ours, theirs), times, strict=True):
-            start = time.perf_counter()
-            for layer in layers:
-                layer(states)
-            seconds.append(time.perf_counter() - start)
-    return min(times[0]) / min(times[1])
+    return time_ratio(
+        lambda: [layer(states) for layer in ours], lambda: [layer(states) for layer in theirs], MEASURE_S / len(ROWS)
+    )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedder.model.packing import Sequences
+from embedder.model.packing import Run, Sequences
 
 # With more keys than queries, sdpa takes a mask, or queries of zeros before the first one. A mask is faster for few
 # queries: 100 times for 12 queries and 6,126 keys, twice for 300 and 1,000, as fast for 600 and 1,000, 0.6 times for
@@ -22,27 +22,32 @@ def sdpa_attention(
 ) -> Tensor:
     """scaled_dot_product_attention, one call for consecutive sequences of equal length."""
     attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    is_grouped = query.shape[1] > key.shape[1]
-    if is_grouped and query.device.type != "cpu":  # the fused kernels of older GPUs take no groups
+    if query.shape[1] > key.shape[1] and query.device.type != "cpu":  # the fused kernels of older GPUs take no groups
         key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
-        is_grouped = False
     for query_run, key_run in zip(queries.runs, keys.runs, strict=True):
-        run_query, mask = query_run.view(query), None
-        num_missing = key_run.length - query_run.length if causal else 0  # the keys before the first query's
-        if num_missing and _takes_mask(query_run.length, key_run.length):
-            mask = causal_mask(query_run.length, key_run.length, query.device)
-        elif num_missing:
-            run_query = F.pad(run_query, (0, 0, 0, 0, num_missing, 0))
-        values = F.scaled_dot_product_attention(
-            run_query.transpose(1, 2),  # (count, num_heads, length, head_dim)
-            key_run.view(key).transpose(1, 2),
-            key_run.view(value).transpose(1, 2),
-            attn_mask=mask,
-            is_causal=causal and mask is None,
-            enable_gqa=is_grouped,
-        )
-        query_run.view(attended).copy_(values.transpose(1, 2)[:, -query_run.length :])
+        sdpa_run(query, key, value, query_run, key_run, attended, causal=causal)
     return attended
+
+
+def sdpa_run(
+    query: Tensor, key: Tensor, value: Tensor, query_run: Run, key_run: Run, attended: Tensor, *, causal: bool
+) -> None:
+    """The sequences of one run, in one call; writes their part of `attended`, which is shaped like `query`."""
+    run_query, mask = query_run.view(query), None
+    num_missing = key_run.length - query_run.length if causal else 0  # the keys before the first query's
+    if num_missing and _takes_mask(query_run.length, key_run.length):
+        mask = causal_mask(query_run.length, key_run.length, query.device)
+    elif num_missing:
+        run_query = F.pad(run_query, (0, 0, 0, 0, num_missing, 0))
+    values = F.scaled_dot_product_attention(
+        run_query.transpose(1, 2),  # (count, num_heads, length, head_dim)
+        key_run.view(key).transpose(1, 2),
+        key_run.view(value).transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        enable_gqa=query.shape[1] > key.shape[1],
+    )
+    query_run.view(attended).copy_(values.transpose(1, 2)[:, -query_run.length :])
 
 
 def _takes_mask(num_queries: int, num_keys: int) -> bool:

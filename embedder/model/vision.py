@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embedder.inputs.processor_config import VisionConfig
 from embedder.model.attention import Attention
-from embedder.model.execution import compile_if
+from embedder.model.execution import by_rows, compile_if
 from embedder.model.packing import PackedPatches
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 from embedder.model.products import add_product
@@ -60,8 +60,7 @@ class Vision:
     def _block(self, block: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, batch: PackedPatches) -> Tensor:
         query, key, value = self._query_key_value(block, hidden_states, cos, sin)
         attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=False)
-        output: Tensor = self._output_and_mlp(block, hidden_states, attended)
-        return output
+        return by_rows(self._output_and_mlp, block, hidden_states, attended)
 
     def _embed_patches(self, batch: PackedPatches) -> Tensor:
         """Pixels to (num_patches, hidden_size), positions added. A matrix product replaces the module's Conv3d."""

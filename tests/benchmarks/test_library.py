@@ -14,7 +14,8 @@ from benchmarks import library, limits, peers
 from benchmarks.compare import MAX_DISTANCE_RATIO, WrongVectors, compare
 from benchmarks.peers import Peer
 from benchmarks.workloads import Item
-from embedder.model.products import PackedLinear, can_pack
+from embedder.model.onednn import PackedLinear
+from embedder.model.products import can_pack
 
 WORDS = ["red", "green", "blue", "cyan"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from embedder.errors import ModelUnavailable
-from embedder.model import attention, sdpa
-from embedder.model.attention import choose_attention, flash_attn_import_error
+from embedder.model import attention, onednn_attention, sdpa
+from embedder.model.attention import Attention, choose_attention, flash_attn_import_error
 from embedder.model.packing import Run, Sequences
 from embedder.model.sdpa import sdpa_attention
 
@@ -62,15 +63,41 @@ def naive_attention(
 LENGTHS = [5, 5, 1, 9, 9, 9, 5, 2]
 
 
+@pytest.fixture(params=["sdpa", "onednn"])
+def back_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Attention:
+    """Of a CPU; oneDNN's takes sequences of any length."""
+    if request.param == "onednn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch has no oneDNN here")
+    for name in ("MIN_CAUSAL_QUERIES", "MIN_QUERIES"):
+        monkeypatch.setattr(onednn_attention, name, 1)
+    return choose_attention(request.param, CPU, torch.float32)[1]
+
+
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (4, 1)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_ragged_attention_is_a_softmax_per_sequence(num_heads: int, num_kv_heads: int, causal: bool) -> None:
+def test_ragged_attention_is_a_softmax_per_sequence(
+    num_heads: int, num_kv_heads: int, causal: bool, back_end: Attention
+) -> None:
     total = sum(LENGTHS)
     query, key, value = randn(total, num_heads, 8), randn(total, num_kv_heads, 8, seed=1), randn(total, num_kv_heads, 8)
     where = sequences(LENGTHS)
-    attended = sdpa_attention(query, key, value, where, where, causal=causal)
+    attended = back_end(query, key, value, where, where, causal=causal)
     expected = naive_attention(query, key, value, LENGTHS, LENGTHS, causal)
     assert (attended - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("max_scores", [onednn_attention.MAX_SCORES, 2**14])
+@pytest.mark.parametrize("causal", [True, False])
+def test_long_sequences_are_computed_in_blocks(
+    causal: bool, max_scores: int, back_end: Attention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn_attention, "MAX_SCORES", max_scores)
+    monkeypatch.setattr(onednn_attention, "BLOCK_ROWS", 192)
+    own, keys = [300, 128, 128, 65, 1], [300, 140, 140, 300, 64] if causal else [300, 128, 128, 65, 1]
+    query, key, value = randn(sum(own), 6, 8), randn(sum(keys), 2, 8, seed=1), randn(sum(keys), 2, 8, seed=2)
+    where = sequences(own, paired_with=keys), sequences(keys, paired_with=own)
+    attended = back_end(query, key, value, *where, causal=causal)
+    assert (attended - naive_attention(query, key, value, own, keys, causal)).abs().max() < 1e-5
 
 
 def test_pooled_token_attends_its_whole_sequence() -> None:
@@ -90,9 +117,28 @@ def test_pooled_last_token_is_the_last_row_of_causal_attention() -> None:
     assert (whole - alone).abs().max() < 1e-5
 
 
-def test_cpu_takes_sdpa() -> None:
-    for name in ("auto", "sdpa"):
-        assert choose_attention(name, CPU, torch.float32) == ("sdpa", sdpa_attention)
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_cpu_takes_the_faster_back_end_in_float32(is_faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "is_faster_than_sdpa", lambda: is_faster)
+    assert choose_attention("auto", CPU, torch.float32)[0] == ("onednn" if is_faster else "sdpa")
+    assert choose_attention("auto", CPU, torch.bfloat16) == ("sdpa", sdpa_attention)
+    assert choose_attention("sdpa", CPU, torch.float32) == ("sdpa", sdpa_attention)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.99])
+def test_back_ends_are_compared_on_the_same_sequence(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], _: float) -> float:
+        assert torch.allclose(ours(), theirs(), rtol=0, atol=1e-5)
+        return ratio
+
+    monkeypatch.setattr(onednn_attention, "time_ratio", compare)
+    assert onednn_attention.is_faster_than_sdpa.__wrapped__() == (ratio < 0.95)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.float32), ("cpu", torch.bfloat16)])
+def test_onednn_attention_is_for_float32_on_a_cpu(device: str, dtype: torch.dtype) -> None:
+    with pytest.raises(ModelUnavailable, match=f"^attention back end onednn .* this is {device} in {dtype}. Use sdpa$"):
+        choose_attention("onednn", torch.device(device), dtype)
 
 
 @pytest.mark.parametrize("name", ["varlen", "flash_attn"])
@@ -193,12 +239,12 @@ def test_a_short_document_after_a_long_query_computes_only_its_own_tokens(
     assert (attended - naive_attention(query, key, key, [own], [keys], causal=True)).abs().max() < 1e-5
 
 
-def test_keys_of_a_prefix_come_before_those_of_the_queries() -> None:
+def test_keys_of_a_prefix_come_before_those_of_the_queries(back_end: Attention) -> None:
     own, prefix = [3, 3, 1, 6], [4, 4, 4, 0]
     keys = [one + more for one, more in zip(own, prefix, strict=True)]
     query = randn(sum(own), 6, 8)
     key, value = randn(sum(keys), 2, 8, seed=1), randn(sum(keys), 2, 8, seed=2)
-    attended = sdpa_attention(query, key, value, sequences(own), sequences(keys, paired_with=own), causal=True)
+    attended = back_end(query, key, value, sequences(own), sequences(keys, paired_with=own), causal=True)
     query_start = key_start = 0
     for num_queries, num_keys in zip(own, keys, strict=True):
         for place in range(num_queries):  # the last query sees all keys, the one before all but the last

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from embedder import Embedder, loaded_model
 from embedder.errors import ModelUnavailable
-from embedder.model.execution import choose_execution
+from embedder.model import execution
+from embedder.model.execution import by_rows, choose_execution
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -67,7 +69,7 @@ def test_cpu_runs_eagerly_unless_told_to_compile() -> None:
 @pytest.mark.parametrize("setting", ["graphs", "graphs+compiled"])
 def test_graphs_without_a_gpu_are_refused(setting: str, random_checkpoint: Path) -> None:
     with pytest.raises(ModelUnavailable) as caught:
-        Embedder(str(random_checkpoint), device="cpu", execution=setting)
+        Embedder(str(random_checkpoint), device="cpu", attention="sdpa", execution=setting)
     assert str(caught.value) == (
         f"EMBEDDER_EXECUTION={setting} needs a GPU with varlen or flash_attn; the device is cpu, the "
         "attention back end sdpa"
@@ -105,3 +107,17 @@ def test_required_compilation_that_does_not_work_stops_the_start(
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     with pytest.raises(ModelUnavailable, match=r"^EMBEDDER_EXECUTION=compiled: the layers cannot be compiled: no k"):
         Embedder(str(random_checkpoint), device="cpu", execution="compiled")
+
+
+@pytest.mark.parametrize("is_in_place", [True, False])
+def test_rows_are_computed_in_parts_of_about_equal_length(is_in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "CPU_ROWS", 64)
+    lengths = []
+
+    def add(factor: int, states: Tensor, attended: Tensor) -> Tensor:
+        lengths.append(len(states))
+        return states.add_(attended * factor) if is_in_place else states + attended * factor
+
+    states, attended = torch.arange(300.0).view(150, 2), torch.ones(150, 2)
+    assert torch.equal(by_rows(add, 3, states.clone(), attended), states + 3)
+    assert lengths == [52, 52, 46]

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from embedder import Embedder
 from embedder.model import products
-from embedder.model.onednn import padded_rows
+from embedder.model.onednn import PackedLinear, activated_product, padded_rows
 from embedder.model.products import (
-    PackedLinear,
     arrange_products,
     can_pack,
     fastest_product,
@@ -104,6 +103,16 @@ def test_packed_layer_gives_the_same_for_every_number_of_rows(has_bias: bool) ->
         states = torch.randn(num_rows, 48)
         assert packed(states).shape == (num_rows, 80)
         assert torch.allclose(packed(states), linear(states), rtol=0, atol=2e-6)
+
+
+@needs_onednn
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU()])
+def test_activation_of_a_packed_layer_is_that_of_the_layer(activation: nn.Module) -> None:
+    linear = nn.Linear(48, 80).requires_grad_(False)
+    states = 10 * torch.randn(21, 48)
+    expected = activation(linear(states))
+    for one in (linear, PackedLinear(linear)):
+        assert torch.allclose(activated_product(one, activation, states), expected, rtol=1e-6, atol=5e-6)
 
 
 def test_number_of_row_counts_is_bounded_and_little_is_computed_in_vain() -> None:
