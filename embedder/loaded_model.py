@@ -28,7 +28,7 @@ from embedder.model.devices import choose_dtype
 from embedder.model.eight_bit import check_weight_format
 from embedder.model.execution import choose_execution
 from embedder.model.forward import Forward
-from embedder.model.memory import release_freed_memory
+from embedder.model.memory import keep_freed_memory, release_freed_memory
 from embedder.model.memory_budget import find_budget
 from embedder.model.packing import MAX_SHARED_TOKENS, pack
 from embedder.model.pooling import pool
@@ -68,6 +68,8 @@ class EmbeddingModel:
         arrange_products(weights, is_compiled=self.execution.is_compiled)
         if settings.weights:
             release_freed_memory()  # of the parts of joined layers: 0.4 GB for the 2B
+        if device.type == "cpu":
+            keep_freed_memory()
         self.forward = self._make_forward(weights)
         if self.execution.is_compiled and not self._compile_layers():
             self.forward = self._make_forward(weights)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from functools import cache, lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,8 +28,11 @@ MIN_CAUSAL_QUERIES = 160
 MIN_QUERIES = 320
 CAUSAL_BLOCK = 128  # queries; the keys after a block are not computed for it
 BLOCK_ROWS = 1024  # queries of a block times heads of a group, if all keys are attended
-MAX_SCORES = 2**22  # of a block, 16 MB
-STEP = 64  # oneDNN generates code for each shape, so queries and keys are padded to multiples of this
+MAX_SCORES = 2**21  # of a block, 8 MB
+# oneDNN generates code for each shape, 0.6 MB, so queries and keys are padded: to multiples of `step` keys up to `end`.
+STEP = 64
+_KEY_STEPS = ((512, STEP), (1024, 128), (2048, 256))
+_LAST_KEY_STEP = 512
 
 MEASURED_QUERIES, MEASURED_HEADS, MEASURED_KEY_HEADS, MEASURED_HEAD_DIM = 512, 16, 8, 128  # as in the 2B
 MEASURE_S = 0.06
@@ -58,13 +62,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, output: Tensor, *, causal
     padded_keys = key.shape[1]
     block = CAUSAL_BLOCK if causal else BLOCK_ROWS // group
     block = _pad(min(block, num_queries, max(STEP, MAX_SCORES // (group * padded_keys) // STEP * STEP)))
-    for start in range(0, num_queries, block):
-        rows = min(block, num_queries - start)
+    for start, end in pairwise([0, *range(num_queries % block or block, num_queries + 1, block)]):  # a short one first
+        rows = end - start
         padded_rows = _pad(rows)
         before = start + num_keys - num_queries  # keys that all queries of the block attend to
-        seen = min(_pad(before + rows), padded_keys) if causal else padded_keys
+        seen = min(_pad_keys(before + rows), padded_keys) if causal else padded_keys
         grouped = query.new_zeros(num_kv_heads, group, padded_rows, head_dim)
-        grouped[:, :, :rows] = query[start : start + rows].view(rows, num_kv_heads, group, -1).permute(1, 2, 0, 3)
+        grouped[:, :, :rows] = query[start:end].view(rows, num_kv_heads, group, -1).permute(1, 2, 0, 3)
         grouped *= 1 / math.sqrt(head_dim)
         mixed = torch.empty_like(grouped)
         for head in range(num_kv_heads):
@@ -74,18 +78,22 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, output: Tensor, *, causal
             else:
                 scores[:, num_keys:] = -math.inf
             mixed[head] = onednn_matmul(scores.softmax(-1), value[head, :seen].t()).view(group, padded_rows, head_dim)
-        output[start : start + rows] = mixed[:, :, :rows].permute(2, 0, 1, 3).flatten(1, 2)
+        output[start:end] = mixed[:, :, :rows].permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _by_head(states: Tensor) -> Tensor:
     """(num_keys, num_kv_heads, head_dim) to (num_kv_heads, padded_keys, head_dim)."""
-    padded = states.new_zeros(states.shape[1], _pad(len(states)), states.shape[2])
+    padded = states.new_zeros(states.shape[1], _pad_keys(len(states)), states.shape[2])
     padded[:, : len(states)] = states.transpose(0, 1)
     return padded
 
 
-def _pad(count: int) -> int:
-    return math.ceil(count / STEP) * STEP
+def _pad(count: int, step: int = STEP) -> int:
+    return math.ceil(count / step) * step
+
+
+def _pad_keys(count: int) -> int:
+    return _pad(count, next((step for end, step in _KEY_STEPS if count <= end), _LAST_KEY_STEP))
 
 
 @lru_cache(maxsize=64)  # a block has few shapes

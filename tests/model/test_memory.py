@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +66,24 @@ def test_gpu_has_memory_and_not_for_everything(random_checkpoint: Path, monkeypa
     monkeypatch.setattr(memory, "weights_bytes", lambda *_: 2**50)
     with pytest.raises(ModelUnavailable, match="cuda has "):
         check_memory(random_checkpoint, torch.bfloat16, torch.device("cuda"))
+
+
+CHURN = """
+import resource, torch
+from embedder.model.memory import keep_freed_memory
+def pages_taken():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(7_500_000) for _ in range(3)]  # 30 MB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+keep_freed_memory()
+print(min([pages_taken() for _ in range(12)][6:]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other settings")
+@pytest.mark.parametrize(("variable", "is_kept"), [("", True), ("MALLOC_TRIM_THRESHOLD_", False)])
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(variable: str, is_kept: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment |= {variable: str(2**17)} if variable else {}
+    pages = int(subprocess.check_output([sys.executable, "-c", CHURN], env=environment))
+    assert pages < 100 if is_kept else pages > 20_000
