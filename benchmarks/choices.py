@@ -173,6 +173,8 @@ def _variants() -> Iterator[tuple[str, Callable[[Embedder], Run], dict[str, Any]
     yield "norms as transformers' modules", _with_norm_modules, {}
     yield "torch's matrix product", _as_it_is, {"product": "torch"}
     yield "oneDNN's matrix product, weights packed", _as_it_is, {"product": "oneDNN"}
+    yield "torch's attention", _as_it_is, {"attention": "sdpa"}
+    yield "attention by oneDNN's products", _as_it_is, {"attention": "onednn"}
     if shutil.which("c++"):
         yield "layers by torch.compile", _as_it_is, {"execution": "compiled"}
 

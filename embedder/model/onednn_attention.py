@@ -2,8 +2,8 @@
 
 The kernel of `sdpa` multiplies with MKL, which on AMD processors has less than half of oneDNN's rate. This is two
 products and a softmax for each key head and each block of queries. Its scores go through memory, and still it takes
-half of the time (2 cores, AMD EPYC, `python -m benchmarks.choices`). On many cores, or where MKL is fast, it may not:
-`is_faster_than_sdpa` measures.
+little more than half of the time. On many cores, or where MKL is fast, it may take longer: `is_faster_than_sdpa`
+measures. `python -m benchmarks.choices` compares forward passes with both.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ MIN_QUERIES = 320
 CAUSAL_BLOCK = 128  # queries; the keys after a block are not computed for it
 BLOCK_ROWS = 1024  # queries of a block times heads of a group, if all keys are attended
 MAX_SCORES = 2**21  # of a block, 8 MB
-# oneDNN generates code for each shape, 0.6 MB, so queries and keys are padded: to multiples of `step` keys up to `end`.
-STEP = 64
-_KEY_STEPS = ((512, STEP), (1024, 128), (2048, 256))
-_LAST_KEY_STEP = 512
+# oneDNN generates code for each shape, 0.6 MB. Therefore queries are padded to a multiple of CAUSAL_STEP or STEP (few
+# images have the same size, but texts all sizes), and up to `end` keys to a multiple of `step`.
+CAUSAL_STEP, STEP = 64, 32
+_KEY_STEPS = ((1024, 32), (2048, 64), (4096, 128))
+_LAST_KEY_STEP = 256
 
 MEASURED_QUERIES, MEASURED_HEADS, MEASURED_KEY_HEADS, MEASURED_HEAD_DIM = 512, 16, 8, 128  # as in the 2B
 MEASURE_S = 0.06
@@ -60,11 +61,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, output: Tensor, *, causal
     group = num_heads // num_kv_heads
     key, value = _by_head(key), _by_head(value)
     padded_keys = key.shape[1]
-    block = CAUSAL_BLOCK if causal else BLOCK_ROWS // group
-    block = _pad(min(block, num_queries, max(STEP, MAX_SCORES // (group * padded_keys) // STEP * STEP)))
+    step = CAUSAL_STEP if causal else STEP
+    block = min(CAUSAL_BLOCK if causal else BLOCK_ROWS // group, MAX_SCORES // (group * padded_keys))
+    block = min(max(step, block // step * step), _pad(num_queries, step))
     for start, end in pairwise([0, *range(num_queries % block or block, num_queries + 1, block)]):  # a short one first
         rows = end - start
-        padded_rows = _pad(rows)
+        padded_rows = _pad(rows, step)
         before = start + num_keys - num_queries  # keys that all queries of the block attend to
         seen = min(_pad_keys(before + rows), padded_keys) if causal else padded_keys
         grouped = query.new_zeros(num_kv_heads, group, padded_rows, head_dim)
@@ -88,7 +90,7 @@ def _by_head(states: Tensor) -> Tensor:
     return padded
 
 
-def _pad(count: int, step: int = STEP) -> int:
+def _pad(count: int, step: int) -> int:
     return math.ceil(count / step) * step
 
 
