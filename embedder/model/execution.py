@@ -88,15 +88,22 @@ def by_rows(compute: Function, layer: Any, hidden_states: Tensor, attended: Tens
     On a CPU `CPU_ROWS` at a time: the values between two products then stay in the caches, and glibc, which returns
     freed blocks of more than 32 MB to the system, keeps their memory.
     """
-    num_rows = len(hidden_states)
-    if hidden_states.device.type != "cpu" or num_rows <= CPU_ROWS:
+    slices = row_slices(hidden_states)
+    if len(slices) == 1:
         output: Tensor = compute(layer, hidden_states, attended)
         return output
-    rows_at_a_time = padded_rows(math.ceil(num_rows / math.ceil(num_rows / CPU_ROWS)))
-    for start in range(0, num_rows, rows_at_a_time):
-        rows = slice(start, start + rows_at_a_time)
+    for rows in slices:
         part = hidden_states[rows]
         computed = compute(layer, part, attended[rows])
         if computed is not part:  # compiled
             part.copy_(computed)
     return hidden_states
+
+
+def row_slices(states: Tensor) -> list[slice]:
+    """All rows; on a CPU in parts of about equal length, of up to `CPU_ROWS`."""
+    num_rows = len(states)
+    if states.device.type != "cpu" or num_rows <= CPU_ROWS:
+        return [slice(0, num_rows)]
+    length = padded_rows(math.ceil(num_rows / math.ceil(num_rows / CPU_ROWS)))
+    return [slice(start, start + length) for start in range(0, num_rows, length)]

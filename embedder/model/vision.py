@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embedder.inputs.processor_config import VisionConfig
 from embedder.model.attention import Attention
-from embedder.model.execution import by_rows, compile_if
+from embedder.model.execution import by_rows, compile_if, row_slices
 from embedder.model.packing import PackedPatches
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 from embedder.model.products import add_product
@@ -83,7 +83,12 @@ def _query_key_value(block: Module, hidden_states: Tensor, cos: Tensor, sin: Ten
     """Query, key and value of every patch, each (num_patches, num_heads, head_dim); query and key are rotated."""
     num_patches, num_heads = len(hidden_states), block.attn.num_heads
     heads = block.attn.qkv(block.norm1(hidden_states)).view(num_patches, 3 * num_heads, -1)
-    rotated = apply_rotary(heads[:, : 2 * num_heads].float(), cos, sin).to(heads.dtype)  # as in transformers
+    rotated = heads[:, : 2 * num_heads]
+    if torch.compiler.is_compiling() or len(slices := row_slices(heads)) == 1:
+        rotated = apply_rotary(rotated.float(), cos, sin).to(heads.dtype)  # as in transformers
+    else:
+        for rows in slices:
+            rotated[rows] = apply_rotary(rotated[rows].float(), cos[rows], sin[rows])
     return rotated[:, :num_heads], rotated[:, num_heads:], heads[:, 2 * num_heads :]
 
 
