@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedder.model.attention import Attention
+from embedder.model.eight_bit import EightBitLinear
 from embedder.model.execution import by_rows, compile_if, row_slices
+from embedder.model.int8_digits import DigitLinear
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, PackedVision, Prefix
 from embedder.model.positions import apply_rotary, interleaved_axes, rotary_frequencies, rotate_halves, text_rotary
 from embedder.model.products import add_product
@@ -45,7 +48,9 @@ class Language:
         self._frequencies = rotary_frequencies(tower.config.head_dim, rope.rope_theta).to(device)
         self._axes = interleaved_axes(tower.config.head_dim, rope.mrope_section).to(device)
         self._query_key_value = compile_if(is_compiled, _query_key_value)
-        self._output_and_mlp = compile_if(is_compiled, _output_and_mlp)
+        output_and_mlp = compile_if(is_compiled, _output_and_mlp)
+        # Weights of 8 bits may be converted for each product.
+        self._output_and_mlp = output_and_mlp if _has_eight_bits(tower) else partial(by_rows, output_and_mlp)
         self._max_shared_tokens = max_shared_tokens
         self._max_cached_tokens = max(MAX_CACHED_TOKENS, max_shared_tokens)
         self._prefix_cache: OrderedDict[Prefix, list[KeyAndValue]] = OrderedDict()  # one pair a layer; oldest use first
@@ -85,7 +90,8 @@ class Language:
         query, *own = self._query_key_value(layer, hidden_states, cos, sin)
         key, value = _prepend_prefix(prefix, own, batch)
         attended = self.attention(query, key, value, batch.sequences, batch.keys, causal=True)
-        return by_rows(self._output_and_mlp, layer, hidden_states, attended)
+        output: Tensor = self._output_and_mlp(layer, hidden_states, attended)
+        return output
 
     def _last_layer(
         self,
@@ -143,7 +149,7 @@ class Language:
             query, key, value = self._query_key_value(layer, hidden_states, cos, sin)
             keys_and_values.append((key, value))
             attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=True)
-            hidden_states = by_rows(self._output_and_mlp, layer, hidden_states, attended)
+            hidden_states = self._output_and_mlp(layer, hidden_states, attended)
             _add_deepstack(hidden_states, batch.vision, deepstack, index)
         keys_and_values.append(_key_value(last.self_attn, _rms_norm(last.input_layernorm, hidden_states), cos, sin))
         parts = [list(zip(key.split(lengths), value.split(lengths), strict=True)) for key, value in keys_and_values]
@@ -162,6 +168,10 @@ class Language:
         """Cos and sin of the M-RoPE angles, each (total_tokens, head_dim)."""
         cos, sin = text_rotary(batch.position_ids, self._frequencies, self._axes)
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def _has_eight_bits(tower: Module) -> bool:
+    return any(isinstance(one, EightBitLinear | DigitLinear) for one in tower.modules())
 
 
 def _add_deepstack(hidden_states: Tensor, vision: PackedVision | None, deepstack: Sequence[Tensor], layer: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Vision:
         self.attention = attention
         self.between_layers: Callable[[], None] = lambda: None  # may raise, to stop a forward pass
         self._query_key_value = compile_if(is_compiled, _query_key_value)
-        self._output_and_mlp = compile_if(is_compiled, _output_and_mlp)
+        self._output_and_mlp = partial(by_rows, compile_if(is_compiled, _output_and_mlp))
         self.num_heads: int = tower.config.num_heads
         self.deepstack_layers = list(tower.config.deepstack_visual_indexes)
         projection = tower.patch_embed.proj
@@ -60,7 +61,8 @@ class Vision:
     def _block(self, block: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, batch: PackedPatches) -> Tensor:
         query, key, value = self._query_key_value(block, hidden_states, cos, sin)
         attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=False)
-        return by_rows(self._output_and_mlp, block, hidden_states, attended)
+        output: Tensor = self._output_and_mlp(block, hidden_states, attended)
+        return output
 
     def _embed_patches(self, batch: PackedPatches) -> Tensor:
         """Pixels to (num_patches, hidden_size), positions added. A matrix product replaces the module's Conv3d."""

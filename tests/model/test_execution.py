@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from embedder import Embedder, loaded_model
 from embedder.errors import ModelUnavailable
-from embedder.model import execution
+from embedder.model import execution, language
 from embedder.model.execution import by_rows, choose_execution
+from tests.conftest import words
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -121,3 +123,23 @@ def test_rows_are_computed_in_parts_of_about_equal_length(is_in_place: bool, mon
     states, attended = torch.arange(300.0).view(150, 2), torch.ones(150, 2)
     assert torch.equal(by_rows(add, 3, states.clone(), attended), states + 3)
     assert lengths == [52, 52, 46]
+
+
+@pytest.mark.parametrize(("weights", "is_in_parts"), [(None, True), ("int8", False)])
+def test_weights_of_eight_bits_are_used_once_a_batch(
+    weights: Literal["int8"] | None, is_in_parts: bool, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be converted for each product."""
+    monkeypatch.setattr(execution, "CPU_ROWS", 4)
+    lengths = []
+    compute = language._output_and_mlp
+
+    def counted(layer: Any, states: Tensor, attended: Tensor) -> Tensor:
+        lengths.append(len(states))
+        return compute(layer, states, attended)
+
+    monkeypatch.setattr(language, "_output_and_mlp", counted)
+    with Embedder(str(random_checkpoint), device="cpu", dtype="float32", weights=weights) as embedder:
+        lengths.clear()
+        embedder.embed([words(40)])
+    assert (max(lengths) <= 4) == is_in_parts
