@@ -82,28 +82,20 @@ def compile_if(is_compiled: bool, function: Function) -> Function:
     return torch.compile(function, dynamic=True, fullgraph=True) if is_compiled else function
 
 
-def by_rows(compute: Function, layer: Any, hidden_states: Tensor, attended: Tensor) -> Tensor:
-    """`compute(layer, hidden_states, attended)`, which treats each row by itself; overwrites `hidden_states`.
+def by_rows(compute: Function, output: Tensor, *states: Tensor) -> Tensor:
+    """`compute(*states)`, which treats each row by itself. May write to `output`, which has the shape of the result.
 
     On a CPU `CPU_ROWS` at a time: the values between two products then stay in the caches, and glibc, which returns
     freed blocks of more than 32 MB to the system, keeps their memory.
     """
-    slices = row_slices(hidden_states)
-    if len(slices) == 1:
-        output: Tensor = compute(layer, hidden_states, attended)
-        return output
-    for rows in slices:
-        part = hidden_states[rows]
-        computed = compute(layer, part, attended[rows])
-        if computed is not part:  # compiled
+    if torch.compiler.is_compiling() or output.device.type != "cpu" or len(output) <= CPU_ROWS:
+        computed: Tensor = compute(*states)
+        return computed
+    num_rows = len(output)
+    length = padded_rows(math.ceil(num_rows / math.ceil(num_rows / CPU_ROWS)))  # parts of about equal length
+    for start in range(0, num_rows, length):
+        rows = slice(start, start + length)
+        part, computed = output[rows], compute(*[one[rows] for one in states])
+        if computed.data_ptr() != part.data_ptr():  # not computed in place
             part.copy_(computed)
-    return hidden_states
-
-
-def row_slices(states: Tensor) -> list[slice]:
-    """All rows; on a CPU in parts of about equal length, of up to `CPU_ROWS`."""
-    num_rows = len(states)
-    if states.device.type != "cpu" or num_rows <= CPU_ROWS:
-        return [slice(0, num_rows)]
-    length = padded_rows(math.ceil(num_rows / math.ceil(num_rows / CPU_ROWS)))
-    return [slice(start, start + length) for start in range(0, num_rows, length)]
+    return output

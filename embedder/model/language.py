@@ -18,7 +18,7 @@ from torch import Tensor
 
 from embedder.model.attention import Attention
 from embedder.model.eight_bit import EightBitLinear
-from embedder.model.execution import by_rows, compile_if, row_slices
+from embedder.model.execution import by_rows, compile_if
 from embedder.model.int8_digits import DigitLinear
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, PackedVision, Prefix
 from embedder.model.positions import apply_rotary, interleaved_axes, rotary_frequencies, rotate_halves, text_rotary
@@ -48,9 +48,8 @@ class Language:
         self._frequencies = rotary_frequencies(tower.config.head_dim, rope.rope_theta).to(device)
         self._axes = interleaved_axes(tower.config.head_dim, rope.mrope_section).to(device)
         self._query_key_value = compile_if(is_compiled, _query_key_value)
-        output_and_mlp = compile_if(is_compiled, _output_and_mlp)
-        # Weights of 8 bits may be converted for each product.
-        self._output_and_mlp = output_and_mlp if _has_eight_bits(tower) else partial(by_rows, output_and_mlp)
+        self._output_and_mlp = compile_if(is_compiled, _output_and_mlp)
+        self._is_by_rows = not _has_eight_bits(tower)  # weights of 8 bits may be converted for each product
         self._max_shared_tokens = max_shared_tokens
         self._max_cached_tokens = max(MAX_CACHED_TOKENS, max_shared_tokens)
         self._prefix_cache: OrderedDict[Prefix, list[KeyAndValue]] = OrderedDict()  # one pair a layer; oldest use first
@@ -90,7 +89,14 @@ class Language:
         query, *own = self._query_key_value(layer, hidden_states, cos, sin)
         key, value = _prepend_prefix(prefix, own, batch)
         attended = self.attention(query, key, value, batch.sequences, batch.keys, causal=True)
-        output: Tensor = self._output_and_mlp(layer, hidden_states, attended)
+        return self._finish_layer(layer, hidden_states, attended)
+
+    def _finish_layer(self, layer: Module, hidden_states: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention. Overwrites `hidden_states`."""
+        compute = partial(self._output_and_mlp, layer)
+        if self._is_by_rows:
+            return by_rows(compute, hidden_states, hidden_states, attended)
+        output: Tensor = compute(hidden_states, attended)
         return output
 
     def _last_layer(
@@ -149,7 +155,7 @@ class Language:
             query, key, value = self._query_key_value(layer, hidden_states, cos, sin)
             keys_and_values.append((key, value))
             attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=True)
-            hidden_states = self._output_and_mlp(layer, hidden_states, attended)
+            hidden_states = self._finish_layer(layer, hidden_states, attended)
             _add_deepstack(hidden_states, batch.vision, deepstack, index)
         keys_and_values.append(_key_value(last.self_attn, _rms_norm(last.input_layernorm, hidden_states), cos, sin))
         parts = [list(zip(key.split(lengths), value.split(lengths), strict=True)) for key, value in keys_and_values]
@@ -193,12 +199,8 @@ def _query_key_value(layer: Module, hidden_states: Tensor, cos: Tensor, sin: Ten
     num_heads = 2 * num_rotated - heads.shape[1]
     if torch.compiler.is_compiling():
         rotated = _rotated_halves(attention, heads[:, :num_rotated], cos, sin)
-    elif len(slices := row_slices(heads)) == 1:
-        rotated = _rotated(attention, heads, cos, sin)
     else:
-        rotated = heads[:, :num_rotated]
-        for rows in slices:
-            rotated[rows] = _rotated(attention, heads[rows], cos[rows], sin[rows])
+        rotated = by_rows(partial(_rotated, attention), heads[:, :num_rotated], heads, cos, sin)
     return rotated[:, :num_heads], rotated[:, num_heads:], heads[:, num_rotated:]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from embedder.inputs.processor_config import VisionConfig
 from embedder.model.attention import Attention
-from embedder.model.execution import by_rows, compile_if, row_slices
+from embedder.model.execution import by_rows, compile_if
 from embedder.model.packing import PackedPatches
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 from embedder.model.products import add_product
@@ -30,7 +30,7 @@ class Vision:
         self.attention = attention
         self.between_layers: Callable[[], None] = lambda: None  # may raise, to stop a forward pass
         self._query_key_value = compile_if(is_compiled, _query_key_value)
-        self._output_and_mlp = partial(by_rows, compile_if(is_compiled, _output_and_mlp))
+        self._output_and_mlp = compile_if(is_compiled, _output_and_mlp)
         self.num_heads: int = tower.config.num_heads
         self.deepstack_layers = list(tower.config.deepstack_visual_indexes)
         projection = tower.patch_embed.proj
@@ -61,8 +61,7 @@ class Vision:
     def _block(self, block: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, batch: PackedPatches) -> Tensor:
         query, key, value = self._query_key_value(block, hidden_states, cos, sin)
         attended = self.attention(query, key, value, batch.sequences, batch.sequences, causal=False)
-        output: Tensor = self._output_and_mlp(block, hidden_states, attended)
-        return output
+        return by_rows(partial(self._output_and_mlp, block), hidden_states, hidden_states, attended)
 
     def _embed_patches(self, batch: PackedPatches) -> Tensor:
         """Pixels to (num_patches, hidden_size), positions added. A matrix product replaces the module's Conv3d."""
@@ -85,13 +84,14 @@ def _query_key_value(block: Module, hidden_states: Tensor, cos: Tensor, sin: Ten
     """Query, key and value of every patch, each (num_patches, num_heads, head_dim); query and key are rotated."""
     num_patches, num_heads = len(hidden_states), block.attn.num_heads
     heads = block.attn.qkv(block.norm1(hidden_states)).view(num_patches, 3 * num_heads, -1)
-    rotated = heads[:, : 2 * num_heads]
-    if torch.compiler.is_compiling() or len(slices := row_slices(heads)) == 1:
-        rotated = apply_rotary(rotated.float(), cos, sin).to(heads.dtype)  # as in transformers
-    else:
-        for rows in slices:
-            rotated[rows] = apply_rotary(rotated[rows].float(), cos[rows], sin[rows])
+    query_and_key = heads[:, : 2 * num_heads]
+    rotated = by_rows(_rotated, query_and_key, query_and_key, cos, sin)
     return rotated[:, :num_heads], rotated[:, num_heads:], heads[:, 2 * num_heads :]
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """In float32, as in transformers."""
+    return apply_rotary(heads.float(), cos, sin).to(heads.dtype)
 
 
 def _output_and_mlp(block: Module, hidden_states: Tensor, attended: Tensor) -> Tensor:
