@@ -72,8 +72,9 @@ def release_freed_memory() -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep what a batch frees, up to `KEPT_BYTES`, for the next batch.
 
-    Else it returns most of it to the system, and each page that is taken again costs 1 us: 0.1 s for a text of 2,048
-    tokens (the small shape of the benchmarks). Does nothing elsewhere, or if the environment has settings of its own.
+    Otherwise it returns most of it to the system, and each page that is taken again costs 1 us. A text of 2,048 tokens
+    took 120,000 (the small shape of the benchmarks). Does nothing with another C library, or if the environment has
+    settings of its own.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
