@@ -101,7 +101,7 @@ class Engine:
             self._observer.decoder_ended,
             schedule=self._schedule,
             fail=lambda job, error: self._resolve((job, error)),
-            on_hang=self._fail,
+            on_failure=self._fail,
         )
         self._cache: CoalescingCache[Job] = CoalescingCache(settings.cache_bytes)
         self._inputs = Scheduler[Job](settings.max_batch_tokens, self._device.seconds_per_token, batch_length)

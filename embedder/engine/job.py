@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextvars
 import logging
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from embedder.engine.observer import ItemTrace
@@ -46,10 +47,14 @@ class Job:
         if self.request is None:
             self.request = object()
 
+    def run(self, function: Callable[..., Any], *arguments: object) -> None:
+        """Call a function in the context of the request, for its log records and its trace."""
+        # In a copy: a context can be entered once, and the thread that has passed on the job may not have left it yet.
+        self.context.copy().run(function, *arguments)
+
     def log_error(self, logger: logging.Logger, message: str, *values: object, exc: Exception | None = None) -> None:
         """Log an error in the context of the request, so that the record carries the request's id."""
-        # In a copy: another thread may still be inside the context itself.
-        self.context.copy().run(logger.error, message, *values, exc_info=exc)
+        self.run(partial(logger.error, message, *values, exc_info=exc))
 
 
 def device_failed() -> DeviceFailed:

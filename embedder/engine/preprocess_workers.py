@@ -65,8 +65,9 @@ class PreprocessWorkers:
     """Threads that run `preprocess_job` for queued jobs, one at a time, in the scheduler's order.
 
     A preprocessed job goes to `schedule`, a failed one with its error to `fail`. The engine calls `put`, `discard`,
-    `add_ready_bytes`, `release_ready_bytes` and `close` under `lock`. `on_hang` is called with the reason when a thread
-    does not finish an item long after its deadline: the thread is lost, and the process has to be replaced.
+    `add_ready_bytes`, `release_ready_bytes` and `close` under `lock`. `on_failure` is called with the reason when a
+    thread does not finish an item long after its deadline, or ends with an error: the thread is lost, and the process
+    has to be replaced.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class PreprocessWorkers:
         *,
         schedule: Callable[[Job, bool], None],
         fail: Callable[[Job, EmbedderError], None],
-        on_hang: Callable[[str], None],
+        on_failure: Callable[[str], None],
     ) -> None:
         self._lock = lock
         self._settings = settings
@@ -87,6 +88,7 @@ class PreprocessWorkers:
         self._preprocess = preprocess
         self._schedule = schedule
         self._fail = fail
+        self._on_failure = on_failure
         self._has_cache = settings.cache_bytes > 0
         self._fetches_urls = bool(settings.url_hosts)
         self._ready_bytes = 0
@@ -101,7 +103,7 @@ class PreprocessWorkers:
         self._idle: dict[int, threading.Condition] = {}  # of processes without an item
         self._processes = [DecoderProcess(settings, on_decoder_end) for _ in range(num_processes)]
         # A decoding process may have to be started, and is itself ended at the deadline.
-        self._watch = HangWatch(settings.decode_timeout_s + START_TIMEOUT_S, on_hang)
+        self._watch = HangWatch(settings.decode_timeout_s + START_TIMEOUT_S, on_failure)
         self._threads: list[threading.Thread] = []
         for number in range(settings.preprocess_threads):
             self._start(f"preprocess-{number}", self._run, self._items)
@@ -173,9 +175,17 @@ class PreprocessWorkers:
             logger.error("closing without waiting for threads that have not ended: %s", ", ".join(hanging))
 
     def _start(self, name: str, target: Callable[..., None], *arguments: object) -> None:
-        thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
+        thread = threading.Thread(target=self._run_to_end, args=(name, target, *arguments), name=name, daemon=True)
         thread.start()
         self._threads.append(thread)
+
+    def _run_to_end(self, name: str, target: Callable[..., None], *arguments: object) -> None:
+        """Run a thread. If it ends with an error, its job is lost, and nobody does its work."""
+        try:
+            target(*arguments)
+        except BaseException:
+            logger.exception("thread %s ended with an unexpected error", name)
+            self._on_failure(f"thread {name} ended with an unexpected error")
 
     def _preprocess_with(
         self, decoder: Decoder, job: Job, *, wake: bool = True, is_short: bool = False
@@ -216,7 +226,7 @@ class PreprocessWorkers:
 
     def _run(self, queue: _Queue) -> None:
         while job := self._next_job(queue):
-            job.context.run(self.preprocess_job, job)
+            job.run(self.preprocess_job, job)
             del job  # or this frame would hold the item's pixels until the next job
 
     def _next_job(self, queue: _Queue) -> Job | None:
@@ -235,7 +245,7 @@ class PreprocessWorkers:
         has_jobs = threading.Condition(self._lock)
         while taken := self._next_media(number, has_jobs):
             job, num_bytes = taken
-            job.context.run(self._decode_job, job, num_bytes, process, number)
+            job.run(self._decode_job, job, num_bytes, process, number)
             del job, taken  # or this frame would hold the item's pixels until the next job
         process.stop()
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -13,7 +14,10 @@ from embedder.engine.job import Job
 from embedder.engine.observer import Observer, begin_trace
 from embedder.engine.preprocess_workers import PreprocessWorkers
 from embedder.errors import EmbedderError, EngineFailed, InvalidRequest
-from embedder.inputs.items import EmbeddingItem, Image, Text
+from embedder.inputs.decoder import Decoder, NeedsProcess, ThreadDecoder
+from embedder.inputs.decoder_process import ProcessDecoder
+from embedder.inputs.items import EmbeddingItem, Image, Text, Video
+from embedder.inputs.preprocess import ModelInput
 from embedder.settings import Settings
 from tests.fake_model import FakeModel, item, wait_until
 
@@ -28,7 +32,7 @@ class Recorder:
         self.scheduled: list[Job] = []
         self.failed: list[tuple[Job, EmbedderError]] = []
         self.fetched_in: list[str] = []
-        self.hung: list[str] = []
+        self.failures: list[str] = []
         self.workers = PreprocessWorkers(
             self.lock,
             settings,
@@ -37,7 +41,7 @@ class Recorder:
             Observer().decoder_ended,
             schedule=self.schedule,
             fail=self.fail,
-            on_hang=self.hung.append,
+            on_failure=self.failures.append,
         )
 
     def fetch(self, item: EmbeddingItem, _: object) -> EmbeddingItem:
@@ -140,6 +144,50 @@ def test_workers_pause_while_preprocessed_items_fill_the_memory(
             recorder.workers.release_ready_bytes(JOB_BYTES)
     wait_until(lambda: len(recorder.scheduled) == 20)
     assert len(model.preprocessed) == 20
+
+
+def test_item_is_passed_on_by_a_thread_that_is_not_done_with_it(
+    recorder: Recorder, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread of these lingers, as one does that loses its CPU, while the next one takes the item."""
+
+    def needs_process(item: EmbeddingItem, decoder: Decoder) -> ModelInput:
+        refusals.append(type(decoder))
+        if len(refusals) < 4:
+            raise NeedsProcess
+        return model.preprocess(item)
+
+    def lingering(step: Callable[..., None]) -> Callable[..., None]:
+        def linger(*arguments: object) -> None:
+            step(*arguments)
+            time.sleep(0.1)
+
+        return linger
+
+    refusals: list[type] = []
+    workers = recorder.workers
+    monkeypatch.setattr(workers, "_preprocess", needs_process)
+    monkeypatch.setattr(workers, "preprocess_job", lingering(workers.preprocess_job))
+    monkeypatch.setattr(workers, "_decode_job", lingering(workers._decode_job))
+    (job,) = recorder.put(item("red"))
+    wait_until(lambda: bool(recorder.scheduled or recorder.failures))
+    assert recorder.scheduled == [job]
+    assert refusals == [ThreadDecoder, *[ProcessDecoder] * 3]
+    assert recorder.failures == []
+
+
+@pytest.mark.parametrize("name", ["preprocess-", "decoder-"])
+def test_end_of_a_thread_is_a_failure(
+    name: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(recorder.workers, "preprocess_job" if name == "preprocess-" else "_decode_job", fail)
+    recorder.put(item("red") if name == "preprocess-" else EmbeddingItem((Video(b"GIF89a"),)))
+    wait_until(lambda: len(recorder.failures) == 1)
+    assert re.fullmatch(rf"thread {name}\d ended with an unexpected error", recorder.failures[0])
+    assert "RuntimeError: a bug" in caplog.text
 
 
 def test_close_ends_the_threads(model: FakeModel) -> None:
