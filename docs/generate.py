@@ -197,7 +197,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "bulk.ratio": lambda: f"{record('bulk')['ratio']:.2f}",
     "decoding.clips_240": lambda: f"{decoding_ratio('clips, 320x240'):.2f}",
     "decoding.clips_720": lambda: f"{decoding_ratio('clips, 1280x720'):.2f}",
-    "decoding.avif": lambda: f"{decoding_ratio('pictures, 448x448 AVIF'):.2f}",
     "front.single": lambda: f"{record('front')['rows'][0]['now']:.1f}",
     "growth.library": lambda: f"{record('growth')['verdicts']['library']['time_ratio']:.2f}",
     "growth.server": lambda: f"{record('growth')['verdicts']['server']['time_ratio']:.2f}",

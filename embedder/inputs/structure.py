@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from itertools import islice
 
+from embedder.inputs.avif import is_still_frame
 from embedder.inputs.jpeg import is_scan, segments
 
 MAX_SCANS = 16  # of a JPEG; a camera's progressive one has 10. Each can cost a pass over all pixels
@@ -21,6 +22,7 @@ PIXEL_CHUNK_BYTES = 2**12  # libpng writes chunks of 8 KiB
 
 _RAW_EXIF = b"Raw profile type"  # a text chunk of a PNG that holds EXIF as hexadecimal digits
 _JPEG, _PNG, _WEBP, _GIF, _BMP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"WEBP", b"GIF8", b"BM"
+_BOXES = b"ftyp"  # AVIF and HEIC
 
 
 def is_bounded(data: bytes) -> bool:
@@ -33,7 +35,9 @@ def is_bounded(data: bytes) -> bool:
         return _has_few_blocks(data)
     if data.startswith(_BMP):
         return int.from_bytes(data[14:18], "little") >= 40 and not any(data[30:34])  # not run-length encoded
-    return data[8:12] == _WEBP and _has_few_webp_chunks(data)  # not AVIF, HEIC, TIFF and ICO
+    if data[4:8] == _BOXES:
+        return is_still_frame(data)  # not HEIC
+    return data[8:12] == _WEBP and _has_few_webp_chunks(data)  # not TIFF and ICO
 
 
 def is_cut_off(data: bytes) -> bool:

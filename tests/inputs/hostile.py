@@ -101,6 +101,25 @@ def jpeg_of_scans(image: PIL.Image.Image, num_scans: int) -> bytes:
     return data[:-2] + data[last:-2] * num_scans + data[-2:]
 
 
+def avif_of(image: PIL.Image.Image, change: Callable[[bytes], bytes]) -> bytes:
+    """An AVIF whose AV1 data is changed."""
+    data = encoded(image, "AVIF", speed=10)
+    head, _, coded = data.rpartition(b"mdat")
+    changed = change(coded)
+    head = head[:-4].replace(struct.pack(">I", len(coded)), struct.pack(">I", len(changed)))
+    return head + struct.pack(">I", len(changed) + 8) + b"mdat" + changed
+
+
+def avif_of_frames(image: PIL.Image.Image, num_frames: int) -> bytes:
+    """An AVIF whose picture is `num_frames` equal frames. Each takes the time of a picture, and one of them is used."""
+
+    def repeat(coded: bytes) -> bytes:
+        start = 2 + 2 + coded[3]  # after the temporal delimiter and the sequence header
+        return coded[:start] + coded[start:] * num_frames
+
+    return avif_of(image, repeat)
+
+
 def pictures() -> Iterator[tuple[str, bytes | str]]:
     """Encoded pictures, or strings in place of their base64."""
     image = picture(64, 48)
@@ -133,6 +152,7 @@ def pictures() -> Iterator[tuple[str, bytes | str]]:
         "JPEG of 65,500 x 65,500": _with_size(files["JPEG"], 65_500, 65_500),
         "JPEG of no pixels": _with_size(files["JPEG"], 0, 0),
         "JPEG of 200 scans": jpeg_of_scans(image, 200),
+        "AVIF of 5,000 frames in a picture": avif_of_frames(image, 5_000),
         "GIF of 65,535 x 65,535": files["GIF"][:6] + b"\xff" * 4 + files["GIF"][10:],
         "BMP of 2**62 pixels": files["BMP"][:18] + struct.pack("<ii", 2**31 - 1, 2**31 - 1) + files["BMP"][26:],
         "BMP of negative width": files["BMP"][:18] + struct.pack("<i", -64) + files["BMP"][22:],

@@ -31,7 +31,7 @@ from embedder.inputs.video import load_video
 from embedder.settings import Settings
 from tests.conftest import ROOT, encoded, picture
 from tests.inputs import hostile_clips
-from tests.inputs.hostile import chunk, gif_of_comments, jpeg_of_scans, png, rle_bmp
+from tests.inputs.hostile import avif_of_frames, chunk, gif_of_comments, jpeg_of_scans, png, rle_bmp
 from tests.inputs.hostile_clips import hanging_clip
 from tests.inputs.test_video import KINDS, clip
 
@@ -132,7 +132,7 @@ def test_every_kind_of_clip_has_the_frames_of_a_thread(decoding: Decoding) -> No
         pytest.param(jpeg_of_scans(picture(300, 200), 40), id="JPEG of many scans"),
         pytest.param(encoded(picture(4200, 4200), "JPEG"), id="large JPEG"),
         pytest.param(encoded(picture(2700, 2700), "WEBP"), id="large WebP"),
-        pytest.param(encoded(picture(300, 200), "AVIF"), id="AVIF"),
+        pytest.param(avif_of_frames(picture(300, 200), 2), id="AVIF of two frames"),
         pytest.param(encoded(picture(300, 200), "HEIF"), id="HEIC"),
         pytest.param(encoded(picture(300, 200).convert("CMYK"), "TIFF", compression="tiff_lzw"), id="TIFF"),
         pytest.param(encoded(picture(300, 200).convert("1"), "TIFF", compression="group4"), id="fax"),
