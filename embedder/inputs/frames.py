@@ -61,7 +61,8 @@ class FrameCollector:
         steps = self._steps_for(height, width)
         if self._first_size is None:
             self._first_size, self._steps = (width, height), steps
-            self._frames = np.empty((len(self.sampling.indices), steps[-1].height, steps[-1].width, 3), np.uint8)
+            shape = len(self.sampling.indices), 3, steps[-1].height, steps[-1].width
+            self._frames = np.empty(shape, np.uint8).transpose(0, 2, 3, 1)  # in memory as `resample` gives them
         if steps != self._steps:
             first_width, first_height = self._first_size
             sizes = f"{first_width}x{first_height}, {width}x{height}"

@@ -325,19 +325,20 @@ def patchify(frames: NDArray[np.uint8], patch_size: int, merge_size: int) -> Pat
     """
     grid_t, num_frames, height, width, channels = frames.shape
     grid_h, grid_w = height // patch_size, width // patch_size
-    blocks = frames.reshape(
+    planes = np.ascontiguousarray(frames.transpose(0, 1, 4, 2, 3))  # copies nothing, if `resample` has resized them
+    lines = planes.view(f"V{patch_size}")  # of a patch: its bytes of one y are copied as one value
+    blocks = lines.reshape(
         grid_t,
         num_frames,
+        channels,
         grid_h // merge_size,
         merge_size,
         patch_size,
         grid_w // merge_size,
         merge_size,
-        patch_size,
-        channels,
     )
-    rows = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    pixels = np.ascontiguousarray(rows).reshape(grid_t * grid_h * grid_w, -1)
+    rows = np.ascontiguousarray(blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5))
+    pixels = rows.view(np.uint8).reshape(grid_t * grid_h * grid_w, -1)
     return Patches(pixels, (grid_t, grid_h, grid_w), num_frames)
 
 

@@ -171,6 +171,11 @@ def test_single_frame_is_taken_twice() -> None:
         assert (len(loaded.frames), loaded.seconds) == (2, (0.0, 0.0))
 
 
+def test_channels_of_a_frame_are_one_after_the_other() -> None:
+    for kind in ("H.264 in MP4", "GIF"):
+        assert load(clip(kind)).frames.transpose(0, 3, 1, 2).flags.c_contiguous
+
+
 # Only what is needed is decoded
 
 

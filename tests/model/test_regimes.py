@@ -25,7 +25,7 @@ from embedder.errors import InputTooLong, InvalidMedia
 from embedder.inputs.items import item_from_fields
 from embedder.inputs.preprocess import Preprocessor
 from embedder.inputs.processor_config import read_vision_config
-from embedder.inputs.regimes import CheckpointRegime, ReferenceRegime, Regime, Resize
+from embedder.inputs.regimes import CheckpointRegime, Filter, ReferenceRegime, Regime, Resize
 from embedder.inputs.resample import resize
 from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.settings import Settings
@@ -295,6 +295,15 @@ def test_rules_can_be_imported_without_torch_or_transformers() -> None:
     modules = "embedder.inputs.regimes, embedder.inputs.orientation, embedder.inputs.resample"
     code = f"import sys, {modules}; assert not {{'torch', 'transformers', 'torchvision'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("size", [(70, 90), (64, 96)])
+@pytest.mark.parametrize("kind", ["pillow", "uint8", "float32"])
+def test_channels_of_a_resized_image_are_one_after_the_other(kind: Filter, size: tuple[int, int]) -> None:
+    """Otherwise `patchify` would copy its patches byte by byte."""
+    values = resize(picture(90, 70), [Resize(*size, kind)])
+    assert values.shape == (*size, 3)
+    assert values.transpose(2, 0, 1).flags.c_contiguous
 
 
 def test_resizing_leaves_no_threads_behind() -> None:
