@@ -1,102 +1,136 @@
 """Measure what decoding in separate processes costs: `python -m benchmarks.decoding`.
 
-Two engines preprocess the same good clips and pictures in turns, with a model that computes nothing: one decodes in
-processes what the service decodes there, the other decodes everything in its threads, as before there were processes.
+Three engines preprocess the same good clips and pictures in turns, with a model that computes nothing: one decodes in
+processes what the service decodes there, one decodes everything in its threads, and one is that of an earlier commit,
+by default the last one that had no processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import contextlib
 import io
+import json
+import os
 import statistics
-import time
-from collections.abc import Sequence
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import av
 import numpy as np
+import PIL.Image
 from tqdm import tqdm
 
-from benchmarks import report
+from benchmarks import decoding_program, report
 from benchmarks.checkpoints import random_folder
-from benchmarks.library import load_preprocessor
+from benchmarks.contenders import ROOT
+from benchmarks.guard import find_commit, worktree
 from benchmarks.workloads import make_items
-from embedder.engine import preprocess_workers
-from embedder.engine.device import WaitForRows
-from embedder.engine.engine import Engine
-from embedder.inputs.items import EmbeddingItem, Image, Video
-from embedder.inputs.preprocess import ModelInput, Preprocessor
-from embedder.settings import Settings
 
-HIDDEN_SIZE = 64
+BEFORE_PROCESSES = "4cf60d1~1"
 PICTURES_PER_CLIP = 8
-PROCESSES, THREADS, RATIO = "in processes", "in threads", "processes / threads"
+PROCESSES, THREADS, BASE = "in processes", "in threads", "before"
+RATIOS = {"processes / threads": THREADS, "processes / before": BASE}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Clips and pictures per second, decoded in processes and in threads.")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
         "--num-items", type=int, default=24, help="clips of each kind in a round; of pictures there are more"
     )
+    parser.add_argument("--base", default=BEFORE_PROCESSES, help="an earlier commit")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
     about = report.environment(report.command("decoding", chosen))
-    with random_folder("tiny") as folder:
-        preprocess = load_preprocessor(folder)
     items = {kind: make() for kind, make in KINDS.items()}
     rates = {}
-    for kind, some in tqdm(items.items(), desc="kinds", unit="kind"):
-        num_items = chosen.num_items * (1 if kind.startswith("clips") else PICTURES_PER_CLIP)
-        rates[kind] = _rates([some[number % len(some)] for number in range(num_items)], preprocess, chosen.rounds)
+    with _contenders(items, find_commit(chosen.base)) as contenders:
+        for kind in tqdm(items, desc="kinds", unit="kind"):
+            num_items = chosen.num_items * (1 if kind.startswith("clips") else PICTURES_PER_CLIP)
+            rates[kind] = _rates(contenders, kind, num_items, chosen.rounds)
+    names = (PROCESSES, THREADS, BASE)
     rows = [
-        [kind, *(report.number(one[name]) for name in (PROCESSES, THREADS)), f"{one[RATIO]:.2f}"]
+        [
+            kind,
+            *(report.number(one[name]) if name in one else "-" for name in names),
+            *(f"{one[ratio]:.2f}" if ratio in one else "-" for ratio in RATIOS),
+        ]
         for kind, one in rates.items()
     ]
-    text = report.table(("items/s", PROCESSES, THREADS, "ratio, median of the rounds"), rows)
-    data = {"environment": about, "items_per_s": rates}
-    bars = {kind: {name: one[name] for name in (PROCESSES, THREADS)} for kind, one in rates.items()}
+    text = report.table(("items/s", *names, *RATIOS), rows)
+    text += "\n\nRatios are medians of the rounds. A dash: the earlier commit cannot read the format, or is not here.\n"
+    data = {"environment": about, "base": chosen.base, "items_per_s": rates}
+    bars = {kind: {name: one[name] for name in names if name in one} for kind, one in rates.items()}
     report.save(chosen.results, "decoding", data, text, bars, "items per second")
     print(text)
     return data
 
 
-def _rates(items: list[EmbeddingItem], preprocess: Preprocessor, rounds: int) -> dict[str, float]:
-    """Items per second in both ways, and the median of the rounds' ratios."""
-    engines = {name: _engine(preprocess, has_processes=name == PROCESSES) for name in (PROCESSES, THREADS)}
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    try:
-        for round_number in range(rounds + 1):  # in the first, processes start
-            for name in sorted(engines, reverse=bool(round_number % 2)):
-                begin_s = time.perf_counter()
-                for future in [engines[name].submit(item) for item in items]:
-                    future.result()
-                seconds[name] += [time.perf_counter() - begin_s] if round_number else []
-    finally:
-        for engine in engines.values():
-            engine.close()
-    rates = {name: len(items) / statistics.median(one) for name, one in seconds.items()}
-    ratios = [threads / processes for processes, threads in zip(seconds[PROCESSES], seconds[THREADS], strict=True)]
-    return {**rates, RATIO: statistics.median(ratios)}
+@dataclass(frozen=True)
+class _Contender:
+    """A process with an engine."""
+
+    name: str
+    process: subprocess.Popen[str]
+
+    def seconds(self, kind: str, num_items: int) -> float | None:
+        """How long some items take; None if the engine cannot read them."""
+        assert self.process.stdin
+        assert self.process.stdout
+        print(json.dumps([kind, num_items]), file=self.process.stdin, flush=True)
+        answer: float | None = json.loads(self.process.stdout.readline())
+        return answer
 
 
-def _engine(preprocess: Preprocessor, *, has_processes: bool) -> Engine:
-    with mock.patch.object(preprocess_workers, "can_start_processes", return_value=has_processes):
-        return Engine(preprocess, _compute_nothing, HIDDEN_SIZE, Settings())
+@contextlib.contextmanager
+def _contenders(items: dict[str, list[tuple[str, bytes]]], base: str | None) -> Iterator[list[_Contender]]:
+    encoded = {kind: [(name, base64.b64encode(data).decode()) for name, data in some] for kind, some in items.items()}
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context(random_folder("tiny"))
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "items.json"
+        file.write_text(json.dumps(encoded), encoding="ascii")
+        starts = [(PROCESSES, ROOT, ()), (THREADS, ROOT, ("--threads",))]
+        if base is not None:
+            starts.append((BASE, stack.enter_context(worktree(base)), ()))
+        contenders = []
+        for name, tree, options in starts:
+            command = [sys.executable, "-P", decoding_program.__file__, str(file), str(checkpoint), *options]
+            environment = {**os.environ, "PYTHONPATH": str(tree)}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            process = subprocess.Popen(command, env=environment, cwd=tree, text=True, **pipes)  # noqa: S603
+            stack.enter_context(process)
+            contenders.append(_Contender(name, process))
+        yield contenders
 
 
-def _compute_nothing(inputs: list[ModelInput]) -> WaitForRows:
-    rows = np.ones((len(inputs), HIDDEN_SIZE), np.float32)
-    return lambda: rows
+def _rates(contenders: list[_Contender], kind: str, num_items: int, rounds: int) -> dict[str, float]:
+    """Items per second of each contender, and the medians of the rounds' ratios."""
+    seconds: dict[str, list[float]] = {one.name: [] for one in contenders}
+    for number in range(rounds + 1):  # in the first, processes start
+        for one in contenders if number % 2 else contenders[::-1]:
+            taken = one.seconds(kind, num_items)
+            if number and taken is not None:
+                seconds[one.name].append(taken)
+    rates = {name: num_items / statistics.median(some) for name, some in seconds.items() if some}
+    for ratio, other in RATIOS.items():
+        if other in rates:
+            pairs = zip(seconds[other], seconds[PROCESSES], strict=True)
+            rates[ratio] = statistics.median([theirs / ours for theirs, ours in pairs])
+    return rates
 
 
-def _pictures(size: str) -> list[EmbeddingItem]:
-    return [EmbeddingItem((Image(item["image"]),)) for item in make_items(size, 8, [])]
+def _pictures(size: str) -> list[tuple[str, bytes]]:
+    return [("image", item["image"]) for item in make_items(size, 8, [])]
 
 
-def _clips(width: int, height: int) -> list[EmbeddingItem]:
+def _clips(width: int, height: int) -> list[tuple[str, bytes]]:
     """H.264 of 60 frames in which a gradient moves."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
@@ -107,17 +141,15 @@ def _clips(width: int, height: int) -> list[EmbeddingItem]:
             frame = av.VideoFrame.from_ndarray(np.dstack([values, values.T.reshape(height, width), values]), "rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    return [EmbeddingItem((Video(buffer.getvalue()),))]
+    return [("video", buffer.getvalue())]
 
 
-def _avif() -> list[EmbeddingItem]:
-    import PIL.Image
-
+def _avif() -> list[tuple[str, bytes]]:
     items = []
     for item in make_items("image-448", 4, []):
         buffer = io.BytesIO()
         PIL.Image.open(io.BytesIO(item["image"])).save(buffer, "AVIF", speed=10)
-        items.append(EmbeddingItem((Image(buffer.getvalue()),)))
+        items.append(("image", buffer.getvalue()))
     return items
 
 
