@@ -32,7 +32,8 @@ from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.settings import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-HEADERS = ("workload", "who", "items/s", "tokens/s", "ms a call", "x transformers", "share of limit", "lowest cosine")
+SHARES = {"share of limit": "share_of_limit", "with attention": "share_with_attention"}
+HEADERS = ("workload", "who", "items/s", "tokens/s", "ms a call", "x transformers", *SHARES, "lowest cosine")
 PEAK = "GiB beyond weights"  # only on devices with their own memory
 NOT_INSTALLED = "not installed"
 
@@ -99,7 +100,7 @@ def figures(comparison: Comparison, weights: Weights, preprocess: Preprocessor) 
     seen = cache(lambda kind, content: preprocess(item_from_fields({kind: content})))  # the same images repeat
     inputs = [seen(*pair) for item in comparison.items for pair in item.items()]
     num_items = len(inputs)
-    flops = weights.flops(inputs) / num_items
+    flops, attention = weights.flops(inputs) / num_items, weights.attention_flops(inputs) / num_items
     tokens = sum(one.num_tokens for one in inputs) / num_items
     limit = statistics.median(comparison.limits)
     baseline = comparison.timings[peers.TRANSFORMERS].items_per_s
@@ -110,6 +111,7 @@ def figures(comparison: Comparison, weights: Weights, preprocess: Preprocessor) 
             "call_ms": timing.median_s * 1e3,
             "ratio": timing.items_per_s / baseline,
             "share_of_limit": timing.items_per_s * flops / limit,
+            "share_with_attention": timing.items_per_s * (flops + attention) / limit,
             "min_cosine": timing.min_cosine,
             "peak_gib": timing.peak_bytes / 2**30,
             "seconds": [round(second, 6) for second in timing.seconds],
@@ -121,6 +123,7 @@ def figures(comparison: Comparison, weights: Weights, preprocess: Preprocessor) 
         "num_items": num_items,
         "tokens_per_item": tokens,
         "gflop_per_item": flops / 1e9,
+        "attention_gflop_per_item": attention / 1e9,
         "limit_gflop_per_s": limit / 1e9,
         "who": who,
     }
@@ -133,13 +136,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         first = f"{row['workload']} x {row['num_items']}"
         for name, one in row["who"].items():
             shown = [one["items_per_s"], one["tokens_per_s"], one["call_ms"], one["ratio"]]
-            share = f"{one['share_of_limit']:.0%}"
-            lines.append([first, name, *map(report.number, shown), share, f"{one['min_cosine']:.6f}"])
+            shares = [f"{one[share]:.0%}" for share in SHARES.values()]
+            lines.append([first, name, *map(report.number, shown), *shares, f"{one['min_cosine']:.6f}"])
             lines[-1] += [report.number(one["peak_gib"])] if has_peak else []
             first = ""
         if peers.SENTENCE_TRANSFORMERS not in row["who"]:
-            lines.append(["", peers.SENTENCE_TRANSFORMERS, NOT_INSTALLED, *[""] * 5])
-        lines.append(["", "limit: matrix product", "", "", "", "", f"{row['limit_gflop_per_s']:.0f} GFLOP/s", ""])
+            lines.append(["", peers.SENTENCE_TRANSFORMERS, NOT_INSTALLED, *[""] * 6])
+        lines.append(["", "limit: matrix product", "", "", "", "", f"{row['limit_gflop_per_s']:.0f} GFLOP/s", "", ""])
     return report.table((*HEADERS, PEAK) if has_peak else HEADERS, lines)
 
 

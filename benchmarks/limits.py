@@ -65,32 +65,51 @@ def _median_s(run: Any, device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters multiplied for each token, patch and visual token. Embedding tables do not count."""
+    """Parameters multiplied for each token, patch and visual token. Embedding tables do not count.
+
+    `per_pair`, `per_patch_pair`: multiplications of attention for two tokens, or patches, of which one attends to the
+    other.
+    """
 
     per_token: int
     per_patch: int
     per_visual_token: int
+    per_pair: int
+    per_patch_pair: int
 
     @classmethod
     def of(cls, model: Any) -> Weights:
         """From transformers' Qwen3VLModel, which may be on the meta device."""
         vision = model.visual
+        text_config, vision_config = model.config.text_config, model.config.vision_config
+        width = text_config.num_attention_heads * text_config.head_dim
         return cls(
             per_token=_count(model.language_model) - _count(model.language_model.embed_tokens),
             per_patch=_count(vision.blocks) + _count(vision.patch_embed),
             per_visual_token=_count(vision.merger) + _count(vision.deepstack_merger_list),
+            per_pair=2 * text_config.num_hidden_layers * width,
+            per_patch_pair=2 * vision_config.depth * vision_config.hidden_size,
         )
 
     def flops(self, inputs: Sequence[ModelInput]) -> float:
         """2 * parameters * tokens, with all tokens of every prompt.
 
-        Attention scores are left out, so the share of the limit is understated for long sequences.
+        Attention's own products are left out: see `attention_flops`.
         """
         num_patches = sum(len(patches.pixels) for one in inputs for patches in one.patches)
         num_tokens = sum(one.num_tokens for one in inputs)
         num_visual_tokens = sum(len(one.visual_index) for one in inputs)
         work = num_tokens * self.per_token + num_patches * self.per_patch + num_visual_tokens * self.per_visual_token
         return 2.0 * work
+
+    def attention_flops(self, inputs: Sequence[ModelInput]) -> float:
+        """Of the products of queries and keys, and of weights and values: each token attends to those before it, and
+        each patch to those of its image or frame.
+        """
+        pairs = sum(one.num_tokens * (one.num_tokens + 1) // 2 for one in inputs)
+        grids = [patches.grid_thw for one in inputs for patches in one.patches]
+        patch_pairs = sum(num_frames * (height * width) ** 2 for num_frames, height, width in grids)
+        return 2.0 * (pairs * self.per_pair + patch_pairs * self.per_patch_pair)
 
 
 def _count(module: Any) -> int:
