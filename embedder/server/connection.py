@@ -21,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from embedder.errors import EmbedderError, HeadTooLarge, InvalidRequest, Overloaded, UnsupportedTransferCoding
 from embedder.http.response import error_body
 from embedder.server.connection_limits import KEEP_ALIVE_S, MAX_HELD_BYTES, ConnectionLimits, State
+from embedder.server.joined_writes import JoinedWrites
 from embedder.server.upgrade import ignore_upgrade
 
 MAX_HEAD_BYTES = 2**16
@@ -74,7 +75,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # The transport's callbacks
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(JoinedWrites(transport, self.loop))
         self.flow = _Flow(transport, self)
         self.limits.admit(self)
 
