@@ -40,9 +40,9 @@ def damaged(draw: random.Random) -> bytes:
 
 
 def flood(draw: random.Random) -> bytes:
-    """A PNG or JPEG with very many chunks, comments or scans, or a BMP of run lengths."""
+    """A PNG, JPEG or AVIF with very many chunks, comments, scans or frames, or a BMP of run lengths."""
     count = draw.randrange(1, 30_000)
-    match draw.randrange(4):
+    match draw.randrange(5):
         case 0:
             kind = draw.choice((b"tEXt", b"zTXt", b"iTXt", b"sPLT", b"PLTE", b"IDAT", b"fdAT", b"gAMA"))
             return hostile.png(64, 64, more=hostile.chunk(kind, draw.randbytes(draw.randrange(12))) * count)
@@ -51,6 +51,8 @@ def flood(draw: random.Random) -> bytes:
             return jpeg[:2] + (b"\xff" + draw.choice((b"\xfe", b"\xe1", b"\xe2")) + b"\0\4ab") * count + jpeg[2:]
         case 2:
             return hostile.jpeg_of_scans(picture(64, 48), draw.randrange(2, 200))
+        case 3:
+            return hostile.avif_of_frames(picture(64, 48), count)
         case _:
             width, height = draw.randrange(1, 4000), draw.randrange(1, 4000)
             rows = draw.choice((b"\1\0", b"\xff\1", b"\0\0", b"\0\2\1\1")) * count + b"\0\1"
@@ -93,7 +95,7 @@ def mp4(draw: random.Random) -> bytes:
 @functools.cache
 def _good_files() -> list[bytes]:
     image = picture(64, 48)
-    files = [encoded(image, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF")]
+    files = [encoded(image, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "AVIF")]
     return [*files, encoded(image, "JPEG", progressive=True), *hostile.videos().values(), zlib.compress(b"a")]
 
 
@@ -105,14 +107,16 @@ def clips(draw: random.Random, port: int) -> None:
 
 def large(draw: random.Random, port: int) -> None:
     """Pictures of a few kilobytes that take much memory, in several requests at once."""
-    body = json.dumps({"input": _large_picture(draw.choice(("WEBP", "PNG", "GIF")), draw.choice((2000, 4000, 7000)))})
+    body = json.dumps(
+        {"input": _large_picture(draw.choice(("WEBP", "PNG", "GIF", "AVIF")), draw.choice((2000, 4000, 7000)))}
+    )
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda _: post(port, "/img/embed", body.encode()), range(draw.randrange(1, 7))))
 
 
 @functools.cache
 def _large_picture(kind: str, side: int) -> str:
-    options = {"lossless": True} if kind == "WEBP" else {}
+    options = {"WEBP": {"lossless": True}, "AVIF": {"speed": 10}}.get(kind, {})
     return base64.b64encode(encoded(PIL.Image.new("RGB", (side, side), "red"), kind, **options)).decode()
 
 
