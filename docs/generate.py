@@ -197,6 +197,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "bulk.ratio": lambda: f"{record('bulk')['ratio']:.2f}",
     "decoding.clips_240": lambda: f"{decoding_ratio('clips, 320x240'):.2f}",
     "decoding.clips_720": lambda: f"{decoding_ratio('clips, 1280x720'):.2f}",
+    "decoding.clips_240_before": lambda: f"{decoding_ratio('clips, 320x240', 'before'):.2f}",
+    "decoding.clips_720_before": lambda: f"{decoding_ratio('clips, 1280x720', 'before'):.2f}",
     "front.single": lambda: f"{record('front')['rows'][0]['now']:.1f}",
     "growth.library": lambda: f"{record('growth')['verdicts']['library']['time_ratio']:.2f}",
     "growth.server": lambda: f"{record('growth')['verdicts']['server']['time_ratio']:.2f}",
@@ -221,9 +223,9 @@ FIGURES: dict[str, Callable[[], str]] = {
 }
 
 
-def decoding_ratio(kind: str) -> float:
+def decoding_ratio(kind: str, other: str = "threads") -> float:
     """Items of a kind per second, decoded as the service does, over those decoded in its threads only."""
-    return float(record("decoding")["items_per_s"][kind]["processes / threads"])
+    return float(record("decoding")["items_per_s"][kind][f"processes / {other}"])
 
 
 def micro_us(step: str, which: str) -> float:
