@@ -69,10 +69,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, output: Tensor, *, causal
         padded_rows = _pad(rows, step)
         before = start + num_keys - num_queries  # keys that all queries of the block attend to
         seen = min(_pad_keys(before + rows), padded_keys) if causal else padded_keys
-        grouped = query.new_empty(num_kv_heads, group, padded_rows, head_dim)
-        grouped[:, :, rows:] = 0
-        by_head = query[start:end].view(rows, num_kv_heads, group, -1).permute(1, 2, 0, 3)
-        torch.mul(by_head, 1 / math.sqrt(head_dim), out=grouped[:, :, :rows])
+        grouped = query.new_zeros(num_kv_heads, group, padded_rows, head_dim)
+        grouped[:, :, :rows] = query[start:end].view(rows, num_kv_heads, group, -1).permute(1, 2, 0, 3)
+        grouped *= 1 / math.sqrt(head_dim)
         mixed = torch.empty_like(grouped)
         for head in range(num_kv_heads):
             scores = onednn_matmul(grouped[head].flatten(0, 1), key[head, :seen])
@@ -86,9 +85,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, output: Tensor, *, causal
 
 def _by_head(states: Tensor) -> Tensor:
     """(num_keys, num_kv_heads, head_dim) to (num_kv_heads, padded_keys, head_dim)."""
-    padded = states.new_empty(states.shape[1], _pad_keys(len(states)), states.shape[2])
+    padded = states.new_zeros(states.shape[1], _pad_keys(len(states)), states.shape[2])
     padded[:, : len(states)] = states.transpose(0, 1)
-    padded[:, len(states) :] = 0
     return padded
 
 

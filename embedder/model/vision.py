@@ -13,7 +13,6 @@ from torch import Tensor
 from embedder.inputs.processor_config import VisionConfig
 from embedder.model.attention import Attention
 from embedder.model.execution import by_rows, compile_if
-from embedder.model.onednn import PackedLinear, onednn_product
 from embedder.model.packing import PackedPatches
 from embedder.model.positions import apply_rotary, interpolate_position_grid, vision_rotary
 from embedder.model.products import add_product
@@ -42,7 +41,6 @@ class Vision:
         # with half of the FLOPs and half of the pixels to copy.
         self.image_weight = weight.float().sum(2).to(weight.dtype).flatten(1)
         mean, std = torch.tensor(config.mean), torch.tensor(config.std)
-        self._linear = onednn_product if isinstance(tower.blocks[0].attn.qkv, PackedLinear) else F.linear
         self.scale = (1 / (255 * std)).to(weight.device)  # (channels,)
         self.shift = (-mean / std).to(weight.device)
 
@@ -68,7 +66,7 @@ class Vision:
     def _embed_patches(self, batch: PackedPatches) -> Tensor:
         """Pixels to (num_patches, hidden_size), positions added. A matrix product replaces the module's Conv3d."""
         products = [
-            self._linear(self._normalize(pixels), weight, self.bias)
+            F.linear(self._normalize(pixels), weight, self.bias)
             for pixels, weight in ((batch.image_pixels, self.image_weight), (batch.video_pixels, self.video_weight))
             if len(pixels)
         ]
