@@ -27,6 +27,7 @@ from benchmarks import (
     gpu,
     gpu_parts,
     growth,
+    guard,
     library,
     overload,
     peers,
@@ -173,7 +174,8 @@ def test_preprocessing_says_how_many_cores_feed_a_gpu(tmp_path: Path) -> None:
 def test_decoding_in_processes_takes_about_as_long_as_in_threads_and_before(tmp_path: Path) -> None:
     decoding.main(["--rounds", "1", "--num-items", "2", "--results", str(tmp_path)])
     found = saved(tmp_path, "decoding")["items_per_s"]
-    assert {kind for kind, rates in found.items() if len(rates) < 5} <= {"pictures, 448x448 AVIF"}  # unknown before
+    if guard.find_commit(decoding.BEFORE_PROCESSES):  # a clone may have no history
+        assert {kind for kind, rates in found.items() if len(rates) < 5} == {"pictures, 448x448 AVIF"}  # unknown before
     for kind, rates in found.items():
         assert all(rates[ratio] > SLOWEST / 2 for ratio in decoding.RATIOS if ratio in rates), kind
 
