@@ -124,7 +124,7 @@ def _frame_size(data: bytes, start: int, end: int) -> tuple[int, int]:
     units = list(_units(data, start, end))
     kinds = [kind for kind, _ in units if kind in (_SEQUENCE_HEADER, _FRAME)]
     _require(kinds == [_SEQUENCE_HEADER, _FRAME])
-    header = next(content for kind, content in units if kind == _SEQUENCE_HEADER)
+    header = data[slice(*dict(units)[_SEQUENCE_HEADER])]
     bits = f"{int.from_bytes(header[:8].ljust(8, bytes(1))):064b}"
     _require(bits[3:5] == "11")  # still_picture, reduced_still_picture_header
     width_bits, height_bits = int(bits[10:14], 2) + 1, int(bits[14:18], 2) + 1
@@ -132,8 +132,8 @@ def _frame_size(data: bytes, start: int, end: int) -> tuple[int, int]:
     return int(bits[18:height_from], 2) + 1, int(bits[height_from : height_from + height_bits], 2) + 1
 
 
-def _units(data: bytes, position: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """The units (OBUs; AV1 specification, 5.3) that fill a span: kind and content."""
+def _units(data: bytes, position: int, end: int) -> Iterator[tuple[int, _Span]]:
+    """The units (OBUs; AV1 specification, 5.3) that fill a span: kind, and where the content is."""
     for _ in range(MAX_PARTS):
         if position == end:
             return
@@ -142,7 +142,7 @@ def _units(data: bytes, position: int, end: int) -> Iterator[tuple[int, bytes]]:
         _require(head & 7 == 2 and kind in _UNITS)  # its size follows; it has no extension, which names a layer
         size, position = _size(data, position + 1)
         _require(size <= end - position)
-        yield kind, data[position : position + size]
+        yield kind, (position, position + size)
         position += size
     raise _NotPlain
 

@@ -7,13 +7,15 @@ packet, and the client wakes up once.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 MAX_HEAD_BYTES = 2**12  # more is sent at once
 
 
 class JoinedWrites(asyncio.Transport):
-    """A transport that holds a small write until the next one, or until the end of this turn of the event loop."""
+    """A transport that holds a small write until the next one, or until the end of this turn of the event loop.
+
+    It has what uvicorn's protocol uses to write and to close. Reading is controlled through the transport itself.
+    """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
@@ -47,15 +49,6 @@ class JoinedWrites(asyncio.Transport):
     def write_eof(self) -> None:
         self._flush()
         self._transport.write_eof()
-
-    def pause_reading(self) -> None:
-        self._transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        self._transport.resume_reading()
-
-    def set_protocol(self, protocol: Any) -> None:
-        self._transport.set_protocol(protocol)
 
     def _flush(self) -> None:
         held, self._held = self._held, b""
