@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # see `pytest_collection`
 hypothesis.settings.register_profile("house", database=None, derandomize=True, deadline=None)
 hypothesis.settings.load_profile("house")
 
-# torch then compiles in this process. Its own processes for that notice the end of the tests only after a minute.
+# torch compiles in this process. The ones that it would start may take a minute to notice that the tests have ended.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 # Each HTTP client reads 140 certificates, which takes 45 ms of CPU time. No test needs them, so they are read once.
