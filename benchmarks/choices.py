@@ -41,7 +41,7 @@ from benchmarks.limits import no_model
 from benchmarks.load import drive
 from benchmarks.protocols import LocalProtocol
 from benchmarks.workloads import make_items, read_words
-from embedder import models
+from embedder import loaded_model, models
 from embedder.embedder import Embedder
 from embedder.engine.scheduler import BatchLength
 from embedder.inputs import preprocess
@@ -177,6 +177,7 @@ def _variants() -> Iterator[tuple[str, Callable[[Embedder], Run], dict[str, Any]
     yield "torch's attention", _as_it_is, {"attention": "sdpa"}
     yield "attention by oneDNN's products", _as_it_is, {"attention": "onednn"}
     yield "MLPs and rotations of all rows at once", _with_all_rows, {}
+    yield "all items of a batch together, no halves", _without_halves, {}
     if shutil.which("c++"):
         yield "layers by torch.compile", _as_it_is, {"execution": "compiled"}
 
@@ -196,6 +197,14 @@ def _with_norm_modules(embedder: Embedder) -> Run:
 def _with_all_rows(embedder: Embedder) -> Run:
     def run(inputs: list[ModelInput]) -> NDArray[np.float32]:
         with mock.patch.object(execution, "CPU_ROWS", sys.maxsize):
+            return embedder.models._launch(inputs)()
+
+    return run
+
+
+def _without_halves(embedder: Embedder) -> Run:
+    def run(inputs: list[ModelInput]) -> NDArray[np.float32]:
+        with mock.patch.object(loaded_model, "split", return_value=None):
             return embedder.models._launch(inputs)()
 
     return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,10 @@ from embedder.model.devices import choose_dtype
 from embedder.model.eight_bit import check_weight_format
 from embedder.model.execution import choose_execution
 from embedder.model.forward import Forward
+from embedder.model.halves import TwoThreads, split
 from embedder.model.memory import keep_freed_memory, release_freed_memory
 from embedder.model.memory_budget import find_budget
-from embedder.model.packing import MAX_SHARED_TOKENS, pack
+from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, pack
 from embedder.model.pooling import pool
 from embedder.model.products import arrange_products
 from embedder.model.score_head import load_score_head
@@ -74,6 +76,7 @@ class EmbeddingModel:
         if self.execution.is_compiled and not self._compile_layers():
             self.forward = self._make_forward(weights)
         self.graphs = self._record_graphs() if self.execution.has_graphs else None
+        self.two_threads = TwoThreads()
         logger.info(
             "%s loaded in %.1f s: device %s, dtype %s, weights %s, attention %s, layers %s",
             checkpoint.name,
@@ -171,8 +174,27 @@ class EmbeddingModel:
         """The final hidden states, (num_items, hidden_size), on the device."""
         if self.graphs and (num_tokens := graph_size(inputs)):
             return self.graphs(inputs, num_tokens)
+        halves = self._halves(inputs)
+        if halves is None:
+            return self.forward(self._pack(inputs))
+        batches = [self._pack([inputs[index] for index in half]) for half in halves]
+        # before the halves: the cache of prefixes is for one thread, too
+        first, second = (partial(self.forward, batch, self.forward.prefixes(batch)) for batch in batches)
+        return torch.cat(self.two_threads(first, second))[np.argsort(halves[0] + halves[1])]
+
+    def _halves(self, inputs: list[ModelInput]) -> tuple[list[int], list[int]] | None:
+        """The places of the items that are computed at the same time as the others; None if all run together."""
+        if self.device.type != "cpu" or self.settings.weights or self.execution.is_compiled:
+            return None  # weights of 8 bits are converted in shared memory; compiled layers keep all threads
+        if self.forward.vision_cache.max_bytes and any(one.patches for one in inputs):
+            return None  # the cache is for one thread, and computes equal images of a batch once
+        if not self.two_threads.can_share:
+            return None
+        return split([one.cost - one.num_prefix_tokens for one in inputs])
+
+    def _pack(self, inputs: list[ModelInput]) -> PackedBatch:
         merge_size, find_features = self.preprocessor.vision.merge_size, self.forward.vision_cache.find
-        return self.forward(pack(inputs, merge_size, self.device, self.max_shared_tokens, find_features))
+        return pack(inputs, merge_size, self.device, self.max_shared_tokens, find_features)
 
     def _make_forward(self, weights: Any) -> Forward:
         return Forward(

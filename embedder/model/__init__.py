@@ -22,6 +22,7 @@ vision         patches to visual tokens and DeepStack features
 vision_cache   features of images and clips that occur again
 language       tokens to the final hidden state of each item's last token
 forward        both towers, in order
+halves         two halves of a batch at the same time on a CPU
 cuda_graphs    CUDA graphs of the language tower for small batches of text
 score_head     the direction of a reranker's log-odds
 pooling        hidden states to float32 rows on the host

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from embedder.inputs.processor_config import VisionConfig
 from embedder.model.attention import choose_attention
-from embedder.model.language import Language
+from embedder.model.language import Language, PrefixStates
 from embedder.model.modules import Towers
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedVision, pack_prefixes
 from embedder.model.vision import Vision
@@ -48,12 +48,20 @@ class Forward:
         self.vision.between_layers = self.language.between_layers = function
 
     @torch.inference_mode()
-    def __call__(self, batch: PackedBatch) -> Tensor:
-        """(num_items, hidden_size) in the weights' dtype, after the final norm."""
+    def __call__(self, batch: PackedBatch, prefixes: PrefixStates | None = None) -> Tensor:
+        """(num_items, hidden_size) in the weights' dtype, after the final norm.
+
+        `prefixes`: those of the batch, as `prefixes` gives them. With them, several threads may call this at once.
+        """
+        return self.language(batch, *self._see(batch.vision), prefixes or self.prefixes(batch))
+
+    @torch.inference_mode()
+    def prefixes(self, batch: PackedBatch) -> PrefixStates:
+        """The keys and values of the batch's prefixes. Computes those that are not cached."""
         if missing := self.language.missing_prefixes(batch):
             prefixes = pack_prefixes(missing, self._merge_size, self.device, self.vision_cache.find)
             self.language.compute_prefixes(missing, prefixes, *self._see(prefixes.vision))
-        return self.language(batch, *self._see(batch.vision))
+        return self.language.cached_prefixes(batch)
 
     def _see(self, vision: PackedVision | None) -> tuple[Tensor | None, list[Tensor]]:
         """Visual tokens and DeepStack features of the images and clips; None and nothing if there are none."""

@@ -26,6 +26,7 @@ from embedder.model.products import add_product
 
 Module = Any  # of `modules`, whose attributes torch leaves untyped
 KeyAndValue = tuple[Tensor, Tensor]  # each (tokens, num_kv_heads, head_dim), keys rotated
+PrefixStates = Sequence[KeyAndValue | None]  # of each layer; None if the batch has no prefixes
 
 MAX_CACHED_TOKENS = 4096  # of all cached prefixes together: 470 MB for the 2B, 600 MB for the 8B, in bfloat16
 
@@ -61,13 +62,19 @@ class Language:
         bytes_per_token = 2 * len(self.tower.layers) * config.num_key_value_heads * norm.numel() * norm.element_size()
         return int((self._max_cached_tokens + 2 * self._max_shared_tokens) * bytes_per_token)
 
-    def __call__(self, batch: PackedBatch, visual_tokens: Tensor | None, deepstack: list[Tensor]) -> Tensor:
+    def __call__(
+        self,
+        batch: PackedBatch,
+        visual_tokens: Tensor | None,
+        deepstack: list[Tensor],
+        prefixes: PrefixStates | None = None,
+    ) -> Tensor:
         """(num_items, hidden_size), after the final norm.
 
         `visual_tokens`, and each of `deepstack` (one for each of the first layers): (num_visual_tokens, hidden_size).
-        The batch's prefixes must be in the cache: `compute_prefixes` puts the `missing_prefixes` there.
+        `prefixes`: what `cached_prefixes` gives, by default now.
         """
-        prefixes = self._prefix_keys_and_values(batch)
+        prefixes = prefixes or self.cached_prefixes(batch)
         hidden_states = self._embed(batch, visual_tokens)
         cos, sin = self._rotary(hidden_states, batch)
         *layers, last = self.tower.layers
@@ -117,8 +124,11 @@ class Language:
         attended = self.attention(query, key, value, batch.pooled, batch.keys, causal=False)
         return _output_and_mlp(layer, hidden_states[pooled], attended)
 
-    def _prefix_keys_and_values(self, batch: PackedBatch) -> list[KeyAndValue] | list[None]:
-        """For each layer the keys and values of the batch's prefixes, concatenated; None if there are no prefixes."""
+    def cached_prefixes(self, batch: PackedBatch) -> PrefixStates:
+        """For each layer the keys and values of the batch's prefixes, concatenated; None if there are no prefixes.
+
+        They must be in the cache: `compute_prefixes` puts the `missing_prefixes` there.
+        """
         if not batch.prefixes:
             return [None] * len(self.tower.layers)
         for prefix in batch.prefixes:

@@ -277,7 +277,7 @@ def test_variants_of_the_forward_pass_give_the_same_vectors(monkeypatch: pytest.
     with random_folder("tiny") as folder:
         times = choices._forward_times(folder, rounds=1)
     assert set(times) == set(choices.BATCHES)
-    assert all(len(of_one) == 8 and of_one[choices.OURS] == 1 for of_one in times.values())
+    assert all(len(of_one) == 9 and of_one[choices.OURS] == 1 for of_one in times.values())
 
 
 def test_variant_with_other_vectors_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
