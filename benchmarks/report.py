@@ -72,10 +72,13 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
+    """The processor's name, and its family and model, since virtual machines may show the same name for several."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in fields:  # not x86
+        return platform.machine()
+    return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

