@@ -24,6 +24,7 @@ from embedder.settings import settings_table  # noqa: E402
 from embedder.telemetry.metrics import Metrics  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
+FAMILY_25 = "epyc-family-25/"  # the results of another processor
 GPUS, NOT_MEASURED = ("H100", "H200"), "not measured yet"
 WORDS, HISTOGRAM = "ids of a text of 17 words", "64 values into a histogram"  # steps of `benchmarks.micro`
 VECTOR, GZIP, GZIP_THOUSANDS = "a vector of 2,048 values as JSON", "gzip of 100 vectors of 2,048 values", 204.8
@@ -54,16 +55,22 @@ def record(name: str) -> dict[str, Any]:
     return content
 
 
-def library_ratio(workload: str, peer: str) -> float:
+def library_ratio(workload: str, peer: str, folder: str = "") -> float:
     """Items per second of the library over those of a peer."""
-    rows = record("library-small-float32")["workloads"]
-    (who,) = [row["who"] for row in rows if row["workload"] == workload]
+    who = library_row(workload, folder)["who"]
     return float(who["ours"]["items_per_s"] / who[peer]["items_per_s"])
 
 
-def server_ratio(name: str, callers: int, peer: str, figure: str = "requests_per_s") -> float:
+def library_row(workload: str, folder: str = "") -> dict[str, Any]:
+    """What was measured with a workload."""
+    row: dict[str, Any]
+    (row,) = [one for one in record(f"{folder}library-small-float32")["workloads"] if one["workload"] == workload]
+    return row
+
+
+def server_ratio(name: str, callers: int, peer: str, figure: str = "requests_per_s", folder: str = "") -> float:
     """A figure of the service over that of a peer, for requests of one item."""
-    cells = record(f"server-small-{name}")["cells"]
+    cells = record(f"{folder}server-small-{name}")["cells"]
     (who,) = [cell["who"] for cell in cells if (cell["size"], cell["callers"]) == (1, callers)]
     return float(who["service"][figure] / who[peer][figure])
 
@@ -127,6 +134,39 @@ def library_table(_: str) -> str:
     return "\n".join(lines)
 
 
+def processors_table(_: str) -> str:
+    """The figures of the other tables next to those of another processor, and there also next to a busy process."""
+
+    def of_library(folder: str) -> list[str]:
+        cells = [f"{library_row('text-512', folder)['limit_gflop_per_s']:.0f} GFLOP/s"]
+        for workload in ("text-512", "text-2048", "image-448"):
+            ours = library_row(workload, folder)["who"]["ours"]
+            cells.append(f"{ours['share_of_limit']:.0%}, {ours['share_with_attention']:.0%}")
+        peers = ("transformers", "sentence-transformers")
+        return cells + [f"{library_ratio('text-mixed', peer, folder):.2f}x" for peer in peers]
+
+    def against_vllm(folder: str, suffix: str = "") -> list[str]:
+        loads = (("text-mixed", 1), ("text-mixed", 64), ("image-448", 1), ("image-448", 16))
+        return [f"{server_ratio(f'{name}{suffix}', callers, 'vLLM', folder=folder):.2f}x" for name, callers in loads]
+
+    names = (
+        "fastest matrix product",
+        *(f"share of it, and with attention: {what}" for what in ("512 tokens", "2,048 tokens", "448x448 pictures")),
+        *(f"library, mixed texts, against {peer}" for peer in ("transformers", "sentence-transformers")),
+        *(
+            f"service against vLLM, {what}"
+            for what in ("texts, 1 caller", "texts, 64 callers", "pictures, 1 caller", "pictures, 16 callers")
+        ),
+    )
+    columns = (
+        of_library("") + against_vllm(""),
+        of_library(FAMILY_25) + against_vllm(FAMILY_25),
+        [""] * 6 + against_vllm(FAMILY_25, "-neighbors-1"),
+    )
+    lines = ["| what | the other tables | family 25 | next to a busy process |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in zip(names, *columns, strict=True))])
+
+
 def gpu_table(_: str) -> str:
     """What each GPU reaches, from the records of `benchmarks.gpu` that name it."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("gpu*.json"))]
@@ -185,6 +225,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "speed_summary": speed_summary,
     "latency": latency_table,
     "library": library_table,
+    "processors": processors_table,
     "gpu": gpu_table,
     "front": lambda _: front.table(record("front")["rows"]),
     "pretended_gpu": lambda _: pretended_gpu.table(record("pretended_gpu")["rows"]),

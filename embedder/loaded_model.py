@@ -29,7 +29,7 @@ from embedder.model.devices import choose_dtype
 from embedder.model.eight_bit import check_weight_format
 from embedder.model.execution import choose_execution
 from embedder.model.forward import Forward
-from embedder.model.halves import TwoThreads, split
+from embedder.model.halves import can_share_threads, compute_both, split
 from embedder.model.memory import keep_freed_memory, release_freed_memory
 from embedder.model.memory_budget import find_budget
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, pack
@@ -76,7 +76,6 @@ class EmbeddingModel:
         if self.execution.is_compiled and not self._compile_layers():
             self.forward = self._make_forward(weights)
         self.graphs = self._record_graphs() if self.execution.has_graphs else None
-        self.two_threads = TwoThreads()
         logger.info(
             "%s loaded in %.1f s: device %s, dtype %s, weights %s, attention %s, layers %s",
             checkpoint.name,
@@ -180,7 +179,7 @@ class EmbeddingModel:
         batches = [self._pack([inputs[index] for index in half]) for half in halves]
         # before the halves: the cache of prefixes is for one thread, too
         first, second = (partial(self.forward, batch, self.forward.prefixes(batch)) for batch in batches)
-        return torch.cat(self.two_threads(first, second))[np.argsort(halves[0] + halves[1])]
+        return torch.cat(compute_both(first, second))[np.argsort(halves[0] + halves[1])]
 
     def _halves(self, inputs: list[ModelInput]) -> tuple[list[int], list[int]] | None:
         """The places of the items that are computed at the same time as the others; None if all run together."""
@@ -188,7 +187,7 @@ class EmbeddingModel:
             return None  # weights of 8 bits are converted in shared memory; compiled layers keep all threads
         if self.forward.vision_cache.max_bytes and any(one.patches for one in inputs):
             return None  # the cache is for one thread, and computes equal images of a batch once
-        if not self.two_threads.can_share:
+        if not can_share_threads():
             return None
         return split([one.cost - one.num_prefix_tokens for one in inputs])
 

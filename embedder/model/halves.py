@@ -6,15 +6,16 @@ two cores, a batch takes 4 to 8% less time (`python -m benchmarks.choices`).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
 
 Result = TypeVar("Result")
 
-MIN_COST = 96.0  # of a half, in tokens; each half reads all weights, which takes longer than to compute a few rows
+MIN_COST = 192.0  # of a half, in tokens; each half reads all weights, which takes longer than to compute a few rows
 MAX_SHARE = 0.52  # of the larger half in the cost of both
 
 
@@ -31,32 +32,34 @@ def split(costs: Sequence[float]) -> tuple[list[int], list[int]] | None:
     return sorted(halves[0]), sorted(halves[1])
 
 
-class TwoThreads:
-    """Calls two functions at once: one in the caller's thread, the other in a thread that is kept."""
-
-    def __init__(self) -> None:
-        self._second = ThreadPoolExecutor(1, "second-half")
-
-    @property
-    def can_share(self) -> bool:
-        """Whether torch's threads can be divided by two."""
-        return torch.get_num_threads() % 2 == 0
-
-    def __call__(self, first: Callable[[], Result], second: Callable[[], Result]) -> tuple[Result, Result]:
-        """Both results, each computed with half of torch's threads.
-
-        When both have ended, it raises the error of `first`, or else of `second`.
-        """
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(num_threads // 2)  # also what a new thread begins with
-        future = self._second.submit(_with_threads, num_threads // 2, second)
-        try:
-            return first(), future.result()
-        finally:
-            wait([future])
-            torch.set_num_threads(num_threads)
+def can_share_threads() -> bool:
+    """Whether torch's threads can be divided by two."""
+    return torch.get_num_threads() % 2 == 0
 
 
-def _with_threads(num_threads: int, function: Callable[[], Result]) -> Result:
+def compute_both(first: Callable[[], Result], second: Callable[[], Result]) -> tuple[Result, Result]:
+    """Both results, each computed with half of torch's threads: `first` in the calling thread, `second` in another one.
+
+    When both have ended, it raises the error of `first`, or else of `second`.
+    """
+    num_threads = torch.get_num_threads()
+    outcome: Future[Result] = Future()
+    thread = threading.Thread(target=_complete, args=(outcome, num_threads // 2, second), name="second-half")
+    thread.daemon = True  # the end of a program does not wait for it
+    torch.set_num_threads(num_threads // 2)  # also what a new thread begins with
+    thread.start()
+    try:
+        return first(), outcome.result()
+    finally:
+        thread.join()
+        torch.set_num_threads(num_threads)
+
+
+def _complete(outcome: Future[Result], num_threads: int, function: Callable[[], Result]) -> None:
     torch.set_num_threads(num_threads)
-    return function()
+    try:
+        outcome.set_result(function())
+    except BaseException as error:
+        outcome.set_exception(error)
+    finally:
+        del outcome  # the error has this frame, and would refer to itself and keep the batch's memory

@@ -1,8 +1,8 @@
 """Attention by oneDNN's matrix products, for sequences of more than a few hundred tokens, in float32 on a CPU.
 
-The kernel of `sdpa` multiplies with MKL, which on AMD processors has less than half of oneDNN's rate. This is two
+The kernel of `sdpa` multiplies with MKL, which on some AMD processors has less than half of oneDNN's rate. This is two
 products and a softmax for each key head and each block of queries. Its scores go through memory, and still it takes
-little more than half of the time. On many cores, or where MKL is fast, it may take longer: `is_faster_than_sdpa`
+little more than half of the time there. On many cores, or where MKL is fast, it may take longer: `is_faster_than_sdpa`
 measures. `python -m benchmarks.choices` compares forward passes with both.
 """
 

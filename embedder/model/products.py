@@ -1,7 +1,7 @@
 """The linear layers of a loaded model, arranged for the fastest matrix products of the device.
 
 On every device, layers of the same input become one: query, key and value; gate and up. On a CPU, the weights may then
-be stored in oneDNN's blocked layout. On AMD processors torch's default product (MKL) is slower than that, mostly for
+be stored in oneDNN's blocked layout. On some processors torch's default product (MKL) is slower than that, mostly for
 few rows; on others it is the faster one (`python -m benchmarks.choices`). A short measurement at start decides.
 
 The model is changed in place, one layer after the other, so that at most one layer is in memory twice.

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +190,23 @@ def test_growth_says_whether_it_is_flat(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_server_answers_right_under_load(tmp_path: Path) -> None:
+def test_server_answers_right_under_load_next_to_a_busy_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_busy = []
+    drive = server._drive
+
+    def counted(*arguments: Any) -> dict[str, float]:
+        num_busy.append(len(active_children()))
+        return drive(*arguments)
+
+    monkeypatch.setattr(server, "_drive", counted)
     servers = [contenders.OURS, contenders.BARE]
-    few = ["--callers", "4", "--sizes", "1", "--rounds", "1", "--seconds", "1"]
+    few = ["--callers", "4", "--sizes", "1", "--rounds", "1", "--seconds", "1", "--neighbors", "1"]
     server.main(["--shape", "tiny", "--servers", *servers, *few, "--results", str(tmp_path)])
-    who = saved(tmp_path, "server-tiny-text-mixed")["cells"][0]["who"]
+    who = saved(tmp_path, "server-tiny-text-mixed-neighbors-1")["cells"][0]["who"]
+    assert num_busy == [1, 1]
+    assert active_children() == []
     for name in servers:
         assert who[name]["num_checked"] > 0
         assert who[name]["num_refused"] == who[name]["num_unfinished"] == 0

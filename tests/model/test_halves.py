@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from embedder.inputs.preprocess import ModelInput
 from embedder.inputs.python_items import item_from_python
 from embedder.model import halves
 from embedder.model.forward import Forward
-from embedder.model.halves import MIN_COST, TwoThreads, split
+from embedder.model.halves import MIN_COST, compute_both, split
 from embedder.model.vision_cache import VisionCache
 from tests.conftest import picture, words
 
@@ -66,34 +68,49 @@ def thread() -> tuple[int, int]:
 
 @pytest.mark.usefixtures("four_threads")
 def test_each_function_has_half_of_the_threads() -> None:
-    two_threads = TwoThreads()
-    first, second = two_threads(thread, thread)
-    assert (first, second[1]) == ((threading.get_ident(), 2), 2)
-    assert second[0] != first[0]
-    assert two_threads(thread, thread)[1] == second  # the thread is kept
+    (own, num_first), (other, num_second) = compute_both(thread, thread)
+    assert own == threading.get_ident() != other
+    assert num_first == num_second == 2
     assert torch.get_num_threads() == 4
+    assert "second-half" not in {one.name for one in threading.enumerate()}
 
 
 @pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize("failing", [(0,), (1,), (0, 1)])
-def test_error_is_raised_when_both_have_ended(failing: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("later", [0, 1])
+def test_error_is_raised_when_both_have_ended(failing: tuple[int, ...], later: int) -> None:
     ended = []
 
-    def function(number: int, seconds: float) -> Callable[[], None]:
+    def function(number: int) -> Callable[[], None]:
         def run() -> None:
-            time.sleep(seconds)
+            time.sleep(0.05 if number == later else 0)
             ended.append(number)
             if number in failing:
                 raise RuntimeError(f"function {number}")
 
         return run
 
-    for seconds in ((0, 0.05), (0.05, 0)):
-        with pytest.raises(RuntimeError, match=f"function {failing[0]}"):
-            TwoThreads()(function(0, seconds[0]), function(1, seconds[1]))
-        assert sorted(ended) == [0, 1]
-        assert torch.get_num_threads() == 4
-        ended.clear()
+    with pytest.raises(RuntimeError, match=f"function {failing[0]}"):
+        compute_both(function(0), function(1))
+    assert sorted(ended) == [0, 1]
+    assert torch.get_num_threads() == 4
+
+
+def test_failed_halves_keep_no_memory() -> None:
+    kept = []
+
+    def fail() -> None:
+        states = torch.ones(1)
+        kept.append(weakref.ref(states))
+        raise RuntimeError
+
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError):
+            compute_both(fail, fail)
+        assert [one() for one in kept] == [None, None]
+    finally:
+        gc.enable()
 
 
 ITEMS: list[Any] = [
