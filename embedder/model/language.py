@@ -72,7 +72,7 @@ class Language:
         """(num_items, hidden_size), after the final norm.
 
         `visual_tokens`, and each of `deepstack` (one for each of the first layers): (num_visual_tokens, hidden_size).
-        `prefixes`: what `cached_prefixes` gives, by default now.
+        `prefixes`: the result of `cached_prefixes`, which is called if they are not given.
         """
         prefixes = prefixes or self.cached_prefixes(batch)
         hidden_states = self._embed(batch, visual_tokens)
