@@ -1,7 +1,7 @@
 """Computes the two halves of a batch at the same time on a CPU, each with half of the cores.
 
 The threads that compute a batch together wait for each other after every operation. Halves wait once, at the end: on
-two cores, batches take 4 to 8% less time in float32 (`python -m benchmarks.choices`), and even less in bfloat16.
+two cores, batches take 4 to 8% less time in float32 (`python -m benchmarks.choices`), and gain more in bfloat16.
 """
 
 from __future__ import annotations
