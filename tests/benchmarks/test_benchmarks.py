@@ -44,6 +44,7 @@ from benchmarks.protocols import VLLMProtocol
 from benchmarks.workloads import WORKLOADS, Item, make_items
 from embedder.inputs.items import item_from_fields
 from embedder.inputs.tokenizer_files import load_tokenizer
+from embedder.model import language
 from embedder.models import Models
 
 # of sentence-transformers, LitServe and what they bring
@@ -190,8 +191,9 @@ def test_growth_says_whether_it_is_flat(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_server_answers_right_under_load_next_to_a_busy_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("neighbors", "suffix"), [(0, ""), (1, "-neighbors-1")])
+def test_server_answers_right_under_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, neighbors: int, suffix: str
 ) -> None:
     num_busy = []
     drive = server._drive
@@ -202,10 +204,10 @@ def test_server_answers_right_under_load_next_to_a_busy_process(
 
     monkeypatch.setattr(server, "_drive", counted)
     servers = [contenders.OURS, contenders.BARE]
-    few = ["--callers", "4", "--sizes", "1", "--rounds", "1", "--seconds", "1", "--neighbors", "1"]
+    few = ["--callers", "4", "--sizes", "1", "--rounds", "1", "--seconds", "1", "--neighbors", f"{neighbors}"]
     server.main(["--shape", "tiny", "--servers", *servers, *few, "--results", str(tmp_path)])
-    who = saved(tmp_path, "server-tiny-text-mixed-neighbors-1")["cells"][0]["who"]
-    assert num_busy == [1, 1]
+    who = saved(tmp_path, f"server-tiny-text-mixed{suffix}")["cells"][0]["who"]
+    assert num_busy == [neighbors] * 2
     assert active_children() == []
     for name in servers:
         assert who[name]["num_checked"] > 0
@@ -295,7 +297,7 @@ def test_variants_of_the_forward_pass_give_the_same_vectors(monkeypatch: pytest.
 
 def test_variant_with_other_vectors_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_norm(embedder: Any) -> Any:
-        return choices._patched(embedder, _rms_norm=lambda _, states: states)
+        return choices._patched(embedder, language, _rms_norm=lambda _, states: states)
 
     variants = [(choices.OURS, choices._as_it_is, {}), ("wrong", without_norm, {})]
     monkeypatch.setattr(choices, "_variants", lambda: variants)
