@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from embedder.model.attention import Attention
 from embedder.model.eight_bit import EightBitLinear
-from embedder.model.execution import by_rows, compile_if
+from embedder.model.execution import CPU_ROWS, by_rows, compile_if
 from embedder.model.int8_digits import DigitLinear
+from embedder.model.onednn import PackedLinear, pad_rows
 from embedder.model.packing import MAX_SHARED_TOKENS, PackedBatch, PackedPrefixes, PackedVision, Prefix
 from embedder.model.positions import apply_rotary, interleaved_axes, rotary_frequencies, rotate_halves, text_rotary
 from embedder.model.products import add_product
@@ -51,6 +52,7 @@ class Language:
         self._query_key_value = compile_if(is_compiled, _query_key_value)
         self._output_and_mlp = compile_if(is_compiled, _output_and_mlp)
         self._is_by_rows = not _has_eight_bits(tower)  # weights of 8 bits may be converted for each product
+        self._is_packed = isinstance(tower.layers[-1].mlp.down_proj, PackedLinear)
         self._max_shared_tokens = max_shared_tokens
         self._max_cached_tokens = max(MAX_CACHED_TOKENS, max_shared_tokens)
         self._prefix_cache: OrderedDict[Prefix, list[KeyAndValue]] = OrderedDict()  # one pair a layer; oldest use first
@@ -77,6 +79,9 @@ class Language:
         prefixes = prefixes or self.cached_prefixes(batch)
         hidden_states = self._embed(batch, visual_tokens)
         cos, sin = self._rotary(hidden_states, batch)
+        if self._is_packed and len(hidden_states) <= CPU_ROWS:
+            # once, and not for each product; what attention gives for these rows is undefined, and nothing reads it
+            hidden_states, cos, sin = (pad_rows(one) for one in (hidden_states, cos, sin))
         *layers, last = self.tower.layers
         for index, layer in enumerate(layers):
             self.between_layers()
@@ -268,8 +273,15 @@ def _normalized(states: Tensor, weight: Tensor | None, epsilon: float) -> Tensor
     if states.device.type != "cpu" or states.dtype != torch.float32 or torch.compiler.is_compiling():
         return F.rms_norm(states, states.shape[-1:], weight, epsilon)
     length: Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-    normed: Tensor = states * length.square_().div_(states.shape[-1]).add_(epsilon).rsqrt_()
+    mean = length.mul_(length).div_(_constant(states.shape[-1]))
+    normed: Tensor = states * mean.add_(_constant(epsilon)).rsqrt_()
     return normed if weight is None else normed.mul_(weight)
+
+
+@cache
+def _constant(value: float) -> Tensor:
+    """A float32 scalar on a CPU. Of a number, torch makes one for each operation, which takes longer than to use it."""
+    return torch.tensor(float(value))
 
 
 def _prepend_prefix(prefix: KeyAndValue | None, own: Sequence[Tensor], batch: PackedBatch) -> KeyAndValue:
@@ -277,5 +289,7 @@ def _prepend_prefix(prefix: KeyAndValue | None, own: Sequence[Tensor], batch: Pa
     if prefix is None or batch.key_index is None:
         key, value = own
         return key, value
-    key, value = (torch.cat(pair).index_select(0, batch.key_index) for pair in zip(prefix, own, strict=True))
-    return key, value
+    key, value = (torch.cat(pair) for pair in zip(prefix, own, strict=True))
+    if len(batch.pooled_index) == 1:  # one item: its prefix, then its own tokens
+        return key, value
+    return key.index_select(0, batch.key_index), value.index_select(0, batch.key_index)

@@ -40,11 +40,8 @@ def onednn_product(
     states: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = ""
 ) -> Tensor:
     """Compute `F.linear`, and an activation by oneDNN's names. `weight` is in oneDNN's layout or a plain one."""
-    num_rows = len(states)
-    if missing := padded_rows(num_rows) - num_rows:
-        states = F.pad(states, (0, 0, 0, missing))
-    output = onednn_matmul(states, weight, bias, activation, algorithm)
-    return output[:num_rows] if missing else output
+    output = onednn_matmul(pad_rows(states), weight, bias, activation, algorithm)
+    return output[: len(states)] if len(output) > len(states) else output
 
 
 def onednn_matmul(
@@ -56,6 +53,12 @@ def onednn_matmul(
     """
     output: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, activation, [], algorithm)
     return output
+
+
+def pad_rows(states: Tensor) -> Tensor:
+    """`states`, (num_rows, size), with rows of zeros after them, for which oneDNN computes a product of them."""
+    missing = padded_rows(len(states)) - len(states)
+    return F.pad(states, (0, 0, 0, missing)) if missing else states
 
 
 def padded_rows(num_rows: int) -> int:

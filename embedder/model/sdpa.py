@@ -14,7 +14,7 @@ from embedder.model.packing import Run, Sequences
 # queries: 100 times for 12 queries and 6,126 keys, twice for 300 and 1,000, as fast for 600 and 1,000, 0.6 times for
 # 1,480 and 1,500. The kernel then skips blocks of keys that no query attends to (x86 with AVX2, one core, 2026-11-29).
 MAX_CACHED_MASK = 2**16  # elements; small sequences also take a mask whatever their lengths are
-MAX_MASK = 2**24  # elements; sdpa makes floats of them
+MAX_MASK = 2**24  # elements
 
 
 def sdpa_attention(
@@ -36,7 +36,7 @@ def sdpa_run(
     run_query, mask = query_run.view(query), None
     num_missing = key_run.length - query_run.length if causal else 0  # the keys before the first query's
     if num_missing and _takes_mask(query_run.length, key_run.length):
-        mask = causal_mask(query_run.length, key_run.length, query.device)
+        mask = causal_mask(query_run.length, key_run.length, query.dtype, query.device)
     elif num_missing:
         run_query = F.pad(run_query, (0, 0, 0, 0, num_missing, 0))
     values = F.scaled_dot_product_attention(
@@ -55,14 +55,18 @@ def _takes_mask(num_queries: int, num_keys: int) -> bool:
     return size <= MAX_CACHED_MASK or (2 * num_queries <= num_keys and size <= MAX_MASK)
 
 
-def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """(num_queries, num_keys) bool, True where a query attends to a key; aligned at the ends."""
+def causal_mask(num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(num_queries, num_keys), 0 where a query attends to a key, else minus infinity; aligned at the ends.
+
+    Of a mask of booleans, sdpa would make this one in each layer.
+    """
     make = _cached_mask if num_queries * num_keys <= MAX_CACHED_MASK else _make_mask
-    return make(num_queries, num_keys, device)
+    return make(num_queries, num_keys, dtype, device)
 
 
-def _make_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+def _make_mask(num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    mask = torch.full((num_queries, num_keys), -torch.inf, dtype=dtype, device=device)
+    return mask.triu_(num_keys - num_queries + 1)
 
 
-_cached_mask = lru_cache(maxsize=1024)(_make_mask)  # every layer needs the same one
+_cached_mask = lru_cache(maxsize=256)(_make_mask)  # every layer needs the same one

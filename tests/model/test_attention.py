@@ -222,7 +222,7 @@ def test_causal_attention_with_more_keys_is_the_same_with_and_without_a_mask(
 def test_a_short_document_after_a_long_query_computes_only_its_own_tokens(
     own: int, keys: int, computed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor is a mask of many lengths kept: each would have one of its own, of up to 16 MB."""
+    """Nor is a mask of many lengths kept: each would have one of its own, of up to 64 MB."""
     lengths, original = [], torch.nn.functional.scaled_dot_product_attention
 
     def counted(query: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from embedder import Embedder
-from embedder.model import products
+from embedder.model import onednn, products, sdpa
 from embedder.model.onednn import PackedLinear, activated_product, padded_rows
 from embedder.model.products import (
     arrange_products,
@@ -148,6 +148,25 @@ def test_vectors_do_not_depend_on_the_product(random_checkpoint: Path, monkeypat
             alone = np.concatenate([embedder.embed([item]) for item in ITEMS])
         assert np.abs(alone - vectors[name]).max() <= MAX_DIFFERENCE
     assert np.abs(vectors["torch"] - vectors["oneDNN"]).max() <= MAX_DIFFERENCE
+
+
+@needs_onednn
+def test_rows_without_a_token_are_added_once_and_their_values_are_not_read(
+    random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention leaves them as they are in memory: here, all of it is filled with what is not a number."""
+    monkeypatch.setattr(products, "fastest_product", lambda _: "oneDNN")
+    with Embedder(str(random_checkpoint), device="cpu", dtype="float32", attention="sdpa") as embedder:
+        expected = embedder.embed(ITEMS)
+        padded = []
+        original = onednn.F.pad
+        monkeypatch.setattr(
+            onednn.F, "pad", lambda states, *rest: padded.append(states.shape) or original(states, *rest)
+        )
+        monkeypatch.setattr(sdpa.torch, "empty", lambda *size, **options: torch.full(*size, torch.nan, **options))
+        alone = [embedder.embed([item])[0] for item in ITEMS if isinstance(item, str)]
+    assert np.abs(np.stack(alone) - np.stack([expected[0], expected[1], expected[3]])).max() <= MAX_DIFFERENCE
+    assert len(padded) <= 3 * len(alone)  # hidden states, cos and sin of each text, and nothing in any layer
 
 
 # The choice
