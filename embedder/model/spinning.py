@@ -1,0 +1,126 @@
+"""Lets OpenMP's threads spin while they wait for each other, as long as nobody else needs the cores.
+
+The threads that compute an operation wait for each other after it, and for the next operation. A thread that spins goes
+on at once; one that sleeps has to be woken up, which takes a short text 13% more time (2 cores, AMD EPYC). But next to
+a busy process, spinning threads occupy the core that the thread they wait for needs, and the text takes 4 times as long
+(`python -m benchmarks.busy`).
+
+So the time is measured for which threads of this process wait for a core. While they hardly do, OpenMP's threads spin.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from embedder import openmp
+
+CHECK_S = 0.1  # of computing, after which the waiting times are read: 0.2 ms for the threads of the service
+# Seconds for which all threads together wait, per second of computing. Next to a busy process these are 0.75 to 1 if
+# threads spin, and 0.25 to 0.7 if not. Alone they are mostly below 0.03; but up to 0.25 with a small model, where the
+# threads that spin make the callers wait.
+MAX_WAITING = 0.4
+MAX_WAITING_TO_SPIN = 0.15  # above it, threads that sleep go on sleeping
+QUIET_S = 1.0  # of computing without more waiting than that, after which threads spin
+
+TASKS = Path("/proc/self/task")
+
+
+class Spinning:
+    """Decides whether OpenMP's threads spin. They do not at first.
+
+    Everything is called by the thread that computes. `waits` gives the seconds for which each thread of the process has
+    waited for a core, by a name of the thread; `clock` gives seconds.
+    """
+
+    def __init__(
+        self,
+        waits: Callable[[], Mapping[str, float]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read_waits = waits or read_waits
+        self._clock = clock
+        self._num_threads = torch.get_num_threads()
+        self._waits: Mapping[str, float] = {}
+        self._computed_s = 0.0  # since the waiting times were read
+        self._quiet_s = 0.0
+        self._since_s = 0.0
+        self._surplus: Surplus | None = Surplus()
+
+    @property
+    def is_allowed(self) -> bool:
+        """Whether waiting threads spin."""
+        return self._surplus is None
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around everything that the threads compute."""
+        self._since_s = self._clock()
+        try:
+            yield
+        finally:
+            self.check()
+
+    def check(self) -> None:
+        """Decide again, if enough time was spent computing. Call it between the layers of a batch, too."""
+        if torch.get_num_threads() != self._num_threads:  # one half of a batch (`halves`)
+            return
+        now_s = self._clock()
+        self._computed_s += now_s - self._since_s
+        self._since_s = now_s
+        if self._computed_s < CHECK_S:
+            return
+        waits = self._read_waits()
+        waited_s = sum(max(0.0, waited_s - self._waits.get(name, 0.0)) for name, waited_s in waits.items())
+        max_waiting = MAX_WAITING if self.is_allowed else MAX_WAITING_TO_SPIN
+        is_quiet = bool(waits) and waited_s <= max_waiting * self._computed_s
+        self._quiet_s = self._quiet_s + self._computed_s if is_quiet else 0.0
+        self._waits, self._computed_s = waits, 0.0
+        if self._surplus and self._quiet_s >= QUIET_S:
+            self.close()
+        elif not self._surplus and not is_quiet:
+            self._surplus = Surplus()
+
+    def close(self) -> None:
+        """End the thread that keeps others from spinning."""
+        if self._surplus:
+            self._surplus.end()
+            self._surplus = None
+
+
+class Surplus:
+    """OpenMP threads that compute nothing. With them there are more than cores, so that libgomp's threads sleep."""
+
+    def __init__(self) -> None:
+        self._is_over = threading.Event()
+        is_ready = threading.Event()
+        thread = threading.Thread(target=self._keep_threads, args=(is_ready,), name="openmp-surplus", daemon=True)
+        thread.start()
+        is_ready.wait()
+
+    def end(self) -> None:
+        """End the threads."""
+        self._is_over.set()
+
+    def _keep_threads(self, is_ready: threading.Event) -> None:
+        torch.get_num_threads()
+        openmp.set_num_threads(openmp.num_cores())
+        torch.zeros(2**16).add_(1)  # large enough for torch to compute it in parallel
+        is_ready.set()
+        self._is_over.wait()
+
+
+def read_waits() -> dict[str, float]:
+    """The seconds for which each thread of this process was ready to run, but had no core. Empty if not Linux."""
+    waits = {}
+    for task in TASKS.glob("*/schedstat"):
+        try:
+            waits[task.parent.name] = int(task.read_bytes().split()[1]) / 1e9
+        except OSError:  # the thread has ended
+            continue
+    return waits

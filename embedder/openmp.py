@@ -1,0 +1,49 @@
+"""OpenMP, whose threads compute torch's operations on a CPU: how they wait for each other, and how many there are.
+
+What is here concerns libgomp (GCC's OpenMP), which torch's builds for Linux contain.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+
+SPINS = 60_000  # about half a millisecond, longer than torch needs between two operations of a layer
+
+
+def set_wait_policy() -> None:
+    """Let waiting threads spin `SPINS` times, and then sleep, unless the user has chosen a policy.
+
+    libgomp reads this when torch loads it. While a program has more OpenMP threads than it has cores, its threads spin
+    100 times only: `embedder.model.spinning` makes use of that.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+
+
+def has_our_wait_policy() -> bool:
+    """Whether `set_wait_policy` has chosen it, and not the user."""
+    return os.environ.get("GOMP_SPINCOUNT") == str(SPINS) and "OMP_WAIT_POLICY" not in os.environ
+
+
+def num_cores() -> int:
+    """The cores that OpenMP knows of, whatever the CPU limit of the container is."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_num_threads(count: int) -> bool:
+    """Set how many threads the calling thread computes with, like `torch.set_num_threads`, but for no other thread.
+
+    Needs torch loaded. False if torch is built without OpenMP, or with one that is not visible. Call
+    `torch.get_num_threads()` first: it ends torch's own setup of a thread, which would undo this.
+    """
+    function = _omp_set_num_threads()
+    if function is not None:
+        function(count)
+    return function is not None
+
+
+@cache
+def _omp_set_num_threads() -> ctypes._CFunctionType | None:
+    return getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
