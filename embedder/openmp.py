@@ -9,7 +9,7 @@ import ctypes
 import os
 from functools import cache
 
-SPINS = 60_000  # about half a millisecond, longer than torch needs between two operations of a layer
+SPINS = 20_000  # about 0.2 ms, longer than torch needs between two operations of a layer; more would delay responses
 
 
 def set_wait_policy() -> None:

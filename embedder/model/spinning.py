@@ -21,12 +21,12 @@ import torch
 from embedder import openmp
 
 CHECK_S = 0.1  # of computing, after which the waiting times are read: 0.2 ms for the threads of the service
-# Seconds for which all threads together wait, per second of computing. Next to a busy process these are 0.75 to 1 if
-# threads spin, and 0.25 to 0.7 if not. Alone they are mostly below 0.03; but up to 0.25 with a small model, where the
-# threads that spin make the callers wait.
-MAX_WAITING = 0.4
-MAX_WAITING_TO_SPIN = 0.15  # above it, threads that sleep go on sleeping
-QUIET_S = 1.0  # of computing without more waiting than that, after which threads spin
+# The share of waiting: seconds for which all threads together wait, per second of computing. Next to a busy process it
+# is 0.7 to 1 if threads spin, and 0.3 to 0.7 if not. Alone it is mostly below 0.03; but up to 0.25 with a small model,
+# where the threads that spin make the callers wait.
+MAX_SHARE = 0.4  # of the last reading; above it, threads stop spinning
+MAX_MEAN_SHARE = 0.15  # of a moving average; below it, they begin to spin
+WEIGHT = 0.2  # of the last reading in the average, which thus falls from 1 to MAX_MEAN_SHARE in 9 readings
 
 TASKS = Path("/proc/self/task")
 
@@ -48,7 +48,7 @@ class Spinning:
         self._num_threads = torch.get_num_threads()
         self._waits: Mapping[str, float] = {}
         self._computed_s = 0.0  # since the waiting times were read
-        self._quiet_s = 0.0
+        self._mean_share = 1.0
         self._since_s = 0.0
         self._surplus: Surplus | None = Surplus()
 
@@ -75,16 +75,21 @@ class Spinning:
         self._since_s = now_s
         if self._computed_s < CHECK_S:
             return
+        share = self._read_share()
+        self._mean_share += WEIGHT * (share - self._mean_share)
+        if self._surplus and self._mean_share < MAX_MEAN_SHARE:
+            self.close()
+        elif not self._surplus and share > MAX_SHARE:
+            self._mean_share = 1.0
+            self._surplus = Surplus()
+
+    def _read_share(self) -> float:
+        """The share of waiting since the last call; 1 if it is not known."""
         waits = self._read_waits()
         waited_s = sum(max(0.0, waited_s - self._waits.get(name, 0.0)) for name, waited_s in waits.items())
-        max_waiting = MAX_WAITING if self.is_allowed else MAX_WAITING_TO_SPIN
-        is_quiet = bool(waits) and waited_s <= max_waiting * self._computed_s
-        self._quiet_s = self._quiet_s + self._computed_s if is_quiet else 0.0
+        share = min(1.0, waited_s / self._computed_s) if waits else 1.0
         self._waits, self._computed_s = waits, 0.0
-        if self._surplus and self._quiet_s >= QUIET_S:
-            self.close()
-        elif not self._surplus and not is_quiet:
-            self._surplus = Surplus()
+        return share
 
     def close(self) -> None:
         """End the thread that keeps others from spinning."""
