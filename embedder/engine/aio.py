@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from embedder.engine.admission import Reservation
 from embedder.engine.engine import Engine
 from embedder.engine.postprocess import Embedding
+from embedder.engine.timers import TimeLimit
 from embedder.errors import (
     ITEM_ERRORS,
     AttributedToItem,
@@ -130,7 +131,7 @@ async def _compute(
     request, loop = object(), asyncio.get_running_loop()
     futures: list[Future[Embedding]] = []
     try:
-        async with asyncio.timeout(timeout_s):
+        with TimeLimit(timeout_s):
             valid = [item for item in (query, *items) if isinstance(item, EmbeddingItem)]
             with engine.reserve(valid, priority) as reservation:
                 if query:

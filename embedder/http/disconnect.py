@@ -9,6 +9,8 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
+from embedder.engine.timers import start_timer
+
 Result = TypeVar("Result")
 
 WATCH_AFTER_S = 0.1  # after which a request without a response starts to watch for its caller's disconnect
@@ -26,7 +28,7 @@ async def unless_disconnected(work: Awaitable[Result], receive: Receive) -> Resu
         disconnect = asyncio.ensure_future(receive())
         disconnect.add_done_callback(lambda _: is_over or disconnect.cancelled() or task.cancel())
 
-    timer = loop.call_later(WATCH_AFTER_S, watch)
+    timer = start_timer(WATCH_AFTER_S, watch)
     try:
         return await work
     except asyncio.CancelledError:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from embedder.engine.timers import TimeLimit
 from embedder.errors import (
     DeadlineExceeded,
     InvalidKey,
@@ -108,7 +109,7 @@ class RequestGuard:
         pieces = Pieces()
         begin_s = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout_at(begin_s + min(max_s, GRACE_S)) as deadline:
+            with TimeLimit(min(max_s, GRACE_S)) as limit:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -121,7 +122,7 @@ class RequestGuard:
                         )
                     if not message.get("more_body", False):
                         break
-                    deadline.reschedule(begin_s + min(max_s, GRACE_S + pieces.num_bytes / MIN_BYTES_PER_S))
+                    limit.extend_to(begin_s + min(max_s, GRACE_S + pieces.num_bytes / MIN_BYTES_PER_S))
         except TimeoutError as error:
             spent_s = asyncio.get_running_loop().time() - begin_s
             raise DeadlineExceeded(

@@ -1,0 +1,116 @@
+"""Timers of an event loop for the time limits of requests.
+
+A request has three, and hardly any of them expires. Here, timers of the same delay expire in the order in which they were
+started, and only the first of them is a timer of the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextvars import Context
+from types import TracebackType
+from weakref import WeakKeyDictionary
+
+
+class Timer:
+    """Calls `callback` once, after a delay, unless it is cancelled before. `end_s`: in the loop's time."""
+
+    __slots__ = ("_callback", "_timers", "end_s")
+
+    def __init__(self, end_s: float, callback: Callable[[], object], timers: dict[Timer, None]) -> None:
+        self.end_s = end_s
+        self._callback: Callable[[], object] | None = callback
+        self._timers = timers
+
+    def cancel(self) -> None:
+        """Do not call it anymore."""
+        self._callback = None
+        self._timers.pop(self, None)
+
+    def expire(self) -> None:
+        """Call it."""
+        callback, self._callback = self._callback, None
+        if callback:
+            callback()
+
+
+def start_timer(delay_s: float, callback: Callable[[], object]) -> Timer:
+    """Start a timer of the running loop. The callback is called in an empty context."""
+    loop = asyncio.get_running_loop()
+    delays = _delays.get(loop)
+    if delays is None:
+        delays = _delays[loop] = {}
+    timers = delays.get(delay_s)
+    if timers is None:
+        timers = delays[delay_s] = _Timers()
+    return timers.start(loop, loop.time() + delay_s, callback)
+
+
+class TimeLimit:
+    """`asyncio.timeout` for the block: after `seconds`, the task in it is cancelled, and `TimeoutError` raised."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._has_expired = False
+
+    def __enter__(self) -> TimeLimit:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._num_cancelled = task.cancelling()
+        self._end_s = 0.0  # if it was extended
+        self._timer: Timer | asyncio.TimerHandle = start_timer(self._seconds, self._expire)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        # if others have cancelled the task too, it stays cancelled
+        if self._has_expired and self._task.uncancel() <= self._num_cancelled and kind is asyncio.CancelledError:
+            raise TimeoutError from error
+
+    def extend_to(self, end_s: float) -> None:
+        """Let the limit end later, at this time of the loop."""
+        self._end_s = end_s
+
+    def _expire(self) -> None:
+        loop = self._task.get_loop()
+        if loop.time() < self._end_s:
+            self._timer = loop.call_at(self._end_s, self._expire)
+            return
+        self._has_expired = True
+        self._task.cancel()
+
+
+class _Timers:
+    """Timers of one loop with the same delay."""
+
+    def __init__(self) -> None:
+        self._timers: dict[Timer, None] = {}  # in the order of their ends
+        self._is_waiting = False  # the loop will call `_expire`
+
+    def start(self, loop: asyncio.AbstractEventLoop, end_s: float, callback: Callable[[], object]) -> Timer:
+        timer = Timer(end_s, callback, self._timers)
+        self._timers[timer] = None
+        if not self._is_waiting:
+            self._wait(loop, end_s)
+        return timer
+
+    def _wait(self, loop: asyncio.AbstractEventLoop, end_s: float) -> None:
+        self._is_waiting = True
+        loop.call_at(end_s, self._expire, loop, context=Context())  # not that of the request that happens to be first
+
+    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._is_waiting = False
+        now_s = loop.time()
+        for timer in list(self._timers):
+            if timer.end_s > now_s:
+                self._wait(loop, timer.end_s)
+                break
+            del self._timers[timer]
+            loop.call_soon(timer.expire, context=Context())
+
+
+_delays: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[float, _Timers]] = WeakKeyDictionary()
