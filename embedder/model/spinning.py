@@ -1,9 +1,9 @@
 """Lets OpenMP's threads spin while they wait for each other, as long as nobody else needs the cores.
 
 The threads that compute an operation wait for each other after it, and for the next operation. A thread that spins goes
-on at once; one that sleeps has to be woken up, which takes a short text 13% more time (2 cores, AMD EPYC). But next to
-a busy process, spinning threads occupy the core that the thread they wait for needs, and the text takes 4 times as long
-(`python -m benchmarks.busy`).
+on at once; one that sleeps has to be woken up, and a query of the bundled model then takes 4.6 ms instead of 3.4. But
+next to busy processes, spinning threads occupy the core that the thread they wait for needs, and one query of ten takes
+100 ms instead of 13 (2 cores, `python -m benchmarks.busy`).
 
 So the time is measured for which threads of this process wait for a core. While they hardly do, OpenMP's threads spin.
 """
