@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -88,8 +88,11 @@ class Models:
         # In a thread that ends afterwards: OpenMP keeps a team of threads for each thread that has computed. With this
         # thread's team in addition to the device thread's there are more threads than cores, and a text query takes
         # 6.4 ms instead of 3 (`python -m training.evaluate`, 2 cores, 2026-11-25).
-        with ThreadPoolExecutor(1) as loader:
+        with ExitStack() as if_it_fails, ThreadPoolExecutor(1) as loader:
+            if self._spinning:
+                if_it_fails.callback(self._spinning.close)
             loader.submit(self._load).result()
+            if_it_fails.pop_all()
         self.engine = Engine(
             self._preprocess,
             self._launch,

@@ -1,12 +1,13 @@
-"""OpenMP, whose threads compute torch's operations on a CPU: how they wait for each other, and how many there are.
+"""OpenMP's threads, which compute torch's operations on a CPU: how many there are and how they wait for each other.
 
-What is here concerns libgomp (GCC's OpenMP), which torch's builds for Linux contain.
+This is about libgomp, GCC's OpenMP, which torch's builds for Linux contain.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cache
 
 SPINS = 20_000  # about 0.2 ms, longer than torch needs between two operations of a layer; more would delay responses
@@ -28,22 +29,21 @@ def has_our_wait_policy() -> bool:
 
 
 def num_cores() -> int:
-    """The cores that OpenMP knows of, whatever the CPU limit of the container is."""
+    """The cores that OpenMP counts: it does not know the CPU limit of a container."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def set_num_threads(count: int) -> bool:
+def set_num_threads(count: int) -> None:
     """Set how many threads the calling thread computes with, like `torch.set_num_threads`, but for no other thread.
 
-    Needs torch loaded. False if torch is built without OpenMP, or with one that is not visible. Call
-    `torch.get_num_threads()` first: it ends torch's own setup of a thread, which would undo this.
+    Needs torch loaded, and `torch.get_num_threads()` called before: that ends torch's own setup of a thread, which
+    would undo this. No effect if torch is built without OpenMP, or with one that is not visible.
     """
     function = _omp_set_num_threads()
-    if function is not None:
+    if function:
         function(count)
-    return function is not None
 
 
 @cache
-def _omp_set_num_threads() -> ctypes._CFunctionType | None:
+def _omp_set_num_threads() -> Callable[[int], None] | None:
     return getattr(ctypes.CDLL(None), "omp_set_num_threads", None)

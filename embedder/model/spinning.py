@@ -1,11 +1,11 @@
-"""Lets OpenMP's threads spin while they wait for each other, as long as nobody else needs the cores.
+"""Lets OpenMP's threads spin while they wait for each other, as long as no other program needs the cores.
 
 The threads that compute an operation wait for each other after it, and for the next operation. A thread that spins goes
 on at once; one that sleeps has to be woken up, and a query of the bundled model then takes 4.6 ms instead of 3.4. But
-next to busy processes, spinning threads occupy the core that the thread they wait for needs, and one query of ten takes
+next to busy processes, waiting threads that spin occupy cores that the working ones need, and one query in ten takes
 100 ms instead of 13 (2 cores, `python -m benchmarks.busy`).
 
-So the time is measured for which threads of this process wait for a core. While they hardly do, OpenMP's threads spin.
+`Spinning` therefore measures how long the threads of this process wait for a core.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ TASKS = Path("/proc/self/task")
 
 
 class Spinning:
-    """Decides whether OpenMP's threads spin. They do not at first.
+    """Decides whether OpenMP's threads spin. At first they do not.
 
-    Everything is called by the thread that computes. `waits` gives the seconds for which each thread of the process has
-    waited for a core, by a name of the thread; `clock` gives seconds.
+    Its methods are for the thread that computes. `waits` gives the seconds for which each thread of the process has
+    waited for a core so far, by the thread's id; `clock` gives seconds.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Surplus:
         self._is_over.set()
 
     def _keep_threads(self, is_ready: threading.Event) -> None:
-        torch.get_num_threads()
+        torch.get_num_threads()  # as `set_num_threads` asks for
         openmp.set_num_threads(openmp.num_cores())
         torch.zeros(2**16).add_(1)  # large enough for torch to compute it in parallel
         is_ready.set()
@@ -121,11 +121,13 @@ class Surplus:
 
 
 def read_waits() -> dict[str, float]:
-    """The seconds for which each thread of this process was ready to run, but had no core. Empty if not Linux."""
+    """The seconds for which each thread of this process was ready to run, but had no core. Empty if not known."""
     waits = {}
     for task in TASKS.glob("*/schedstat"):
         try:
-            waits[task.parent.name] = int(task.read_bytes().split()[1]) / 1e9
+            ran_ns, waited_ns = map(int, task.read_bytes().split()[:2])
         except OSError:  # the thread has ended
             continue
+        if ran_ns:  # some kernels give zeros only
+            waits[task.parent.name] = waited_ns / 1e9
     return waits

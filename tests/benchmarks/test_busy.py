@@ -15,7 +15,7 @@ from embedder.openmp import SPINS
 @pytest.mark.parametrize(
     ("given", "expected"), [({}, str(SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
 )
-def test_threads_of_openmp_spin_for_half_a_millisecond_unless_the_environment_says_otherwise(
+def test_openmp_has_our_wait_policy_unless_the_environment_has_another(
     given: dict[str, str], expected: str | None
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | given

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedder import openmp
+import embedder.model.spinning as spinning_module
+from embedder import Embedder, openmp
+from embedder.errors import ModelUnavailable
 from embedder.model.spinning import CHECK_S, MAX_MEAN_SHARE, MAX_SHARE, Spinning, Surplus, read_waits
 
 QUIET_S = 11 * CHECK_S  # after which threads spin
@@ -148,6 +150,26 @@ def test_a_thread_waits_while_another_process_has_its_core() -> None:
         finally:
             neighbor.kill()
     assert 0.2 < waits[0] < 1
+
+
+def test_kernel_that_measures_nothing_gives_no_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for thread, text in (("1", "0 0 0"), ("2", "0 0 0")):
+        (tmp_path / thread).mkdir()
+        (tmp_path / thread / "schedstat").write_text(f"{text}\n")
+    monkeypatch.setattr(spinning_module, "TASKS", tmp_path)
+    assert read_waits() == {}
+    (tmp_path / "1" / "schedstat").write_text("7000000 2000000000 12\n")
+    assert read_waits() == {"1": 2.0}
+
+
+def test_model_that_cannot_be_loaded_leaves_no_thread(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(ModelUnavailable):
+        Embedder(str(tmp_path), device="cpu")
+    end_s = time.monotonic() + 10
+    while set(threading.enumerate()) - before and time.monotonic() < end_s:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before
 
 
 @linux
