@@ -6,14 +6,12 @@ import logging
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embedder import openmp
 from embedder.engine.aio import embed_all, score_each
 from embedder.engine.device import Rows, WaitForRows
 from embedder.engine.engine import Engine
@@ -29,7 +27,6 @@ from embedder.model.checkpoint import find_checkpoint, find_reranker
 from embedder.model.devices import choose_device
 from embedder.model.memory import release_freed_memory
 from embedder.model.speed import warn_if_slow
-from embedder.model.spinning import Spinning
 from embedder.model.vision_cache import VisionCache
 from embedder.settings import Settings, available_cores
 
@@ -80,19 +77,13 @@ class Models:
         self.device = choose_device(settings, worker)
         observer = observer or Observer()
         is_gpu = self.device.type in ("cuda", "xpu")  # Apple's shares the machine's memory, and may take minutes
-        self._spinning: Spinning | None = None
         if self.device.type == "cpu":
             self._limit_torch_threads()
-            if openmp.has_our_wait_policy():
-                self._spinning = Spinning()
         # In a thread that ends afterwards: OpenMP keeps a team of threads for each thread that has computed. With this
         # thread's team in addition to the device thread's there are more threads than cores, and a text query takes
         # 6.4 ms instead of 3 (`python -m training.evaluate`, 2 cores, 2026-11-25).
-        with ExitStack() as if_it_fails, ThreadPoolExecutor(1) as loader:
-            if self._spinning:
-                if_it_fails.callback(self._spinning.close)
+        with ThreadPoolExecutor(1) as loader:
             loader.submit(self._load).result()
-            if_it_fails.pop_all()
         self.engine = Engine(
             self._preprocess,
             self._launch,
@@ -107,7 +98,7 @@ class Models:
         self._add_vision_cache(observer)
         if self.device.type == "cpu":  # a launch computes there, for seconds or minutes: drop what nobody waits for
             for model in self._loaded:
-                model.forward.call_between_layers(self._between_layers)
+                model.forward.call_between_layers(self.engine.stop_if_abandoned)
 
     def info(self) -> dict[str, Any]:
         """The models, their sizes, the device and the limits, as `/info` reports them.
@@ -135,8 +126,6 @@ class Models:
     def close(self) -> None:
         """Finish the submitted items and end the threads."""
         self.engine.close()
-        if self._spinning:
-            self._spinning.close()
 
     @property
     def preprocessor(self) -> Preprocessor:
@@ -195,18 +184,8 @@ class Models:
         assert model is not None  # the routes and the library offer only what is loaded
         return model.preprocessor(item, decoder)
 
-    def _between_layers(self) -> None:
-        self.engine.stop_if_abandoned()
-        if self._spinning:
-            self._spinning.check()
-
     def _launch(self, inputs: list[ModelInput]) -> WaitForRows:
-        """Start a batch."""
-        with self._spinning.computing() if self._spinning else nullcontext():
-            return self._launch_each(inputs)
-
-    def _launch_each(self, inputs: list[ModelInput]) -> WaitForRows:
-        """Items and pairs share a batch, but each model computes its own, one after the other."""
+        """Start a batch. Items and pairs share it, but each model computes its own, one after the other."""
         launched: list[tuple[list[int], WaitForRows]] = []
         for model, is_pair in ((self.embedder, False), (self.reranker, True)):
             places = [place for place, one in enumerate(inputs) if one.is_pair is is_pair]

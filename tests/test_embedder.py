@@ -165,9 +165,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
 def test_threads_that_load_the_model_end() -> None:
     """Otherwise OpenMP has more threads than cores and becomes slow. Embedding starts its own threads."""
     program = """
-import os
-os.environ["GOMP_SPINCOUNT"] = "1000"  # a choice of the user's, with which no `Surplus` is needed
-import threading, time, torch
+import os, threading, time, torch
 from embedder import Embedder
 torch.set_num_threads(torch.get_num_threads())  # starts torch's own pool
 count = lambda: len(os.listdir("/proc/self/task")) - threading.active_count()

@@ -27,10 +27,9 @@ def trees() -> dict[Path, ast.Module]:
     return {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*FILES, ROOT / "service.py"]}
 
 
-EVERYWHERE = {"errors", "openmp", "settings", "torchvision_shim"}
+EVERYWHERE = {"errors", "settings", "torchvision_shim"}
 MAY_IMPORT = {  # folder or module of the package -> which others it may import
     "errors": set(),
-    "openmp": set(),
     "settings": set(),
     "torchvision_shim": set(),
     "inputs": set(),
@@ -172,14 +171,14 @@ def test_exception_is_caught_whole_only_at_the_top_of_a_request_a_start_or_a_bat
 
 
 def test_environment_is_read_by_settings_and_for_other_packages_variables_only() -> None:
-    """`checkpoint` reads Hugging Face's, `bulk` sets Ray's, `openmp` OpenMP's, `__init__` torch's."""
+    """`checkpoint` reads Hugging Face's, `bulk` sets Ray's, `__init__` OpenMP's and torch's."""
     readers = {
         folder(path)
         for path in FILES
         for node in ast.walk(trees()[path])
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "environb", "getenv"}
     }
-    assert readers <= {"settings", "model", "bulk", "openmp", "__init__"}
+    assert readers <= {"settings", "model", "bulk", "__init__"}
 
 
 def test_wall_clock_is_not_read() -> None:

@@ -12,14 +12,15 @@ tower are copied 16 bytes at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import ctypes
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from embedder import openmp
 from embedder.inputs.regimes import Resize
 
 
@@ -68,9 +69,19 @@ def _one_openmp_thread() -> Iterator[None]:
     """Keep OpenMP from creating a team of threads for this thread, in which images are resized next to others."""
     import torch
 
-    num_threads = torch.get_num_threads()
-    openmp.set_num_threads(1)
+    num_threads = torch.get_num_threads()  # also ends torch's own setup of this thread, which would undo the next line
+    set_num_threads = _omp_set_num_threads()
+    if set_num_threads is None:
+        yield
+        return
+    set_num_threads(1)
     try:
         yield
     finally:
-        openmp.set_num_threads(num_threads)
+        set_num_threads(num_threads)
+
+
+@cache
+def _omp_set_num_threads() -> Callable[[int], None] | None:
+    """OpenMP's function; None if torch is built without OpenMP, or with one that is not visible. Needs torch loaded."""
+    return getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
