@@ -80,7 +80,7 @@ class Language:
         hidden_states = self._embed(batch, visual_tokens)
         cos, sin = self._rotary(hidden_states, batch)
         if self._is_packed and len(hidden_states) <= CPU_ROWS:
-            # once, and not for each product; what attention gives for these rows is undefined, and nothing reads it
+            # Once here, instead of before each product. Attention does not write these rows, and nothing reads them.
             hidden_states, cos, sin = (pad_rows(one) for one in (hidden_states, cos, sin))
         *layers, last = self.tower.layers
         for index, layer in enumerate(layers):
@@ -280,7 +280,7 @@ def _normalized(states: Tensor, weight: Tensor | None, epsilon: float) -> Tensor
 
 @cache
 def _constant(value: float) -> Tensor:
-    """A float32 scalar on a CPU. Of a number, torch makes one for each operation, which takes longer than to use it."""
+    """A number as a float32 tensor on a CPU. A Python number would be converted again in each operation."""
     return torch.tensor(float(value))
 
 

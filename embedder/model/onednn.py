@@ -56,7 +56,7 @@ def onednn_matmul(
 
 
 def pad_rows(states: Tensor) -> Tensor:
-    """`states`, (num_rows, size), with rows of zeros after them, for which oneDNN computes a product of them."""
+    """`states`, (num_rows, size), and after them the rows of zeros that oneDNN's product needs."""
     missing = padded_rows(len(states)) - len(states)
     return F.pad(states, (0, 0, 0, missing)) if missing else states
 

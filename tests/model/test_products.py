@@ -154,7 +154,7 @@ def test_vectors_do_not_depend_on_the_product(random_checkpoint: Path, monkeypat
 def test_rows_without_a_token_are_added_once_and_their_values_are_not_read(
     random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attention leaves them as they are in memory: here, all of it is filled with what is not a number."""
+    """Attention does not write them. Here, the memory for its result is filled with NaN before."""
     monkeypatch.setattr(products, "fastest_product", lambda _: "oneDNN")
     with Embedder(str(random_checkpoint), device="cpu", dtype="float32", attention="sdpa") as embedder:
         expected = embedder.embed(ITEMS)
