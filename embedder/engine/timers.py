@@ -1,7 +1,7 @@
 """Timers for the time limits of requests, which hardly ever expire.
 
 A request has three of them. Timers with the same delay expire in the order in which they were started, so only the
-first of them has to be a timer of the event loop. That saves 9% of the CPU time of a single text, if the model computes
+first of them has to be a timer of the event loop. That saves 8% of the CPU time of a single text, if the model computes
 nothing (`python -m benchmarks.front --base db5c607`, 64 callers, 2026-11-30).
 """
 
