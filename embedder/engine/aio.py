@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -133,7 +134,7 @@ async def _compute(
     try:
         with TimeLimit(timeout_s):
             valid = [item for item in (query, *items) if isinstance(item, EmbeddingItem)]
-            with engine.reserve(valid, priority) as reservation:
+            with _reserved(engine, valid, priority) as reservation:
                 if query:
                     prepared = await _prepared(engine, query, request, reservation)
                     items = [
@@ -146,11 +147,21 @@ async def _compute(
                             futures.append(_submit(engine, item, request, reservation))
                     if len(futures) < len(items):
                         await asyncio.sleep(0)
-            return await collect(futures)
+            result = await collect(futures)
+            futures.clear()  # all are done
+            return result
     except TimeoutError as error:
         raise DeadlineExceeded(f"timeout: not done after {timeout_s:g} s, the limit for a request's items") from error
     finally:
-        _cancel(engine, futures)
+        if futures:
+            _cancel(engine, futures)
+
+
+def _reserved(
+    engine: Engine, items: Sequence[EmbeddingItem], priority: int
+) -> AbstractContextManager[Reservation | None]:
+    """The capacity for a request's items. One item needs no reservation: it is refused before anything is computed."""
+    return engine.reserve(items, priority) if len(items) > 1 or priority else nullcontext()
 
 
 class _Starter:
@@ -193,7 +204,7 @@ def _cancel(engine: Engine, futures: Sequence[Future[Embedding]], start: int = 0
         asyncio.get_running_loop().call_soon(_cancel, engine, futures, end)
 
 
-async def _prepared(engine: Engine, query: Query, request: object, reservation: Reservation) -> ModelInput:
+async def _prepared(engine: Engine, query: Query, request: object, reservation: Reservation | None) -> ModelInput:
     """The preprocessed query. Raises its error, which says that it is the query's."""
     future: Future[Any] = Future()
     try:
@@ -207,7 +218,7 @@ async def _prepared(engine: Engine, query: Query, request: object, reservation: 
 
 
 def _submit(
-    engine: Engine, item: EmbeddingItem | EmbedderError, request: object, reservation: Reservation
+    engine: Engine, item: EmbeddingItem | EmbedderError, request: object, reservation: Reservation | None
 ) -> Future[Embedding]:
     """The item's future, which is failed already if the item is refused."""
     try:

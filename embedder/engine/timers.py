@@ -8,10 +8,10 @@ nothing (`python -m benchmarks.front --base db5c607`, 64 callers, 2026-11-30).
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from contextvars import Context
 from types import TracebackType
-from weakref import WeakKeyDictionary
 
 
 class Timer:
@@ -39,12 +39,11 @@ class Timer:
 def start_timer(delay_s: float, callback: Callable[[], object]) -> Timer:
     """Start a timer of the running loop. The callback is called in an empty context."""
     loop = asyncio.get_running_loop()
-    delays = _delays.get(loop)
-    if delays is None:
-        delays = _delays[loop] = {}
-    timers = delays.get(delay_s)
+    if _thread.loop is not loop:
+        _thread.loop, _thread.timers = loop, {}
+    timers = _thread.timers.get(delay_s)
     if timers is None:
-        timers = delays[delay_s] = _Timers()
+        timers = _thread.timers[delay_s] = _Timers()
     return timers.start(loop, loop.time() + delay_s, callback)
 
 
@@ -114,4 +113,11 @@ class _Timers:
             loop.call_soon(timer.expire, context=Context())
 
 
-_delays: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[float, _Timers]] = WeakKeyDictionary()
+class _Thread(threading.local):
+    """The last event loop that ran in this thread, and its timers by delay."""
+
+    loop: asyncio.AbstractEventLoop | None = None
+    timers: dict[float, _Timers]
+
+
+_thread = _Thread()

@@ -151,15 +151,15 @@ class _Response:
 
     async def _send_start(self, status: int, given: Iterable[tuple[bytes, bytes]]) -> None:
         self.status = status
-        headers = [(name, value) for name, value in given if not _names_the_server(name.lower())]
+        headers, fields = [], {}
+        for header in given:
+            name = header[0].lower()
+            if name != b"server" and not name.startswith(b"x-bentoml-"):
+                headers.append(header)
+                fields[name] = header[1]
         headers.append((b"x-request-id", self.request_id.encode()))
         if self._drain.is_draining and _CLOSE not in headers:
             headers.append(_CLOSE)
-        fields = {name.lower(): value for name, value in headers}
         if fields.get(b"content-type", b"").startswith(b"text/html") and b"content-security-policy" not in fields:
             headers += _PAGE_HEADERS
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
-
-
-def _names_the_server(header: bytes) -> bool:
-    return header == b"server" or header.startswith(b"x-bentoml-")

@@ -153,7 +153,7 @@ def accepts_gzip(headers: list[tuple[bytes, bytes]]) -> bool:
     """Whether `Accept-Encoding` names gzip, or `*`, with a weight above 0 (RFC 9110, section 12.5.3)."""
     weights: dict[str, float] = {}
     for name, value in headers:
-        if name == b"accept-encoding":
+        if name == b"accept-encoding" and value != b"identity":
             for part in value.decode("latin-1").lower().split(","):
                 coding, _, parameter = part.partition(";")
                 weight = parameter.strip().removeprefix("q=")

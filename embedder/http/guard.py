@@ -35,6 +35,8 @@ SMALL_BODY_BYTES = 2**16  # a body up to this size is accepted even when `max_he
 # Counting the values of a smaller body takes 9 ms at most (one core of an AMD EPYC, `python -m benchmarks.micro`).
 COUNTED_AT_ONCE_BYTES = 2**20
 GRACE_S, MIN_BYTES_PER_S = 20.0, 500  # a body may be slower than this during the grace period
+JSON = "application/json"
+_CHECKED_HEADERS = frozenset({b"content-type", b"content-encoding"})
 RETRY_AFTER_S = 1  # when `max_held_bytes` is used up: bodies are freed as soon as their requests end
 
 
@@ -201,7 +203,7 @@ def _check_content_type(scope: Scope, *, takes_files: bool) -> tuple[str, bool]:
     is_json, num_types, codings = True, 0, []
     for name, value in scope["headers"]:  # all of them: BentoML reads the first of several
         name = name.lower()
-        if name not in (b"content-type", b"content-encoding"):
+        if name not in _CHECKED_HEADERS:
             continue
         given = value.decode("latin-1").strip().lower()
         if name == b"content-type":
@@ -213,12 +215,14 @@ def _check_content_type(scope: Scope, *, takes_files: bool) -> tuple[str, bool]:
                 _check_json_type(given, takes_files=takes_files)
         else:
             codings.append(given)
-    return request_coding(", ".join(codings)), is_json
+    return request_coding(", ".join(codings)) if codings else "", is_json
 
 
 def _check_json_type(given: str, *, takes_files: bool) -> None:
+    if given == JSON:  # of most requests
+        return
     content_type, *parameters = (part.strip() for part in given.split(";"))
-    if content_type != "application/json" and not content_type.endswith("+json"):
+    if content_type != JSON and not content_type.endswith("+json"):
         others = f", {', '.join(TYPES)}" if takes_files else ""
         hint = "; POST /img/embed takes files" if is_upload(content_type) and not takes_files else ""
         raise UnsupportedContentType(f"content type: got {content_type[:60]}; allowed: application/json{others}{hint}")

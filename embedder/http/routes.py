@@ -134,7 +134,6 @@ class Routes:
         self.settings = settings
         self.metrics = metrics
         self.serving: Serving | None = None
-        self._default: ASGIApp = not_found
         self.bodies = BodyReader(settings)
         self._responses = ResponseWriter()
         self._document_pages = DocumentPages(settings)
@@ -174,10 +173,15 @@ class Routes:
         metadata = Route("/v2/models/{model:model}", self._page(kserve.model_metadata), methods=["GET"])
         playground = PlaygroundRoutes(self.bodies, lambda: self._serving.collection, self.scoring)
         self._router = Router([*get_routes, *post_routes, *self._batches.routes, *playground.routes, metadata])
+        self.over(not_found)
 
-    def over(self, default: ASGIApp) -> ASGIApp:
-        """These routes, with `default` for the paths that they do not have."""
+    def over(self, default: ASGIApp, around_others: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> ASGIApp:
+        """These routes, with `default` for the paths that they do not have.
+
+        `around_others` wraps both, except the routes that embed, which raise all their errors.
+        """
         self._default = self._router.default = default
+        self._others = around_others(self._router)
         return self
 
     def close(self) -> None:
@@ -209,7 +213,7 @@ class Routes:
             response = await self._embed(self._dialects[scope["path"]], Request(scope, receive))
             await response(scope, receive, send)
         else:
-            await self._router(scope, receive, send)
+            await self._others(scope, receive, send)
 
     async def embed_rows(self, rows: Sequence[Any], receive: Receive) -> Response:
         """A JSON list of vectors, for BentoML's own APIs."""
@@ -337,6 +341,7 @@ class Routes:
         return json_response(to_json({**self._serving.info, **tei.info_fields(self._models_served()[0])}))
 
     async def _metrics(self, _: Request) -> Response:
+        self.metrics.http.write()
         return Response(await asyncio.to_thread(self.metrics.exposition), media_type=CONTENT_TYPE)
 
     async def _openapi(self, _: Request) -> Response:

@@ -35,11 +35,14 @@ def timing_headers(started_s: float, traces: Sequence[ItemTrace]) -> dict[str, s
             queueing += max(0.0, trace.batch.started_s - trace.preprocess_ended_s)
             computing += trace.batch.seconds
     num_items = max(1, len(traces))
-    milliseconds = {
-        "x-total-time": time.monotonic() - started_s,
-        "x-tokenization-time": preprocessing / num_items,
-        "x-queue-time": queueing / num_items,
-        "x-inference-time": computing / num_items,
+    return {
+        "x-total-time": _milliseconds(time.monotonic() - started_s),
+        "x-tokenization-time": _milliseconds(preprocessing / num_items),
+        "x-queue-time": _milliseconds(queueing / num_items),
+        "x-inference-time": _milliseconds(computing / num_items),
+        "x-compute-tokens": str(sum([trace.num_tokens for trace in traces])),
     }
-    headers = {name: str(round(1000 * seconds)) for name, seconds in milliseconds.items()}
-    return {**headers, "x-compute-tokens": str(sum(trace.num_tokens for trace in traces))}
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(round(1000 * seconds))

@@ -16,7 +16,8 @@ from embedder.http.playground_routes import OPEN_PATHS
 from embedder.http.routes import EMBEDDING_PATHS, RERANKING_PATHS, UPLOAD_PATHS, Routes
 from embedder.server.bento_app import RaisingErrors, with_api_page
 from embedder.settings import Settings, metrics_folder
-from embedder.telemetry.metrics import Metrics, MetricsMiddleware
+from embedder.telemetry.metrics import Metrics
+from embedder.telemetry.request_metrics import MetricsMiddleware
 from embedder.telemetry.tracing import TracingMiddleware, is_traced
 
 APIS = ("/embed_texts", "/embed_images", "/rerank_queries")  # BentoML's own routes
@@ -36,7 +37,7 @@ class Application:
 
     def around(self, bento_app: ASGIApp) -> ASGIApp:
         """The whole service: our routes and middlewares around BentoML's app."""
-        app: ASGIApp = RaisingErrors(self.routes.over(with_api_page(bento_app)))
+        app = self.routes.over(with_api_page(bento_app), RaisingErrors)
         app = RequestGuard(
             app,
             self._settings,
@@ -44,9 +45,9 @@ class Application:
             drain=self.drain,
             open_paths=OPEN_PATHS,
             upload_paths=UPLOAD_PATHS,
-            count_held_bytes=self.metrics.held_bytes.inc,
+            count_held_bytes=self.metrics.http.hold,
         )
-        app = CompressedResponses(MetricsMiddleware(app, self.metrics))
+        app = CompressedResponses(MetricsMiddleware(app, self.metrics.http))
         other_names = self.routes.other_names
         app = RequestBoundary(app, drain=self.drain, is_logged=self._settings.access_log, other_names=other_names)
         if is_traced():

@@ -10,24 +10,21 @@ import collections
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-from starlette.requests import ClientDisconnect
 
 from embedder.engine.observer import KINDS, Batch, ItemOutcome, ItemTrace, Kind, Observer
 from embedder.engine.postprocess import Embedding
-from embedder.errors import CLIENT_CLOSED_REQUEST, EmbedderError, error_classes
+from embedder.errors import EmbedderError, error_classes
 from embedder.inputs.decoder_process import EndReason
 from embedder.telemetry.bulk_histogram import BulkHistogram
+from embedder.telemetry.request_metrics import RequestMetrics
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
     from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -59,6 +56,7 @@ class Metrics(Observer):
         self._define_requests()
         self._define_items()
         self._define_work()
+        self.http = RequestMetrics(self)
 
     def _define_requests(self) -> None:
         self.requests = self._counter(
@@ -159,18 +157,6 @@ class Metrics(Observer):
                 self._fault,
             )
 
-    def request(self, path: str) -> _CountedRequest:
-        """A context that counts one request to `path`."""
-        return _CountedRequest(self, path)
-
-    def count_response(self, path: str, status: int, seconds: float, code: str | None) -> None:
-        """Count a completed request; `code` if it ended in an error."""
-        route = path if path in self.routes else "other"
-        self.requests.labels(route, status).inc()
-        self.request_seconds[route].observe(seconds)
-        if code:
-            self.errors.labels(code).inc()
-
     def admitted(self, traces: Sequence[ItemTrace]) -> None:
         for kind, num_items in collections.Counter([trace.kind for trace in traces]).items():
             self.items[kind].inc(num_items)
@@ -219,7 +205,7 @@ class Metrics(Observer):
         self.replaced_decoders[reason].inc()
 
     def exposition(self) -> bytes:
-        """All metrics in Prometheus' text format. Reads files, so call it in a thread."""
+        """All metrics in Prometheus' text format. Reads files, so call it in a thread, after `http.write()`."""
         if self._folder is None:
             return generate_latest(self._registry)
         try:
@@ -248,50 +234,6 @@ class Metrics(Observer):
     def _gauge(self, name: str, documentation: str) -> Gauge:
         """A gauge that is summed over the running workers."""
         return Gauge(f"embedder_{name}", documentation, registry=self._registry, multiprocess_mode="livesum")
-
-
-class MetricsMiddleware:
-    """ASGI middleware: counts every response, its time, and the code of an error that is raised inside."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app = app
-        self.metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        with self.metrics.request(scope["path"]) as request:
-
-            async def watch(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    request.status = message["status"]
-                await send(message)
-
-            await self.app(scope, receive, watch)
-
-
-class _CountedRequest:
-    """Context of one request; at its end the request is counted, with the error that ended it."""
-
-    def __init__(self, metrics: Metrics, path: str) -> None:
-        self.status = CLIENT_CLOSED_REQUEST
-        self._metrics = metrics
-        self._path = path
-        self._start_s = time.monotonic()
-
-    def __enter__(self) -> _CountedRequest:
-        self._metrics.requests_in_progress.inc()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        code = None
-        if isinstance(error, EmbedderError):
-            self.status, code = error.status, error.code
-        elif isinstance(error, Exception) and not isinstance(error, ClientDisconnect):  # a bug
-            self.status, code = EmbedderError.status, EmbedderError.code
-        self._metrics.requests_in_progress.dec()
-        self._metrics.count_response(self._path, self.status, time.monotonic() - self._start_s, code)
 
 
 def _create_series(family: Series, values: Iterable[str]) -> dict[str, Series]:

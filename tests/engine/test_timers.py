@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import weakref
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -66,13 +67,17 @@ def test_ended_timers_are_not_kept_and_the_loop_has_one_for_all() -> None:
         for _ in range(1000):
             start_timer(60, lambda: None).cancel()
         pending = [start_timer(60, lambda: None) for _ in range(10)]
-        kept = timers._delays[loop][60]
+        kept = timers._thread.timers[60]
         assert len(kept._timers) == len(pending)
         assert len(loop._scheduled) == 1  # type: ignore[attr-defined]
+        loops.append(weakref.ref(loop))
 
-    asyncio.run(run())
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+    for _ in range(2):
+        asyncio.run(run())
     gc.collect()
-    assert not [loop for loop in timers._delays if loop.is_closed()]
+    assert loops[0]() is None
+    assert loops[1]() is timers._thread.loop
 
 
 def test_callback_has_no_context_of_a_request() -> None:

@@ -42,12 +42,12 @@ UNSUPPORTED = "unsupported_transfer_coding"
 class App:
     """Returns the length of a body, after `ANSWER` twice on /large; on /wait, when it may; on /early, before the body.
 
-    `num_running`: requests in progress. `headers`: of the last request.
+    `num_running`: requests in progress. `scope`: of the last request.
     """
 
     def __init__(self) -> None:
         self.num_running = self.max_running = 0
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.scope: Scope = {}
         self.is_waiting, self.may_respond = threading.Event(), threading.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,7 +64,7 @@ class App:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             more_body = message.get("more_body", False)
-        self.headers = scope["headers"]
+        self.scope = scope
         if scope["path"] == "/wait":
             self.is_waiting.set()
             disconnect = asyncio.ensure_future(receive())
@@ -138,6 +138,16 @@ def ask(port: int, body: bytes | Iterator[bytes] = b"") -> bytes:
     answer = connection.getresponse().read()
     connection.close()
     return answer
+
+
+def test_uvicorn_neither_prepares_log_lines_nor_trusts_forwarded_headers(
+    app: App, connection: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "uvicorn.access"):
+        connection.sendall(b"GET / HTTP/1.1\r\nx-forwarded-proto: https\r\nx-forwarded-for: 1.2.3.4\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    assert not caplog.records
+    assert (app.scope["scheme"], app.scope["client"]) == ("http", connection.getsockname())
 
 
 @pytest.mark.parametrize(
@@ -322,7 +332,7 @@ def test_trailers_are_dropped(piece_bytes: int, port: int, app: App) -> None:
         for start in range(0, len(data), piece_bytes):
             connection.sendall(data[start : start + piece_bytes])
         assert connection.recv(15) == b"HTTP/1.1 200 OK"
-    assert app.headers == [(b"host", b"a"), (b"transfer-encoding", b"chunked")]
+    assert app.scope["headers"] == [(b"host", b"a"), (b"transfer-encoding", b"chunked")]
 
 
 @pytest.mark.parametrize("content", [b"1\r\n \r\n" * 100_000, b"%x\r\n%s\r\n" % (20_000, b"\r\n\r\n" * 5_000)])

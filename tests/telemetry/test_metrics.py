@@ -30,7 +30,8 @@ from embedder import Embedder
 from embedder.engine.engine import Engine
 from embedder.errors import EmbedderError
 from embedder.settings import Settings
-from embedder.telemetry.metrics import Metrics, MetricsMiddleware
+from embedder.telemetry.metrics import Metrics
+from embedder.telemetry.request_metrics import MetricsMiddleware
 from tests.conftest import ROOT, Server, encoded, picture, start_server, words
 from tests.fake_model import HIDDEN_SIZE, FakeModel, item
 
@@ -275,7 +276,11 @@ def test_cancelled_and_failed_items_leave_the_queue(metrics: Metrics, gate: thre
 def test_request_without_a_response_is_counted_as_disconnected(metrics: Metrics) -> None:
     async def gone(scope: Any, receive: Any, send: Any) -> None: ...
 
-    asyncio.run(MetricsMiddleware(gone, metrics)({"type": "http", "path": "/embed"}, None, None))  # type: ignore[arg-type]
+    async def run() -> None:
+        await MetricsMiddleware(gone, metrics.http)({"type": "http", "path": "/embed"}, None, None)  # type: ignore[arg-type]
+        metrics.http.write()
+
+    asyncio.run(run())
     numbers = parsed(metrics.exposition().decode())
     assert numbers['embedder_requests_total{route="/embed",status="499"}'] == 1
 
