@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import zstandard
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -151,14 +152,17 @@ class CompressedResponses:
 
 def accepts_gzip(headers: list[tuple[bytes, bytes]]) -> bool:
     """Whether `Accept-Encoding` names gzip, or `*`, with a weight above 0 (RFC 9110, section 12.5.3)."""
+    return _names_gzip(b",".join([value for name, value in headers if name == b"accept-encoding"]))
+
+
+@lru_cache(maxsize=64)  # clients of one kind send the same value, of 64 KiB at most
+def _names_gzip(accepted: bytes) -> bool:
     weights: dict[str, float] = {}
-    for name, value in headers:
-        if name == b"accept-encoding" and value != b"identity":
-            for part in value.decode("latin-1").lower().split(","):
-                coding, _, parameter = part.partition(";")
-                weight = parameter.strip().removeprefix("q=")
-                is_number = weight.replace(".", "", 1).isdecimal()
-                weights[coding.strip()] = float(weight) if is_number else 1.0
+    for part in accepted.decode("latin-1").lower().split(","):
+        coding, _, parameter = part.partition(";")
+        weight = parameter.strip().removeprefix("q=")
+        is_number = weight.replace(".", "", 1).isdecimal()
+        weights[coding.strip()] = float(weight) if is_number else 1.0
     return weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0))) > 0
 
 

@@ -18,25 +18,26 @@ WATCH_AFTER_S = 0.1  # after which a request without a response starts to watch 
 
 async def unless_disconnected(work: Awaitable[Result], receive: Receive) -> Result:
     """Await `work`; if the caller disconnects, cancel it and raise `ClientDisconnect`."""
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    task = asyncio.current_task()
     assert task is not None
-    disconnect: asyncio.Future[Message] = loop.create_future()
+    disconnect: asyncio.Future[Message] | None = None
     is_over = False
 
     def watch() -> None:
         nonlocal disconnect
         disconnect = asyncio.ensure_future(receive())
-        disconnect.add_done_callback(lambda _: is_over or disconnect.cancelled() or task.cancel())
+        disconnect.add_done_callback(lambda ended: is_over or ended.cancelled() or task.cancel())
 
     timer = start_timer(WATCH_AFTER_S, watch)
     try:
         return await work
     except asyncio.CancelledError:
-        if disconnect.cancelled() or not disconnect.done():
+        if disconnect is None or disconnect.cancelled() or not disconnect.done():
             raise
         task.uncancel()
         raise ClientDisconnect from None
     finally:
         is_over = True
         timer.cancel()
-        disconnect.cancel()
+        if disconnect:
+            disconnect.cancel()
