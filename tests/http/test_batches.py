@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,13 +68,19 @@ def add(store: BatchStore, content: bytes = LINES, owner: str = OWNER, window_s:
     return str(store.add_batch(owner, file["id"], ENDPOINT, "24h", window_s, {})["id"])
 
 
-def run(store: BatchStore, respond: Respond = echo, pending: Callable[[], int] = lambda: 0, max_s: float = 30) -> None:
+def run(
+    store: BatchStore,
+    respond: Respond = echo,
+    pending: Callable[[], int] = lambda: 0,
+    max_s: float = 30,
+    settings: Settings = SETTINGS,
+) -> None:
     """Run until all batches are finished, or until the task is cancelled by an error of `respond`."""
 
     def is_done() -> bool:
         return not store.unfinished()
 
-    runner = BatchRunner(store, SETTINGS, respond=respond, num_pending=pending, is_stopping=is_done)
+    runner = BatchRunner(store, settings, respond=respond, num_pending=pending, is_stopping=is_done)
     asyncio.run(asyncio.wait_for(runner.run(), max_s))
 
 
@@ -106,7 +114,7 @@ class Killed(BaseException):
     """The end of a worker."""
 
 
-@pytest.mark.parametrize("moment", ["answer", "data", "journal", "record", "finish"])
+@pytest.mark.parametrize("moment", ["answer", "data", "journal", "record", "finish", "end"])
 def test_batch_goes_on_where_a_worker_was_killed(
     moment: str, store: BatchStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,13 +133,16 @@ def test_batch_goes_on_where_a_worker_was_killed(
     with monkeypatch.context() as patch:
         if moment == "data":  # after the output of the second sixteen lines, before their errors
             killer = kill_at(3)
-            patch.setattr(os, "fsync", lambda _: next(killer))
+            patch.setattr(os, "fsync", lambda _: next(killer))  # the records exist, and are only replaced
         elif moment == "record":
             killer = kill_at(3)
             patch.setattr(store, "save_batch", lambda *_: next(killer))
         elif moment == "finish":
             killer = kill_at(1)
             patch.setattr(store, "_describe_file", lambda *_: next(killer))
+        elif moment == "end":
+            killer = kill_at(1)
+            patch.setattr(store, "remove_marks", lambda *_: next(killer))
         with pytest.raises(Killed):
             run(store, until_killed)
     if moment == "journal":
@@ -180,6 +191,103 @@ def test_worker_that_stops_in_order_does_not_count_as_ended(store: BatchStore) -
         asyncio.run(asyncio.wait_for(runner.run(), 30))
     run(store)
     assert store.batch(OWNER, identifier)["status"] == "completed"
+
+
+LOWER = SETTINGS.model_copy(update={"max_items_per_request": 1})
+
+
+@pytest.mark.parametrize("damage", ["input", "limits", "journal", "record"])
+def test_batch_that_cannot_go_on_fails_by_itself(
+    damage: str, store: BatchStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`damage`: what has changed since the worker stopped after a line."""
+    identifier = add(store, LINES + line("long", {"input": "a", "other": list(range(1000))}))
+    other = add(store, line("other"))
+    input_file = store.batch(OWNER, identifier)["input_file_id"]
+
+    async def stop(path: str, fields: Mapping[str, Any]) -> bytes:
+        if fields["input"] == f"line {LINES_AT_ONCE}":
+            raise Killed
+        return await echo(path, fields)
+
+    with pytest.raises(Killed):
+        run(store, stop)
+    if damage == "input":
+        store.content(OWNER, input_file).with_suffix(".json").unlink()
+    elif damage == "journal":
+        store.path(OWNER, identifier, "journal").write_text("output many\n")
+    elif damage == "record":
+        store.path(OWNER, identifier, "json").write_bytes(b"")
+    run(store, settings=LOWER if damage == "limits" else SETTINGS)
+    assert store.batch(OWNER, other)["status"] == "completed"
+    assert not store.unfinished()
+    assert not [record for record in caplog.records if record.exc_info]
+    if damage == "record":
+        assert [one["id"] for one in store.batches(OWNER)] == [other]
+        return
+    batch = store.batch(OWNER, identifier)
+    codes = {"input": "not_found", "limits": "request_too_large", "journal": "internal_error"}
+    assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", codes[damage])
+    num_done = {"input": LINES_AT_ONCE, "limits": 3 * LINES_AT_ONCE, "journal": LINES_AT_ONCE}[damage]
+    assert len(results(store, identifier)) == num_done
+
+
+def test_full_disk_is_waited_for(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    identifier = add(store)
+    write, num_failed = runner_module._BatchRun.write, 0
+
+    def fail_at_first(batch: Any, answers: Any) -> None:
+        nonlocal num_failed
+        if num_failed < 2 * MAX_STARTS:
+            num_failed += 1
+            raise OSError(errno.ENOSPC, "no space left")
+        write(batch, answers)
+
+    monkeypatch.setattr(runner_module._BatchRun, "write", fail_at_first)
+    run(store)
+    assert store.batch(OWNER, identifier)["status"] == "completed"
+    assert num_failed == 2 * MAX_STARTS
+
+
+def test_folder_that_cannot_be_read_is_tried_again(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    identifier = add(store)
+    errors = iter([OSError(errno.EIO, "the disk failed")] * 3)
+    remove_old = store.remove_old
+
+    def fail_at_first() -> None:
+        if error := next(errors, None):
+            raise error
+        remove_old()
+
+    monkeypatch.setattr(store, "remove_old", fail_at_first)
+    run(store)
+    assert store.batch(OWNER, identifier)["status"] == "completed"
+    assert next(errors, None) is None
+
+
+def test_bug_fails_its_line_only(store: BatchStore, caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(path: str, fields: Mapping[str, Any]) -> bytes:
+        if fields["input"] == "bug":
+            raise KeyError("a secret")
+        return await echo(path, fields)
+
+    identifier = add(store, line("bug") + line("fine"))
+    run(store, fail)
+    (error,) = results(store, identifier, "error_file_id")
+    assert error["response"]["status_code"] == 500
+    assert "secret" not in json.dumps(error)
+    assert "bug" in caplog.text
+    assert [one["custom_id"] for one in results(store, identifier)] == ["fine"]
+
+
+def test_file_is_not_deleted_while_a_batch_of_it_is_added(store: BatchStore) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(30):
+            file = store.add_file(OWNER, line("a"), "in.jsonl")["id"]
+            added = threads.submit(store.add_batch, OWNER, file, ENDPOINT, "24h", 1000, {})
+            deleted = threads.submit(store.delete_file, OWNER, file)
+            errors = [type(one.exception()) for one in (added, deleted)]
+            assert errors in ([NotFound, type(None)], [type(None), InvalidRequest])
 
 
 def test_lines_wait_while_requests_wait(store: BatchStore) -> None:
@@ -359,6 +467,11 @@ def test_files_in_use_stay_and_old_ones_go(store: BatchStore) -> None:
     assert len(store.files(OWNER)) == 2
     store.delete_file(OWNER, file)
     assert len(store.files(OWNER)) == 1
+    damaged = store.path(OWNER, "file-" + "f" * 24, "json")
+    damaged.write_bytes(b"")
+    damaged.with_suffix(".jsonl").write_bytes(b"{}")
+    store.remove_old()
+    assert damaged.exists()
     store.retention_s = -10
     store.remove_old()
     assert store.files(OWNER) == store.batches(OWNER) == []

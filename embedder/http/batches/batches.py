@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from embedder.http.batches.routes import BatchRoutes
 from embedder.http.batches.runner import BatchRunner, Respond
 from embedder.http.batches.store import BatchStore
 from embedder.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 SECONDS_PER_DAY = 86_400
 BATCH_PRIORITY = 1000  # of their lines, at least: requests that arrive while lines run go first
@@ -38,8 +41,14 @@ class Batches:
                 self._store, self._settings, respond=respond, num_pending=num_pending, is_stopping=is_stopping
             )
             self._task = asyncio.create_task(runner.run())
+            self._task.add_done_callback(_log_unexpected_end)
 
     def close(self) -> None:
         """Stop; the lines that are not written yet run again later."""
         if self._task:  # this may be another thread
             self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+
+
+def _log_unexpected_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        logger.critical("this worker runs no batches anymore", exc_info=error)

@@ -8,6 +8,7 @@ turns, so a long one does not delay the others.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -21,6 +22,7 @@ from embedder.errors import (
     DeadlineExceeded,
     DeviceFailed,
     EmbedderError,
+    NotFound,
     NotReady,
     Overloaded,
     RequestTooLarge,
@@ -72,34 +74,54 @@ class BatchRunner:
         """Run until the worker stops."""
         cleaned_s = float("-inf")
         while not self.is_stopping():
-            if time.monotonic() - cleaned_s > CLEAN_EVERY_S:
-                await asyncio.to_thread(self.store.remove_old)
-                cleaned_s = time.monotonic()
-            turns = [await self._turn(*one) for one in await asyncio.to_thread(self.store.unfinished)]
+            unfinished: list[tuple[str, str]] = []
+            try:
+                if time.monotonic() - cleaned_s > CLEAN_EVERY_S:
+                    await asyncio.to_thread(self.store.remove_old)
+                    cleaned_s = time.monotonic()
+                unfinished = await asyncio.to_thread(self.store.unfinished)
+            except OSError as error:
+                logger.error("the folder of batches cannot be used now, which is tried again: %s", error)
+            turns = [await self._turn(*one) for one in unfinished]
             if not any(turns):
                 await asyncio.sleep(POLL_S)
 
     async def _turn(self, owner: str, identifier: str) -> bool:
-        """Run some lines of a batch. False if another worker runs it, or this one stops."""
-        with self.store.lock(owner, identifier) as is_free:
-            if not is_free or self.is_stopping():
-                return False
-            try:
-                run = await asyncio.to_thread(_BatchRun.open, self.store, self.settings, owner, identifier)
-                if run is None:
-                    return True
-                try:
-                    await self._run_lines(run)
-                except (NotReady, ShuttingDown, DeviceFailed, asyncio.CancelledError):
-                    run.end_turn()
-                    raise
-                await asyncio.to_thread(run.end_turn)
-            except (NotReady, ShuttingDown, DeviceFailed):
-                return False
-            except (OSError, ValueError) as error:  # the disk, or a file that somebody has changed
-                logger.error("batch %s stops: %s", identifier, error)
-                return False
+        """Run some lines of a batch. False if another worker runs it, this one stops, or the disk fails."""
+        try:
+            with self.store.lock(owner, identifier) as is_free:
+                return is_free and not self.is_stopping() and await self._run_some(owner, identifier)
+        except OSError as error:
+            logger.error("batch %s cannot go on now, which is tried again: %s", identifier, error)
+            return False
+
+    async def _run_some(self, owner: str, identifier: str) -> bool:
+        try:
+            batch = await asyncio.to_thread(self.store.read_batch, owner, identifier)
+        except NotFound:  # somebody has removed or damaged it
+            await asyncio.to_thread(self.store.remove_marks, owner, identifier)
             return True
+        run = _BatchRun(self.store, self.settings, owner, batch)
+        try:
+            if await asyncio.to_thread(run.begin):
+                await self._run_lines(run)
+        except (NotReady, ShuttingDown, DeviceFailed):
+            run.end_turn()
+            return False
+        except (OSError, asyncio.CancelledError):
+            with contextlib.suppress(OSError):
+                run.end_turn()
+            raise
+        except EmbedderError as error:  # since it was checked, its input was removed or a limit was lowered
+            await asyncio.to_thread(run.fail, error.code, error.message)
+        except ValueError as error:
+            logger.error("batch %s fails, because its files were changed: %s", identifier, error)
+            await asyncio.to_thread(
+                run.fail, EmbedderError.code, "what the service has stored of the batch was damaged"
+            )
+        else:
+            await asyncio.to_thread(run.end_turn)
+        return True
 
     async def _run_lines(self, run: _BatchRun) -> None:
         for _ in range(LINES_PER_TURN // LINES_AT_ONCE):
@@ -131,16 +153,20 @@ class BatchRunner:
             except EmbedderError as error:
                 num_timeouts += isinstance(error, DeadlineExceeded)
                 if not isinstance(error, DeadlineExceeded) or num_timeouts == MAX_TIMEOUTS:
-                    return error.status, response_line(
-                        line, identifier, error.status, error_form(endpoint).render(error)
-                    )
+                    return _failed(line, identifier, endpoint, error)
+            except Exception:
+                logger.exception("bug: the line %s of a batch failed", identifier)
+                return _failed(line, identifier, endpoint, EmbedderError("internal error"))
             else:
                 return 200, response_line(line, identifier, 200, body)
 
 
 @dataclass
 class _BatchRun:
-    """One batch while this worker holds its lock. `num_done`: lines written. `lines`: those after them."""
+    """One batch while this worker holds its lock. `num_done`: lines written. `lines`: those after them.
+
+    Methods raise `OSError`, `ValueError` if a file was changed, and what `BatchStore.content` and `read_line` raise.
+    """
 
     store: BatchStore
     settings: Settings
@@ -149,21 +175,20 @@ class _BatchRun:
     num_done: int = 0
     lines: Iterator[bytes] = field(default_factory=lambda: iter(()))
 
-    @classmethod
-    def open(cls, store: BatchStore, settings: Settings, owner: str, identifier: str) -> _BatchRun | None:
-        """The batch, ready to go on; None if it is finished, now or already."""
-        batch = store.read_batch(owner, identifier)
-        if batch["status"] in FINAL:
-            return None
-        run = cls(store, settings, owner, batch)
+    def begin(self) -> bool:
+        """Prepare to go on. False if the batch is finished, now or already."""
+        batch = self.batch
+        if batch["status"] in FINAL:  # the worker that finished it was killed at the end
+            self.store.remove_marks(self.owner, batch["id"])
+            return False
         if batch["status"] == "finalizing":
-            store.finish(owner, batch, batch["_final"])
-            return None
-        if batch["status"] == "validating" and not run._validate():
-            return None
-        run._read_journal()
-        run.lines = islice(raw_lines(run._input()), run.num_done, None)
-        return run if run._may_start() else None
+            self.store.finish(self.owner, batch, batch["_final"])
+            return False
+        if batch["status"] == "validating" and not self._validate():
+            return False
+        self._read_journal()
+        self.lines = islice(raw_lines(self._input()), self.num_done, None)
+        return self._may_start()
 
     @property
     def endpoint(self) -> str:
@@ -186,7 +211,7 @@ class _BatchRun:
         try:
             self.store.check_space(sum(len(line) for _, line in answers))
         except RequestTooLarge as error:
-            self._fail([_fault(error.code, error.message)])
+            self.fail(error.code, error.message)
             return
         parts = [(_part(status), line) for status, line in answers]
         for part in COUNTS:
@@ -228,7 +253,7 @@ class _BatchRun:
         count, faults = check_lines(self._input(), self.endpoint, self.settings)
         self.batch["request_counts"]["total"] = count
         if faults:
-            self._fail(faults)
+            self._finish_as_failed(faults)
             return False
         self.batch |= {"status": "in_progress", "in_progress_at": now()}
         return True
@@ -240,12 +265,16 @@ class _BatchRun:
         batch |= {"_starts": batch.get("_starts", 0) + 1 if is_same else 1, "_done_at_start": self.num_done}
         if batch["_starts"] > MAX_STARTS:
             first, last = self.num_done + 1, self.num_done + LINES_AT_ONCE
-            self._fail([_fault("worker_ended", f"the worker ended {MAX_STARTS} times at lines {first} to {last}")])
+            self.fail("worker_ended", f"the worker ended {MAX_STARTS} times at lines {first} to {last}")
             return False
         self.store.save_batch(self.owner, batch)
         return True
 
-    def _fail(self, faults: list[dict[str, Any]]) -> None:
+    def fail(self, code: str, message: str) -> None:
+        """Finish the batch as failed, for this reason."""
+        self._finish_as_failed([{"code": code, "message": message, "param": None, "line": None}])
+
+    def _finish_as_failed(self, faults: list[dict[str, Any]]) -> None:
         self.batch["errors"] = {"object": "list", "data": faults}
         self.store.finish(self.owner, self.batch, "failed")
 
@@ -256,8 +285,9 @@ class _BatchRun:
         return self.store.path(self.owner, self.batch["id"], part)
 
 
-def _fault(code: str, message: str) -> dict[str, Any]:
-    return {"code": code, "message": message, "param": None, "line": None}
+def _failed(line: Line, identifier: str, endpoint: str, error: EmbedderError) -> tuple[int, bytes]:
+    """Status, and the line for the error file."""
+    return error.status, response_line(line, identifier, error.status, error_form(endpoint).render(error))
 
 
 def _part(status: int) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import secrets
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from embedder.errors import InvalidRequest, NotFound, RequestTooLarge
+
+logger = logging.getLogger(__name__)
 
 MAX_FILES = 1000  # per owner
 FinalStatus = Literal["completed", "failed", "expired", "cancelled"]
@@ -86,14 +89,15 @@ class BatchStore:
 
     def delete_file(self, owner: str, identifier: str) -> None:
         """Delete a file. Raises `NotFound`, and `InvalidRequest` for the input of a batch that is not finished."""
-        self.file(owner, identifier)
-        for batch in self.batches(owner):
-            if batch["input_file_id"] == identifier and batch["status"] not in FINAL:
-                raise InvalidRequest(
-                    f"{identifier} is the input of the batch {batch['id']}, which is {batch['status']}"
-                )
-        for suffix in ("json", "jsonl"):
-            (self._owner_folder(owner) / f"{identifier}.{suffix}").unlink(missing_ok=True)
+        with self._only_one(owner):
+            self.file(owner, identifier)
+            for batch in self.batches(owner):
+                if batch["input_file_id"] == identifier and batch["status"] not in FINAL:
+                    raise InvalidRequest(
+                        f"{identifier} is the input of the batch {batch['id']}, which is {batch['status']}"
+                    )
+            for suffix in ("json", "jsonl"):
+                (self._owner_folder(owner) / f"{identifier}.{suffix}").unlink(missing_ok=True)
 
     def _describe_file(self, owner: str, identifier: str, name: str, purpose: str) -> dict[str, Any]:
         path = self._owner_folder(owner) / f"{identifier}.jsonl"
@@ -115,9 +119,6 @@ class BatchStore:
         self, owner: str, input_file_id: str, endpoint: str, window: str, window_s: int, metadata: Mapping[str, str]
     ) -> dict[str, Any]:
         """Store a batch, which a worker will find. Raises `NotFound` for an unknown file."""
-        self.file(owner, input_file_id)
-        if len(self._records(owner, "batch_")) >= MAX_FILES:
-            raise RequestTooLarge(f"{MAX_FILES} batches are stored for this API key, the limit; wait until some expire")
         created_at = now()
         times = ("in_progress_at", "finalizing_at", "cancelling_at", *(f"{status}_at" for status in FINAL))
         batch = {
@@ -136,8 +137,14 @@ class BatchStore:
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
             "metadata": dict(metadata) or None,
         }
-        self._save(owner, batch)
-        self.path(owner, str(batch["id"]), "open").touch()
+        with self._only_one(owner):
+            self.file(owner, input_file_id)
+            if len(self._records(owner, "batch_")) >= MAX_FILES:
+                raise RequestTooLarge(
+                    f"{MAX_FILES} batches are stored for this API key, the limit; wait until some expire"
+                )
+            self._save(owner, batch)
+            self.path(owner, str(batch["id"]), "open").touch()
         return batch
 
     def batches(self, owner: str) -> list[dict[str, Any]]:
@@ -174,7 +181,8 @@ class BatchStore:
     def finish(self, owner: str, batch: dict[str, Any], status: FinalStatus) -> None:
         """Make files of the lines written so far, and store the batch's last state.
 
-        A worker that ends in between leaves the status `finalizing`; finishing once more has the same result.
+        A worker that ends in between leaves the status `finalizing`, and finishing once more has the same result; or it
+        leaves the last status, with marks to remove.
         """
         if batch["status"] != "finalizing":
             batch |= {"status": "finalizing", "finalizing_at": now(), "_final": status}
@@ -190,8 +198,12 @@ class BatchStore:
         batch["status"] = batch["_final"]
         batch[f"{batch['status']}_at"] = now()
         self._save(owner, batch)
+        self.remove_marks(owner, batch["id"])
+
+    def remove_marks(self, owner: str, identifier: str) -> None:
+        """Remove what only a batch that is not finished has."""
         for part in ("journal", "cancel", "lock", "open"):
-            self.path(owner, batch["id"], part).unlink(missing_ok=True)
+            self.path(owner, identifier, part).unlink(missing_ok=True)
 
     def unfinished(self) -> list[tuple[str, str]]:
         """Owner and id of each batch that is not finished, the oldest first."""
@@ -214,15 +226,28 @@ class BatchStore:
         return self._owner_folder(owner) / f"{identifier}.{part}"
 
     def remove_old(self) -> None:
-        """Remove files and finished batches that are older than `retention_s`."""
+        """Remove files and finished batches that are older than `retention_s`, and old files that belong to none."""
         oldest = now() - self.retention_s
         for folder in self.folder.glob("*/"):
-            used = {one["input_file_id"] for one in self._records(folder.name, "batch_") if one["status"] not in FINAL}
-            for record in [*self._records(folder.name, "batch_"), *self._records(folder.name, "file-")]:
-                is_needed = record["id"] in used or record.get("status") not in (*FINAL, "processed")
-                if record["created_at"] < oldest and not is_needed:
-                    for path in folder.glob(f"{record['id']}.*"):
+            with self._only_one(folder.name):
+                batches, files = (self._records(folder.name, prefix) for prefix in ("batch_", "file-"))
+                needed = {one["input_file_id"] for one in batches if one["status"] not in FINAL}
+                needed |= {one["id"] for one in batches if one["status"] not in FINAL}
+                created_at = {one["id"]: one["created_at"] for one in (*batches, *files)}
+                for path in folder.iterdir():
+                    identifier = path.name.partition(".")[0]
+                    if created_at.get(identifier, _changed_s(path)) < oldest and identifier not in needed:
                         path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _only_one(self, owner: str) -> Iterator[None]:
+        """Wait until no other worker or thread is in such a block for this owner."""
+        folder = os.open(self._owner_folder(owner), os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def _owner_folder(self, owner: str) -> Path:
         folder = self.folder / owner
@@ -254,7 +279,11 @@ def _write(path: Path, content: bytes) -> None:
     """Replace a file as a whole."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            if not path.exists():  # it would be empty after a power failure; file systems protect one that is replaced
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -264,6 +293,9 @@ def _load(path: Path) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:  # removed meanwhile
+        return None
+    except ValueError:
+        logger.error("%s is damaged, and counts as removed", path)
         return None
     return record
 
