@@ -23,6 +23,7 @@ from embedder.errors import EmbedderError, error_classes
 from embedder.inputs.decoder_process import EndReason
 from embedder.telemetry.bulk_histogram import BulkHistogram
 from embedder.telemetry.request_metrics import RequestMetrics
+from embedder.telemetry.route_names import RouteNames
 
 if TYPE_CHECKING:
     from embedder.settings import Settings
@@ -41,12 +42,12 @@ Series = TypeVar("Series", Counter, BulkHistogram)
 class Metrics(Observer):
     """All metrics of this process.
 
-    `routes` get a label of their own. `folder`: where prometheus_client keeps the values of all processes; None for a
-    single process.
+    `routes`, paths or templates, get a label of their own. `folder`: where prometheus_client keeps the values of all
+    processes; None for a single process.
     """
 
     def __init__(self, routes: Collection[str], folder: str | None = None) -> None:
-        self.routes = frozenset(routes)
+        self.routes = RouteNames(routes)
         self._folder = folder
         self._registry = CollectorRegistry()
         self._fault = _make_files(Path(folder)) if folder is not None else None
@@ -74,7 +75,7 @@ class Metrics(Observer):
             SECONDS,
             "route",
         )
-        self.request_seconds = _create_series(request_seconds, [*self.routes, "other"])
+        self.request_seconds = _create_series(request_seconds, [*self.routes.templates, "other"])
         self.errors = self._counter("errors_total", "Requests that ended in an error, by `code`.", "code")
         _create_series(self.errors, _codes())
 

@@ -23,7 +23,7 @@ WRITTEN_AFTER_S = 0.02
 
 
 class RequestMetrics:
-    """What happened since the metrics were written. To be used in the event loop only."""
+    """What requests have changed since the metrics were written. For the event loop only."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -39,13 +39,13 @@ class RequestMetrics:
         self._write_soon()
 
     def hold(self, num_bytes: int) -> None:
-        """So many bytes of bodies arrived, or were freed if negative."""
+        """Add to the bytes of bodies in progress; a negative number frees them."""
         self._num_held_bytes += num_bytes
         self._write_soon()
 
     def end(self, path: str, status: int, seconds: float, code: str | None) -> None:
         """A request was completed; `code` if it ended in an error."""
-        route = path if path in self._metrics.routes else "other"
+        route = self._metrics.routes.of(path) or "other"
         self._num_in_progress -= 1
         self._statuses.append((route, status))
         self._seconds.setdefault(route, []).append(seconds)

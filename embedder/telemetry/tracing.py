@@ -31,6 +31,7 @@ from opentelemetry.util.types import Attributes
 
 from embedder.engine.observer import ITEM_TRACES, ItemTrace
 from embedder.settings import trace_exporter_variable
+from embedder.telemetry.route_names import RouteNames
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -75,7 +76,7 @@ class TracingMiddleware:
         self, app: ASGIApp, routes: Collection[str], version: str, provider: TracerProvider | None = None
     ) -> None:
         self.app = app
-        self.routes = frozenset(routes)
+        self.routes = RouteNames(routes)
         self.provider = provider or otlp_provider(version)
         self.tracer = self.provider.get_tracer("embedder", version)
 
@@ -83,10 +84,11 @@ class TracingMiddleware:
         if scope["type"] == "lifespan":
             await self._handle_lifespan(scope, receive, send)
             return
-        if scope["type"] != "http" or scope["path"] not in self.routes:
+        route = self.routes.of(scope["path"]) if scope["type"] == "http" else None
+        if route is None:
             await self.app(scope, receive, send)
             return
-        span = self._begin(scope)
+        span = self._begin(scope, route)
         if not span.is_recording():  # not sampled
             await self.app(scope, receive, send)
             return
@@ -117,11 +119,10 @@ class TracingMiddleware:
 
         await self.app(scope, receive, watch)
 
-    def _begin(self, scope: Scope) -> Span:
+    def _begin(self, scope: Scope, route: str) -> Span:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        attributes = {"http.request.method": scope["method"], "http.route": scope["path"], "url.path": scope["path"]}
-        name = f"{scope['method']} {scope['path']}"
-        return self.tracer.start_span(name, extract(headers), SpanKind.SERVER, attributes)
+        attributes = {"http.request.method": scope["method"], "http.route": route, "url.path": scope["path"]}
+        return self.tracer.start_span(f"{scope['method']} {route}", extract(headers), SpanKind.SERVER, attributes)
 
 
 class _StageSpans:

@@ -1,0 +1,26 @@
+"""Names of routes, as labels of metrics and as names of spans: templates, of which there are few."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+_PARAMETER = re.compile(r"\\\{\w+\\\}")  # `{model}`, after `re.escape`
+
+
+class RouteNames:
+    """Finds the template of a path. `templates`: paths, with parameters such as `{model}` that may hold slashes."""
+
+    def __init__(self, templates: Collection[str]) -> None:
+        self.templates = tuple(templates)
+        self._fixed = frozenset(one for one in templates if "{" not in one)
+        self._patterns = [
+            (re.compile(_PARAMETER.sub(".+", re.escape(one)), re.DOTALL), one) for one in templates if "{" in one
+        ]
+
+    def of(self, path: str) -> str | None:
+        """The template of a path, with or without slashes at its end; None if there is none."""
+        path = path.rstrip("/")
+        if path in self._fixed:
+            return path
+        return next((template for pattern, template in self._patterns if pattern.fullmatch(path)), None)
