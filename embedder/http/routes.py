@@ -6,7 +6,6 @@ import asyncio
 import difflib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,6 +52,7 @@ from embedder.http.request_body import read_json
 from embedder.http.response import json_response, to_json, with_headers
 from embedder.http.response_writer import ResponseWriter
 from embedder.http.timing import timing_headers, traced_items
+from embedder.http.token_thread import TokenThread
 from embedder.playground.collection import Collection
 from embedder.settings import Settings, vertex_routes
 from embedder.telemetry.log import count_items
@@ -142,7 +142,7 @@ class Routes:
         self._document = to_json(openapi_document(served, settings, version, needs_key=needs_key))
         self._dialects = by_path((document.EMBED, *DIALECTS))
         self._reranking = by_path(rerank.RERANKING)
-        self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # one: counting may not take the cores from embedding
+        self._tokenizing = TokenThread(settings.request_timeout_s)
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/v1/models": self._models,
             "/models": self._infinity_models,
@@ -172,7 +172,8 @@ class Routes:
         # last, because its path takes any rest
         metadata = Route("/v2/models/{model:model}", self._page(kserve.model_metadata), methods=["GET"])
         playground = PlaygroundRoutes(self.bodies, lambda: self._serving.collection, self.scoring)
-        self._router = Router([*get_routes, *post_routes, *self._batches.routes, *playground.routes, metadata])
+        routes = [*get_routes, *post_routes, *self._batches.routes, *playground.routes, metadata]
+        self._router = Router(routes, redirect_slashes=False)
         self.over(not_found)
 
     def over(self, default: ASGIApp, around_others: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> ASGIApp:
@@ -255,7 +256,7 @@ class Routes:
         started_s = time.monotonic()
         self._served("reranker")
         read = await self.bodies.read(dialects, request)
-        with traced_items() as traces:
+        with InFormOf(read.dialect), traced_items() as traces:
             response = await unless_disconnected(self._scores(read), request.receive)
         return with_headers(response, timing_headers(started_s, traces))
 
@@ -280,7 +281,7 @@ class Routes:
         def work() -> bytes:
             return to_json(route.handle(read_json(body), self._serving.preprocessor, self.settings))
 
-        return json_response(await asyncio.get_running_loop().run_in_executor(self._tokenizing, work))
+        return json_response(await unless_disconnected(self._tokenizing.run(work, len(body)), request.receive))
 
     def _page(self, fields: Callable[[ServedModel], Any]) -> Callable[[Request], Awaitable[Response]]:
         """A handler that responds with these fields of the served model."""
