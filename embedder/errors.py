@@ -99,11 +99,11 @@ class MissingKey(InvalidRequest):
 
 
 class NotFound(InvalidRequest):
-    """The service has no such path."""
+    """The path, model, file or batch does not exist."""
 
     status = 404
     code = "not_found"
-    remedy = "Check the URL; `/openapi.json` lists the paths."
+    remedy = "Check the URL and the ids in it; `/openapi.json` lists the paths."
 
 
 class MethodNotAllowed(InvalidRequest):
@@ -111,7 +111,7 @@ class MethodNotAllowed(InvalidRequest):
 
     status = 405
     code = "method_not_allowed"
-    remedy = "Embedding routes take POST, the others GET."
+    remedy = "Use a method that the header `Allow` names."
 
     def __init__(self, message: str, *, allow: str) -> None:
         """`allow`: the methods that the path takes, for the `Allow` header (RFC 9110)."""

@@ -29,7 +29,7 @@ METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 # response before they have sent everything.
 MAX_DROPPED_S, MAX_DROPPED_BYTES = 1.0, 2**24
 
-_PAGES = frozenset({"/", "/playground/"})  # their links are relative, so the routes redirect
+_PAGES = frozenset({"/", "/playground/"})  # their links are relative, so their slash counts
 
 _CLOSE = (b"connection", b"close")
 _PAGE_HEADERS = [  # for pages without such headers of their own
@@ -93,7 +93,7 @@ class RequestBoundary:
 
 
 def _without_trailing_slashes(path: str) -> str:
-    """The path as the routes have it. A redirect would send clients of a proxy to `http://`, and lose bodies."""
+    """The path as the routes have it. A redirect would lose bodies."""
     return path if path in _PAGES else path.rstrip("/") or "/"
 
 

@@ -29,7 +29,7 @@ class OpenAIError(BaseModel):
 
 
 class OpenAIErrorResponse(BaseModel):
-    """Body of every response under `/v1` with an error status."""
+    """Body of a response with an error status, on the routes of OpenAI's and vLLM's clients."""
 
     error: OpenAIError
 

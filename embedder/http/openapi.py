@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from embedder.errors import EmbedderError, ModelUnavailable, error_classes
+from embedder.errors import EmbedderError, ModelUnavailable, NotFound, error_classes
 from embedder.http.accepted_fields import ACCEPTED
 from embedder.http.dialects.dialect import Dialect, TokenRoute, by_path
 from embedder.http.dialects.messages import PART_TYPES
@@ -31,7 +31,7 @@ from embedder.http.uploads import BYTES, FORM
 from embedder.inputs.items import EXAMPLE_IMAGE
 from embedder.settings import Settings
 
-ROUTING_STATUSES = (404, 405)  # statuses that a request to an existing route does not get
+ROUTING_STATUSES = (404, 405)  # of a wrong path, method or id: routes without an id do not have them
 
 KEYS = {  # the ways to send an API key, if the service needs one
     "bearer": {"type": "http", "scheme": "bearer"},
@@ -325,6 +325,8 @@ def _probe(path: str, summary: str) -> dict[str, Any]:
 def _get(path: str, summary: str, schema: dict[str, Any]) -> dict[str, Any]:
     meanings = error_meanings()
     refused = {str(status): _error(path, meanings[status]) for status in (401, 503)}
+    if "{id}" in path:
+        refused["404"] = _error(path, f"`{NotFound.code}`: {NotFound.__doc__}")
     responses = {"200": _response(summary, schema), **refused}
     return {"get": {"operationId": _operation_id(path), "summary": summary, "responses": responses}}
 

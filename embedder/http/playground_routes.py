@@ -80,6 +80,7 @@ class PlaygroundRoutes:
             Route("/playground/thumbnails/{index}", self._thumbnail, methods=["GET"]),
             Route("/playground/rerank", self._rerank, methods=["POST"]),
             Route("/playground", self._file, methods=["GET"]),
+            Route("/playground/", self._without_slash, methods=["GET"]),
             Route("/playground/{name}", self._file, methods=["GET"]),
         ]
 
@@ -95,6 +96,10 @@ class PlaygroundRoutes:
     async def _rerank(self, request: Request) -> Response:
         score = self._scoring()
         return await rerank_found(request, self._bodies, self._collection_served().documents, score)
+
+    async def _without_slash(self, _: Request) -> Response:
+        """The page's links are relative to its path. So is this one: a proxy may have another scheme and prefix."""
+        return Response(status_code=307, headers={"location": "../playground"})
 
     async def _file(self, request: Request) -> Response:
         return _file_response(page_file(request.path_params.get("name", "index.html")))

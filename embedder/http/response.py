@@ -40,7 +40,7 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Body of every response with an error status."""
+    """Body of a response with an error status, on this service's own routes."""
 
     error: ErrorBody
 
@@ -65,7 +65,7 @@ def usage_fields(embeddings: Mapping[int, Embedding], limit: int) -> dict[str, A
 
 
 def error_body(error: EmbedderError) -> bytes:
-    """The error body of all routes except OpenAI's."""
+    """The error body of this service's own routes; `error_forms` has the others."""
     fields = {"code": error.code, "message": str(error), "item": error.item, "type": error.type}
     return to_json({"error": fields, **error.details})
 

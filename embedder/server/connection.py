@@ -47,7 +47,7 @@ def bound_connections(config: Config, max_wait_s: float, max_connections: int | 
     config.timeout_keep_alive = KEEP_ALIVE_S
     config.ws_protocol_class = None  # there are no websocket routes
     if isinstance(config.loaded_app, ProxyHeadersMiddleware):
-        config.loaded_app = config.loaded_app.app  # nothing reads the caller's address, or the scheme
+        config.loaded_app = config.loaded_app.app  # nothing reads the caller's address or the scheme
     limits = ConnectionLimits(max_wait_s, max_connections)
     config.http_protocol_class = partial(BoundedProtocol, limits=limits)  # type: ignore[assignment]  # a maker
 

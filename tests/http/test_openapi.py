@@ -71,6 +71,13 @@ def test_every_operation_is_in_a_group_with_a_description() -> None:
     assert {tag["name"] for tag in DOCUMENT["tags"]} == set(described) - {"Rerank", "Batches"}
 
 
+def test_routes_with_an_id_say_that_it_may_not_exist() -> None:
+    document = openapi_document(DIALECTS, Settings(batch_folder="/batches"), "1")
+    for path, operations in document["paths"].items():
+        for method in {"get", "post", "delete"} & set(operations):
+            assert ("404" in operations[method]["responses"]) == ("{id}" in path)
+
+
 def test_batches_are_described_where_the_operator_allows_them() -> None:
     import openapi_spec_validator
 

@@ -106,8 +106,10 @@ def test_body_with_texts_is_answered_as_by_tei(client: TestClient, scores: list[
     assert post(client, "/rerank", {**body, "documents": None}) == results
     assert "results" in post(client, "/rerank", {"query": "a green car", "documents": TEXTS, "texts": None})
     too_long = {"query": "a", "texts": [words(9000)]}
-    error = post(client, "/rerank", too_long, 400)["error"]
-    assert (error["code"], error["item"]) == ("input_too_long", 0)
+    error = post(client, "/rerank", too_long, 400)
+    assert error["error_type"] == "input_too_long"
+    assert error["error"].startswith("item 0: ")
+    assert post(client, "/rerank", {"query": 5, "texts": ["a"]}, 400)["error_type"] == "invalid_request"
     assert len(post(client, "/rerank", {**too_long, "truncate": True})) == 1
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from embedder.engine.postprocess import OutputDtype
 from embedder.errors import InvalidRequest
 from embedder.http.dialects.openai import parse_embeddings
 from embedder.http.wire_types import EmbedDtype, Endianness, float8_magnitudes, vector_bytes
@@ -103,6 +104,15 @@ def _parts(answer: httpx.Response, encoding: str, num_bytes: int) -> list[bytes]
     assert set(metadata) == {"id", "created", "model", "usage", "data"}
     assert [one["index"] for one in metadata["data"]] == [0, 1]
     return [answer.content[one["start"] : one["end"]] for one in metadata["data"]]
+
+
+@pytest.mark.parametrize("encoding", ["bytes", "bytes_only"])
+def test_number_types_that_the_header_cannot_name_are_refused_as_bytes(encoding: str) -> None:
+    body = {"input": "red", "encoding_format": encoding}
+    for output_dtype in set(get_args(OutputDtype)) - {"float32"}:
+        with pytest.raises(InvalidRequest, match=f"output_dtype: got {output_dtype} with encoding_format {encoding}; "):
+            parse_embeddings({**body, "output_dtype": output_dtype}, Settings())
+    assert parse_embeddings({**body, "output_dtype": "float32"}, Settings()).encoding.is_bytes
 
 
 @pytest.mark.parametrize("name", ["encoding_format", "embed_dtype", "endianness"])

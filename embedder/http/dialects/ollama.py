@@ -35,7 +35,7 @@ class OllamaEmbedRequest(RequestBody):
 
 
 class OllamaEmbedResponse(BaseModel):
-    """Response of `POST /api/embed`. Durations are in nanoseconds; they are in the response's headers too."""
+    """Response of `POST /api/embed`. Both durations are 0; the response's headers have them, in milliseconds."""
 
     model: str
     embeddings: list[list[float]]

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, RootModel, StrictBool
 
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
 from embedder.http.dialects.scoring import ScoringRequest, best_results, document_item, query_item, raise_first_error
+from embedder.http.error_forms import PLAIN
 from embedder.http.request_body import NonEmptyList, RequestBody, check_item_count, validate_body
 from embedder.http.response import to_json
 from embedder.settings import Settings
@@ -69,6 +70,7 @@ RERANK_TEI = Dialect(
     parse_tei,
     tei_response,
     examples={"TEI: texts": {"query": "red", "texts": ["red", "blue"], "return_text": True}},
+    errors=PLAIN,
     fails_per_item=True,
     given="texts",
 )

@@ -99,9 +99,22 @@ class VllmOptions(Options):
         return fields
 
     def encoding(self, encoding_format: EncodingFormat | None, output_dtype: OutputDtype | None) -> Encoding:
-        """The encoding, with the format and the type that synonyms of the fields ask for, if any."""
-        wire_format: WireFormat = encoding_format or self.encoding_format
-        return Encoding(wire_format, output_dtype or self.output_dtype, self.embed_dtype, self.endianness)
+        """The encoding, with the format and the type that synonyms of the fields ask for, if any.
+
+        Raises `InvalidRequest`.
+        """
+        encoding = Encoding(
+            encoding_format or self.encoding_format,
+            output_dtype or self.output_dtype,
+            self.embed_dtype,
+            self.endianness,
+        )
+        if encoding.is_bytes and encoding.output_dtype != "float32":  # the header knows vLLM's number types only
+            raise InvalidRequest(
+                f"output_dtype: got {encoding.output_dtype} with encoding_format {encoding.wire_format}; "
+                "allowed: float32, and `embed_dtype` for other types"
+            )
+        return encoding
 
 
 def encoded_vector(vector: NDArray[np.float32], encoding: Encoding) -> Any:
@@ -128,9 +141,7 @@ def bytes_response(request: EncodedRequest, embeddings: Sequence[Embedding], abo
 
 
 def _bytes(vector: NDArray[np.float32], encoding: Encoding) -> bytes:
-    if encoding.is_own or encoding.output_dtype == "float32":
-        return vector_bytes(vector, encoding.embed_dtype, encoding.endianness)
-    return quantize(vector, encoding.output_dtype).tobytes()
+    return vector_bytes(vector, encoding.embed_dtype, encoding.endianness)
 
 
 def conversations(messages: Any) -> Sequence[Any]:
