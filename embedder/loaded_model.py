@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -47,6 +48,8 @@ from embedder.model.weights import (
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+MIN_KEYS = 2**16  # that pairs may have in one forward pass: 0.25 GB in each layer of the 2B in bfloat16, as copies
 
 
 class EmbeddingModel:
@@ -189,7 +192,8 @@ class EmbeddingModel:
             return None  # the cache is for one thread, and computes equal images of a batch once
         if not can_share_threads():
             return None
-        return split([one.cost - one.num_prefix_tokens for one in inputs])
+        # a pair's cost does not have the query's tokens, which its prefix is
+        return split([one.cost if one.is_pair else one.cost - one.num_prefix_tokens for one in inputs])
 
     def _pack(self, inputs: list[ModelInput]) -> PackedBatch:
         merge_size, find_features = self.preprocessor.vision.merge_size, self.forward.vision_cache.find
@@ -287,4 +291,23 @@ class RerankingModel(EmbeddingModel):
     @torch.inference_mode()
     def _rows(self, inputs: list[ModelInput]) -> torch.Tensor:
         """The log-odds, (num_items, 1) float32, on the device."""
-        return (super()._rows(inputs).float() * self._score_head).sum(1, keepdim=True)
+        max_keys = max(MIN_KEYS, self.settings.max_batch_tokens)
+        compute = super()._rows
+        states = torch.cat([compute(part) for part in parts_by_keys(inputs, max_keys)])
+        return (states.float() * self._score_head).sum(1, keepdim=True)
+
+
+def parts_by_keys(inputs: Sequence[ModelInput], max_keys: int) -> Iterator[list[ModelInput]]:
+    """Consecutive items, with at most `max_keys` keys together or one item by itself.
+
+    Each layer copies the keys and values of the query for each of its pairs, though it computes them once.
+    """
+    part: list[ModelInput] = []
+    num_keys = 0
+    for one in inputs:
+        if part and num_keys + one.num_tokens > max_keys:
+            yield part
+            part, num_keys = [], 0
+        part.append(one)
+        num_keys += one.num_tokens
+    yield part

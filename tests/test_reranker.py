@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,10 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from embedder import Embedder, Reranker
+from embedder import Embedder, Reranker, loaded_model
 from embedder.engine.ranking import best_first
 from embedder.errors import EmbedderError, InputTooLong, InvalidMedia, InvalidRequest, ModelUnavailable
-from embedder.model.packing import PackedPatches
+from embedder.inputs.items import EmbeddingItem, Text
+from embedder.inputs.pairs import KEYS_PER_TOKEN, Query, pair_with
+from embedder.loaded_model import parts_by_keys
+from embedder.model.forward import Forward
+from embedder.model.packing import PackedBatch, PackedPatches
 from embedder.model.vision import Vision
 from tests.conftest import picture, slow_except, words
 from tests.inputs.test_video import clip
@@ -68,6 +73,63 @@ def test_scores_equal_the_reference(name: str, reranker: Reranker, oracle: Reran
     np.testing.assert_allclose(scores, expected, rtol=0, atol=MAX_DIFFERENCE)
     alone = [reranker.score(QUERIES[name], [one], instruction=instruction)[0] for one in documents[::3]]
     np.testing.assert_allclose(alone, scores[::3], rtol=0, atol=MAX_BATCH_DIFFERENCE)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([40, 40, 40, 40], [[40, 40], [40, 40]]),
+        ([100, 1, 99, 1], [[100], [1, 99], [1]]),
+        ([500, 500, 10], [[500], [500], [10]]),  # a pair with more keys is computed by itself
+        ([7], [[7]]),
+    ],
+)
+def test_pairs_are_computed_in_parts_of_limited_keys(lengths: list[int], expected: list[list[int]]) -> None:
+    pairs: Any = [SimpleNamespace(num_tokens=length) for length in lengths]
+    assert [[one.num_tokens for one in part] for part in parts_by_keys(pairs, 100)] == expected
+
+
+def test_long_query_with_many_documents_is_computed_in_parts_with_the_same_scores(
+    random_reranker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, documents = words(400), [words(4, number) for number in range(40)]
+    calls: list[int] = []
+    compute = Forward.__call__
+
+    def count(self: Forward, batch: PackedBatch, *arguments: Any) -> Any:
+        assert batch.key_index is not None
+        calls.append(len(batch.key_index))
+        return compute(self, batch, *arguments)
+
+    monkeypatch.setattr(Forward, "__call__", count)
+    with Reranker(str(random_reranker), device="cpu", max_batch_tokens=8192) as reranker:
+        together = reranker.score(query, documents)
+        monkeypatch.setattr(loaded_model, "MIN_KEYS", 2048)
+        assert reranker.models.reranker is not None
+        reranker.models.reranker.settings = reranker.models.settings.model_copy(update={"max_batch_tokens": 512})
+        before = sum(calls)
+        calls.clear()
+        parts = reranker.score(query, documents)
+    assert max(calls) <= 2048
+    assert sum(calls) == before
+    np.testing.assert_allclose(parts, together, rtol=0, atol=MAX_BATCH_DIFFERENCE)
+
+
+def test_pair_costs_its_own_tokens_and_a_share_of_its_query(random_reranker: Path) -> None:
+    with Reranker(str(random_reranker), device="cpu") as reranker:
+        preprocess = reranker.models.preprocessor
+        pairs = {}
+        for num_words in (10, 2000):
+            query = Query((Text(words(num_words)),), num_documents=1000)
+            prepared = preprocess(query)
+            pairs[num_words] = preprocess(pair_with(query, prepared, EmbeddingItem((Text("red"),))))
+            own = pairs[num_words].num_tokens - prepared.num_tokens
+            shares = prepared.num_tokens / 1000 + prepared.num_tokens / KEYS_PER_TOKEN
+            assert own + shares <= pairs[num_words].cost < own + shares + 3
+        model = reranker.models.reranker
+        assert model is not None
+        halves = model._halves([pairs[2000]] * 30)
+    assert halves is None if torch.get_num_threads() % 2 else [len(half) for half in halves or ()] == [15, 15]
 
 
 def test_random_scores_differ_by_far_more_than_the_tolerance(reranker: Reranker) -> None:

@@ -47,6 +47,9 @@ DEFAULT_INSTRUCTION = "Given a search query, retrieve relevant candidates that a
 _BEFORE_CUT, _AFTER_CUT = "\n<Document", ">:"
 
 
+KEYS_PER_TOKEN = 128  # of a query's keys, which each pair reads in the time of computing about one token
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query(EmbeddingItem):
     """What documents are judged against. Preprocessing it gives the tokens that all pairs of the request begin with.
@@ -152,7 +155,7 @@ class PairPreprocessor(Preprocessor):
             (*query.patches, *patches),
             num_prefix_tokens=query.num_prefix_tokens,
             num_cut_tokens=num_cut,
-            cost=query.cost + self._cost(len(input_ids), patches),
+            cost=query.cost + self._cost(len(input_ids), patches) + self._cost_of_keys(query.num_prefix_tokens),
             num_prefix_patches=query.num_prefix_patches,
             prefix_key=query.prefix_key,
             is_pair=True,
@@ -168,6 +171,10 @@ class PairPreprocessor(Preprocessor):
 
     def _cost(self, num_tokens: int, patches: Sequence[Patches]) -> int:
         return math.ceil(self._relative_cost * super()._cost(num_tokens, patches))
+
+    def _cost_of_keys(self, num_keys: int) -> int:
+        """The cost of attending to the keys of the query, which were computed before."""
+        return math.ceil(self._relative_cost * num_keys / KEYS_PER_TOKEN)
 
     def _check_cut(self) -> None:
         """Raise `ModelUnavailable` if the tokenizer joins the two parts of `_BEFORE_CUT` and `_AFTER_CUT`."""

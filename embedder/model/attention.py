@@ -36,9 +36,9 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
     """The name and the function of the back end for `device`.
 
     `name` is sdpa (any device), onednn (CPU), varlen (torch's own kernel, CUDA), flash_attn (the package, CUDA) or
-    auto: flash_attn if it can be imported, else varlen, on CUDA from Ampere on in 16 bits; onednn on a CPU in float32
-    if it is faster than sdpa; sdpa elsewhere. Raises `ModelUnavailable` if the back end does not support the device or
-    the dtype.
+    auto: flash_attn if it can be imported, else varlen, on NVIDIA's GPUs from Ampere on in 16 bits; onednn on a CPU in
+    float32 if it is faster than sdpa; sdpa elsewhere. Raises `ModelUnavailable` if the back end does not support the
+    device or the dtype.
     """
     import_error = flash_attn_import_error()
     if name == "auto":
@@ -98,6 +98,8 @@ def _check_gpu(name: str, device: torch.device, dtype: torch.dtype) -> None:
         raise ModelUnavailable(f"attention back end {name} needs CUDA; the device is {device}. Use sdpa")
     if dtype == torch.float32:
         raise ModelUnavailable(f"attention back end {name} needs a dtype of 16 bits, not float32. Use sdpa")
+    if torch.version.hip:
+        raise ModelUnavailable(f"attention back end {name} needs an NVIDIA GPU; {device} is one of AMD. Use sdpa")
     if not has_varlen_kernels(device):
         capability = torch.cuda.get_device_capability(device)
         raise ModelUnavailable(
@@ -147,7 +149,11 @@ def num_splits_argument() -> dict[str, int]:
 def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, queries: Sequences, keys: Sequences, *, causal: bool
 ) -> Tensor:
-    """`flash_attn_varlen_func` of the flash-attn package, for CUDA."""
+    """`flash_attn_varlen_func` of the flash-attn package, for CUDA.
+
+    It takes no number of splits, so in the last layer it may split the keys by the size of the batch, as
+    `num_splits_argument` says.
+    """
     from flash_attn import flash_attn_varlen_func
 
     attended: Tensor = flash_attn_varlen_func(

@@ -1,8 +1,8 @@
 """Which device a worker uses, and in which data type: CUDA (and ROCm, which torch calls cuda), Intel's XPU, Apple's MPS
 or the CPU.
 
-Only CUDA has kernels for packed sequences, graphs and compiled layers. Other accelerators and GPUs before Ampere use
-`sdpa`, with one call for each length in a batch; this has not been measured.
+Only NVIDIA's GPUs have kernels for packed sequences, graphs and compiled layers. Other accelerators and GPUs before
+Ampere use `sdpa`, with one call for each length in a batch; this has not been measured.
 """
 
 from __future__ import annotations
@@ -63,15 +63,20 @@ def choose_dtype(settings: Settings, device: torch.device, *, is_bundled: bool) 
     if device.type == "cpu":
         return torch.bfloat16 if cpu_multiplies_bfloat16() and not is_bundled else torch.float32
     if device.type == "cuda":
-        return torch.bfloat16 if has_varlen_kernels(device) else torch.float16
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= VARLEN_CAPABILITY else torch.float16
     if device.type == "mps":
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(MACOS_WITH_BFLOAT16, 0) else torch.float16
     return torch.bfloat16
 
 
 def has_varlen_kernels(device: torch.device) -> bool:
-    """Whether flash attention over packed sequences runs on this device."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= VARLEN_CAPABILITY
+    """Whether flash attention over packed sequences runs on this device.
+
+    Not on AMD's GPUs: torch's operator for ROCm takes no `num_splits`, and aligns sequences of different lengths at
+    their beginnings.
+    """
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= VARLEN_CAPABILITY
 
 
 def cpu_multiplies_bfloat16() -> bool:

@@ -181,6 +181,16 @@ def test_accelerator_takes_a_packed_kernel_if_it_has_one(
     assert choose_attention("auto", torch.device(device), dtype)[0] == expected
 
 
+def test_amd_gpu_has_no_packed_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An MI300 has the capability (9, 4)."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert choose_attention("auto", torch.device("cuda"), torch.bfloat16)[0] == "sdpa"
+    for name in ("varlen", "flash_attn"):
+        with pytest.raises(ModelUnavailable, match=f"attention back end {name} needs an NVIDIA GPU; .* Use sdpa"):
+            choose_attention(name, torch.device("cuda"), torch.bfloat16)
+
+
 def test_slower_attention_of_an_accelerator_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     for name, device in (("sdpa", "cpu"), ("varlen", "cuda")):
         attention.log_attention(name, torch.device(device))

@@ -61,9 +61,16 @@ def test_auto_takes_the_accelerator_that_is_there(
         ("mps", (), 13, torch.float16),
     ],
 )
+@pytest.mark.parametrize("hip", [None, "6.4"])
 def test_accelerator_takes_16_bits(
-    device: str, capability: tuple[int, ...], macos: int, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    hip: str | None,
+    device: str,
+    capability: tuple[int, ...],
+    macos: int,
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, _: macos >= major)
     assert choose_dtype(Settings(), torch.device(device), is_bundled=True) == expected
