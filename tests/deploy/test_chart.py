@@ -96,7 +96,16 @@ def test_ingress_allows_what_the_service_allows() -> None:
     limits = {key.rpartition("/proxy-")[2]: value for key, value in live["metadata"]["annotations"].items()}
     assert int(limits["body-size"].removesuffix("m")) * 2**20 == Settings().max_body_bytes
     longest_s = 2 * Settings().request_timeout_s  # for the body, and again for its items
-    assert min(int(limits["read-timeout"]), int(limits["send-timeout"])) >= longest_s + 10
+    assert int(limits["read-timeout"]) == int(limits["send-timeout"]) == longest_s + 10
+
+
+@pytest.mark.parametrize(("timeout_s", "longest_s"), [("25", 60), ("0.2", 11), ("600", 1210)])
+def test_times_of_the_chart_follow_the_timeout_of_requests(timeout_s: str, longest_s: int) -> None:
+    values = {"settings": {"EMBEDDER_REQUEST_TIMEOUT_S": timeout_s}, "ingress": {"enabled": True}}
+    by_kind = {thing["kind"]: thing for thing in render_chart("one", values)}
+    assert by_kind["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == longest_s + 5
+    annotations = by_kind["Ingress"]["metadata"]["annotations"]
+    assert annotations["nginx.ingress.kubernetes.io/proxy-read-timeout"] == str(longest_s)
 
 
 @pytest.mark.parametrize(

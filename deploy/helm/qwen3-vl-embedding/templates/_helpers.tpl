@@ -28,6 +28,11 @@ qwen3-vl-embedding/revision: {{ .Values.model.revision }}
 {{ if or (ne .Values.autoscaling.kind "none") (gt (int .Values.replicas) 1) }}true{{ end }}
 {{- end }}
 
+{{/* Seconds until each accepted request has ended: EMBEDDER_REQUEST_TIMEOUT_S for its body, again for its items, and 10. */}}
+{{- define "longestRequest" -}}
+{{ .Values.settings.EMBEDDER_REQUEST_TIMEOUT_S | default "60" | float64 | mulf 2 | addf 10 | ceil | int }}
+{{- end }}
+
 {{/* How the autoscaler behaves. Loading a model takes minutes: it waits for the last replica before it adds more. */}}
 {{- define "behavior" -}}
 scaleUp:
