@@ -64,14 +64,20 @@ def comparable(objects: list[Object], names: dict[str, str]) -> dict[str, Any]:
     return {f"{thing['kind']} {thing['metadata']['name']}": thing for thing in things}
 
 
+def job_of(objects: list[Object]) -> Object:
+    (job,) = [thing for thing in objects if thing["kind"] == "Job"]
+    return job
+
+
 @pytest.mark.parametrize("overlay", VALUES)
 def test_chart_makes_the_objects_of_the_overlay(overlay: str) -> None:
     wanted = render_overlay(overlay)
     (settings,) = [thing["metadata"]["name"] for thing in wanted if thing["kind"] == "ConfigMap"]
     parts = ("settings", "model-cache", "fetch-model", "service")
     in_overlay = {f"{part}-{overlay}": part for part in parts} | {settings: "settings"}
-    in_chart = {f"one-{part}": part for part in parts}
-    got = comparable(render_chart("one", VALUES[overlay]), in_chart | {"one": "release"})
+    chart = render_chart("one", VALUES[overlay])
+    in_chart = {f"one-{part}": part for part in parts} | {job_of(chart)["metadata"]["name"]: "fetch-model"}
+    got = comparable(chart, in_chart | {"one": "release"})
     assert got == comparable(wanted, in_overlay | {f"qwen3-vl-embedding-{overlay}": "release"})
 
 
@@ -138,6 +144,17 @@ def test_other_settings_reach_the_service_and_replace_its_pods() -> None:
         if thing["kind"] == "Deployment"
     ]
     assert len(set(checksums)) == 2
+
+
+def test_other_settings_start_another_job() -> None:
+    """Kubernetes does not change a job, and Helm does not start it again: a reranker that is added must be fetched."""
+    reranker = {"settings": {"EMBEDDER_RERANKER": "owner/name"}}
+    jobs = [job_of(render_chart("one", values)) for values in ({}, {}, reranker, {"image": {"tag": "other"}})]
+    names = [job["metadata"]["name"] for job in jobs]
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+    longest = job_of(render_chart("a" * 53, {}))["metadata"]["name"]
+    assert len(longest) <= 63, "the name is a label of the pods"
 
 
 def test_another_revision_changes_the_selectors() -> None:

@@ -182,6 +182,47 @@ def test_model_is_fetched_where_the_service_runs(overlay: dict[str, Object]) -> 
     assert term["labelSelector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
 
 
+PAIR = {"MODEL": "owner/embedder", "REVISION": "one", "RERANKER": "owner/reranker", "RERANKER_REVISION": "two"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "downloads"),
+    [
+        ({}, ["Qwen/Qwen3-VL-Embedding-2B --revision 9f2f7e710d6d81056aa5c0a4f04764fec6bb7bda"]),
+        (PAIR, ["owner/embedder --revision one", "owner/reranker --revision two"]),
+        (PAIR | {"RERANKER_REVISION": ""}, ["owner/embedder --revision one", "owner/reranker"]),
+        (PAIR | {"MODEL": ""}, ["owner/reranker --revision two"]),
+        (PAIR | {"MODEL": "/model"}, ["owner/reranker --revision two"]),
+        (PAIR | {"RERANKER": "bundled"}, ["owner/embedder --revision one"]),
+        (PAIR | {"MODEL": "/models/2b", "RERANKER": "./reranker"}, []),
+    ],
+)
+def test_job_downloads_the_models_that_are_hub_ids(
+    settings: dict[str, str], downloads: list[str], tmp_path: Path
+) -> None:
+    run = run_job({f"{PREFIX}{name}": value for name, value in settings.items()}, "echo", tmp_path)
+    assert run.stdout.splitlines() == [f"download {model}" for model in downloads]
+    assert run.returncode == 0
+
+
+def test_job_fails_with_a_download(tmp_path: Path) -> None:
+    run = run_job({f"{PREFIX}{name}": value for name, value in PAIR.items()}, "exit 3;", tmp_path)
+    assert run.returncode == 3
+
+
+def run_job(settings: dict[str, str], hf: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command of the job, with a program that runs `hf` and its arguments instead of Hugging Face's `hf`."""
+    by_kind = {thing["kind"]: thing for thing in render_overlay("2b")}
+    (fetch,) = by_kind["Job"]["spec"]["template"]["spec"]["containers"]
+    assert not any("$(" in argument for argument in fetch["args"]), "Kubernetes would replace it"
+    assert set(re.findall(rf"{PREFIX}[A-Z_]+", fetch["args"][-1])) == {f"{PREFIX}{name}" for name in PAIR} <= SETTINGS
+    program = folder / "hf"
+    program.write_text(f'#!/bin/sh\n{hf} "$@"\n')
+    program.chmod(0o755)
+    variables = by_kind["ConfigMap"]["data"] | settings | {"PATH": f"{folder}:/usr/bin:/bin"}
+    return subprocess.run(fetch["args"], env=variables, capture_output=True, text=True, check=False)
+
+
 def test_pods_are_as_hardened_as_the_container_test(overlay: dict[str, Object]) -> None:
     for pod in pod_specs(overlay):
         (container,) = pod["containers"]
