@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from embedder.settings import Settings
-from tests.deploy.test_deploy import DEPLOY, Object, render_overlay
+from tests.conftest import ROOT
+from tests.deploy.test_deploy import DEPLOY, SETTINGS, Object, kustomize, render_overlay
+from tests.docs.markdown import blocks
 
 CHART = DEPLOY / "helm" / "qwen3-vl-embedding"
+PAGE = ROOT / "docs" / "operations" / "kubernetes.md"
 HELM_LABELS = ("app.kubernetes.io/managed-by", "helm.sh/chart", "checksum/settings")
 VALUES = {  # of the chart, that make the objects of an overlay
     "2b": {},
@@ -69,16 +74,43 @@ def job_of(objects: list[Object]) -> Object:
     return job
 
 
-@pytest.mark.parametrize("overlay", VALUES)
-def test_chart_makes_the_objects_of_the_overlay(overlay: str) -> None:
-    wanted = render_overlay(overlay)
-    (settings,) = [thing["metadata"]["name"] for thing in wanted if thing["kind"] == "ConfigMap"]
+def require_same_objects(chart: list[Object], overlay: list[Object], name: str) -> None:
+    """Compare the objects of a release named `one` with those of an overlay whose names end with `name`."""
+    (settings,) = [thing["metadata"]["name"] for thing in overlay if thing["kind"] == "ConfigMap"]
     parts = ("settings", "model-cache", "fetch-model", "service")
-    in_overlay = {f"{part}-{overlay}": part for part in parts} | {settings: "settings"}
-    chart = render_chart("one", VALUES[overlay])
+    in_overlay = {f"{part}-{name}": part for part in parts} | {settings: "settings"}
     in_chart = {f"one-{part}": part for part in parts} | {job_of(chart)["metadata"]["name"]: "fetch-model"}
     got = comparable(chart, in_chart | {"one": "release"})
-    assert got == comparable(wanted, in_overlay | {f"qwen3-vl-embedding-{overlay}": "release"})
+    assert got == comparable(overlay, in_overlay | {f"qwen3-vl-embedding-{name}": "release"})
+
+
+@pytest.mark.parametrize("overlay", VALUES)
+def test_chart_makes_the_objects_of_the_overlay(overlay: str) -> None:
+    require_same_objects(render_chart("one", VALUES[overlay]), render_overlay(overlay), overlay)
+
+
+def test_examples_of_own_settings_are_valid_and_make_the_same_objects(tmp_path: Path) -> None:
+    import kubernetes_validate
+
+    overlay_block, values_block = [block for block in blocks(PAGE) if block.language == "yaml"]
+    text = overlay_block.text.replace("../deploy", os.path.relpath(DEPLOY, tmp_path))
+    (tmp_path / "kustomization.yaml").write_text(text, encoding="utf-8")
+    overlay = kustomize(tmp_path)
+    assert {thing["metadata"].pop("namespace") for thing in overlay} == {"search"}
+    chart = render_chart("one", yaml.safe_load(values_block.text))
+    for thing in [*overlay, *chart]:
+        kubernetes_validate.validate(thing, "1.32", strict=True)
+    require_same_objects(chart, overlay, "2b")
+    by_kind = {thing["kind"]: thing for thing in chart}
+    for name in by_kind["ConfigMap"]["data"]:
+        assert name in SETTINGS
+
+
+def test_chart_allows_no_connection_from_the_service_without_a_rule() -> None:
+    policies = [thing for thing in render_chart("one", {}) if thing["kind"] == "NetworkPolicy"]
+    (service,) = [policy["spec"] for policy in policies if policy["metadata"]["name"] == "one-service"]
+    assert service["policyTypes"] == ["Ingress", "Egress"]
+    assert "egress" not in service
 
 
 def test_every_overlay_has_values_of_the_chart() -> None:
@@ -122,6 +154,13 @@ def test_times_of_the_chart_follow_the_timeout_of_requests(timeout_s: str, longe
         {"settings": {"EMBEDDER_MODEL": "owner/name"}},  # would not be in the selectors
         {"settings": {"MAX_PIXELS": "1000000"}},
         {"settings": {"EMBEDDER_MAX_PIXELS": 1000000}},  # Helm would write 1e+06
+        {"settings": {"EMBEDDER_PREPROCESS_THREADS": "4"}},  # would have no effect: it is the limit of the CPU
+        {"extraEnv": [{"name": "EMBEDDER_MODEL", "value": "owner/name"}]},  # would not be in the selectors
+        {"extraEnv": [{"name": "HF_HUB_OFFLINE", "value": "0"}]},  # is there twice
+        {"extraEnv": [{"name": "OTEL_TRACES_SAMPLER_ARG", "value": 0.1}]},
+        {"extraEnv": {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}},
+        {"fetchModel": {"extraEnv": [{"value": "token"}]}},
+        {"networkPolicy": {"egress": {"ports": []}}},
         {"autoscaling": {"kind": "HPA"}},
         {"replicas": 0},
     ],
