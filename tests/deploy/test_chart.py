@@ -79,7 +79,8 @@ def require_same_objects(chart: list[Object], overlay: list[Object], name: str) 
     (settings,) = [thing["metadata"]["name"] for thing in overlay if thing["kind"] == "ConfigMap"]
     parts = ("settings", "model-cache", "fetch-model", "service")
     in_overlay = {f"{part}-{name}": part for part in parts} | {settings: "settings"}
-    in_chart = {f"one-{part}": part for part in parts} | {job_of(chart)["metadata"]["name"]: "fetch-model"}
+    jobs = {thing["metadata"]["name"]: "fetch-model" for thing in chart if thing["kind"] == "Job"}
+    in_chart = {f"one-{part}": part for part in parts} | jobs
     got = comparable(chart, in_chart | {"one": "release"})
     assert got == comparable(overlay, in_overlay | {f"qwen3-vl-embedding-{name}": "release"})
 
@@ -89,10 +90,11 @@ def test_chart_makes_the_objects_of_the_overlay(overlay: str) -> None:
     require_same_objects(render_chart("one", VALUES[overlay]), render_overlay(overlay), overlay)
 
 
-def test_examples_of_own_settings_are_valid_and_make_the_same_objects(tmp_path: Path) -> None:
+@pytest.mark.parametrize("example", range(2), ids=["own settings", "model in the image"])
+def test_examples_of_overlays_make_the_objects_of_the_examples_of_values(example: int, tmp_path: Path) -> None:
     import kubernetes_validate
 
-    overlay_block, values_block = [block for block in blocks(PAGE) if block.language == "yaml"]
+    overlay_block, values_block = [block for block in blocks(PAGE) if block.language == "yaml"][2 * example :][:2]
     text = overlay_block.text.replace("../deploy", os.path.relpath(DEPLOY, tmp_path))
     (tmp_path / "kustomization.yaml").write_text(text, encoding="utf-8")
     overlay = kustomize(tmp_path)
@@ -102,8 +104,63 @@ def test_examples_of_own_settings_are_valid_and_make_the_same_objects(tmp_path: 
         kubernetes_validate.validate(thing, "1.32", strict=True)
     require_same_objects(chart, overlay, "2b")
     by_kind = {thing["kind"]: thing for thing in chart}
-    for name in by_kind["ConfigMap"]["data"]:
-        assert name in SETTINGS
+    assert by_kind["ConfigMap"]["data"].keys() <= SETTINGS
+
+
+def kinds_and_mounts(values: Object) -> tuple[set[str], dict[str, str]]:
+    """The kinds of a release's objects, and the folders that the service mounts, by the names of their volumes."""
+    import kubernetes_validate
+
+    by_kind = {thing["kind"]: thing for thing in render_chart("one", values)}
+    for thing in by_kind.values():
+        kubernetes_validate.validate(thing, "1.32", strict=True)
+    pod = by_kind["Deployment"]["spec"]["template"]["spec"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
+    return set(by_kind), mounts
+
+
+IN_IMAGE = {"model": {"name": "/model", "revision": "my-2b-1"}}
+DOWNLOAD = {"Job", "PersistentVolumeClaim"}
+
+
+@pytest.mark.parametrize(
+    ("values", "is_downloaded"),
+    [
+        ({}, True),
+        (IN_IMAGE, False),
+        (IN_IMAGE | {"settings": {"EMBEDDER_RERANKER": "/models/reranker"}}, False),
+        (IN_IMAGE | {"settings": {"EMBEDDER_RERANKER": "owner/reranker"}}, True),
+        ({"settings": {"EMBEDDER_RERANKER": "/models/reranker"}}, True),
+    ],
+)
+def test_models_are_downloaded_into_a_volume_only_if_one_is_a_hub_id(values: Object, is_downloaded: bool) -> None:
+    kinds, mounts = kinds_and_mounts(values)
+    assert kinds & DOWNLOAD == (DOWNLOAD if is_downloaded else set())
+    assert ("model-cache" in mounts) == is_downloaded
+
+
+def test_model_can_be_a_folder_of_a_volume() -> None:
+    """As on the page."""
+    values = yaml.safe_load([block for block in blocks(PAGE) if block.language == "yaml"][4].text)
+    kinds, mounts = kinds_and_mounts(values)
+    assert not kinds & DOWNLOAD
+    assert mounts == {"tmp": "/tmp", "keys": "/keys", "models": "/models"}
+    assert values["model"]["name"].startswith("/models/")
+
+
+def test_name_of_a_checkpoint_is_not_read_as_a_number() -> None:
+    values = {"model": {"name": "/model", "revision": "1.0"}}
+    by_kind = {thing["kind"]: thing for thing in render_chart("one", values)}
+    assert by_kind["Service"]["spec"]["selector"]["qwen3-vl-embedding/revision"] == "1.0"
+
+
+def test_folder_with_a_revision_of_the_hub_is_refused_with_a_reason() -> None:
+    """It is the default revision, which says nothing about the checkpoint in the folder."""
+    import helm_python
+
+    with pytest.raises(helm_python.HelmError, match="to a name of the checkpoint"):
+        render_chart("one", {"model": {"name": "/model"}})
 
 
 def test_chart_allows_no_connection_from_the_service_without_a_rule() -> None:
@@ -151,6 +208,8 @@ def test_times_of_the_chart_follow_the_timeout_of_requests(timeout_s: str, longe
     [
         {"modle": {"name": "owner/name"}},
         {"model": {"name": "owner/name", "revision": "main"}},  # not pinned: replicas could differ
+        {"model": {"name": "./model", "revision": "my-2b-1"}},
+        {"model": {"name": "/model", "revision": "not a label"}},
         {"settings": {"EMBEDDER_MODEL": "owner/name"}},  # would not be in the selectors
         {"settings": {"MAX_PIXELS": "1000000"}},
         {"settings": {"EMBEDDER_MAX_PIXELS": 1000000}},  # Helm would write 1e+06

@@ -17,7 +17,12 @@ refuses another revision in the same release, and two models never answer one Se
 {{- define "serving" -}}
 {{ include "selector" . }}
 app.kubernetes.io/component: service
-qwen3-vl-embedding/revision: {{ .Values.model.revision }}
+qwen3-vl-embedding/revision: {{ .Values.model.revision | quote }}
+{{- end }}
+
+{{/* Whether a model or a reranker is a hub id, so that a job downloads it into a volume. Others are folders. */}}
+{{- define "downloads" -}}
+{{ range list .Values.model.name .Values.settings.EMBEDDER_RERANKER }}{{ if regexMatch "^[^/.~].*/" (. | default "") }}true{{ end }}{{ end }}
 {{- end }}
 
 {{- define "image" -}}
