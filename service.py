@@ -157,11 +157,11 @@ class Qwen3VLEmbedding:
             self.building = asyncio.create_task(collection)  # the loop itself keeps no reference to a task
 
     @bentoml.on_shutdown
-    def close(self) -> None:
-        """Finish the admitted items."""
+    async def close(self) -> None:
+        """Cancel the lines of batches, and finish the other items that were admitted."""
         self.is_ready = False
-        self.app.routes.close()
-        self.models.close()
+        await self.app.routes.close()
+        await asyncio.to_thread(self.models.close)
 
     def _exit(self, _: str) -> None:
         """Exit after the device has failed: only a new process can use it again."""

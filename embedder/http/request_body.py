@@ -42,6 +42,7 @@ _Parsed = TypeVar("_Parsed")
 _Location = tuple[int | str, ...]
 # Reading stops at the first bad entry: explaining a million of them would take seconds.
 NonEmptyList = Annotated[list[_Entry], Field(min_length=1, fail_fast=True)]
+MAX_SURROGATE_BYTES = 2**20  # of a body with a lone surrogate: it is read a second time, with the GIL held
 MAX_EXPLAINED = 100  # unknown fields: with 50,000, pydantic holds the GIL for 0.1 s
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -164,8 +165,8 @@ def _in_known_case(value: Any, words: Mapping[str, str]) -> Any:
 def read_json(body: bytes) -> dict[str, Any]:
     """A body's fields. Raises `InvalidRequest`.
 
-    orjson refuses a body with a lone surrogate. Then the standard library reads it, and the check of each text, which
-    knows its item, refuses that item only.
+    orjson refuses a body with a lone surrogate. Unless it is large, the standard library then reads it, and the check
+    of each text, which knows its item, refuses that item only.
     """
     try:
         fields = orjson.loads(body)
@@ -178,7 +179,7 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 def _read_json_with_surrogates(body: bytes, error: orjson.JSONDecodeError) -> Any:
     invalid = InvalidRequest(f"the body is not valid JSON: {error}")
-    if "surrogate" not in str(error):
+    if "surrogate" not in str(error) or len(body) > MAX_SURROGATE_BYTES:
         raise invalid from error
 
     def refuse_constant(_: str) -> NoReturn:

@@ -185,10 +185,10 @@ class Routes:
         self._others = around_others(self._router)
         return self
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End the processes of the routes, and the batch that runs."""
         self._document_pages.close()
-        self._batches.close()
+        await self._batches.close()
 
     def run_batches(self, is_stopping: Callable[[], bool]) -> None:
         """Run OpenAI's batches, if the service has them, until the worker stops."""

@@ -104,6 +104,17 @@ def test_every_key_is_compared_each_time_by_digests_of_one_length(monkeypatch: p
         assert {len(digest) for pair in seen for digest in pair} == {32}
 
 
+def test_few_keys_of_a_request_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = keys_of(",".join(f"key{number}" for number in range(100)))
+    digested: list[bytes] = []
+    digest = keys_module._digest
+    monkeypatch.setattr(keys_module, "_digest", lambda key: (digested.append(key), digest(key))[1])
+    many = [(b"x-api-key", b"a")] * 250
+    assert keys.access([*many, *bearer("key7")]) is Access.WRONG_KEY
+    assert len(digested) == keys_module.MAX_PRESENTED
+    assert keys.access([*many[:3], *bearer("key7")]) is Access.GRANTED
+
+
 def test_keys_of_the_file_and_of_the_setting_are_both_accepted(key_file: Path) -> None:
     keys = keys_of("mine", key_file)
     assert all(is_open(keys, bearer(key)) for key in ("mine", "old-1", "old-2"))

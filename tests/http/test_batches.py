@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -31,10 +32,11 @@ from embedder.errors import (
 )
 from embedder.http.api_keys import ApiKeys
 from embedder.http.batches import runner as runner_module
+from embedder.http.batches.routes import _checked
 from embedder.http.batches.runner import LINES_AT_ONCE, MAX_STARTS, BatchRunner, Respond
 from embedder.http.batches.store import BatchStore
 from embedder.settings import Settings
-from tests.conftest import Server, start_server
+from tests.conftest import Server, start_server, words
 
 OWNER, ENDPOINT = "0" * 32, "/v1/embeddings"
 SETTINGS = Settings()
@@ -280,6 +282,33 @@ def test_bug_fails_its_line_only(store: BatchStore, caplog: pytest.LogCaptureFix
     assert [one["custom_id"] for one in results(store, identifier)] == ["fine"]
 
 
+def test_bug_of_the_runner_fails_one_batch_only(
+    store: BatchStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a line whose response cannot be written."""
+    write = runner_module.response_line
+
+    def fail(line: Any, *arguments: Any) -> bytes:
+        if line.custom_id == "bug":
+            raise TypeError("not JSON")
+        return write(line, *arguments)
+
+    monkeypatch.setattr(runner_module, "response_line", fail)
+    identifier, other = add(store, line("bug")), add(store)
+    run(store)
+    batch = store.batch(OWNER, identifier)
+    assert (batch["status"], batch["errors"]["data"][0]["message"]) == ("failed", "internal error")
+    assert f"bug: batch {identifier} fails" in caplog.text
+    assert store.batch(OWNER, other)["status"] == "completed"
+
+
+@pytest.mark.parametrize("metadata", [{"\ud800": "a"}, {"a": "\udfff"}])
+def test_metadata_is_text(metadata: dict[str, str]) -> None:
+    with pytest.raises(InvalidRequest, match="metadata holds a lone surrogate"):
+        _checked(metadata)
+    assert _checked({"ä": "猫"}) == {"ä": "猫"}
+
+
 def test_file_is_not_deleted_while_a_batch_of_it_is_added(store: BatchStore) -> None:
     with ThreadPoolExecutor(2) as threads:
         for _ in range(30):
@@ -331,6 +360,7 @@ FAULTY = {
     "not JSON": (line("a") + b"{\n", "invalid_request"),
     "no id": (line("a") + line("b", custom_id=None), "invalid_request"),
     "id twice": (line("a") + line("a"), "invalid_request"),
+    "lone surrogate": (line("a") + line("\ud800"), "invalid_request"),
     "other endpoint": (line("a", url="/v1/chat/completions"), "invalid_request"),
     "other method": (line("a", method="GET"), "invalid_request"),
     "no body": (line("a", []), "invalid_request"),
@@ -532,6 +562,40 @@ def test_openai_client_gets_the_vectors_of_a_file_across_the_death_of_a_worker(
             client.files.create(file=("texts.jsonl", content), purpose="fine-tune")
     finally:
         server.stop()
+
+
+@pytest.mark.slow
+def test_service_stops_while_lines_with_much_work_run(random_checkpoint: Path, tmp_path: Path) -> None:
+    """And they run again after the next start."""
+    options = {
+        "model": str(random_checkpoint),
+        "device": "cpu",
+        "dtype": "float32",
+        "batch_folder": str(tmp_path / "batches"),
+    }
+    text = words(6000)
+    server = start_server(tmp_path, **options)
+    try:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=5)
+        content = b"".join(line(str(index), {"input": [text] * 20}) for index in range(LINES_AT_ONCE))
+        file = client.files.create(file=("texts.jsonl", content), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint=ENDPOINT, completion_window="24h")
+        deadline = time.monotonic() + 30
+        while "embedder_queue_items 0" in httpx.get(f"{server.url}/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        start_s = time.monotonic()
+        server.process.terminate()
+        assert server.process.wait(60) == 0
+        assert time.monotonic() - start_s < 10
+    finally:
+        server.stop()
+    server = start_server(tmp_path, **options)
+    try:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=5)
+        assert client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
+    finally:
+        assert server.stop() == 0
 
 
 def kill_a_worker(server: Server) -> None:

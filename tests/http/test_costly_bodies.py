@@ -14,10 +14,16 @@ from pydantic import BaseModel, ValidationError
 from embedder.errors import InvalidRequest
 from embedder.http.dialects import kserve
 from embedder.http.dialects.detokenize import DecodeRequest, DetokenizeRequest
-from embedder.http.request_body import read_json, validate_body
+from embedder.http.request_body import MAX_SURROGATE_BYTES, read_json, validate_body
 from embedder.http.routes import EXAMPLES
 from embedder.settings import Settings
 from tests.conftest import slow_except
+
+
+def test_large_body_with_a_lone_surrogate_is_not_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "loads", None)
+    with pytest.raises(InvalidRequest, match="not valid JSON"):
+        read_json(b'{"a": "\\ud800' + b"\\n" * MAX_SURROGATE_BYTES + b'"}')
 
 
 @pytest.mark.parametrize(
@@ -94,8 +100,10 @@ def test_very_many_unknown_fields_are_refused_without_explaining_each() -> None:
         ({"messages": [{"role": "user", "content": "a" * 200_001}]}, 400, "text of 200001 characters"),
         ({"inputs": [" \n" * 20_000] * 4}, 413, "allowed: up to 65536 in one request"),
         ({"prompt": " \n" * 70_000}, 413, "allowed: up to 65536 in one request"),
+        ({"inputs": ["a" * 190_000] * 12}, 413, "the texts have 2280000 characters; allowed: 2097152 in one request"),
+        ({"items": ["a" * 190_000] * 12}, 413, "the texts have 2280000 characters; allowed: 2097152 in one request"),
     ],
-    ids=range(7),
+    ids=range(9),
 )
 def test_tokens_of_a_text_are_counted_up_to_a_limit(
     body: dict[str, Any], status: int, message: str, client: httpx.Client

@@ -43,10 +43,11 @@ class Batches:
             self._task = asyncio.create_task(runner.run())
             self._task.add_done_callback(_log_unexpected_end)
 
-    def close(self) -> None:
-        """Stop; the lines that are not written yet run again later."""
-        if self._task:  # this may be another thread
-            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+    async def close(self) -> None:
+        """Stop and cancel what runs; the lines that are not written yet run again later."""
+        if self._task:
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
 
 def _log_unexpected_end(task: asyncio.Task[None]) -> None:

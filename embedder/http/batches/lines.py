@@ -12,7 +12,7 @@ import orjson
 from embedder.errors import EmbedderError, InvalidRequest, RequestTooLarge
 from embedder.http.json_limits import exceeds_value_count, max_values
 from embedder.http.request_body import read_json
-from embedder.inputs.items import describe_value
+from embedder.inputs.items import check_text, describe_value
 from embedder.settings import Settings
 
 MAX_LINES = 50_000  # OpenAI's
@@ -37,6 +37,7 @@ def read_line(data: bytes, endpoint: str, settings: Settings) -> Line:
     custom_id, body = fields.get("custom_id"), fields.get("body")
     if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_ID_CHARS:
         raise InvalidRequest(f"custom_id: got {describe_value(custom_id)}; allowed: 1 to {MAX_ID_CHARS} characters")
+    check_text("custom_id", custom_id)
     if fields.get("method") != "POST":
         raise InvalidRequest(f"method: got {describe_value(fields.get('method'))}; allowed: POST")
     if fields.get("url") != endpoint:

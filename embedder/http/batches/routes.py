@@ -18,7 +18,7 @@ from embedder.http.batches.store import BatchStore
 from embedder.http.request_body import RequestBody, validate_body
 from embedder.http.response import json_response, to_json
 from embedder.http.uploads import FORM, form_with_file
-from embedder.inputs.items import describe_value
+from embedder.inputs.items import check_text, describe_value
 
 FILES_PATH = "/v1/files"
 MAX_WINDOW_S = 30 * 86_400
@@ -169,4 +169,7 @@ def _checked(metadata: Mapping[str, str]) -> Mapping[str, str]:
         raise InvalidRequest(
             f"metadata: got {len(metadata)} pairs; allowed: {MAX_METADATA} of up to {MAX_METADATA_CHARS} characters"
         )
+    for pair in metadata.items():
+        for text in pair:
+            check_text("metadata", text)
     return metadata

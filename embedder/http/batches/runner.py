@@ -119,6 +119,9 @@ class BatchRunner:
             await asyncio.to_thread(
                 run.fail, EmbedderError.code, "what the service has stored of the batch was damaged"
             )
+        except Exception:
+            logger.exception("bug: batch %s fails", identifier)
+            await asyncio.to_thread(run.fail, EmbedderError.code, "internal error")
         else:
             await asyncio.to_thread(run.end_turn)
         return True

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import Field, RootModel, StrictBool
 
-from embedder.engine.admission import check_num_chars
-from embedder.errors import AttributedToItem, DeadlineExceeded, InvalidRequest
+from embedder.engine.admission import CHARS_PER_TOKEN, check_num_chars
+from embedder.errors import AttributedToItem, DeadlineExceeded, InvalidRequest, RequestTooLarge
 from embedder.http.dialects.detokenize import TO_TEXT
 from embedder.http.dialects.dialect import TokenRoute
 from embedder.http.dialects.embed import parse_embed
@@ -22,7 +22,7 @@ from embedder.http.dialects.messages import item_from_conversation, item_from_st
 from embedder.http.request_body import NonEmptyList, RequestBody, check_item_count, validate_body
 from embedder.inputs.address import has_url
 from embedder.inputs.items import EmbeddingItem, Text, item_from_fields
-from embedder.inputs.preprocess import Preprocessor
+from embedder.inputs.preprocess import Preprocessor, num_chars
 from embedder.inputs.tokens import check_num_shown, item_ids, text_tokens, token_strings
 from embedder.settings import Settings
 
@@ -80,6 +80,7 @@ def _vllm_ids(request: TokenizeRequest, preprocessor: Preprocessor, settings: Se
 
 def _show_texts(texts: list[str], preprocessor: Preprocessor, settings: Settings) -> list[Any]:
     check_item_count(len(texts), settings)
+    _check_num_chars(sum(map(len, texts)), settings)
     shown: list[Any] = []
     num_tokens, deadline = 0, time.monotonic() + settings.request_timeout_s
     for index, text in enumerate(texts):
@@ -89,6 +90,16 @@ def _show_texts(texts: list[str], preprocessor: Preprocessor, settings: Settings
         num_tokens += len(shown[-1])
         _check_deadline(deadline, settings)
     return shown
+
+
+def _check_num_chars(num_chars: int, settings: Settings) -> None:
+    """Raise `RequestTooLarge` for more text than one request can have embedded."""
+    allowed = CHARS_PER_TOKEN * settings.max_queued_tokens
+    if num_chars > allowed:
+        raise RequestTooLarge(
+            f"the texts have {num_chars} characters; allowed: {allowed} in one request, which grows with "
+            "EMBEDDER_MAX_QUEUED_TOKENS"
+        )
 
 
 def _check_deadline(deadline: float, settings: Settings) -> None:
@@ -101,7 +112,9 @@ def _count_items(request: TokenizeRequest, preprocessor: Preprocessor, settings:
     counts = []
     deadline = time.monotonic() + settings.request_timeout_s
     fields = {"items": request.items, "instruction": request.instruction}
-    for index, item in enumerate(parse_embed(fields, settings).items):
+    items = parse_embed(fields, settings).items
+    _check_num_chars(sum([num_chars(item) for item in items if isinstance(item, EmbeddingItem)]), settings)
+    for index, item in enumerate(items):
         with AttributedToItem(index):
             if isinstance(item, InvalidRequest):
                 raise item
