@@ -35,7 +35,8 @@ class WordIds:
             json.loads(part.__getstate__()) if part else None
             for part in (tokenizer.normalizer, tokenizer.pre_tokenizer)
         )
-        self._is_enabled = normalizer == NORMALIZER and is_qwen2_split(pre_tokenizer)
+        is_qwen2 = normalizer == NORMALIZER and is_qwen2_split(pre_tokenizer)
+        self._is_enabled = is_qwen2 and not _trims_offsets(tokenizer)
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
         self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")  # they are no words
 
@@ -49,18 +50,26 @@ class WordIds:
             for word in words:
                 ids += self._known[word]
         except KeyError:
-            return self._remember(words, text)
+            return self._remember(text, len(words))
         return ids
 
-    def _remember(self, words: list[str], text: str) -> list[int]:
+    def _remember(self, text: str, num_words: int) -> list[int]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        if len(self._known) + len(words) > MAX_WORDS:
+        if len(self._known) + num_words > MAX_WORDS:
             self._known = {}
-        found: dict[str, tuple[int, ...]] = {}
         tokens = zip(encoding.word_ids, encoding.ids, encoding.offsets, strict=True)
-        for _, group in groupby(tokens, key=lambda token: token[0]):
+        groups = groupby(tokens, key=lambda token: token[0])
+        for (_, group), word in zip(groups, _WORDS.finditer(text), strict=False):
             _, ids, offsets = zip(*group, strict=True)
-            found[text[offsets[0][0] : offsets[-1][1]]] = ids
-        # A word that the tokenizer does not see as one would be wrong in other texts.
-        self._known.update((word, found[word]) for word in words if len(word) <= MAX_WORD_CHARS and word in found)
+            # The ids of a group that is not exactly this word would be wrong in other texts.
+            if (offsets[0][0], offsets[-1][1]) == word.span() and len(word[0]) <= MAX_WORD_CHARS:
+                self._known[word[0]] = ids
         return list(encoding.ids)
+
+
+def _trims_offsets(tokenizer: Tokenizer) -> bool:
+    """Whether the offsets of a word leave out its leading space, as with a ByteLevel post-processor that trims them.
+
+    Then they do not show where a word begins, and few words could be remembered.
+    """
+    return all(start != 1 for start, _ in tokenizer.encode("a a", add_special_tokens=False).offsets)

@@ -7,7 +7,7 @@ import re
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 
 from embedder.inputs import word_ids
 from embedder.inputs.tokenizer_files import load_tokenizer
@@ -74,6 +74,28 @@ def test_another_tokenizer_is_always_asked(part: str) -> None:
     for text in ("It's RED", "It's RED 42"):
         assert words.ids(text) == words.ids(text) == other.encode(text, add_special_tokens=False).ids
     assert not words._known
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+@pytest.mark.parametrize("has_prefix_space", [True, False])
+def test_word_after_a_space_is_not_taken_for_the_word_itself_if_offsets_are_trimmed(
+    has_prefix_space: bool, is_noticed: bool
+) -> None:
+    other = load_tokenizer(BUNDLED)
+    other.post_processor = processors.ByteLevel(add_prefix_space=has_prefix_space, trim_offsets=True)
+    words = WordIds(other)
+    assert not words._is_enabled
+    words._is_enabled = not is_noticed
+    for text in ("red red", "red", " red", "  red red"):
+        assert words.ids(text) == words.ids(text) == other.encode(text, add_special_tokens=False).ids
+
+
+def test_words_are_remembered_with_the_post_processor_of_the_published_checkpoints() -> None:
+    other = load_tokenizer(BUNDLED)
+    other.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
+    words = WordIds(other)
+    words.ids("red red")
+    assert set(words._known) == {"red", " red"}
 
 
 def test_words_that_the_tokenizer_splits_elsewhere_are_not_remembered(
