@@ -96,8 +96,10 @@ def _examine_checkpoint(report: Report, settings: Settings, kind: Literal["model
         lambda: read_vision_config(folder, settings),
         lambda vision: f"{vision.regime.min_pixels} to {vision.regime.max_pixels} pixels after resizing",
     )
-    count = report.add("weights", lambda: check_weights(folder), lambda one: f"{one}, with the shapes of config.json")
-    return checkpoint if count else None
+    shapes = report.add(
+        "weights", lambda: check_weights(folder), lambda found: f"{len(found)}, with the shapes of config.json"
+    )
+    return checkpoint if shapes else None
 
 
 def _examine_device(report: Report, settings: Settings, checkpoints: Sequence[Checkpoint | None]) -> None:
@@ -144,7 +146,7 @@ def _describe_device(device: torch.device) -> str:
 
 def _describe_memory(folder: Path, dtype: torch.dtype, device: torch.device, weight_format: WeightFormat | None) -> str:
     """Raises `ModelUnavailable` if the weights cannot be read or do not fit."""
-    needed = check_memory(folder, dtype, device, weight_format)
+    needed = check_memory(check_weights(folder), dtype, device, weight_format)
     free = free_bytes(device)
     rest = "" if free is None else f", {free / 2**30:.1f} GiB free"
     return f"{needed / 2**30:.1f} GiB of weights{rest}"

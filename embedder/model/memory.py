@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from embedder.errors import ModelUnavailable
 from embedder.model.compact_table import compact_bytes, stores_compactly
 from embedder.model.eight_bit import eight_bit_bytes, eight_bit_names
-from embedder.model.weight_files import Shape, read_shapes, trunk_name
+from embedder.model.weight_files import Shape
 from embedder.settings import WeightFormat
 
 _MEMINFO = Path("/proc/meminfo")
@@ -25,13 +26,13 @@ _MAX_MMAP_THRESHOLD = 2**25
 
 
 def check_memory(
-    folder: Path, dtype: torch.dtype, device: torch.device, weight_format: WeightFormat | None = None
+    shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device, weight_format: WeightFormat | None = None
 ) -> int:
-    """Bytes of the weights in `dtype`, or in 8 bits where `weight_format` applies.
+    """Bytes of the weights that are loaded in `dtype`, or in 8 bits where `weight_format` applies.
 
-    Raises `ModelUnavailable` if that is more than the device's free memory.
+    `shapes`: as `check_weights` returns them. Raises `ModelUnavailable` if the bytes exceed the device's free memory.
     """
-    needed = weights_bytes(folder, dtype, device, weight_format)
+    needed = weights_bytes(shapes, dtype, device, weight_format)
     free = free_bytes(device)
     if free is not None and needed > free:
         smaller = "set EMBEDDER_DTYPE=bfloat16, " if dtype.itemsize > 2 else ""
@@ -45,10 +46,9 @@ def check_memory(
 
 
 def weights_bytes(
-    folder: Path, dtype: torch.dtype, device: torch.device, weight_format: WeightFormat | None = None
+    shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device, weight_format: WeightFormat | None = None
 ) -> int:
-    """Bytes of all weights of the files that are read, as `check_memory` counts them. Reads only the files' headers."""
-    shapes = {trunk_name(name): shape for name, shape in read_shapes(folder).items()}
+    """Bytes of the weights of these shapes, as `check_memory` counts them."""
     names = eight_bit_names(shapes) if weight_format else set()
     is_compact = stores_compactly(weight_format, dtype, device)
 

@@ -70,13 +70,12 @@ def load_model(
     a weight is missing, if a shape is not the one that config.json describes, or if the weights do not fit the device.
     All of this is known before memory is allocated.
     """
-    model, unexpected = _describe_checked(folder)
+    model, shapes, unexpected = _describe_checked(folder)
     if unexpected:
         logger.warning("%s has %d weights that are not used, e.g. %s", folder, len(unexpected), unexpected[0])
-    size, dtype_name = check_memory(folder, dtype, device, weight_format), str(dtype).removeprefix("torch.")
+    size, dtype_name = check_memory(shapes, dtype, device, weight_format), str(dtype).removeprefix("torch.")
     formats = f"{dtype_name} and {weight_format}" if weight_format else dtype_name
     logger.info("loading %s: %.1f GB of weights as %s, to %s", folder, size / 1e9, formats, device)
-    names = model.state_dict().keys()
     if weight_format:
         use_eight_bit_layers(model, weight_format, dtype)
     if stores_compactly(weight_format, dtype, device):
@@ -86,19 +85,19 @@ def load_model(
     with LoggedProgress(total=size, desc="loading weights", unit="B", unit_scale=True) as progress:
         for path in weight_files(folder):
             try:
-                for name, weight in _tensors(path, names):
+                for name, weight in _tensors(path, shapes):
                     progress.update(_set_weight(model, name, weight, dtype, device))
             except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: no memory is left after all
                 raise ModelUnavailable(f"cannot load {path}: {error}") from error
     return model.eval()
 
 
-def check_weights(folder: Path) -> int:
-    """Compare the files with config.json without loading them. Returns the number of weights that are used.
+def check_weights(folder: Path) -> dict[str, Shape]:
+    """Compare the files with config.json without loading them. Returns the shapes of the weights that are used.
 
     Raises `ModelUnavailable`, as `load_model` does.
     """
-    return len(_describe_checked(folder)[0].state_dict())
+    return _describe_checked(folder)[1]
 
 
 def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> int:
@@ -114,11 +113,14 @@ def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> int:
     return int(largest) + 1
 
 
-def _describe_checked(folder: Path) -> tuple[Towers, list[str]]:
-    """The modules on the meta device, after a comparison with the files, and the names of weights that are not used."""
+def _describe_checked(folder: Path) -> tuple[Towers, dict[str, Shape], list[str]]:
+    """The modules on the meta device, the shapes of their weights, and the names of weights that are not used.
+
+    The shapes are those of the files, too: others raise `ModelUnavailable`.
+    """
     model = describe_model(folder, read_architecture(folder))
     shapes: dict[str, Shape] = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    return model, check_shapes(folder, shapes)
+    return model, shapes, check_shapes(folder, shapes)
 
 
 def describe_model(folder: Path, config: Architecture) -> Towers:

@@ -25,7 +25,7 @@ from embedder.model.memory import EMBEDDINGS, check_memory, weights_bytes
 from embedder.model.packing import pack
 from embedder.model.pooling import pool
 from embedder.model.products import arrange_products
-from embedder.model.weights import load_model
+from embedder.model.weights import check_weights, load_model
 from embedder.settings import Settings, WeightFormat
 from tests.conftest import picture, words
 
@@ -181,7 +181,7 @@ def test_first_layers_and_the_vision_tower_keep_their_weights(num_layers: int, n
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_bytes_are_known_before_they_are_loaded(weight_format: WeightFormat, random_checkpoint: Path) -> None:
     model = load_model(random_checkpoint, torch.bfloat16, CPU, weight_format)
-    assert weights_bytes(random_checkpoint, torch.bfloat16, CPU, weight_format) == sum(
+    assert weights_bytes(check_weights(random_checkpoint), torch.bfloat16, CPU, weight_format) == sum(
         one.nbytes for one in model.state_dict().values()
     )
 
@@ -216,11 +216,11 @@ def test_weights_are_quantized_one_after_the_other(random_checkpoint: Path, monk
 def test_message_about_memory_proposes_int8(random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedder.model.memory.free_bytes", lambda _: 1000)
     with pytest.raises(ModelUnavailable, match="set EMBEDDER_WEIGHTS=int8, or use"):
-        check_memory(random_checkpoint, torch.bfloat16, CPU)
+        check_memory(check_weights(random_checkpoint), torch.bfloat16, CPU)
     with pytest.raises(
         ModelUnavailable, match=r"as bfloat16 and int8; cpu has 0\.0 GiB free\. Serve a smaller checkpoint, or"
     ):
-        check_memory(random_checkpoint, torch.bfloat16, CPU, "int8")
+        check_memory(check_weights(random_checkpoint), torch.bfloat16, CPU, "int8")
 
 
 # Vectors

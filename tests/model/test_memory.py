@@ -6,16 +6,21 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from embedder import Embedder
 from embedder.errors import ModelUnavailable
-from embedder.model import memory
+from embedder.model import memory, weights
 from embedder.model.memory import check_memory, free_bytes, weights_bytes
-from embedder.model.weights import load_model
+from embedder.model.progress import LoggedProgress
+from embedder.model.weight_files import read_shapes
+from embedder.model.weights import check_weights, load_model
+from embedder.settings import WeightFormat
 
 CPU = torch.device("cpu")
 
@@ -32,7 +37,26 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_weights_are_counted_in_the_dtype_they_get(dtype: torch.dtype, size: int, random_checkpoint: Path) -> None:
     model = load_model(random_checkpoint, dtype, CPU)
-    assert weights_bytes(random_checkpoint, dtype, CPU) == size * sum(one.numel() for one in model.parameters())
+    num_weights = sum(one.numel() for one in model.parameters())
+    assert weights_bytes(check_weights(random_checkpoint), dtype, CPU) == size * num_weights
+
+
+@pytest.mark.parametrize("weight_format", [None, "int8"])
+def test_head_of_an_untied_checkpoint_is_not_counted_and_the_progress_ends_at_its_total(
+    weight_format: WeightFormat | None, write_random: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars = []
+
+    def record(*args: Any, **options: Any) -> LoggedProgress:
+        bars.append(LoggedProgress(*args, **options))
+        return bars[-1]
+
+    monkeypatch.setattr(weights, "LoggedProgress", record)
+    folder = write_random(tied=False)
+    assert "lm_head.weight" in read_shapes(folder)
+    load_model(folder, torch.float32, CPU, weight_format)
+    needed = check_memory(check_weights(folder), torch.float32, CPU, weight_format)
+    assert [(bar.n, bar.total) for bar in bars] == [(needed, needed)]
 
 
 @pytest.mark.parametrize(("limit", "free_mib"), [("max\n", 4), ("2097152\n", 2), ("99999999\n", 4), (None, 4)])
@@ -50,22 +74,22 @@ def test_real_system_has_some_and_less_than_a_petabyte() -> None:
 def test_what_does_not_fit_is_refused_with_both_numbers(system: Path, random_checkpoint: Path) -> None:
     (system / "limit").write_text("1000")
     with pytest.raises(ModelUnavailable, match=r"the weights take 0\.0 GiB as float32; cpu has 0\.0 GiB free"):
-        check_memory(random_checkpoint, torch.float32, CPU)
+        check_memory(check_weights(random_checkpoint), torch.float32, CPU)
     with pytest.raises(ModelUnavailable, match="EMBEDDER_DTYPE=bfloat16"):
         Embedder(random_checkpoint, device="cpu")
 
 
 def test_where_the_system_does_not_say_it_is_tried(system: Path, random_checkpoint: Path) -> None:
     os.remove(system / "meminfo")
-    check_memory(random_checkpoint, torch.float32, CPU)
+    check_memory(check_weights(random_checkpoint), torch.float32, CPU)
 
 
 @pytest.mark.gpu
 def test_gpu_has_memory_and_not_for_everything(random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_memory(random_checkpoint, torch.bfloat16, torch.device("cuda"))
+    check_memory(check_weights(random_checkpoint), torch.bfloat16, torch.device("cuda"))
     monkeypatch.setattr(memory, "weights_bytes", lambda *_: 2**50)
     with pytest.raises(ModelUnavailable, match="cuda has "):
-        check_memory(random_checkpoint, torch.bfloat16, torch.device("cuda"))
+        check_memory(check_weights(random_checkpoint), torch.bfloat16, torch.device("cuda"))
 
 
 CHURN = """
