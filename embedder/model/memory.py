@@ -18,7 +18,7 @@ from embedder.model.weight_files import Shape
 from embedder.settings import WeightFormat
 
 _MEMINFO = Path("/proc/meminfo")
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP = Path("/sys/fs/cgroup")  # version 2
 EMBEDDINGS = "language_model.embed_tokens.weight"
 KEPT_BYTES = 2**27
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -83,7 +83,7 @@ def keep_freed_memory() -> None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a GPU; else available memory of the machine and free swap, within the container's limit.
+    """Free memory of a GPU; else available memory of the machine and free swap, within what the container has left.
 
     None if the operating system does not report it.
     """
@@ -94,5 +94,20 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     kib = {name: int(value) for name, value in re.findall(r"(\w+): +(\d+) kB", _MEMINFO.read_text(encoding="ascii"))}
     free = (kib["MemAvailable"] + kib["SwapFree"]) * 1024
-    limit = _CGROUP_LIMIT.read_text(encoding="ascii").strip() if _CGROUP_LIMIT.is_file() else "max"
-    return free if limit == "max" else min(free, int(limit))
+    return min(free, _free_bytes_of_container(default=free))
+
+
+def _free_bytes_of_container(default: int) -> int:
+    """Bytes that are left of the container's limit; `default` if it has none.
+
+    Cached files count as free, because the kernel drops them when memory is needed. Both lists of them count, as in
+    MemAvailable: a file that was downloaded and then read, such as a checkpoint, is on the active one.
+    """
+    path = _CGROUP / "memory.max"
+    limit = path.read_text(encoding="ascii").strip() if path.is_file() else "max"
+    if limit == "max":
+        return default
+    used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+    counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+    cached = int(counts["inactive_file"]) + int(counts["active_file"])
+    return max(0, int(limit) - used + cached)

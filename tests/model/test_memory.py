@@ -23,6 +23,7 @@ from embedder.model.weights import check_weights, load_model
 from embedder.settings import WeightFormat
 
 CPU = torch.device("cpu")
+MIB = 2**20
 
 
 @pytest.fixture
@@ -30,8 +31,17 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A system with 3 MiB free and 1 MiB of swap, without a container's limit. Its folder."""
     (tmp_path / "meminfo").write_text("MemTotal: 9999 kB\nMemAvailable:   3072 kB\nSwapFree:  1024 kB\nHuge: 0\n")
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "_CGROUP_LIMIT", tmp_path / "limit")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     return tmp_path
+
+
+def limit_memory(system: Path, limit: str, used: int = 0, inactive: int = 0, active: int = 0) -> None:
+    """Put the system into a container, whose files are written as the kernel does."""
+    (system / "memory.max").write_text(f"{limit}\n")
+    (system / "memory.current").write_text(f"{used}\n")
+    (system / "memory.stat").write_text(
+        f"anon 4096\nfile 999\ninactive_anon 7\nactive_anon 7\ninactive_file {inactive}\nactive_file {active}\n"
+    )
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
@@ -59,11 +69,21 @@ def test_head_of_an_untied_checkpoint_is_not_counted_and_the_progress_ends_at_it
     assert [(bar.n, bar.total) for bar in bars] == [(needed, needed)]
 
 
-@pytest.mark.parametrize(("limit", "free_mib"), [("max\n", 4), ("2097152\n", 2), ("99999999\n", 4), (None, 4)])
+@pytest.mark.parametrize(("limit", "free_mib"), [("max", 4), (str(2 * MIB), 2), ("99999999", 4), (None, 4)])
 def test_memory_is_the_systems_within_the_containers_limit(limit: str | None, free_mib: int, system: Path) -> None:
     if limit:
-        (system / "limit").write_text(limit)
-    assert free_bytes(CPU) == free_mib * 2**20
+        limit_memory(system, limit)
+    assert free_bytes(CPU) == free_mib * MIB
+
+
+@pytest.mark.parametrize(
+    ("used_mib", "inactive_mib", "active_mib", "free_mib"), [(1, 0, 0, 2), (3, 1, 0, 1), (3, 1, 1, 2), (4, 0, 0, 0)]
+)
+def test_memory_that_the_container_uses_is_not_free_except_for_cached_files(
+    used_mib: int, inactive_mib: int, active_mib: int, free_mib: int, system: Path
+) -> None:
+    limit_memory(system, str(3 * MIB), used_mib * MIB, inactive_mib * MIB, active_mib * MIB)
+    assert free_bytes(CPU) == free_mib * MIB
 
 
 def test_real_system_has_some_and_less_than_a_petabyte() -> None:
@@ -72,7 +92,7 @@ def test_real_system_has_some_and_less_than_a_petabyte() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers(system: Path, random_checkpoint: Path) -> None:
-    (system / "limit").write_text("1000")
+    limit_memory(system, "1000")
     with pytest.raises(ModelUnavailable, match=r"the weights take 0\.0 GiB as float32; cpu has 0\.0 GiB free"):
         check_memory(check_weights(random_checkpoint), torch.float32, CPU)
     with pytest.raises(ModelUnavailable, match="EMBEDDER_DTYPE=bfloat16"):
