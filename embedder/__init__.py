@@ -15,12 +15,12 @@ An item goes through these folders, top to bottom:
 Of these, `http` imports `engine` and `inputs`; `engine` and `model` import only `inputs`; `inputs` imports none.
 
 Next to them: `models` connects the loaded models (`loaded_model`) with an engine; `embedder` and `reranker` are the
-same for Python programs; `settings` reads the environment; `errors` defines everything that can go wrong; `doctor`
-is a command that checks what a start needs. `server/` holds what depends on BentoML's and uvicorn's internals,
-`telemetry/` metrics, spans and logs, `documents/` turns files into pages, `bulk/` is the command for whole data sets,
-`search/` the command that searches what `bulk` has embedded, `playground/` the web page, `verify/` the command that
-checks a checkpoint or a running service. `default_model/`, `default_reranker/` and `demo/` are small trained models and
-images.
+same for Python programs; `settings` reads the environment; `errors` defines everything that can go wrong;
+`torchvision_shim` lets torchvision be imported next to a CPU build of torch; `doctor` is a command that checks what a
+start needs. `server/` holds what depends on BentoML's and uvicorn's internals, `telemetry/` metrics, spans and logs,
+`documents/` turns files into pages, `bulk/` is the command for whole data sets, `search/` the command that searches
+what `bulk` has embedded, `playground/` the web page, `verify/` the command that checks a checkpoint or a running
+service. `default_model/`, `default_reranker/` and `demo/` are small trained models and images.
 """
 
 from __future__ import annotations

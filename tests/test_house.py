@@ -68,6 +68,7 @@ ONLY_IN = {  # outside packages that only one folder may import
     "torch": {"doctor", "inputs", "loaded_model", "model", "models", "torchvision_shim", "verify"},
     "transformers": {"model", "verify"},
 }
+WITHOUT_INDEX = {"playground", "server", "telemetry"}  # one line says what they are; `server` has a ledger
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_SERVICE_LINES = 400, 60, 200
 
 
@@ -139,6 +140,20 @@ def test_modules_and_functions_stay_small() -> None:
         and (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES
     }
     assert not long - {("embedder/http/openapi.py", "_items")}  # a table
+
+
+def test_index_of_a_package_names_every_module() -> None:
+    """A module counts if it begins a line, also in a list such as `tei, voyage`, or if it is in backticks."""
+    missing = set()
+    for init in PACKAGE.rglob("__init__.py"):
+        index = ast.get_docstring(trees()[init]) or ""
+        lists = re.findall(r"^ *(\w+(?:, \w+)*)", index, re.MULTILINE)
+        named = {name for line in lists for name in line.split(", ")} | set(re.findall(r"`(\w+)/?`", index))
+        modules = {path.stem for path in init.parent.glob("*.py")} - {"__init__", "__main__"}
+        packages = {path.parent.name for path in init.parent.glob("*/__init__.py")}
+        if folder(init) not in WITHOUT_INDEX:
+            missing |= {(str(init.relative_to(ROOT)), name) for name in (modules | packages) - named}
+    assert not missing
 
 
 def test_coined_names_are_not_used_again() -> None:

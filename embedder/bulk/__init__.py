@@ -14,7 +14,7 @@ The modules, in the order in which a row passes them:
     progress    rows that are finished, from the workers to the command
     actors      the missing parts, distributed over Ray actors
     command     all of it, from the options to the exit status
-    __main__    the command line; options has its constants
+    __main__    the command line; `options` has its constants
 
 A run that was killed resumes with the parts whose file is missing. A worker reads, embeds and writes a part by itself,
 so no rows pass through Ray's object store, and a small /dev/shm is enough.

@@ -4,6 +4,6 @@ pages        a file, or its bytes -> its pages; this side of the process that op
 page_worker  the other side: a process that can be killed, confined as decoding processes are
 pdf          PDF files, by PDFium
 tiff         TIFF files, by Pillow
-office       office files -> PDF, by LibreOffice; office_process is its process before it becomes LibreOffice
+office       office files -> PDF, by LibreOffice; `office_process` is its process before it becomes LibreOffice
 limits       the largest document and text
 """

@@ -3,6 +3,7 @@
 The files, in the order in which an item meets them:
 
     aio                 awaits the embeddings of a request's items in an event loop, within a time limit
+    timers              the time limits of requests, by one timer for each delay
     engine              the queue and the device thread: the whole way of an item, step by step
     admission           which items and requests are accepted, and when a refused caller should retry
     job                 one admitted item, with its future

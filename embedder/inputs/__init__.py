@@ -3,6 +3,7 @@
 The modules, in the order in which an item passes them:
 
     items       what a caller asks to embed: texts, images and videos, validated when constructed
+    python_items  the same, as Python programs give them
     address     a URL -> where it leads, if the operator allows it
     fetch       the URLs of an item -> bytes, from public addresses only
     limits      what decoding reads of the settings
@@ -12,6 +13,7 @@ The modules, in the order in which an item passes them:
     orientation EXIF orientation and display matrices
     structure   whether a picture can be decoded in a thread in a bounded time
     picture     an encoded image -> its pixels, upright, by Pillow
+    avif        whether an AVIF file can be decoded in a bounded time
     heic        a HEIC image -> its pixels, by libheif
     clip        an encoded video -> its frames as RGB values, upright, by FFmpeg's libraries
     decoder     opens and decodes both in the calling thread
@@ -26,6 +28,7 @@ The modules, in the order in which an item passes them:
     video       an encoded video or a list of frames -> sampled RGB frames, resized, with their times
     processor_config  the checkpoint's processor files
     tokenizer_files   the checkpoint's tokenizer, as transformers reads it
+    chat_template     the checkpoint's chat template, compared with the prompt that is built here
     prompt      instruction and parts -> the chat prompt, as pieces to tokenize
     word_ids    a short text -> its ids, from the ids of known words
     preprocess  all of these -> `ModelInput`: token ids, positions and patches

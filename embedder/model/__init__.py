@@ -11,12 +11,15 @@ modules        the layers of both towers, by the names of their weights
 eight_bit      linear layers whose weights have 8 bits
 compact_table  token embeddings in 12 bits, without loss
 weights        checkpoint folder to both towers on the device
+time_ratio     which of two ways to compute something is faster here
 onednn         oneDNN's matrix product for any number of rows
 int8_digits    products of int8 weights by the CPU's instructions for integers
 products       linear layers of one input joined, and packed for oneDNN where that is faster
 packing        preprocessed items to one packed batch (no padding) on the device
 positions      coordinates to rotary angles and interpolated position embeddings
-attention      attention over packed sequences: sdpa, varlen or flash_attn
+attention      attention over packed sequences: onednn, sdpa, varlen or flash_attn
+sdpa           the same by torch's scaled_dot_product_attention
+onednn_attention  the same by oneDNN's matrix products, on a CPU
 execution      how the layers run: eager, by torch.compile, as CUDA graphs, or both
 vision         patches to visual tokens and DeepStack features
 vision_cache   features of images and clips that occur again
@@ -26,6 +29,7 @@ halves         two halves of a batch at the same time on a CPU
 cuda_graphs    CUDA graphs of the language tower for small batches of text
 score_head     the direction of a reranker's log-odds
 pooling        hidden states to float32 rows on the host
+speed          how long the largest items take on a CPU
 memory_budget  the largest batch that fits the GPU's memory
 device_errors  torch's errors to DeviceOutOfMemory and DeviceFailed
 
