@@ -1,4 +1,4 @@
-"""Everything that can go wrong, as one tree with four branches by who must act.
+"""Everything that can go wrong, as one tree, with who must act.
 
 EmbedderError
     InvalidRequest              the caller changes the request

@@ -19,7 +19,7 @@ from embedder.model.vision_cache import VisionCache
 class Forward:
     """The forward pass of a loaded checkpoint on its device.
 
-    `attention` is a setting's value: auto, flash_attn, varlen or sdpa. With `is_compiled` the layers go through
+    `attention` is a setting's value: auto, flash_attn, varlen, onednn or sdpa. With `is_compiled` the layers go through
     torch.compile at their first call. `max_shared_tokens`: limit on the prefixes that a batch shares, for `pack`.
     """
 
