@@ -18,27 +18,16 @@ Job = TypeVar("Job", bound=Hashable)
 
 
 class CoalescingCache(Generic[Job]):
-    """The vector cache, and by content key the jobs that wait for a row. Not thread-safe.
-
-    `num_hits` counts the jobs that got their row without computing it.
-    """
+    """The vector cache, and by content key the jobs that wait for a row. Not thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self.vectors = VectorCache(max_bytes)
-        self.num_hits = 0
         self._waiting: dict[Hashable, dict[Job, None]] = {}
         self._computing: set[Hashable] = set()
 
-    def num_unfinished(self) -> int:
-        """Number of keys that jobs wait for, and of keys that are being computed."""
-        return len(self._waiting) + len(self._computing)
-
     def find_row(self, key: Hashable) -> NDArray[np.float32] | None:
-        """The cached row, (hidden_size,) float32, or None. A row counts as a hit."""
-        row = self.vectors.get(key)
-        if row is not None:
-            self.num_hits += 1
-        return row
+        """The cached row, (hidden_size,) float32, or None."""
+        return self.vectors.get(key)
 
     def add_waiting(self, key: Hashable, job: Job) -> bool:
         """Let the job wait for its row. False if the row is being computed: then the job must not be scheduled."""
@@ -67,9 +56,7 @@ class CoalescingCache(Generic[Job]):
     def store_row(self, key: Hashable, row: NDArray[np.float32]) -> list[Job]:
         """Cache the computed row, and return the coalesced jobs that it serves."""
         self.vectors.put(key, row)
-        coalesced = self.stop_computing(key)
-        self.num_hits += len(coalesced)
-        return coalesced
+        return self.stop_computing(key)
 
     def stop_computing(self, key: Hashable) -> list[Job]:
         """End a computation without a row, and return the coalesced jobs, which share its failure."""

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from embedder.engine.cache import content_key
 from embedder.engine.engine import Engine
 from embedder.engine.postprocess import Embedding
 from embedder.errors import DeviceFailed, EmbedderError, Overloaded, ShuttingDown
@@ -18,12 +19,14 @@ from tests.fake_model import HIDDEN_SIZE, FakeModel, item, unit
 
 TEXTS = ["red", "green", "blue", "x" * 80, "malformed", "bug", "panic", "infinite", "poison"]
 
+COMPUTED = [*TEXTS[:4], "infinite", "poison"]  # the others fail before
+
 
 class EngineStates(RuleBasedStateMachine):
     """The state to compare with is a list of the submitted texts and their futures."""
 
     @initialize(
-        cache_bytes=st.sampled_from([0, 1000]),
+        cache_bytes=st.sampled_from([0, 1000, 1000]),
         never_fails=st.sampled_from([True, True, False]),
         max_in_flight=st.integers(1, 3),
     )
@@ -71,9 +74,13 @@ class EngineStates(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         self.model.gate.set()
+        self.check_that_all_are_resolved()
+        keys = [content_key(self.model.preprocess(item(text))) for text in COMPUTED]
+        assert not any(map(self.engine._cache.is_awaited, keys))
+        for text in sorted({text for text, _ in self.submitted}):  # which waits for no computation that has ended
+            self.submit(text, None)
+        self.check_that_all_are_resolved()
         self.engine.close()
-        futures = [future for _, future in self.submitted]
-        assert not wait(futures, timeout=10).not_done
         for text, future in self.submitted:
             if future.cancelled():
                 continue
@@ -84,9 +91,11 @@ class EngineStates(RuleBasedStateMachine):
                 np.testing.assert_array_equal(future.result().vector, unit(text))
         assert (self.engine.pending_tokens, len(self.engine._pending)) == (0, 0)
         assert (len(self.engine._workers), len(self.engine._inputs)) == (0, 0)
-        assert self.engine.failure or self.engine._cache.num_unfinished() == 0
         with pytest.raises((ShuttingDown, DeviceFailed)):
             self.engine.submit(item("late"))
+
+    def check_that_all_are_resolved(self) -> None:
+        assert not wait([future for _, future in self.submitted], timeout=10).not_done
 
 
 EngineStates.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
