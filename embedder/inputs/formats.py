@@ -16,7 +16,7 @@ class FileFormat:
     """One row of the table.
 
     `signature`: regular expression that the first bytes match. `pillow`: Pillow's name where the format is decoded as
-    an image. `ffmpeg`: name of FFmpeg's demuxer where it is decoded as a video. `reason`: why it is not decoded.
+    an image. `ffmpeg`: name of FFmpeg's demuxer where it is decoded as a video.
     """
 
     name: str
@@ -25,7 +25,6 @@ class FileFormat:
     suffixes: tuple[str, ...] = ()
     pillow: str = ""
     ffmpeg: str = ""
-    reason: str = ""
 
 
 _FORMATS = (  # the first that matches counts
@@ -71,9 +70,8 @@ def unsupported_format(kind: MediaKind, data: bytes) -> str:
     if found in (IMAGE_FORMATS if kind == "image" else VIDEO_FORMATS):
         return f"{kind}: {found.description} that is damaged, or of a variant that is not decoded"
     found_instead = f", but {found.description}" if found else ""
-    reason = f"; {found.reason}" if found and found.reason else ""
     start = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in data[:12])
-    return f"{kind}: not a {_allowed_names(kind)} file{found_instead} (starts with {start!r}){reason}"
+    return f"{kind}: not a {_allowed_names(kind)} file{found_instead} (starts with {start!r})"
 
 
 def _allowed_names(kind: MediaKind) -> str:
