@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from embedder.inputs.items import EmbeddingItem, Image, Text
 
 QUERY_INSTRUCTION = "Retrieve images or text relevant to the user's query."  # from the model card, for queries
+PROMPT_TOKENS = 40  # upper estimate of what the prompt adds to an item with the default instruction
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import PIL.Image
 from embedder.errors import DeviceOutOfMemory, ModelUnavailable
 from embedder.inputs.items import EmbeddingItem, Image, Part, Text
 from embedder.inputs.preprocess import ModelInput, Preprocessor
+from embedder.inputs.prompt import PROMPT_TOKENS
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 MIN_BATCH_TOKENS = 64  # the least that the setting `max_batch_tokens` allows
-PROMPT_TOKENS = 40  # upper estimate of the chat template and the instruction, in tokens
 
 
 def find_budget(preprocess: Preprocessor, run: Callable[[list[ModelInput]], object]) -> int:

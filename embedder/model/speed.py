@@ -24,6 +24,7 @@ import torch
 from embedder.errors import ITEM_ERRORS
 from embedder.inputs.items import EmbeddingItem, Image, Text
 from embedder.inputs.preprocess import ModelInput, Preprocessor
+from embedder.inputs.prompt import PROMPT_TOKENS
 from embedder.model.forward import Forward
 from embedder.model.packing import Run, Sequences, pack
 from embedder.settings import Settings
@@ -34,7 +35,6 @@ MEASURED_SIDE = 448  # pixels: 784 patches
 MEASURED_WORDS = 250
 MEASURED_SEQUENCE = 4096  # tokens of attention by itself, with one head: nearly as many as a large picture's
 NUM_MEASURED = 2  # layers of each tower, after one that allocates the memory
-PROMPT_TOKENS = 40  # upper estimate of the chat template and the instruction
 MARGIN = 1.5  # of the timeout that the warning proposes
 
 
