@@ -232,6 +232,13 @@ def test_light_imports_load_neither_torch_nor_transformers(modules: str) -> None
     assert run.stdout.strip() == "[]"
 
 
+def test_parent_process_loads_no_numpy() -> None:
+    """It answers no requests, and finds the model before the workers start."""
+    code = "import sys, service; print('numpy' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "False"
+
+
 def test_loading_a_model_imports_neither_transformers_nor_torchs_compiler(random_checkpoint: Path) -> None:
     """Each takes seconds of every start."""
     code = (

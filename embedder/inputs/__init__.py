@@ -26,6 +26,7 @@ The modules, in the order in which an item passes them:
     image       an encoded image -> RGB values, resized
     frames      the sampled frames of one video, resized and collected
     video       an encoded video or a list of frames -> sampled RGB frames, resized, with their times
+    json_file         a JSON file of the checkpoint -> its fields
     processor_config  the checkpoint's processor files
     tokenizer_files   the checkpoint's tokenizer, as transformers reads it
     chat_template     the checkpoint's chat template, compared with the prompt that is built here

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from embedder.errors import ModelUnavailable
-from embedder.inputs.processor_config import read_json
+from embedder.inputs.json_file import read_json
 from embedder.inputs.prompt import SUFFIX, USER_HEADER, Piece, SpecialToken, TextPiece, prefix
 
 _MEDIA = {

@@ -7,7 +7,6 @@ does not have is the default of transformers' class. A folder without these file
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from embedder.errors import ModelUnavailable
 from embedder.inputs.items import json_value
+from embedder.inputs.json_file import read_json
 from embedder.inputs.regimes import CheckpointRegime, ReferenceRegime, Regime
 from embedder.settings import Settings
 
@@ -232,16 +232,3 @@ def _find(folder: Path, nested: str, *names: str) -> tuple[str, Mapping[str, Any
         if (folder / name).is_file():
             return name, read_json(folder / name)
     return names[0], None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, or an empty one if there is no file. Raises `ModelUnavailable` if it is not an object."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelUnavailable(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelUnavailable(f"{path} holds {type(content).__name__}; allowed: a JSON object")
-    return content

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from embedder.errors import ModelUnavailable
 from embedder.inputs.items import json_value
-from embedder.inputs.processor_config import read_json
+from embedder.inputs.json_file import read_json
 
 _AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes for which transformers reads the file as it is
 SPLIT = (  # of Qwen2's tokenizer, and of the published checkpoints

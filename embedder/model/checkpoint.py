@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.resources
-import json
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from embedder.errors import ModelUnavailable
 from embedder.inputs.items import json_value
+from embedder.inputs.json_file import read_json
 from embedder.settings import Settings
 
 BUNDLED = Path(str(importlib.resources.files("embedder") / "default_model"))
@@ -93,10 +93,10 @@ def role_of(checkpoint: Checkpoint) -> Role | None:
         return "embedder"
     if (folder / "additional_chat_templates" / "reranker.jinja").is_file():
         return "reranker"
-    if any("ForSequenceClassification" in name for name in _read_json(folder / "config.json").get("architectures", [])):
+    if any("ForSequenceClassification" in name for name in read_json(folder / "config.json").get("architectures", [])):
         return "reranker"
     modules = (folder / "modules.json").read_text(encoding="utf-8") if (folder / "modules.json").is_file() else ""
-    kind = str(_read_json(folder / "config_sentence_transformers.json").get("model_type", ""))
+    kind = str(read_json(folder / "config_sentence_transformers.json").get("model_type", ""))
     if "LogitScore" in modules or kind == "CrossEncoder":
         return "reranker"
     if "Pooling" in modules or kind == "SentenceTransformer":
@@ -166,20 +166,9 @@ def _require_qwen3_vl(checkpoint: Checkpoint) -> Checkpoint:
     config = checkpoint.folder / "config.json"
     if not config.is_file():
         raise ModelUnavailable(f"{checkpoint.folder} has no config.json: not a checkpoint")
-    model_type = _read_json(config).get("model_type")
+    model_type = read_json(config).get("model_type")
     if model_type != "qwen3_vl":
         raise ModelUnavailable(
             f"{checkpoint.name} has model_type {json_value(model_type)}; only qwen3_vl can be served"
         )
     return checkpoint
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file; empty if there is no such file, or if it holds something else."""
-    if not path.is_file():
-        return {}
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelUnavailable(f"{path} is not valid JSON: {error}") from error
-    return fields if isinstance(fields, dict) else {}

@@ -62,9 +62,15 @@ def test_config_that_is_not_json_is_refused(content: str, tmp_path: Path) -> Non
         find_checkpoint(Settings(model=str(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    ("content", "found"), [('{"model_type": "qwen2_vl"}', "'qwen2_vl'"), ("{}", "null"), ("[]", "null")]
-)
+@pytest.mark.parametrize("name", ["config.json", "config_sentence_transformers.json"])
+def test_file_that_holds_no_object_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}', encoding="utf-8")
+    (tmp_path / name).write_text("[]", encoding="utf-8")
+    with pytest.raises(ModelUnavailable, match=rf"{name} holds list; allowed: a JSON object$"):
+        find_checkpoint(Settings(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("content", "found"), [('{"model_type": "qwen2_vl"}', "'qwen2_vl'"), ("{}", "null")])
 def test_other_architectures_are_refused_by_name(content: str, found: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content, encoding="utf-8")
     with pytest.raises(ModelUnavailable, match=f"has model_type {found}; only qwen3_vl can be served$"):
