@@ -28,7 +28,7 @@ from embedder.inputs.preprocess import ModelInput
 Outcome = Embedding | EmbedderError
 Result = TypeVar("Result")
 
-# A loop over items ends its turn after so many; then other tasks of the event loop have one.
+# A loop over items yields to the event loop after this many items.
 SUBMITTED_PER_TURN = 16  # about 2 ms of short texts
 MAX_START_DELAY_S = 0.001  # of an idle device, while each turn of the event loop brings more items
 ENDED_PER_TURN = 64  # about 1 ms, if they fail or are cancelled
@@ -160,7 +160,11 @@ async def _compute(
 def _reserved(
     engine: Engine, items: Sequence[EmbeddingItem], priority: int
 ) -> AbstractContextManager[Reservation | None]:
-    """The capacity for a request's items. One item needs no reservation: it is refused before anything is computed."""
+    """The capacity for a request's items.
+
+    A single item needs no reservation: if the queue is full, `submit` refuses it. A request with a priority always has
+    one, because the reservation carries the priority.
+    """
     return engine.reserve(items, priority) if len(items) > 1 or priority else nullcontext()
 
 

@@ -86,8 +86,8 @@ class Engine:
         self.stop_if_abandoned = self._device.stop_if_abandoned  # for a `launch` that computes
         self._batch_limit = BatchLimit(settings.max_batch_tokens)
         self._in_flight: deque[InFlightBatch] = deque()
-        # The lock guards these. Who submits or cancels many items takes it once, since its holder may wait for the GIL.
-        self.lock = threading.RLock()
+        # The lock guards these. A caller that submits or cancels many items takes the lock once:
+        self.lock = threading.RLock()  # each acquisition may wait for a holder that waits for the GIL
         self._has_inputs = threading.Condition(self.lock)
         self._has_capacity = threading.Condition(self.lock)  # also notified when the last item leaves
         self._admission = Admission(settings)

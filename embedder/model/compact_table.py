@@ -72,7 +72,7 @@ class CompactTable(nn.Module):
 
 
 def stores_compactly(weight_format: WeightFormat | None, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a model's token embeddings are stored so. On a GPU, each query would need ten kernels more."""
+    """Whether a model's token embeddings are stored in this form. On a GPU, each query would need ten kernels more."""
     return weight_format == "int8" and dtype == torch.bfloat16 and device.type == "cpu"
 
 

@@ -60,7 +60,7 @@ class TextGraphs:
 
     def _capture(self, num_tokens: int) -> _CapturedGraph:
         buffer, batch = static_batch(num_tokens, self.device)
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch annotates it not
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):  # kernels are loaded and workspaces allocated before the capture
             for _ in range(3):
