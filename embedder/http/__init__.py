@@ -21,5 +21,6 @@ playground_routes   the playground: its files, its collection, and reranking
 request_body        options and error messages of all request bodies
 response            vectors, usage and errors in response bodies
 response_writer     writes response bodies, large ones in a thread
+token_thread        the thread in which tokens are counted
 openapi             the OpenAPI document; `openapi_tags` has its groups of routes
 """
