@@ -93,7 +93,8 @@ def role_of(checkpoint: Checkpoint) -> Role | None:
         return "embedder"
     if (folder / "additional_chat_templates" / "reranker.jinja").is_file():
         return "reranker"
-    if any("ForSequenceClassification" in name for name in read_json(folder / "config.json").get("architectures", [])):
+    architectures = read_json(folder / "config.json").get("architectures") or ()
+    if any("ForSequenceClassification" in name for name in architectures):
         return "reranker"
     modules = (folder / "modules.json").read_text(encoding="utf-8") if (folder / "modules.json").is_file() else ""
     kind = str(read_json(folder / "config_sentence_transformers.json").get("model_type", ""))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from embedder.errors import ModelUnavailable
-from embedder.model.checkpoint import BUNDLED, Checkpoint, find_checkpoint, find_reranker
+from embedder.model.checkpoint import BUNDLED, Checkpoint, find_checkpoint, find_reranker, role_of
 from embedder.settings import Settings
 
 
@@ -68,6 +68,12 @@ def test_file_that_holds_no_object_is_refused(name: str, tmp_path: Path) -> None
     (tmp_path / name).write_text("[]", encoding="utf-8")
     with pytest.raises(ModelUnavailable, match=rf"{name} holds list; allowed: a JSON object$"):
         find_checkpoint(Settings(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("architectures", ["null", "[]", '["Qwen3VLForConditionalGeneration"]'])
+def test_list_of_architectures_may_be_missing(architectures: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "qwen3_vl", "architectures": {architectures}}}')
+    assert role_of(find_checkpoint(Settings(model=str(tmp_path)))) is None
 
 
 @pytest.mark.parametrize(("content", "found"), [('{"model_type": "qwen2_vl"}', "'qwen2_vl'"), ("{}", "null")])
