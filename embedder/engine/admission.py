@@ -99,13 +99,8 @@ class Admission:
 
     def has_capacity(self, num_tokens: int, priority: int = 0) -> bool:
         """True if this many tokens may enter. An empty queue accepts any number: an item may exceed the limit."""
-        if self._is_for_others(priority):
-            return False
-        return not self.pending_tokens or self.pending_tokens + num_tokens <= self._settings.max_queued_tokens
-
-    def _is_for_others(self, priority: int) -> bool:
-        """Whether the queue is so full that only requests of the default priority may enter."""
-        return priority > 0 and self.pending_tokens > QUEUE_SHARE * self._settings.max_queued_tokens
+        share = QUEUE_SHARE if priority > 0 else 1.0
+        return not self.pending_tokens or self.pending_tokens + num_tokens <= share * self._settings.max_queued_tokens
 
     def admit(self, num_tokens: int, reservation: Reservation | None, now_s: float) -> None:
         """Count one item, from the reservation if there is one. Raises `Overloaded` if the queue is full."""
@@ -137,8 +132,8 @@ class Admission:
     def _add_tokens(self, num_tokens: int, priority: int = 0) -> None:
         if not self.has_capacity(num_tokens, priority):
             allowed = f"up to {self._settings.max_queued_tokens} (EMBEDDER_MAX_QUEUED_TOKENS)"
-            if self._is_for_others(priority):
-                allowed = f"{allowed}, the second half of them without a `priority` above 0"
+            if priority > 0:
+                allowed = f"{allowed}; requests with a `priority` above 0 may fill only half of that"
             raise Overloaded(
                 f"the queue is full: {self.pending_tokens} tokens wait, and this request has about {num_tokens}; "
                 f"allowed: {allowed}",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from embedder.engine.scheduler import NO_DELAY, Delay
 
 MAX_DELAY = 0.125  # of a request's time limit
-QUEUE_SHARE = 0.5  # of the queue: requests that let others go first enter only up to this, and never fill it
+QUEUE_SHARE = 0.5  # of the queue: requests that let others go first may fill only this much of it
 
 
 def delay_of(priority: int, request_timeout_s: float, now_s: float) -> Delay:

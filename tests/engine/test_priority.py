@@ -150,11 +150,13 @@ def test_requests_of_equal_priority_share_what_others_leave() -> None:
 
 def test_requests_with_a_priority_leave_half_of_the_queue_to_others() -> None:
     admission = Admission(Settings(max_queued_tokens=1000, max_input_tokens=512))
-    for _ in range(2):
-        admission.reserve(300, 0.0, priority=1)  # the second begins in the first half
-    with pytest.raises(Overloaded, match=r"600 tokens wait, .* the second half of them without a `priority` above 0$"):
+    admission.reserve(300, 0.0, priority=1)
+    with pytest.raises(Overloaded, match=r"300 tokens wait, .* `priority` above 0 may fill only half of that$"):
+        admission.reserve(201, 0.0, priority=1)  # it would begin in the first half, and end in the second
+    admission.reserve(200, 0.0, priority=1)
+    with pytest.raises(Overloaded, match=r"500 tokens wait, "):
         admission.reserve(1, 0.0, priority=1)
-    admission.reserve(400, 0.0)
+    admission.reserve(500, 0.0)
     with pytest.raises(Overloaded, match=r"allowed: up to 1000 \(EMBEDDER_MAX_QUEUED_TOKENS\)$"):
         admission.reserve(1, 0.0)
     assert QUEUE_SHARE == 0.5  # as the message has it
