@@ -144,12 +144,12 @@ class Models:
         if self.settings.has_embedder:
             self.embedder = EmbeddingModel(find_checkpoint(self.settings), self.settings, self.device)
             if self.embedder.checkpoint.is_bundled:
-                _warn_of_bundled("model", "EMBEDDER_MODEL=Qwen/Qwen3-VL-Embedding-2B")
+                _warn_of_bundled("model", "EMBEDDER_MODEL", "Embedder", "Qwen/Qwen3-VL-Embedding-2B")
         if self.settings.reranker:
             checkpoint = find_reranker(self.settings)
             self.reranker = RerankingModel(checkpoint, self.settings, self.device, self.embedder)
             if checkpoint.is_bundled:
-                _warn_of_bundled("reranker", "EMBEDDER_RERANKER=Qwen/Qwen3-VL-Reranker-2B")
+                _warn_of_bundled("reranker", "EMBEDDER_RERANKER", "Reranker", "Qwen/Qwen3-VL-Reranker-2B")
         if self.device.type == "cpu":
             for model in self._loaded:
                 warn_if_slow(model.forward, model.preprocessor)
@@ -204,10 +204,13 @@ class Models:
         return wait
 
 
-def _warn_of_bundled(kind: str, setting: str) -> None:
+def _warn_of_bundled(kind: str, setting: str, library_class: str, published: str) -> None:
     logger.warning(
         "using the small %s shipped in the package, for trials only: it knows colors, shapes and emoji. "
-        "Set %s to use the published one",
+        'To use the published one, set %s=%s, or in Python call %s("%s")',
         kind,
         setting,
+        published,
+        library_class,
+        published,
     )

@@ -97,4 +97,4 @@ def test_service_lists_both_bundled_models(bundled_pair_server: Server) -> None:
     assert [one["id"] for one in models] == ["bundled", "bundled-reranker"]
     info = httpx.get(f"{bundled_pair_server.url}/info", timeout=60).json()
     assert (info["is_bundled_model"], info["reranker"]["is_bundled_model"]) == (True, True)
-    assert "Set EMBEDDER_RERANKER=Qwen/Qwen3-VL-Reranker-2B" in bundled_pair_server.log.read_text()
+    assert "set EMBEDDER_RERANKER=Qwen/Qwen3-VL-Reranker-2B" in bundled_pair_server.log.read_text()
