@@ -200,7 +200,7 @@ def starts_table(_: str) -> str:
 
 def ledger_table(_: str) -> str:
     """The tricks ledger in the docstring of embedder.server: entries with a name, and indented lines about it."""
-    lines = ["| what | why and how | can go when | test |", "|---|---|---|---|"]
+    lines = ["| what | why and how | can be removed when | test |", "|---|---|---|---|"]
     _, _, ledger = (embedder.server.__doc__ or "").partition("\n\n")[2].partition("\n\n")
     for entry in re.split(r"\n(?=\S)", ledger.strip()):
         name, *about = entry.splitlines()

@@ -16,7 +16,7 @@ EmbedderError
     UnsupportedTransferCoding   the caller changes the request
     MediaUnavailable            the owner of a URL acts
     Overloaded                  the caller waits
-    NotReady                    the caller waits
+    NotReady                    the caller asks another replica
     ShuttingDown                the caller asks another replica
     DeadlineExceeded            the caller sends less
     EngineFailed                the operator acts
@@ -234,12 +234,12 @@ class DeadlineExceeded(EmbedderError):
 
 
 class NotReady(EmbedderError):
-    """The model is not loaded yet."""
+    """For probes: the service is shutting down, or its device has failed."""
 
     status = 503
     type = "unavailable"
     code = "not_ready"
-    remedy = "Wait until `/readyz` returns 200."
+    remedy = "Send requests to another replica until `/readyz` returns 200."
 
 
 class ShuttingDown(EmbedderError):

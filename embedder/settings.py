@@ -77,8 +77,9 @@ class Settings(BaseModel):
     )
     weights: WeightFormat | None = Field(
         None,
-        description="`int8`: the weights of the layers in 8 bits, on every device; `fp8`: the same with products in "
-        "fp8, on GPUs from Ada and Hopper on; empty: in `EMBEDDER_DTYPE`. Changes the vectors.",
+        description="Format of the layers' weights; empty: that of `EMBEDDER_DTYPE`; `int8`: 8-bit integers, on every "
+        "device; `fp8`: 8-bit floating-point numbers, with matrix products in fp8, on NVIDIA GPUs of the Ada and "
+        "Hopper generations or newer. `int8` and `fp8` change the vectors.",
     )
     attention: Literal["auto", "flash_attn", "varlen", "onednn", "sdpa"] = Field(
         "auto",
@@ -93,8 +94,8 @@ class Settings(BaseModel):
     )
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto",
-        description="Number of worker processes, each with its own copy of the model and assigned to a GPU in turn; "
-        "`auto`: one for each GPU.",
+        description="Number of worker processes, each with its own copy of the model; `auto`: one for each GPU if "
+        "`EMBEDDER_DEVICE` is `auto`, else one. With `EMBEDDER_DEVICE=auto`, workers are assigned to the GPUs in turn.",
     )
     stuck_after_s: float | None = Field(
         None,
@@ -139,7 +140,8 @@ class Settings(BaseModel):
     request_timeout_s: float = Field(
         60.0,
         gt=0,
-        description="Seconds in which a body must arrive, and then again its items be embedded; otherwise 504.",
+        description="Maximum number of seconds until a body has arrived, and the same time again until its items are "
+        "embedded; a request that takes longer gets 504.",
     )
     # Images and videos
     max_image_bytes: int = Field(20 * 2**20, ge=64, description="Maximum bytes of an image file.")
@@ -185,7 +187,8 @@ class Settings(BaseModel):
     # Access
     api_key: SecretStr | None = Field(
         None,
-        description="API key that callers must send, or several keys separated by commas; unset: no key is needed.",
+        description="API key that callers must send, or several keys separated by commas; if neither this variable nor "
+        "`EMBEDDER_API_KEY_FILE` is set, no key is needed.",
     )
     api_key_file: str = Field(
         "", description="File with one API key per line and `#` comments; the service reads it again when it changes."

@@ -1,6 +1,6 @@
 """Prometheus metrics of the engine and of HTTP requests, served at `/metrics` and summed over the worker processes.
 
-Every label has few values: a route that embeds or `other`, a status, an error code. The descriptions are the
+Every label has few values: a route that embeds or ranks, or `other`, a status, an error code. The descriptions are the
 documentation: `python -m embedder.telemetry.metrics` prints them as a table for docs/reference/metrics.md.
 """
 
@@ -62,7 +62,8 @@ class Metrics(Observer):
     def _define_requests(self) -> None:
         self.requests = self._counter(
             "requests_total",
-            "Completed requests, by `route` (`other`: no embedding) and `status` (499: the client disconnected).",
+            "Completed requests, by `route` (`other`: all routes that neither embed nor rank) and `status` (499: the "
+            "client disconnected).",
             "route",
             "status",
         )
