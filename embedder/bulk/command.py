@@ -98,9 +98,12 @@ def _embed(job: Job, parts: Sequence[Part], writer: Writer, address: str | None,
     """Embed the missing parts. Returns whether all parts are written."""
     missing = [part for part in parts if not writer.is_written(part.number)]
     total = num_rows(parts)
+    if not missing:
+        print(f"nothing to embed: the output already has all {f'{total} ' if total else ''}{unit}s of the input")
+        return True
     finished = []
     with Progress(writer.state_folder, total, total - num_rows(missing), unit) as progress:
-        for counts in _run(job, missing, address) if missing else ():
+        for counts in _run(job, missing, address):
             finished.append(counts)
             progress.finish(counts["number"], counts["rows"], counts["errors"])
             if counts["fault"]:

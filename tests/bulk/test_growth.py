@@ -72,7 +72,11 @@ def test_folder_that_has_changed_embeds_only_what_is_new(
     status, embedded = run_bulk(monkeypatch, random_checkpoint, *command)
     assert (status, len(embedded)) == (3, 7 + num_pages)
     before = vectors(output, output_format)
+    capsys.readouterr()
     assert run_bulk(monkeypatch, random_checkpoint, *command) == (3, [])
+    unit = "pages" if num_pages else "rows"
+    shown = f"nothing to embed: the output already has all {7 + num_pages} {unit} of the input\n"
+    assert capsys.readouterr().out == shown
 
     (folder / "7.png").write_bytes(encoded(picture(40, 48, 7)))
     PIL.Image.new("RGB", (48, 48), "red").save(folder / "1.png")
