@@ -61,7 +61,9 @@ SLOW_PAGES = {
         "guides/clients.md",
     )
 }
-RERANKING_PAGES = {ROOT / "docs" / page for page in ("api/rerank.md", "guides/rerank-search-results.md")}
+RERANKING_PAGES = {
+    ROOT / "docs" / page for page in ("api/bentoml.md", "api/rerank.md", "guides/rerank-search-results.md")
+}
 
 
 @pytest.fixture
