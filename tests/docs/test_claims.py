@@ -17,6 +17,7 @@ from tests.conftest import ROOT, Server, encoded
 from tests.docs.markdown import blocks
 
 LOCAL = ROOT / "docs" / "api" / "local.md"
+START = ROOT / "docs" / "operations" / "start-stop-logs.md"
 
 
 def swatch(color: str) -> str:
@@ -28,6 +29,13 @@ def test_service_says_that_it_serves_the_bundled_model(small_server: Server) -> 
     assert info["is_bundled_model"] is True
     assert info["model"] == "bundled"
     assert "EMBEDDER_MODEL=Qwen/Qwen3-VL-Embedding-2B" in small_server.log.read_text()
+
+
+def test_start_ends_with_the_line_that_is_shown(small_server: Server) -> None:
+    (shown,) = [block.text for block in blocks(START) if "startup hook" in block.text]
+    _, _, line = shown.strip().partition(" ")  # without the time
+    assert " loaded in " in small_server.log.read_text().partition(f"{line}\n")[0]
+    assert f"{line}\n" in small_server.log.read_text()
 
 
 def test_models_yaml_entry_drives_the_benchmarks_client(small_server: Server) -> None:
