@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,12 @@ from embedder.server.lifecycle import check_address
 from embedder.settings import Settings
 from tests.conftest import ROOT, start_server
 from tests.docs.markdown import blocks
+from tests.docs.test_pages import SOURCES, has_in_order
 from tests.fake_model import FakeModel, busy_device, item, running, wait_until
 from tests.inputs.killed import kill_at
 
 PAGE = ROOT / "docs" / "operations" / "troubleshooting.md"
+MONITORING = ROOT / "docs" / "operations" / "monitoring.md"
 
 
 def pattern(line: str) -> str:
@@ -164,6 +167,38 @@ def test_slow_cpu(
     with caplog.at_level(logging.WARNING):
         speed.warn_if_slow(loaded.forward, loaded.preprocessor)
     assert pattern(caplog.messages[0]) in shown("log")
+
+
+def logged_messages() -> Iterator[str]:
+    """The message of each warning and error that the code logs."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            is_logger = ast.unparse(node.func.value) == "logger"
+            if is_logger and node.func.attr in ("warning", "error", "exception", "critical"):
+                yield str(ast.literal_eval(node.args[0]))
+            elif node.func.attr == "log_error":  # of a job, with the logger first
+                yield str(ast.literal_eval(node.args[1]))
+
+
+def test_every_warning_and_error_has_an_entry() -> None:
+    entries = [line for block in blocks(PAGE) if block.mark == "log" for line in block.text.splitlines()]
+    messages = set(logged_messages())
+    assert len(messages) > 30
+    missing = {
+        message
+        for message in messages
+        if not any(has_in_order(line, re.split(r"%[a-z.0-9]+", message)) for line in entries)
+    }
+    assert not missing
+
+
+def test_every_alert_has_a_row_that_says_what_to_read() -> None:
+    alerts = re.findall(r"alert: (\w+)", (ROOT / "deploy" / "alerts.yaml").read_text(encoding="utf-8"))
+    rows = re.findall(r"^\| `(\w+)` \| .*\.md#", MONITORING.read_text(encoding="utf-8"), re.MULTILINE)
+    assert alerts
+    assert rows == alerts
 
 
 @pytest.mark.slow

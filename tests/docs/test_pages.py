@@ -17,6 +17,7 @@ from tests.conftest import ROOT, Server
 from tests.docs.markdown import DOCS, PAGES, anchors, blocks, prose
 
 SOURCES = [ROOT / "service.py", *sorted((ROOT / "embedder").rglob("*.py"))]
+SHORTEST_MESSAGE = len("bug: %s %s failed")
 FOLDERS = {  # paths in prose that are no routes
     *("/cache", "/tmp", "/model", "/models", "/keys", "/v1", "/dev", "/opt"),
 }
@@ -110,7 +111,7 @@ def fixed_parts() -> list[list[str]]:
             parts = [node] if isinstance(node, ast.Constant) else node.values if isinstance(node, ast.JoinedStr) else []
             texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
             known = [text for text in texts if isinstance(text, str)]
-            if sum(len(text) for text in known) >= 20:
+            if sum(len(text) for text in known) >= SHORTEST_MESSAGE:
                 words = (re.sub(r"%[a-z.0-9]+", "\0", text) if isinstance(text, str) else "\0" for text in texts)
                 messages.append("".join(words).split("\0"))
     return messages
