@@ -2,7 +2,7 @@
 
 Prints a table and writes training/results/default_model.json. All vectors are computed by `Embedder`. The row of the
 colors needs only matplotlib; the other rows need the data of `python -m training.prepare`. Recall at k is the share of
-queries with a correct result among the first k of the gallery. The vendor twemoji is never used for training; 15 % of
+queries with a correct result among the first k of the gallery. The vendor twemoji is never used for training; 15% of
 the keywords are not used, or used only for half of their drawings.
 """
 
@@ -30,7 +30,7 @@ FULL_STYLES = ("noto", "fluent-emoji-flat")  # the trained styles that have (nea
 SIZES: dict[str, Size] = {"64": (64, 64), "128": (128, 128), "224": (224, 224), "2:1": (128, 256)}
 SMALL_DIMENSIONS = 64
 CLIP_FRAMES = 4
-MIN_QUERIES = 200  # for a loss at 64 dimensions: with 80 queries, a single one changes it by up to 3 %
+MIN_QUERIES = 200  # for a loss at 64 dimensions: with 80 queries, a single one changes it by up to 3%
 
 
 @dataclass(frozen=True)

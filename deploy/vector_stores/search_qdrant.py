@@ -1,4 +1,4 @@
-"""Search images or pages by text with Qdrant: `python search_qdrant.py FOLDER "red heart"`.
+"""Search images or pages by text with Qdrant: `python search_qdrant.py FOLDER "pizza"`.
 
 FOLDER has PNG pictures, or is the output of `embedder.bulk`, whose pages are named `report.pdf#page=3`.
 
