@@ -84,4 +84,6 @@ _BY_PREFIX = {  # the first that matches counts
 
 def error_form(path: str) -> ErrorForm:
     """The form of a path's errors. A dialect that shares its path with others has a form of its own."""
+    if path == "/":
+        return PLAIN
     return next((form for prefix, form in _BY_PREFIX.items() if path.startswith(prefix)), NATIVE)

@@ -264,7 +264,7 @@ def _query_options(model: type[BaseModel], file: str) -> list[dict[str, Any]]:
 def _error_forms(routes: Sequence[Dialect[Any] | TokenRoute]) -> list[ErrorForm]:
     """How errors of a path may look: as the path has them, or as one of its dialects has them."""
     own = [route.errors for route in routes if isinstance(route, Dialect) and route.errors]
-    return [error_form(routes[0].path), *own]
+    return list(dict.fromkeys([error_form(routes[0].path), *own]))
 
 
 def _one_of(schemas: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -359,7 +359,7 @@ def _post_object(path: str, summary: str, content_type: str, schema: dict[str, A
 
 def _operation_id(path: str) -> str:
     """`/v1/embeddings` -> v1_embeddings: what a generated client calls it."""
-    return re.sub(r"\W+", "_", path).strip("_")
+    return re.sub(r"\W+", "_", path).strip("_") or "root"
 
 
 def _error(path: str, text: str) -> dict[str, Any]:

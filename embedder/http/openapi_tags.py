@@ -14,7 +14,7 @@ _GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {  # tag -> description, and t
         ("/rerank", "/v1/rerank", "/v2/rerank", "/score"),
     ),
     "Cohere": ("Clients of Cohere.", ("/v2/embed", "/v1/embed")),
-    "TEI": ("Clients of text-embeddings-inference; also `POST /embed` with `inputs`.", ("/similarity",)),
+    "TEI": ("Clients of text-embeddings-inference; also `POST /embed` with `inputs`.", ("/", "/similarity")),
     "Infinity": ("Clients of infinity.", ("/embeddings",)),
     "Voyage": ("Clients of Voyage.", ("/v1/multimodalembeddings",)),
     "Ollama": ("Clients of Ollama.", ("/api/embed", "/api/embeddings")),

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import Request
@@ -41,7 +41,7 @@ from embedder.http.dialects import (
     vertex,
     voyage,
 )
-from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel, TokenRoute, by_path
+from embedder.http.dialects.dialect import Dialect, Outcomes, Role, ServedModel, TokenRoute, by_path
 from embedder.http.dialects.rows import row_items, row_queries, score_rows, scores_response
 from embedder.http.dialects.scoring import ScoringRequest
 from embedder.http.disconnect import unless_disconnected
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 DIALECTS: tuple[Dialect[Any], ...] = (
     local.TEXTS,
     local.IMAGES,
-    tei.EMBED,
+    *tei.SHARED,
     embed.EMBED,
     openai.EMBEDDINGS,
     infinity.EMBED,
@@ -83,7 +83,7 @@ DIALECTS: tuple[Dialect[Any], ...] = (
     vertex.PREDICT,
 )
 EMBEDDING_PATHS = tuple(by_path(DIALECTS))
-RERANKING_PATHS = tuple(by_path(rerank.RERANKING))
+RERANKING_PATHS = tuple(path for path in by_path(rerank.RERANKING) if path not in EMBEDDING_PATHS)
 UPLOAD_PATHS = frozenset({FILES_PATH, *(one.path for one in DIALECTS if one.upload)})  # take files, too
 EXAMPLES: dict[str, dict[str, Any]] = {  # bodies by path and name
     **{
@@ -140,8 +140,7 @@ class Routes:
         optional = (document.EMBED,) if settings.max_document_pages else ()
         served = (*optional, *DIALECTS, *(rerank.RERANKING if settings.reranker else ()))
         self._document = to_json(openapi_document(served, settings, version, needs_key=needs_key))
-        self._dialects = by_path((document.EMBED, *DIALECTS))
-        self._reranking = by_path(rerank.RERANKING)
+        self._dialects = by_path((document.EMBED, *rerank.RERANKING, *DIALECTS))
         self._tokenizing = TokenThread(settings.request_timeout_s)
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/v1/models": self._models,
@@ -161,18 +160,19 @@ class Routes:
             "/docs.json": self._openapi,  # where BentoML has its own
         }
         post: dict[str, Callable[[Request], Awaitable[Response]]] = {
-            **{path: partial(self._embed, dialects) for path, dialects in self._dialects.items()},
-            **{path: partial(self._rerank, dialects) for path, dialects in self._reranking.items()},
+            **{path: partial(self._infer, dialects) for path, dialects in self._dialects.items()},
             **{route.path: partial(self._tokens, route) for route in tokens.ROUTES},
         }
-        self.other_names = {name: path for name, path in vertex_routes().items() if name not in {**get, **post}}
+        own_paths = {**get, **post}.keys() - {"/"}  # an operator may name even the root for Vertex AI
+        self.other_names = {name: path for name, path in vertex_routes().items() if name not in own_paths}
         get_routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
         post_routes = [Route(_any_model(path), endpoint, methods=["POST"]) for path, endpoint in post.items()]
         self._batches = Batches(settings, owner_of)
         # last, because its path takes any rest
         metadata = Route("/v2/models/{model:model}", self._page(kserve.model_metadata), methods=["GET"])
         playground = PlaygroundRoutes(self.bodies, lambda: self._serving.collection, self.scoring)
-        routes = [*get_routes, *post_routes, *self._batches.routes, *playground.routes, metadata]
+        root = Route("/", self._root, methods=["GET", "POST"])
+        routes = [root, *get_routes, *post_routes, *self._batches.routes, *playground.routes, metadata]
         self._router = Router(routes, redirect_slashes=False)
         self.over(not_found)
 
@@ -196,11 +196,10 @@ class Routes:
 
     async def _respond_to_line(self, path: str, fields: Mapping[str, Any]) -> bytes:
         """The body of a route's response to a line of a batch."""
-        is_scoring = path in self._reranking
-        model = self._served("reranker" if is_scoring else "embedder")
-        read = await self.bodies.parse(self._reranking[path] if is_scoring else self._dialects[path], fields)
-        read = read._replace(priority=max(read.priority, BATCH_PRIORITY))
-        outcomes = await (self._score_each(read.parsed, read.priority) if is_scoring else self._outcomes(read))
+        dialects = self._dialects[path]
+        model = self._served(dialects[0].role)
+        read = await self.bodies.parse(dialects, fields)
+        outcomes = await self._outcomes(read._replace(priority=max(read.priority, BATCH_PRIORITY)))
         response = await self._responses.write(read.dialect, read.parsed, outcomes, model)
         if isinstance(response, bytes):
             return response
@@ -211,7 +210,7 @@ class Routes:
             await self._default(scope, receive, send)
         elif scope["method"] == "POST" and scope["path"] in self._dialects:
             # Starlette's router would take a few percent longer
-            response = await self._embed(self._dialects[scope["path"]], Request(scope, receive))
+            response = await self._infer(self._dialects[scope["path"]], Request(scope, receive))
             await response(scope, receive, send)
         else:
             await self._others(scope, receive, send)
@@ -229,20 +228,24 @@ class Routes:
         outcomes = await unless_disconnected(score_rows(requests, self._score_each), receive)
         return json_response(scores_response(requests, outcomes))
 
-    async def _embed(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
+    async def _infer(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
         started_s = time.monotonic()
-        model = self._served("embedder")
+        if len({one.role for one in dialects}) == 1:  # else the body decides
+            self._served(dialects[0].role)
         read = await self.bodies.read(dialects, request)
         with InFormOf(read.dialect):
+            model = self._served(read.dialect.role)
             with traced_items() as traces:
                 outcomes = await unless_disconnected(self._outcomes(read), request.receive)
             response = await self._responses.write(read.dialect, read.parsed, outcomes, model)
-        headers = {**timing_headers(started_s, traces), **(self._cache_headers(outcomes) or {})}
-        return with_headers(response, headers)
+        cache = self._cache_headers(outcomes) if read.dialect.role == "embedder" else None
+        return with_headers(response, {**timing_headers(started_s, traces), **(cache or {})})
 
     async def _outcomes(self, read: ReadBody) -> Outcomes:
         parsed, engine = read.parsed, self._serving.engine
         outcomes: Outcomes
+        if isinstance(parsed, ScoringRequest):
+            return await self._score_each(parsed, read.priority)
         if isinstance(parsed, document.DocumentPagesRequest):
             regime = self._serving.preprocessor.vision.regime
             outcomes = await self._document_pages.embed(parsed, engine, regime, read.priority)
@@ -251,18 +254,6 @@ class Routes:
             outcomes = await embed_items(engine, parsed.items, self.settings.request_timeout_s, read.priority)
         _count_for_log(outcomes)
         return outcomes
-
-    async def _rerank(self, dialects: Sequence[Dialect[Any]], request: Request) -> Response:
-        started_s = time.monotonic()
-        self._served("reranker")
-        read = await self.bodies.read(dialects, request)
-        with InFormOf(read.dialect), traced_items() as traces:
-            response = await unless_disconnected(self._scores(read), request.receive)
-        return with_headers(response, timing_headers(started_s, traces))
-
-    async def _scores(self, read: ReadBody) -> bytes | Response:
-        outcomes = await self._score_each(read.parsed, read.priority)
-        return await self._responses.write(read.dialect, read.parsed, outcomes, self._served("reranker"))
 
     def scoring(self) -> Score:
         """The function that scores a request's documents. Raises `NotFound` if the service has no reranker."""
@@ -291,7 +282,7 @@ class Routes:
 
         return page
 
-    def _served(self, role: Literal["embedder", "reranker"]) -> ServedModel:
+    def _served(self, role: Role) -> ServedModel:
         """The model of a role. Raises `NotFound` if the service has none."""
         model = self._serving.reranker if role == "reranker" else self._serving.model
         if model is None:
@@ -315,6 +306,12 @@ class Routes:
             return None
         num_hits = sum(isinstance(outcome, Embedding) and outcome.is_cached for outcome in outcomes)
         return {"x-embedding-cache": f"hits={num_hits}"}
+
+    async def _root(self, request: Request) -> ASGIApp:
+        """The default's page; TEI's clients post to the same path."""
+        if request.method == "POST":
+            return await self._infer(self._dialects["/"], request)
+        return self._default
 
     async def _models(self, _: Request) -> Response:
         return json_response(openai_models.models_response(self._models_served(), self._serving.started_s))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import ClientDisconnect
 
 from embedder.errors import CLIENT_CLOSED_REQUEST, EmbedderError
+from embedder.telemetry.route_names import named_path
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -86,7 +87,7 @@ class MetricsMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        with _CountedRequest(self.metrics, scope["path"]) as request:
+        with _CountedRequest(self.metrics, named_path(scope)) as request:
 
             async def watch(message: Message) -> None:
                 if message["type"] == "http.response.start":

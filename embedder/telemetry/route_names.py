@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.types import Scope
 
 _PARAMETER = re.compile(r"\\\{\w+\\\}")  # `{model}`, after `re.escape`
+
+
+def named_path(scope: Scope) -> str:
+    """The path by which the name of a request is looked up: none for the page at `/`, unlike for `POST /`."""
+    return "" if scope["path"] == "/" and scope["method"] != "POST" else scope["path"]
 
 
 class RouteNames:
@@ -20,7 +29,7 @@ class RouteNames:
 
     def of(self, path: str) -> str | None:
         """The template of a path, with or without slashes at its end; None if there is none."""
-        path = path.rstrip("/")
+        path = path.rstrip("/") or path[:1]
         if path in self._fixed:
             return path
         return next((template for pattern, template in self._patterns if pattern.fullmatch(path)), None)

@@ -31,7 +31,7 @@ from opentelemetry.util.types import Attributes
 
 from embedder.engine.observer import ITEM_TRACES, ItemTrace
 from embedder.settings import trace_exporter_variable
-from embedder.telemetry.route_names import RouteNames
+from embedder.telemetry.route_names import RouteNames, named_path
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -84,7 +84,7 @@ class TracingMiddleware:
         if scope["type"] == "lifespan":
             await self._handle_lifespan(scope, receive, send)
             return
-        route = self.routes.of(scope["path"]) if scope["type"] == "http" else None
+        route = self.routes.of(named_path(scope)) if scope["type"] == "http" else None
         if route is None:
             await self.app(scope, receive, send)
             return

@@ -252,6 +252,7 @@ def test_errors_match_the_document(path: str, client: httpx.Client, document: di
         "/v1/multimodalembeddings": {"inputs": many},
         "/predict": {"instances": many},
         "/similarity": {"inputs": {"source_sentence": "a", "sentences": many}},
+        "/": {"inputs": many},
         "/tokenize": {"items": many},
         "/v2/models/{model}/infer": {"inputs": [{"name": "text", "shape": [2049], "datatype": "BYTES", "data": many}]},
         dashscope.PATH: {"input": {"contents": many}},

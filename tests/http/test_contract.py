@@ -47,8 +47,14 @@ CHECKS = [
 
 def check(case: schemathesis.Case, server: Server) -> None:
     checks = list(CHECKS)
-    if case.path == "/embed":  # answers 200 as long as one of its items is good
+    # `/embed` responds with 200 as long as one item is good. On the other paths of TEI, what is wrong in one
+    # format of the path may be right in another one. Ollama's take a body without anything to embed. Unknown fields that
+    # are null are ignored.
+    if case.path in ("/embed", "/", "/invocations", "/api/embed", "/api/embeddings"):
         checks.remove(negative_data_rejection)
+    if case.path == "/":  # the page for browsers at this path is not in the document
+        checks.remove(allow_header_conformance)
+        checks.remove(unsupported_method)
     case.call_and_validate(base_url=server.url, checks=checks, timeout=60)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Coroutine, Iterator
 from functools import partial
 from typing import Any
@@ -188,9 +189,7 @@ def test_other_protocols_pass_unchanged(kind: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-@pytest.mark.parametrize(
-    "path", ["/embed", "/v1/embeddings", "/embed_texts", "/metrics", "/", "/page/x", "/embed/", ""]
-)
+@pytest.mark.parametrize("path", ["/embed", "/v1/embeddings", "/embed_texts", "/metrics", "/page/x", "/embed/"])
 def test_body_without_a_key_is_dropped_and_does_not_reach_the_app(method: str, path: str) -> None:
     app, body = Echo(), iter(chunks(b"{}"))
     sent = call(app, body, path=path, method=method, api_key="one", headers=[(b"authorization", b"Bearer on")])
@@ -200,6 +199,15 @@ def test_body_without_a_key_is_dropped_and_does_not_reach_the_app(method: str, p
     assert (b"www-authenticate", b'Bearer error="invalid_token"') in sent[0]["headers"]
     assert app.calls == 0
     assert len(list(body)) == (0 if method == "POST" else 1)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("path", ["/", ""])
+def test_root_needs_a_key_too_and_says_so_in_the_form_of_tei(method: str, path: str) -> None:
+    app = Echo()
+    start, body = call(app, chunks(b"{}"), path=path, method=method, api_key="one")[:2]
+    assert (start["status"], app.calls) == (401, 0)
+    assert json.loads(body["body"])["error_type"] == "missing_api_key"
 
 
 @pytest.mark.parametrize("path", [*sorted(PROBES), "/page"])

@@ -10,6 +10,7 @@ import pytest
 from embedder.errors import InvalidRequest
 from embedder.http.accepted_fields import ACCEPTED
 from embedder.http.dialects import rerank
+from embedder.http.dialects.dialect import choose_dialect
 from embedder.http.dialects.local import ImageForm, ImageRequest, TextRequest
 from embedder.http.error_forms import error_form
 from embedder.http.openapi import error_meanings, openapi_document
@@ -125,7 +126,8 @@ def test_every_reference_exists() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES)
 def test_every_error_refers_to_the_services_or_openais_form(path: str) -> None:
-    bodies = {error_form(path).schema.__name__} | ({"PlainErrorResponse"} if path == "/embed" else set())
+    has_tei = path in ("/embed", "/invocations")
+    bodies = {error_form(path).schema.__name__} | ({"PlainErrorResponse"} if has_tei else set())
     responses = DOCUMENT["paths"][path]["post"]["responses"]
     assert set(responses) == {"200", *map(str, error_meanings())}
     for status in error_meanings():
@@ -149,8 +151,7 @@ def is_valid(path: str, body: Any) -> bool:
 def parse(path: str, body: Any, settings: Settings = Settings(max_items_per_request=7)) -> Any:  # noqa: B008
     """As the routes do: of several dialects on one path, the body's fields decide."""
     dialects = [one for one in DIALECTS if one.path == path]
-    dialect = next(one for one in dialects if one is dialects[-1] or one.given in body)
-    return dialect.parse(body, settings)
+    return choose_dialect(dialects, body).parse(body, settings)
 
 
 def test_every_post_route_is_described_with_examples_that_its_own_schema_allows() -> None:

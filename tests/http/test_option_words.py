@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from embedder.http.dialects import cohere, dashscope, embed, kserve, openai, pooling, rerank, tei, voyage
+from embedder.http.dialects import cohere, dashscope, embed, kserve, openai, pooling, rerank, tei, tei_rerank, voyage
 from embedder.http.dialects.dialect import Dialect
 from embedder.inputs.items import EXAMPLE_DATA_URI
 from embedder.settings import Settings
@@ -27,7 +27,7 @@ CASES: list[tuple[Dialect[Any], dict[str, Any], dict[str, Any]]] = [
     (voyage.MULTIMODAL, {"inputs": [{"content": [{"type": "TEXT", "text": "a"}]}]}, {"input_type": "QUERY"}),
     (kserve.INFER, {}, {"inputs": [{"name": "TEXT", "shape": [1], "datatype": "bytes", "data": ["a"]}]}),
     (rerank.RERANK, {"query": "a"}, {"documents": [{"content": [{"type": "TEXT", "text": "b"}]}]}),
-    (rerank.RERANK_TEI, {"query": "a", "texts": ["b"]}, {"truncation_direction": "LEFT", "truncate": True}),
+    (tei_rerank.RERANK_TEI, {"query": "a", "texts": ["b"]}, {"truncation_direction": "LEFT", "truncate": True}),
     (dashscope.MULTIMODAL, {"input": {"contents": [{"text": "a"}]}}, {"parameters": {"output_type": "DENSE"}}),
 ]
 

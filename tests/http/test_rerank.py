@@ -111,6 +111,9 @@ def test_body_with_texts_is_answered_as_by_tei(client: TestClient, scores: list[
     assert error["error"].startswith("item 0: ")
     assert post(client, "/rerank", {"query": 5, "texts": ["a"]}, 400)["error_type"] == "invalid_request"
     assert len(post(client, "/rerank", {**too_long, "truncate": True})) == 1
+    assert [post(client, path, body) for path in ("/", "/invocations")] == [results, results]
+    assert post(client, "/rerank", {**body, "top_n": 2}) == results[:2]
+    assert post(client, "/rerank", {**body, "top_n": 0}) == results
 
 
 def test_every_form_of_an_image_has_the_same_score(client: TestClient, reranker: Reranker) -> None:

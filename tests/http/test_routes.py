@@ -289,7 +289,7 @@ def other_ways(
         return found
     direction = "Left" if how == "start" else "Right"
     tei = {"inputs": value, "truncate": how != "none", "truncation_direction": direction, **size}
-    found["TEI"] = post("/embed", tei)
+    found |= {f"TEI {path}": post(path, tei) for path in ("/embed", "/", "/invocations")}
     if options.get("dimensions") != 0:  # infinity's clients send 0 for all dimensions
         found["infinity"] = post("/embeddings", {"input": value, "modality": kind, **options})
     if how != "start":
@@ -391,7 +391,8 @@ def test_matrix_has_every_path_that_embeds() -> None:
             if not way.startswith("bentoml"):
                 send()
     every = {(path, one.given) for path, dialects in paths.items() for one in dialects}
-    assert every - sent == {("/similarity", "")}  # responds with similarities
+    source = "inputs.source_sentence"  # the responses are similarities
+    assert every - sent == {(path, source) for path in ("/similarity", "/embed", "/", "/invocations")}
 
 
 def test_contents_that_fail_do_so_for_the_reason_in_their_name(library: Embedder) -> None:

@@ -20,7 +20,7 @@ def test_page_has_a_title_a_size_for_phones_and_a_link_to_the_playground(client:
     for part in ("<title>API · Qwen3-VL-Embedding</title>", 'name="viewport"', '<a href="playground">'):
         assert part in response.text
     assert client.head("/").status_code == 200
-    assert client.post("/", json={}).status_code == 405
+    assert client.put("/", json={}).status_code == 405
     assert "googletagmanager" not in response.text
 
 

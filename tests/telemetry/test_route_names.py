@@ -29,7 +29,7 @@ INFER = "/v2/models/{model}/infer"
         ("/v2/models//infer", None),
         ("/v2/models/any", None),
         ("/txt/embed/x", None),
-        ("/", None),
+        ("/", "/"),
         ("", None),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel
 from starlette.responses import Response
@@ -44,6 +44,7 @@ class ParsedRequest(Protocol):
 
 Parsed = TypeVar("Parsed", bound=ParsedRequest)
 Outcomes = Sequence[Outcome]
+Role = Literal["embedder", "reranker"]
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,14 @@ class Upload(Generic[Parsed]):
 
 @dataclass(frozen=True)
 class Dialect(Generic[Parsed]):
-    """A route that embeds, in the format of one family of clients.
+    """A route that embeds or, with the role `reranker`, scores documents, in the format of one family of clients.
 
     `parse` turns a body into items, and raises `InvalidRequest`. `respond` turns their outcomes, in order, into a
     response body, or a whole response. Unless `fails_per_item`, the first item that fails fails the request, and
     `respond` gets embeddings only. `request`, `response` and `examples` (bodies by name, each answered with 200) are
-    for the OpenAPI document. Of dialects with the same path, the one whose field `given` the body has is used; then
-    `errors` is the form of its errors, which otherwise the path decides. With `upload` it also takes files.
+    for the OpenAPI document. Of dialects with the same path, the one whose field `given` the body has is used (`a.b`:
+    field b of the object a); then `errors` is the form of its errors, which otherwise the path decides. With `upload`
+    it also takes files.
     """
 
     path: str
@@ -82,6 +84,7 @@ class Dialect(Generic[Parsed]):
     given: str = ""
     errors: ErrorForm | None = None
     upload: Upload[Parsed] | None = None
+    role: Role = "embedder"
 
 
 @dataclass(frozen=True)
@@ -106,4 +109,11 @@ def by_path(dialects: Sequence[Dialect[Any]]) -> dict[str, list[Dialect[Any]]]:
 
 def choose_dialect(dialects: Sequence[Dialect[Any]], fields: Mapping[str, Any]) -> Dialect[Any]:
     """Of dialects with the same path, the first whose field `given` the body has; else the last."""
-    return next((one for one in dialects if fields.get(one.given) is not None), dialects[-1])
+    return next((one for one in dialects if _has(fields, one.given)), dialects[-1])
+
+
+def _has(fields: Mapping[str, Any], given: str) -> bool:
+    value: Any = fields
+    for name in given.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value is not None

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import AliasChoices, Field, StrictBool, StrictInt
 
+from embedder.http.dialects import tei_rerank
 from embedder.http.dialects.dialect import Dialect
 from embedder.http.dialects.rerank_response import RerankResponse, relevance_response, rerank_response
 from embedder.http.dialects.score import SCORE
@@ -21,7 +22,6 @@ from embedder.http.dialects.scoring import (
     list_documents,
     query_item,
 )
-from embedder.http.dialects.tei_rerank import RERANK_TEI
 from embedder.http.request_body import check_item_count, validate_body
 from embedder.inputs.items import EXAMPLE_DATA_URI
 from embedder.settings import Settings
@@ -91,6 +91,7 @@ RERANK = Dialect(
         "one bad document": {"query": "red", "documents": ["red", {"image": "not a picture"}]},
     },
     fails_per_item=True,
+    role="reranker",
 )
 
 
@@ -106,6 +107,7 @@ RERANK_V1 = Dialect(
         "parts": {"query": {"content": _PARTS}, "documents": [{"content": _PARTS}, "blue"]},
     },
     fails_per_item=True,
+    role="reranker",
 )
 
 
@@ -118,7 +120,8 @@ RERANK_V2 = Dialect(
     relevance_response,
     examples={"texts": {"model": "any", "query": "red", "documents": ["red", "blue"], "max_tokens_per_doc": 4096}},
     fails_per_item=True,
+    role="reranker",
 )
 
 
-RERANKING: tuple[Dialect[Any], ...] = (RERANK_TEI, RERANK, RERANK_V1, RERANK_V2, SCORE)
+RERANKING: tuple[Dialect[Any], ...] = (*tei_rerank.SHARED, RERANK, RERANK_V1, RERANK_V2, SCORE)

@@ -77,4 +77,5 @@ SCORE = Dialect(
     score_response,
     examples={"texts": {"text_1": "red", "text_2": ["red", "blue"]}},
     fails_per_item=True,
+    role="reranker",
 )

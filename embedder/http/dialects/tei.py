@@ -1,13 +1,14 @@
 """The routes of text-embeddings-inference: `POST /embed` with `inputs`, and `POST /similarity`.
 
-`/embed` is also this service's own route: a body with `inputs` is TEI's, one with `items` is ours. `/tokenize` and
-`/decode` are in `tokens`; the fields of `/info` are added to this service's own.
+Its clients also send both bodies to `POST /`, the root of a base URL, and to `/invocations`. `/embed` is also this
+service's own route: a body with `inputs` is TEI's, one with `items` is ours. `/tokenize` and `/decode` are in `tokens`;
+the fields of `/info` are added to this service's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field, RootModel, StrictBool
@@ -56,6 +57,8 @@ class TeiEmbedRequest(TeiOptions):
     inputs: str | NonEmptyList[str] = Field(description="Texts, or data URIs of images or videos.")
     normalize: StrictBool = Field(True, description="Divide the vector by its L2 norm.")
     dimensions: AnyDimensions = Field(None, description="Matryoshka size.")
+    encoding_format: Literal["float"] | None = Field(None, description="Hugging Face's client has it; only float.")
+    options: dict[str, Any] | None = Field(None, description="No effect. Weaviate's, of Hugging Face's own service.")
 
 
 class TeiEmbedResponse(RootModel[list[list[float]]]):
@@ -74,6 +77,7 @@ class SimilarityRequest(RequestBody):
 
     inputs: Sentences
     parameters: TeiOptions | None = None
+    options: dict[str, Any] | None = Field(None, description="No effect.")
 
 
 class SimilarityResponse(RootModel[list[float]]):
@@ -150,5 +154,11 @@ SIMILARITY = Dialect(
     SimilarityResponse,
     parse_similarity,
     similarity_response,
-    examples={"texts": {"inputs": {"source_sentence": "red", "sentences": ["crimson", "a dog"]}}},
+    examples={"TEI: similarity": {"inputs": {"source_sentence": "red", "sentences": ["crimson", "a dog"]}}},
+    given="inputs.source_sentence",
+    errors=PLAIN,
+)
+# In an order in which the first whose field a body has is the right one.
+SHARED = tuple(
+    replace(dialect, path=path) for path in ("/embed", "/", "/invocations") for dialect in (SIMILARITY, EMBED)
 )

@@ -1,11 +1,12 @@
-"""The body of text-embeddings-inference's clients on `POST /rerank`: one with `texts`."""
+"""The body of text-embeddings-inference's clients on `POST /rerank`, `/` and `/invocations`: one with `texts`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from pydantic import BaseModel, Field, RootModel, StrictBool
+from pydantic import BaseModel, Field, RootModel, StrictBool, StrictInt
 
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
 from embedder.http.dialects.scoring import ScoringRequest, best_results, document_item, query_item, raise_first_error
@@ -24,6 +25,7 @@ class TEIRerankRequest(RequestBody):
     return_text: StrictBool = False
     truncate: StrictBool = False
     truncation_direction: str = Field("Right", pattern="(?i)^(right|left)$")
+    top_n: StrictInt | None = Field(None, ge=0, description="LiteLLM's: results returned; 0 or absent: all.")
 
 
 class TEIRerankResult(BaseModel):
@@ -48,6 +50,7 @@ def parse_tei(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringReq
         query_item({"text": request.query}, None, len(request.texts), None),
         tuple(document_item({"text": text}, truncate) for text in request.texts),
         request.texts if request.return_text else (),
+        top_n=request.top_n or None,
         raw_scores=request.raw_scores,
     )
 
@@ -73,4 +76,6 @@ RERANK_TEI = Dialect(
     errors=PLAIN,
     fails_per_item=True,
     given="texts",
+    role="reranker",
 )
+SHARED = tuple(replace(RERANK_TEI, path=path) for path in ("/rerank", "/", "/invocations"))
