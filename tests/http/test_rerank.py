@@ -88,6 +88,35 @@ def test_routes_give_the_scores_of_the_library(path: str, name: str, client: Tes
     assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] > 100
 
 
+def test_rerank_has_the_score_under_the_name_of_vllm_and_infinity_too(client: TestClient) -> None:
+    body = post(client, "/rerank", {"query": "a green car", "documents": TEXTS})
+    assert body["id"].startswith("rerank-")
+    assert all(one["relevance_score"] == one["score"] for one in body["results"])
+
+
+def test_v1_response_has_what_voyages_client_reads(client: TestClient) -> None:
+    body = {"model": "any", "query": "a green car", "documents": [*TEXTS, {"text": "blue"}], "truncation": True}
+    response = post(client, "/v1/rerank", {**body, "top_k": None})
+    assert response["object"] == "list"
+    assert response["data"] == response["results"]
+    assert len(response["data"]) == 4
+    two = post(client, "/v1/rerank", {**body, "top_k": 2, "return_documents": True})
+    assert [one["index"] for one in two["data"]] == [one["index"] for one in response["data"][:2]]
+    assert all(one["document"] == body["documents"][one["index"]] for one in two["data"] if one["index"] < 3)
+    assert "data" not in post(client, "/v2/rerank", {"query": "a green car", "documents": TEXTS})
+
+
+def test_document_that_fails_fails_a_request_of_voyages_client(client: TestClient) -> None:
+    documents = ["red", words(9000)]
+    body = {"query": "red", "documents": documents}
+    assert len(post(client, "/v1/rerank", {**body, "truncation": True})["data"]) == 2
+    error = post(client, "/v1/rerank", {**body, "truncation": False}, 400)["error"]
+    assert (error["code"], error["param"]) == ("input_too_long", "input[1]")
+    assert [one["index"] for one in post(client, "/v1/rerank", {**body, "truncate": False})["errors"]] == [1]
+    empty = post(client, "/v1/rerank", {"query": "red", "documents": ["red", ""], "truncation": True}, 400)
+    assert empty["error"]["message"].startswith("item 1: text is empty")
+
+
 def test_score_route_keeps_the_order_of_the_documents(client: TestClient, scores: list[float]) -> None:
     body = post(client, "/score", {"text_1": ["a green car"], "text_2": TEXTS})
     assert [one["score"] for one in body["data"]] == pytest.approx(scores, abs=1e-6)

@@ -1,4 +1,4 @@
-"""The routes that rank documents: `/rerank`, and `/v1/rerank` and `/v2/rerank` of Cohere's, Jina's and vLLM's clients.
+"""The routes that rank documents: `/rerank`, `/v1/rerank` (Jina's, vLLM's and Voyage's) and `/v2/rerank` (Cohere's).
 
 Query and documents are texts, or items as on `/embed`. On `/rerank`, a body with `texts` is TEI's (`tei_rerank`).
 """
@@ -13,7 +13,13 @@ from pydantic import AliasChoices, Field, StrictBool, StrictInt
 
 from embedder.http.dialects import tei_rerank
 from embedder.http.dialects.dialect import Dialect
-from embedder.http.dialects.rerank_response import RerankResponse, relevance_response, rerank_response
+from embedder.http.dialects.rerank_response import (
+    RerankResponse,
+    RerankV1Response,
+    relevance_response,
+    rerank_response,
+    v1_response,
+)
 from embedder.http.dialects.score import SCORE
 from embedder.http.dialects.scoring import (
     ScoringRequest,
@@ -43,7 +49,7 @@ class ScoringFields(TruncateOption):
 
 
 class RerankRequest(ScoringFields):
-    """Body of `POST /rerank`, `/v1/rerank` and `/v2/rerank`."""
+    """Body of `POST /rerank` and `/v2/rerank`."""
 
     top_n: StrictInt | None = Field(
         None, ge=0, validation_alias=AliasChoices("top_n", "top_k"), description="Results returned; 0 or absent: all."
@@ -51,9 +57,30 @@ class RerankRequest(ScoringFields):
     return_documents: StrictBool = Field(False, description="Repeat each document in its result.")
 
 
+class RerankV1Request(RerankRequest):
+    """Body of `POST /v1/rerank`."""
+
+    truncation: StrictBool | None = Field(
+        None,
+        description="Voyage's: the same as `truncate`. In a request with this field, a document that fails, fails the "
+        "request, because Voyage's clients read no errors of documents.",
+    )
+
+
+def parse_v1(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringRequest:
+    """Body of `/v1/rerank` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
+    request = validate_body(RerankV1Request, body)
+    if request.truncation is not None:
+        request = request.model_copy(update={"truncate": request.truncate and request.truncation})
+    return replace(_parse(request, settings), fails_whole=request.truncation is not None)
+
+
 def parse_documents(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringRequest:
-    """Body of `/rerank`, `/v1/rerank` and `/v2/rerank` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
-    request = validate_body(RerankRequest, body)
+    """Body of `/rerank` and `/v2/rerank` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
+    return _parse(validate_body(RerankRequest, body), settings)
+
+
+def _parse(request: RerankRequest, settings: Settings) -> ScoringRequest:
     parsed = parse_scoring(request, settings)
     documents = list_documents(request.documents)[0] if request.return_documents else ()
     return replace(parsed, documents=documents, top_n=request.top_n or None)
@@ -97,14 +124,15 @@ RERANK = Dialect(
 
 RERANK_V1 = Dialect(
     "/v1/rerank",
-    "Score documents against a query, in the format of Jina's and vLLM's clients",
-    RerankRequest,
-    RerankResponse,
-    parse_documents,
-    relevance_response,
+    "Score documents against a query, in the format of Jina's, vLLM's and Voyage's clients",
+    RerankV1Request,
+    RerankV1Response,
+    parse_v1,
+    v1_response,
     examples={
         "texts": {"model": "any", "query": "red", "documents": ["red", "blue"], "top_n": 1},
         "parts": {"query": {"content": _PARTS}, "documents": [{"content": _PARTS}, "blue"]},
+        "Voyage: texts": {"model": "any", "query": "red", "documents": ["red", "blue"], "top_k": 1, "truncation": True},
     },
     fails_per_item=True,
     role="reranker",

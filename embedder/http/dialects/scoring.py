@@ -34,6 +34,7 @@ class ScoringRequest:
     items: tuple[EmbeddingItem | EmbedderError, ...]
     documents: Sequence[Any] = ()  # as they were sent, if the response repeats them
     top_n: int | None = None
+    fails_whole: bool = False  # whether a document that fails fails the request
     raw_scores: bool = False
     warnings: tuple[str, ...] = ()
 
@@ -96,14 +97,14 @@ def _item(value: Any, truncate: str = "end") -> EmbeddingItem:
     return part_of_pair(item_from_fields({"truncate": truncate, **without_nulls(fields)}))
 
 
-def best_results(request: ScoringRequest, outcomes: Outcomes, name: str) -> list[dict[str, Any]]:
-    """The scored documents, the best first, at most `top_n`."""
+def best_results(request: ScoringRequest, outcomes: Outcomes, *names: str) -> list[dict[str, Any]]:
+    """The scored documents, the best first, at most `top_n`. `names`: what the field of the score is called."""
     scored = [(index, one) for index, one in enumerate(outcomes) if isinstance(one, Embedding)]
     scores = [score_of(one, raw=request.raw_scores) for _, one in scored]
     results = []
     for place in best_first(scores)[: request.top_n]:
         index = scored[place][0]
-        result: dict[str, Any] = {"index": index, name: scores[place]}
+        result: dict[str, Any] = {"index": index, **dict.fromkeys(names, scores[place])}
         if request.documents:
             document = request.documents[index]
             result["document"] = {"text": document} if isinstance(document, str) else document
