@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,23 @@ def test_only_the_services_limit_can_be_asked_for_with_vllms_option(
     assert {**plain, "id": ""} == {**with_limit, "id": ""}
     error = post(client, path, {**fields, "truncate_prompt_tokens": 10}, 400)["error"]
     assert "truncate_prompt_tokens: got 10 (a number); input should be -1" in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/score"])
+def test_vllms_option_turns_probabilities_into_log_odds(path: str, client: TestClient, scores: list[float]) -> None:
+    fields = {"text_1" if path == "/score" else "query": "a green car"}
+    fields |= {"text_2" if path == "/score" else "documents": TEXTS}
+
+    def by_index(**options: Any) -> list[float]:
+        body = post(client, path, {**fields, **options})
+        results = sorted(body.get("results") or body["data"], key=lambda one: one["index"])
+        return [one.get("relevance_score", one.get("score")) for one in results]
+
+    for value in (None, True):
+        assert by_index(use_activation=value) == pytest.approx(scores, abs=1e-6)
+    log_odds = [math.log(score / (1 - score)) for score in scores]
+    for name in ("use_activation", "activation", "softmax"):  # of newer and of older versions
+        assert by_index(**{name: False}) == pytest.approx(log_odds, abs=1e-4)
 
 
 @pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/score"])

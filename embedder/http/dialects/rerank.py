@@ -23,7 +23,7 @@ from embedder.http.dialects.rerank_response import (
 from embedder.http.dialects.score import SCORE
 from embedder.http.dialects.scoring import (
     ScoringRequest,
-    TruncateOption,
+    VllmScoringOptions,
     document_item,
     list_documents,
     query_item,
@@ -33,7 +33,7 @@ from embedder.inputs.items import EXAMPLE_DATA_URI
 from embedder.settings import Settings
 
 
-class ScoringFields(TruncateOption):
+class ScoringFields(VllmScoringOptions):
     """A query, its documents, and how to score them."""
 
     query: Any = Field(description="A text, or an item with text, image, video or content.")
@@ -94,7 +94,7 @@ def parse_scoring(request: ScoringFields, settings: Settings) -> ScoringRequest:
     return ScoringRequest(
         query_item(request.query, request.instruction, len(documents), request.max_tokens_per_doc),
         tuple(document_item(value, truncate) for value in documents),
-        raw_scores=request.raw_scores,
+        raw_scores=request.raw_scores or request.use_activation is False,
         warnings=warnings,
     )
 

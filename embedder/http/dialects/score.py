@@ -13,7 +13,7 @@ from embedder.errors import InvalidRequest
 from embedder.http.dialects.dialect import Dialect, Outcomes, ServedModel
 from embedder.http.dialects.scoring import (
     ScoringRequest,
-    TruncateOption,
+    VllmScoringOptions,
     document_item,
     list_documents,
     query_item,
@@ -25,7 +25,7 @@ from embedder.http.response import Usage, to_json, usage_fields
 from embedder.settings import Settings
 
 
-class ScoreRequest(TruncateOption):
+class ScoreRequest(VllmScoringOptions):
     """Body of `POST /score`: one query and one or more documents, in the format of vLLM's clients."""
 
     query: Any = Field(validation_alias=AliasChoices("queries", "data_1", "text_1", "query"))
@@ -56,14 +56,21 @@ def parse_score(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringR
     documents, _ = list_documents(request.documents)
     check_item_count(len(documents), settings)
     items = tuple(document_item(value, "end") for value in documents)
-    return ScoringRequest(query_item(query, request.instruction, len(documents), None), items)
+    return ScoringRequest(
+        query_item(query, request.instruction, len(documents), None),
+        items,
+        raw_scores=request.use_activation is False,
+    )
 
 
 def score_response(request: ScoringRequest, outcomes: Outcomes, model: ServedModel) -> bytes:
     """Outcomes -> response body of `/score`, in the order of the documents. Raises the first error."""
     raise_first_error(outcomes)
     scored = {index: one for index, one in enumerate(outcomes) if isinstance(one, Embedding)}
-    scores = [{"index": index, "object": "score", "score": score_of(one, raw=False)} for index, one in scored.items()]
+    scores = [
+        {"index": index, "object": "score", "score": score_of(one, raw=request.raw_scores)}
+        for index, one in scored.items()
+    ]
     head = {"id": f"score-{uuid.uuid4()}", "object": "list", "model": model.name}
     return to_json({**head, "data": scores, **usage_fields(scored, model.max_input_tokens)})
 

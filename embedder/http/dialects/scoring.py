@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field, StrictBool
 
 from embedder.engine.postprocess import Embedding
 from embedder.engine.ranking import best_first, sigmoid
@@ -18,9 +18,14 @@ from embedder.inputs.items import EmbeddingItem, describe_value, item_from_field
 from embedder.inputs.pairs import Query, part_of_pair
 
 
-class TruncateOption(RequestBody):
-    """vLLM's option of the routes that rank and score."""
+class VllmScoringOptions(RequestBody):
+    """vLLM's options of the routes that rank and score."""
 
+    use_activation: StrictBool | None = Field(
+        None,
+        validation_alias=AliasChoices("use_activation", "activation", "softmax"),
+        description="False: log-odds instead of probabilities.",
+    )
     truncate_prompt_tokens: Literal[-1] | None = Field(
         None, description="Text over the service's limit is cut; to cut more, use `max_tokens_per_doc`."
     )
