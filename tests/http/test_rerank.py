@@ -172,6 +172,29 @@ def test_options_of_a_request(client: TestClient, reranker: Reranker) -> None:
         check(post(client, "/rerank", {**body, "top_n": None, name: "Find cars."})["results"], "score", expected)
 
 
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
+def test_named_fields_of_documents_are_read_as_one_text_in_their_order(
+    path: str, client: TestClient, reranker: Reranker
+) -> None:
+    documents = [{"title": "A bee", "text": "on a flower.", "year": 2026}, "red", {"text": "blue", "title": None}]
+    fields = {"rank_fields": ["title", "text"], "max_chunks_per_doc": 10, "return_documents": True}
+    results = post(client, path, {"query": "a green car", "documents": documents, **fields})["results"]
+    expected = reranker.score("a green car", ["A bee\non a flower.", "red", "blue"])
+    check(results, "relevance_score", expected)
+    assert {one["index"]: one["document"] for one in results}[0] == documents[0]
+
+
+def test_document_without_text_in_the_named_fields_says_so(client: TestClient) -> None:
+    documents = ["red", {"year": 2026}, {"title": 5}]
+    body = post(client, "/v2/rerank", {"query": "red", "documents": documents, "rank_fields": ["title"]})
+    assert [(one["index"], one["message"]) for one in body["errors"]] == [
+        (1, "got an object without the fields that rank_fields names; allowed: at least one of them"),
+        (2, "title: got 5 (a number); allowed: a text, because rank_fields names it"),
+    ]
+    empty = post(client, "/v2/rerank", {"query": "red", "documents": documents, "rank_fields": []}, 400)["error"]
+    assert empty["message"] == "rank_fields: got an empty list; allowed: at least one item"
+
+
 @pytest.mark.parametrize(
     ("path", "fields"),
     [

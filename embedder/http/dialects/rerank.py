@@ -5,7 +5,7 @@ Query and documents are texts, or items as on `/embed`. On `/rerank`, a body wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from embedder.http.dialects.scoring import (
     list_documents,
     query_item,
 )
-from embedder.http.request_body import check_item_count, validate_body
+from embedder.http.request_body import NonEmptyList, check_item_count, validate_body
 from embedder.inputs.items import EXAMPLE_DATA_URI
 from embedder.settings import Settings
 
@@ -55,6 +55,10 @@ class RerankRequest(ScoringFields):
         None, ge=0, validation_alias=AliasChoices("top_n", "top_k"), description="Results returned; 0 or absent: all."
     )
     return_documents: StrictBool = Field(False, description="Repeat each document in its result.")
+    rank_fields: NonEmptyList[str] | None = Field(
+        None, description="Cohere's: which fields of documents that are objects are read, as one text, in this order."
+    )
+    max_chunks_per_doc: StrictInt | None = Field(None, description="Cohere's. No effect: documents are not divided.")
 
 
 class RerankV1Request(RerankRequest):
@@ -81,19 +85,24 @@ def parse_documents(body: bytes | Mapping[str, Any], settings: Settings) -> Scor
 
 
 def _parse(request: RerankRequest, settings: Settings) -> ScoringRequest:
-    parsed = parse_scoring(request, settings)
+    parsed = parse_scoring(request, settings, request.rank_fields)
     documents = list_documents(request.documents)[0] if request.return_documents else ()
     return replace(parsed, documents=documents, top_n=request.top_n or None)
 
 
-def parse_scoring(request: ScoringFields, settings: Settings) -> ScoringRequest:
-    """The query and the documents. Raises `InvalidRequest` and `RequestTooLarge`."""
+def parse_scoring(
+    request: ScoringFields, settings: Settings, rank_fields: Sequence[str] | None = None
+) -> ScoringRequest:
+    """The query and the documents. Raises `InvalidRequest` and `RequestTooLarge`.
+
+    `rank_fields`: fields of documents that are objects, of which only these are read.
+    """
     documents, warnings = list_documents(request.documents)
     check_item_count(len(documents), settings)
     truncate = "end" if request.truncate else "none"
     return ScoringRequest(
         query_item(request.query, request.instruction, len(documents), request.max_tokens_per_doc),
-        tuple(document_item(value, truncate) for value in documents),
+        tuple(document_item(value, truncate, rank_fields) for value in documents),
         raw_scores=request.raw_scores or request.use_activation is False,
         warnings=warnings,
     )

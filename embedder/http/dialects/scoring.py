@@ -74,12 +74,25 @@ def query_item(value: Any, instruction: str | None, num_documents: int, max_docu
         return Query(item.parts, instruction, num_documents=num_documents, max_document_tokens=max_document_tokens)
 
 
-def document_item(value: Any, truncate: str) -> EmbeddingItem | EmbedderError:
-    """The document, or what is wrong with it."""
+def document_item(value: Any, truncate: str, rank_fields: Sequence[str] | None = None) -> EmbeddingItem | EmbedderError:
+    """The document, or what is wrong with it. With `rank_fields`, an object is read as the text of these fields."""
     try:
+        if rank_fields and isinstance(value, Mapping):
+            value = {"text": _text_of_fields(value, rank_fields)}
         return _item(value, truncate)
     except ITEM_ERRORS as error:
         return without_traceback(error)
+
+
+def _text_of_fields(document: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The texts of the named fields in the order of `names`, one per line. Raises `InvalidRequest`."""
+    found = {name: document[name] for name in names if document.get(name) is not None}
+    for name, value in found.items():
+        if not isinstance(value, str):
+            raise InvalidRequest(f"{name}: got {describe_value(value)}; allowed: a text, because rank_fields names it")
+    if not found:
+        raise InvalidRequest("got an object without the fields that rank_fields names; allowed: at least one of them")
+    return "\n".join(found.values())
 
 
 def _item(value: Any, truncate: str = "end") -> EmbeddingItem:
