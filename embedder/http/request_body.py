@@ -13,6 +13,7 @@ import orjson
 from pydantic import (
     AliasChoices,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -37,6 +38,11 @@ from embedder.settings import Settings
 EncodingFormat = Literal["float", "base64"]
 # Accepts any type: the engine's check names the range of this model, whatever was sent.
 AnyDimensions = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})]
+SizeOrZero = Annotated[  # `dimensions` of clients that send 0 unless their caller gives a size
+    Any,
+    BeforeValidator(lambda value: None if type(value) is int and value == 0 else value),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}]}),
+]
 _Entry = TypeVar("_Entry")
 _Parsed = TypeVar("_Parsed")
 _Location = tuple[int | str, ...]

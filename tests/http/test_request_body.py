@@ -37,7 +37,7 @@ INFER = "/v2/models/{model}/infer"
         ("/txt/embed", {"text": "red"}, "unknown field: text (did you mean input?)"),
         ("/img/embed", {"image": "abc"}, "unknown field: image (did you mean input?)"),
         ("/embed", {"text": "red"}, "unknown field: text (did you mean items?)"),
-        ("/api/embed", {"text": "red"}, "unknown field: text (did you mean input?)"),
+        ("/api/embed", {"text": "red"}, "unknown field: text"),
         ("/txt/embed", {"text": "red", "size": 3}, "unknown fields: text, size; missing: input"),
         ("/txt/embed", {"input": "red", "dimesions": 64}, "unknown field: dimesions (did you mean dimensions?)"),
         ("/txt/embed", {"input": 5}, "input: got 5 (a number); allowed: a string or a list of strings"),

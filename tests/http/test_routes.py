@@ -290,11 +290,11 @@ def other_ways(
     direction = "Left" if how == "start" else "Right"
     tei = {"inputs": value, "truncate": how != "none", "truncation_direction": direction, **size}
     found |= {f"TEI {path}": post(path, tei) for path in ("/embed", "/", "/invocations")}
-    if options.get("dimensions") != 0:  # infinity's clients send 0 for all dimensions
+    if options.get("dimensions") != 0:  # 0 means all dimensions to the clients of infinity and Ollama
         found["infinity"] = post("/embeddings", {"input": value, "modality": kind, **options})
-    if how != "start":
-        found["Ollama"] = post("/api/embed", {"model": "any", "input": [value], "truncate": how != "none", **size})
-    if not options:
+        if how != "start":
+            found["Ollama"] = post("/api/embed", {"model": "any", "input": [value], "truncate": how != "none", **size})
+    if not options and value:  # Ollama's clients send an empty prompt to load the model
         found["Ollama, old"] = post("/api/embeddings", {"model": "any", "prompt": value})
     return found
 

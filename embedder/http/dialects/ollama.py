@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, StrictBool
 
@@ -13,9 +13,8 @@ from embedder.engine.postprocess import Embedding
 from embedder.http.dialects.dialect import Dialect, ServedModel
 from embedder.http.dialects.messages import item_from_string
 from embedder.http.request_body import (
-    AnyDimensions,
-    NonEmptyList,
     RequestBody,
+    SizeOrZero,
     check_item_count,
     parse_each,
     validate_body,
@@ -28,9 +27,11 @@ from embedder.settings import Settings
 class OllamaEmbedRequest(RequestBody):
     """Body of `POST /api/embed`."""
 
-    input: str | NonEmptyList[str] = Field(description="Texts, or data URIs of images or videos.")
+    input: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        None, description="Texts, or data URIs of images or videos. None of them, or an empty text: no vectors."
+    )
     truncate: StrictBool = Field(True, description="Cut a text over the limit; false: refuse it.")
-    dimensions: AnyDimensions = Field(None, description="Matryoshka size.")
+    dimensions: SizeOrZero = Field(None, description="Matryoshka size; 0: all values.")
     options: dict[str, Any] | None = Field(None, description="No effect: options of text generation and of loading.")
 
 
@@ -47,7 +48,9 @@ class OllamaEmbedResponse(BaseModel):
 class OllamaPromptRequest(RequestBody):
     """Body of `POST /api/embeddings`."""
 
-    prompt: str = Field(description="A text, or the data URI of an image or video.")
+    prompt: str | None = Field(
+        None, description="A text, or the data URI of an image or video. An empty text, or none: an empty vector."
+    )
     options: dict[str, Any] | None = Field(None, description="No effect.")
 
 
@@ -67,7 +70,13 @@ class OllamaRequest:
 def parse_embed(body: bytes | Mapping[str, Any], settings: Settings) -> OllamaRequest:
     """Body of `/api/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(OllamaEmbedRequest, body)
-    inputs = request.input if isinstance(request.input, list) else [request.input]
+    match request.input:
+        case list():
+            inputs = request.input
+        case None | "":
+            inputs = []  # Ollama's clients load the model so
+        case _:
+            inputs = [request.input]
     check_item_count(len(inputs), settings)
     options = {"dimensions": request.dimensions, "truncate": "end" if request.truncate else "none"}
     return OllamaRequest(parse_each(inputs, lambda text: item_from_fields({**options, **item_from_string(text)})))
@@ -76,7 +85,7 @@ def parse_embed(body: bytes | Mapping[str, Any], settings: Settings) -> OllamaRe
 def parse_prompt(body: bytes | Mapping[str, Any], settings: Settings) -> OllamaRequest:
     """Body of `/api/embeddings` -> request. Raises `InvalidRequest`."""
     request = validate_body(OllamaPromptRequest, body)
-    return OllamaRequest((item_from_fields(item_from_string(request.prompt)),))
+    return OllamaRequest((item_from_fields(item_from_string(request.prompt)),) if request.prompt else ())
 
 
 def embed_response(_: OllamaRequest, embeddings: Sequence[Embedding], model: ServedModel) -> bytes:
@@ -94,7 +103,7 @@ def embed_response(_: OllamaRequest, embeddings: Sequence[Embedding], model: Ser
 
 def prompt_response(_: OllamaRequest, embeddings: Sequence[Embedding], __: ServedModel) -> bytes:
     """Embeddings -> body of `/api/embeddings`."""
-    return to_json({"embedding": embeddings[0].vector})
+    return to_json({"embedding": embeddings[0].vector if embeddings else []})
 
 
 def tags(model: ServedModel) -> dict[str, Any]:
