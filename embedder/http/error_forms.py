@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, Field
 
 from embedder.errors import EmbedderError, Overloaded
-from embedder.http.response import ErrorResponse, error_body, to_json
+from embedder.http.response import ErrorResponse, error_body, error_fields, to_json
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,21 @@ class OpenAIError(BaseModel):
     code: str
 
 
-class OpenAIErrorResponse(BaseModel):
+class RepeatedMessage(BaseModel):
+    """The message at the top of the body, where clients look for it that raise and retry by it."""
+
+    detail: str = Field(description="The error's message, for clients of Voyage and Jina.")
+    message: str = Field(description="The error's message, for clients of Cohere.")
+
+
+class OpenAIErrorResponse(RepeatedMessage):
     """Body of a response with an error status, on the routes of OpenAI's and vLLM's clients."""
 
     error: OpenAIError
+
+
+class CohereErrorResponse(RepeatedMessage, ErrorResponse):
+    """Body of a response with an error status, on Cohere's routes."""
 
 
 class PlainErrorResponse(BaseModel):
@@ -61,10 +72,16 @@ def openai_error_body(error: EmbedderError) -> bytes:
     if error.type == "invalid_request":
         kind = "invalid_request_error"
     param = None if error.item is None else f"input[{error.item}]"
-    return to_json({"error": {"message": str(error), "type": kind, "param": param, "code": error.code}})
+    fields = {"message": str(error), "type": kind, "param": param, "code": error.code}
+    return to_json({"error": fields, **_repeated(error)})
+
+
+def _repeated(error: EmbedderError) -> dict[str, str]:
+    return {"detail": str(error), "message": str(error)}
 
 
 NATIVE = ErrorForm(ErrorResponse, error_body)
+COHERE = ErrorForm(CohereErrorResponse, lambda error: to_json({**error_fields(error), **_repeated(error)}))
 OPENAI = ErrorForm(OpenAIErrorResponse, openai_error_body)
 PLAIN = ErrorForm(PlainErrorResponse, lambda error: to_json({"error": str(error), "error_type": error.code}))
 VOYAGE = ErrorForm(DetailResponse, lambda error: to_json({"detail": str(error), "code": error.code}))
@@ -73,6 +90,7 @@ DASHSCOPE = ErrorForm(DashScopeErrorResponse, lambda error: to_json({"code": err
 _BY_PREFIX = {  # the first that matches counts
     "/v1/multimodalembeddings": VOYAGE,
     "/v1/": OPENAI,
+    **dict.fromkeys(("/v2/embed", "/v2/rerank"), COHERE),
     "/api/v1/services/": DASHSCOPE,
     "/api/": PLAIN,
     "/v2/models/": PLAIN,

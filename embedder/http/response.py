@@ -64,10 +64,15 @@ def usage_fields(embeddings: Mapping[int, Embedding], limit: int) -> dict[str, A
     return fields
 
 
-def error_body(error: EmbedderError) -> bytes:
-    """The error body of this service's own routes; `error_forms` has the others."""
+def error_fields(error: EmbedderError) -> dict[str, Any]:
+    """The fields of the error body of this service's own routes; `error_forms` has the others."""
     fields = {"code": error.code, "message": str(error), "item": error.item, "type": error.type}
-    return to_json({"error": fields, **error.details})
+    return {"error": fields, **error.details}
+
+
+def error_body(error: EmbedderError) -> bytes:
+    """The error body of this service's own routes."""
+    return to_json(error_fields(error))
 
 
 def to_json(fields: Any) -> bytes:

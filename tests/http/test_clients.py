@@ -304,6 +304,13 @@ def test_other_types_are_no_numbers(path: str, body: dict[str, Any], client: htt
     assert client.post(path, json=body).status_code == 400
 
 
+def test_openai_client_shows_the_message_once(openai_client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        openai_client.embeddings.create(model="any", input="")
+    assert str(caught.value) == "Error code: 400 - item 0: text is empty; allowed: at least one character"
+    assert sorted(caught.value.body) == ["code", "message", "param", "type"]  # type: ignore[arg-type]
+
+
 def test_every_error_under_v1_has_openais_form(client: httpx.Client) -> None:
     for response, status, code in [
         (client.get("/v1/embeddings"), 405, "method_not_allowed"),

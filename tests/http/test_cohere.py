@@ -6,6 +6,7 @@ import base64
 import json
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -22,6 +23,7 @@ from embedder.http.dialects.dialect import ServedModel
 from embedder.inputs.items import EmbeddingItem, Image, Text
 from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.settings import Settings
+from tests.conftest import Server
 
 SETTINGS = Settings(max_items_per_request=4)
 URI = "data:image/png;base64,AAAA"
@@ -124,3 +126,11 @@ def test_first_version_has_plain_floats_unless_types_are_given() -> None:
     typed = answer(texts=["a"], embedding_types=["int8"])
     assert (typed["response_type"], list(typed["embeddings"])) == ("embeddings_by_type", ["int8"])
     assert answer(images=[URI])["texts"] == []
+
+
+@pytest.mark.parametrize("path", ["/v1/embed", "/v1/rerank", "/v1/embeddings", "/v2/embed", "/v2/rerank"])
+def test_message_of_an_error_is_where_clients_of_cohere_jina_and_voyage_read_it(path: str, server: Server) -> None:
+    response = httpx.post(f"{server.url}{path}", content=b"red", headers={"content-type": "application/json"})
+    body = response.json()
+    assert response.status_code == (404 if "rerank" in path else 400)  # the service has no reranker
+    assert body["message"] == body["detail"] == body["error"]["message"] != ""

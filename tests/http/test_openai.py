@@ -194,5 +194,6 @@ def test_models_lists_the_model_with_its_token_limit() -> None:
 )
 def test_error_has_openais_form_and_the_services_code(error: Any, kind: str, param: str | None) -> None:
     body = json.loads(openai_error_body(error))
-    assert body == {"error": {"message": str(error), "type": kind, "param": param, "code": error.code}}
+    fields = {"message": str(error), "type": kind, "param": param, "code": error.code}
+    assert body == {"error": fields, "detail": str(error), "message": str(error)}
     OpenAIErrorResponse.model_validate(body, strict=True)
