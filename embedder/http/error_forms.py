@@ -93,7 +93,7 @@ _BY_PREFIX = {  # the first that matches counts
     **dict.fromkeys(("/v2/embed", "/v2/rerank"), COHERE),
     "/api/v1/services/": DASHSCOPE,
     "/api/": PLAIN,
-    "/v2/models/": PLAIN,
+    "/v2": PLAIN,
     "/similarity": PLAIN,
     "/decode": PLAIN,
     **dict.fromkeys(("/embeddings", "/pooling", "/invocations", "/tokenize", "/detokenize"), OPENAI),

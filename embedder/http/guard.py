@@ -36,7 +36,8 @@ SMALL_BODY_BYTES = 2**16  # a body up to this size is accepted even when `max_he
 COUNTED_AT_ONCE_BYTES = 2**20
 GRACE_S, MIN_BYTES_PER_S = 20.0, 500  # a body may be slower than this during the grace period
 JSON = "application/json"
-_CHECKED_HEADERS = frozenset({b"content-type", b"content-encoding"})
+_BINARY_TENSORS = b"inference-header-content-length"  # of KServe's binary extension: the body is only partly JSON
+_CHECKED_HEADERS = frozenset({b"content-type", b"content-encoding", _BINARY_TENSORS})
 RETRY_AFTER_S = 1  # when `max_held_bytes` is used up: bodies are freed as soon as their requests end
 
 
@@ -206,6 +207,11 @@ def _check_content_type(scope: Scope, *, takes_files: bool) -> tuple[str, bool]:
         if name not in _CHECKED_HEADERS:
             continue
         given = value.decode("latin-1").strip().lower()
+        if name == _BINARY_TENSORS:
+            raise UnsupportedContentType(
+                "the body has binary tensors (header inference-header-content-length); allowed: JSON only, in "
+                "tritonclient with binary_data=False in set_data_from_numpy"
+            )
         if name == b"content-type":
             num_types += 1
             is_json &= not (takes_files and is_upload(given))

@@ -153,7 +153,7 @@ class Routes:
             "/v2": self._page(kserve.server_metadata),
             "/v2/health/live": self._live,
             "/v2/health/ready": self._health,
-            "/v2/models/{model:model}/ready": self._health,
+            "/v2/models/{model:model}/ready": self._of_model(self._health),
             "/info": self._info,
             "/metrics": self._metrics,
             "/openapi.json": self._openapi,
@@ -164,12 +164,14 @@ class Routes:
             **{route.path: partial(self._tokens, route) for route in tokens.ROUTES},
         }
         own_paths = {**get, **post}.keys() - {"/"}  # an operator may name even the root for Vertex AI
+        post[kserve.INFER.path] = self._of_model(post[kserve.INFER.path])
         self.other_names = {name: path for name, path in vertex_routes().items() if name not in own_paths}
         get_routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
         post_routes = [Route(_any_model(path), endpoint, methods=["POST"]) for path, endpoint in post.items()]
         self._batches = Batches(settings, owner_of)
         # last, because its path takes any rest
-        metadata = Route("/v2/models/{model:model}", self._page(kserve.model_metadata), methods=["GET"])
+        about_model = self._of_model(self._page(kserve.model_metadata))
+        metadata = Route("/v2/models/{model:model}", about_model, methods=["GET"])
         playground = PlaygroundRoutes(self.bodies, lambda: self._serving.collection, self.scoring)
         root = Route("/", self._root, methods=["GET", "POST"])
         routes = [root, *get_routes, *post_routes, *self._batches.routes, *playground.routes, metadata]
@@ -281,6 +283,16 @@ class Routes:
             return json_response(to_json(fields(self._models_served()[0])))
 
         return page
+
+    def _of_model(self, handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """A handler of a path with a model's name, which raises `NotFound` if it is none."""
+
+        async def checked(request: Request) -> Response:
+            names = [model.name for model in self._models_served()]
+            kserve.check_model_name(request.path_params["model"], names)
+            return await handle(request)
+
+        return checked
 
     def _served(self, role: Role) -> ServedModel:
         """The model of a role. Raises `NotFound` if the service has none."""

@@ -16,7 +16,8 @@ import PIL.Image
 import pytest
 
 from embedder import Embedder
-from embedder.http.dialects import dashscope
+from embedder.errors import NotFound
+from embedder.http.dialects import dashscope, kserve
 from embedder.http.routes import EXAMPLES
 from embedder.inputs.items import item_from_fields
 from embedder.inputs.prompt import QUERY_INSTRUCTION
@@ -287,6 +288,44 @@ def test_path_of_inference_is_no_model_name(model: str, client: httpx.Client) ->
     assert client.post(f"/v2/models/{model}/infer", json=body).status_code == 200
     refused = client.get(f"/v2/models/{model}/infer")
     assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+
+
+@pytest.mark.parametrize("model", ["any", "Qwen/Qwen3-VL-Embedding-2B"])
+def test_version_1_is_the_only_version_of_a_model(model: str, client: httpx.Client) -> None:
+    body = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["red"]}]}
+    for version, status in (("1", 200), ("2", 404), ("10", 404)):
+        path = f"/v2/models/{model}/versions/{version}"
+        responses = [client.get(path), client.get(f"{path}/ready"), client.post(f"{path}/infer", json=body)]
+        assert [response.status_code for response in responses] == [status] * 3
+        if status == 404:
+            assert all(isinstance(response.json()["error"], str) for response in responses)
+
+
+@pytest.mark.parametrize("page", ["config", "stats", "versions", "trace/setting", "a/b/c"])
+def test_other_pages_of_a_model_do_not_exist(page: str, client: httpx.Client) -> None:
+    for model in ("any", "Qwen/Qwen3-VL-Embedding-2B"):
+        response = client.get(f"/v2/models/{model}/{page}")
+        assert (response.status_code, response.json()["error_type"]) == (404, "not_found")
+
+
+def test_name_of_the_served_model_may_have_any_slashes() -> None:
+    kserve.check_model_name("/models/a/config", ["/models/a/config"])
+    with pytest.raises(NotFound):
+        kserve.check_model_name("/models/a/config", ["/models/a"])
+
+
+@pytest.mark.parametrize("path", ["/v2/other", "/v2/health/other", "/v2/models/any/config"])
+def test_errors_of_kserves_paths_have_its_form(path: str, client: httpx.Client) -> None:
+    response = client.get(path)
+    assert response.status_code == 404
+    assert isinstance(response.json()["error"], str)
+
+
+def test_binary_tensors_are_refused_with_what_to_set(client: httpx.Client) -> None:
+    headers = {"inference-header-content-length": "2", "content-type": "application/octet-stream"}
+    response = client.post("/v2/models/any/infer", content=b"{}\0\0", headers=headers)
+    assert response.status_code == 415
+    assert "binary_data=False" in response.json()["error"]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """The Open Inference Protocol (KServe v2) over HTTP: `POST /v2/models/{model}/infer`, and metadata for probes.
 
 The input tensor is called `text`, `image` or `input` (a text, or the data URI of an image or video), of datatype BYTES.
-Data is JSON: the binary extension is refused by its content type. Any model name in the path is the served one.
+Data is JSON: the binary extension is refused. Any model name in the path is the served one; its only version is 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, Field, StrictInt
 
 from embedder.engine.postprocess import Embedding
-from embedder.errors import InvalidRequest
+from embedder.errors import InvalidRequest, NotFound
 from embedder.http.dialects.dialect import Dialect, ServedModel
 from embedder.http.dialects.messages import item_from_string
 from embedder.http.request_body import RequestBody, check_item_count, parse_each, validate_body
@@ -26,6 +26,10 @@ _NAMES = ("text", "image", "input")
 _OPTIONS = {"instruction", "dimensions", "normalize", "truncate"}
 # Of Triton's client; its levels of priority are the server's own, and its time limit is also the client's.
 _IGNORED = {"binary_data_output", "priority", "timeout"}
+
+
+# What may follow a model's name in KServe's and Triton's protocols, and is not served.
+_OTHER_PAGES = frozenset({"config", "generate", "generate_stream", "load", "stats", "trace", "unload", "versions"})
 
 
 class Tensor(RequestBody):
@@ -116,6 +120,17 @@ def infer_response(request: InferItems, embeddings: Sequence[Embedding], model: 
     output = {"name": "embedding", "shape": list(vectors.shape), "datatype": "FP32", "data": vectors.ravel()}
     fields = {"model_name": model.name, "model_version": "1", "outputs": [output]}
     return to_json(fields if request.id is None else {**fields, "id": request.id})
+
+
+def check_model_name(name: str, served: Collection[str]) -> None:
+    """Raise `NotFound` unless a part of a path can be a model's name, which may be followed by `/versions/1`.
+
+    A name that is not `served` is any name or hub id: it has one slash at most.
+    """
+    name = name.removesuffix("/versions/1")
+    rest = name.partition("/")[2]
+    if name not in served and ("/" in rest or rest in _OTHER_PAGES):
+        raise NotFound(f"no such model or version: {name[:100]}; allowed: any model name, and version 1")
 
 
 def server_metadata(model: ServedModel) -> dict[str, Any]:
