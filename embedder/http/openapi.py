@@ -41,6 +41,7 @@ KEYS = {  # the ways to send an API key, if the service needs one
 JSON = "application/json"
 _FILE = {"type": "string", "format": "binary"}
 _OBJECT = {"type": "object"}
+_IDENTIFIER = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
 
 ROW_EXAMPLES: dict[str, dict[str, Any]] = {  # bodies of BentoML's APIs, each answered with 200
     "/embed_texts": {"texts": {"texts": ["red", {"text": "green", "dimensions": 64}]}},
@@ -69,6 +70,9 @@ def openapi_document(
         **{path: _post(routes) for path, routes in by_path(dialects).items()},
         **{route.path: _post([route]) for route in TOKEN_ROUTES},
         "/v1/models": _get("/v1/models", "The served model, in the format of OpenAI's clients", _ref("ModelsResponse")),
+        "/v1/models/{id}": _get(
+            "/v1/models/{id}", "A served model, in the format of OpenAI's clients", _ref("ModelCard"), [_IDENTIFIER]
+        ),
         "/embed_texts": _post_rows(
             "/embed_texts", "text", "Embed texts, for BentoML's clients (adaptive batching)", settings
         ),
@@ -322,13 +326,14 @@ def _probe(path: str, summary: str) -> dict[str, Any]:
     return {"get": {**operation, "security": []}}
 
 
-def _get(path: str, summary: str, schema: dict[str, Any]) -> dict[str, Any]:
+def _get(path: str, summary: str, schema: dict[str, Any], parameters: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     meanings = error_meanings()
     refused = {str(status): _error(path, meanings[status]) for status in (401, 503)}
     if "{id}" in path:
         refused["404"] = _error(path, f"`{NotFound.code}`: {NotFound.__doc__}")
     responses = {"200": _response(summary, schema), **refused}
-    return {"get": {"operationId": _operation_id(path), "summary": summary, "responses": responses}}
+    operation = {"operationId": _operation_id(path), "summary": summary, "responses": responses}
+    return {"get": {**operation, "parameters": list(parameters)} if parameters else operation}
 
 
 def _batch_paths() -> dict[str, Any]:
@@ -347,8 +352,7 @@ def _batch_paths() -> dict[str, Any]:
         f"{batches}/{{id}}": _get(f"{batches}/{{id}}", "Describe a batch", _OBJECT),
         f"{batches}/{{id}}/cancel": _post_object(f"{batches}/{{id}}/cancel", "Stop a batch", JSON, None),
     }
-    identifier = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
-    return {path: {**one, **({"parameters": [identifier]} if "{id}" in path else {})} for path, one in paths.items()}
+    return {path: {**one, **({"parameters": [_IDENTIFIER]} if "{id}" in path else {})} for path, one in paths.items()}
 
 
 def _post_object(path: str, summary: str, content_type: str, schema: dict[str, Any] | None) -> dict[str, Any]:

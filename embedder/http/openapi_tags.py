@@ -8,7 +8,10 @@ from embedder.http.dialects import dashscope
 
 _GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {  # tag -> description, and the paths
     "Embed": ("Items of any kind, for your own programs.", ("/txt/embed", "/img/embed", "/embed")),
-    "OpenAI": ("Clients of OpenAI, vLLM, LangChain and LlamaIndex.", ("/v1/embeddings", "/v1/models", "/pooling")),
+    "OpenAI": (
+        "Clients of OpenAI, vLLM, LangChain and LlamaIndex.",
+        ("/v1/embeddings", "/v1/models", "/v1/models/{id}", "/pooling"),
+    ),
     "Rerank": (
         "Documents scored against a query, if the service has a reranker.",
         ("/rerank", "/v1/rerank", "/v2/rerank", "/score"),

@@ -144,6 +144,7 @@ class Routes:
         self._tokenizing = TokenThread(settings.request_timeout_s)
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/v1/models": self._models,
+            "/v1/models/{id:path}": self._one_model,
             "/models": self._infinity_models,
             "/health": self._health_with_time,
             "/ping": self._health,  # SageMaker's and vLLM's
@@ -327,6 +328,10 @@ class Routes:
 
     async def _models(self, _: Request) -> Response:
         return json_response(openai_models.models_response(self._models_served(), self._serving.started_s))
+
+    async def _one_model(self, request: Request) -> Response:
+        name, started_s = request.path_params["id"], self._serving.started_s
+        return json_response(openai_models.model_response(name, self._models_served(), started_s))
 
     async def _infinity_models(self, _: Request) -> Response:
         return json_response(infinity.models_response(self._models_served(), self._serving.started_s))

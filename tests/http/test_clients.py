@@ -343,6 +343,15 @@ def test_other_types_are_no_numbers(path: str, body: dict[str, Any], client: htt
     assert client.post(path, json=body).status_code == 400
 
 
+def test_openai_client_asks_for_a_model_by_its_id(openai_client: openai.OpenAI) -> None:
+    (listed,) = openai_client.models.list().data
+    assert openai_client.models.retrieve(listed.id) == listed
+    for unknown in ("text-embedding-3-small", "Qwen/Qwen3-VL-Embedding-2B"):
+        with pytest.raises(openai.NotFoundError, match=f"model: got '{unknown}'") as caught:
+            openai_client.models.retrieve(unknown)
+        assert caught.value.code == "not_found"
+
+
 def test_openai_client_shows_the_message_once(openai_client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         openai_client.embeddings.create(model="any", input="")

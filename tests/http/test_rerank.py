@@ -311,7 +311,9 @@ def test_coheres_client_reads_the_response(client: TestClient, scores: list[floa
 def test_embeddings_are_those_of_a_service_without_a_reranker(client: TestClient, embedder: Embedder) -> None:
     vector = post(client, "/txt/embed", {"input": "red"})["embedding"]
     assert vector == pytest.approx(embedder.embed(["red"])[0].tolist(), abs=1e-6)
-    names = [one["id"] for one in client.get("/v1/models").json()["data"]]
+    models = client.get("/v1/models").json()["data"]
+    assert [client.get(f"/v1/models/{one['id']}").json() for one in models] == models
+    names = [one["id"] for one in models]
     assert names == ["embedding model", "judge"]
     info = client.get("/info").json()
     assert info["roles"] == ["embedder", "reranker"]
