@@ -34,8 +34,10 @@ def check_num_chars(item: EmbeddingItem, settings: Settings) -> None:
     num_chars = sum([len(part.text) for part in item.parts if isinstance(part, Text)])
     for name, count in (("text", num_chars), ("instruction", len(item.instruction or ""))):
         if count > settings.max_text_chars:
+            is_cut = name == "text" and item.truncate != "none"
             raise InputTooLong(
                 f"{name} of {count} characters; allowed: up to {settings.max_text_chars} (EMBEDDER_MAX_TEXT_CHARS)"
+                + ("; truncation does not apply above this limit" if is_cut else "")
             )
 
 

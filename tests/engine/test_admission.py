@@ -47,8 +47,10 @@ def test_model_smaller_than_the_least_dimensions_allows_its_whole_vector() -> No
 def test_characters_of_all_texts_and_of_the_instruction_have_a_limit() -> None:
     settings = Settings(max_text_chars=10)
     check_item(EmbeddingItem((Text("12345"), Text("67890")), instruction="x" * 10), settings, 8)
-    with pytest.raises(InputTooLong, match=r"^text of 11 characters; allowed: up to 10 \(EMBEDDER_MAX_TEXT_CHARS\)$"):
-        check_item(EmbeddingItem((Text("12345"), Text("678901"))), settings, 8)
+    text = r"^text of 11 characters; allowed: up to 10 \(EMBEDDER_MAX_TEXT_CHARS\)"
+    for truncate, rest in (("none", "$"), ("end", "; truncation does not apply above this limit$")):
+        with pytest.raises(InputTooLong, match=text + rest):
+            check_item(EmbeddingItem((Text("12345"), Text("678901")), truncate=truncate), settings, 8)
     with pytest.raises(
         InputTooLong, match=r"^instruction of 11 characters; allowed: up to 10 \(EMBEDDER_MAX_TEXT_CHARS\)$"
     ):
