@@ -255,6 +255,18 @@ def voyage_texts(url: str) -> None:
     assert_same(client.embed(TEXTS, model="any", input_type="document").embeddings, expected(url))
 
 
+@check("Voyage", "its error for a text that cannot be embedded", source="voyageai (SDK)", needs="voyageai")
+def voyage_error(url: str) -> None:
+    import voyageai
+
+    client, message = voyageai.Client(api_key="none", base_url=f"{url}/v1"), ""
+    try:
+        client.embed([""], model="any")
+    except voyageai.error.InvalidRequestError as error:
+        message = str(error)
+    assert message.startswith("item 0: text is empty")
+
+
 @check("Voyage", "Client.multimodal_embed", source="voyageai (SDK)", needs="voyageai")
 def voyage_mixtures(url: str) -> None:
     import voyageai
@@ -284,6 +296,13 @@ def ollama_list(url: str) -> None:
     assert len(ollama.Client(url).list().models) == 1
 
 
+@check("Ollama", "Client.embed without input, which loads a model", source="ollama (client)", needs="ollama")
+def ollama_load(url: str) -> None:
+    import ollama
+
+    assert [list(ollama.Client(url).embed("any", nothing).embeddings) for nothing in ("", [])] == [[], []]
+
+
 @check("Ollama", "LangChain's OllamaEmbeddings", source="langchain-ollama", needs="langchain_ollama")
 def langchain_ollama(url: str) -> None:
     from langchain_ollama import OllamaEmbeddings
@@ -296,6 +315,22 @@ def tei(url: str) -> None:
     from huggingface_hub import InferenceClient
 
     assert_same(InferenceClient(f"{url}/embed").feature_extraction(TEXTS[0]), expected(url, TEXTS[:1]))
+
+
+@check("TEI", "InferenceClient with the service as its base URL", source="huggingface_hub", needs="huggingface_hub")
+def tei_base_url(url: str) -> None:
+    from huggingface_hub import InferenceClient
+
+    client, vectors = InferenceClient(base_url=url), np.array(expected(url))
+    assert_same(client.feature_extraction(TEXTS[0], normalize=True), vectors[:1])
+    assert_same(client.sentence_similarity(TEXTS[0], other_sentences=TEXTS[1:]), vectors[1:] @ vectors[0])
+
+
+@check("TEI", "Chroma's HuggingFaceEmbeddingServer", source="chromadb", needs="chromadb")
+def chroma_tei(url: str) -> None:
+    from chromadb.utils.embedding_functions import HuggingFaceEmbeddingServer
+
+    assert_same(HuggingFaceEmbeddingServer(url)(TEXTS), expected(url))
 
 
 @check("infinity", "embeddings", source="infinity-client", needs="infinity_client")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.request
 
 from tests.contracts.checks import SAME, check
@@ -65,6 +66,25 @@ def llama_index_jina_rerank(url: str) -> None:
 
     client = JinaRerank(top_n=3, model="any", base_url=f"{url}/v1", api_key="none")
     assert_ranked(_ranked_nodes(client), expected(url, 3))
+
+
+@check("Voyage", "Client.rerank", source="voyageai (SDK)", needs="voyageai")
+def voyage_rerank(url: str) -> None:
+    import voyageai
+
+    answer = voyageai.Client(api_key="none", base_url=f"{url}/v1").rerank(QUERY, DOCUMENTS, model="any", top_k=3)
+    assert_ranked([(one.index, one.relevance_score) for one in answer.results], expected(url, 3))
+    assert answer.total_tokens > 0
+
+
+@check("TEI, vLLM, Voyage and Jina", "LiteLLM's rerank", source="litellm", needs="litellm")
+def litellm_rerank(url: str) -> None:
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    import litellm
+
+    for provider in ("huggingface", "hosted_vllm", "voyage", "jina_ai"):
+        answer = litellm.rerank(f"{provider}/any", QUERY, list(DOCUMENTS), top_n=3, api_base=url, api_key="none")
+        assert_ranked([(one["index"], one["relevance_score"]) for one in answer.results], expected(url, 3))
 
 
 def _ranked_nodes(client: object) -> list[tuple[int, float]]:
