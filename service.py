@@ -160,7 +160,8 @@ class Qwen3VLEmbedding:
     async def close(self) -> None:
         """Cancel the lines of batches, and finish the other items that were admitted."""
         self.is_ready = False
-        await self.app.routes.close()
+        await self.app.routes.stop_batches()
+        self.app.routes.close()
         await asyncio.to_thread(self.models.close)
 
     def _exit(self, _: str) -> None:

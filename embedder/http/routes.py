@@ -188,9 +188,12 @@ class Routes:
         self._others = around_others(self._router)
         return self
 
-    async def close(self) -> None:
-        """End the processes of the routes, and the batch that runs."""
+    def close(self) -> None:
+        """End the processes of the routes."""
         self._document_pages.close()
+
+    async def stop_batches(self) -> None:
+        """Cancel the lines of batches that run; they run again after the next start."""
         await self._batches.close()
 
     def run_batches(self, is_stopping: Callable[[], bool]) -> None:

@@ -48,7 +48,7 @@ CHECKS = [
 def check(case: schemathesis.Case, server: Server) -> None:
     checks = list(CHECKS)
     # `/embed` responds with 200 as long as one item is good. On the other paths of TEI, what is wrong in one
-    # format of the path may be right in another one. Ollama's take a body without anything to embed. Unknown fields that
+    # format of the path may be right in another. Ollama's take a body without anything to embed. Unknown fields that
     # are null are ignored.
     if case.path in ("/embed", "/", "/invocations", "/api/embed", "/api/embeddings"):
         checks.remove(negative_data_rejection)
