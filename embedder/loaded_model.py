@@ -49,7 +49,9 @@ from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-MIN_KEYS = 2**16  # that pairs may have in one forward pass: 0.25 GB in each layer of the 2B in bfloat16, as copies
+# Pairs may have so many keys in one forward pass, or `max_batch_tokens` if that is more. Each layer copies their keys
+# and values: 0.25 GB with the 2B in bfloat16.
+MIN_KEYS = 2**16
 
 
 class EmbeddingModel:

@@ -155,7 +155,7 @@ def accepts_gzip(headers: list[tuple[bytes, bytes]]) -> bool:
     return _names_gzip(b",".join([value for name, value in headers if name == b"accept-encoding"]))
 
 
-@lru_cache(maxsize=64)  # each client library sends one value; a head, and so a value, has 64 KiB at most
+@lru_cache(maxsize=64)  # each client library sends one value; `server.connection` limits its length
 def _names_gzip(accepted: bytes) -> bool:
     weights: dict[str, float] = {}
     for part in accepted.decode("latin-1").lower().split(","):

@@ -71,7 +71,7 @@ def openapi_document(
         **{route.path: _post([route]) for route in TOKEN_ROUTES},
         "/v1/models": _get("/v1/models", "The served model, in the format of OpenAI's clients", _ref("ModelsResponse")),
         "/v1/models/{id}": _get(
-            "/v1/models/{id}", "A served model, in the format of OpenAI's clients", _ref("ModelCard"), [_IDENTIFIER]
+            "/v1/models/{id}", "A served model, in the format of OpenAI's clients", _ref("ModelCard")
         ),
         "/embed_texts": _post_rows(
             "/embed_texts", "text", "Embed texts, for BentoML's clients (adaptive batching)", settings
@@ -326,14 +326,14 @@ def _probe(path: str, summary: str) -> dict[str, Any]:
     return {"get": {**operation, "security": []}}
 
 
-def _get(path: str, summary: str, schema: dict[str, Any], parameters: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+def _get(path: str, summary: str, schema: dict[str, Any]) -> dict[str, Any]:
     meanings = error_meanings()
     refused = {str(status): _error(path, meanings[status]) for status in (401, 503)}
+    operation: dict[str, Any] = {"operationId": _operation_id(path), "summary": summary}
     if "{id}" in path:
         refused["404"] = _error(path, f"`{NotFound.code}`: {NotFound.__doc__}")
-    responses = {"200": _response(summary, schema), **refused}
-    operation = {"operationId": _operation_id(path), "summary": summary, "responses": responses}
-    return {"get": {**operation, "parameters": list(parameters)} if parameters else operation}
+        operation["parameters"] = [_IDENTIFIER]
+    return {"get": {**operation, "responses": {"200": _response(summary, schema), **refused}}}
 
 
 def _batch_paths() -> dict[str, Any]:
@@ -343,7 +343,7 @@ def _batch_paths() -> dict[str, Any]:
     batch = {"type": "object", "properties": {name: {"type": "string"} for name in names}, "required": names[:2]}
     files, batches = "/v1/files", "/v1/batches"
     delete = _get(f"{files}/{{id}}", "Delete a file", _OBJECT)["get"]
-    paths = {
+    return {
         files: _get(files, "List files", _OBJECT) | _post_object(files, "Upload a file", FORM, form),
         f"{files}/{{id}}": _get(f"{files}/{{id}}", "Describe a file", _OBJECT)
         | {"delete": {**delete, "operationId": "delete_file"}},
@@ -352,7 +352,6 @@ def _batch_paths() -> dict[str, Any]:
         f"{batches}/{{id}}": _get(f"{batches}/{{id}}", "Describe a batch", _OBJECT),
         f"{batches}/{{id}}/cancel": _post_object(f"{batches}/{{id}}/cancel", "Stop a batch", JSON, None),
     }
-    return {path: {**one, **({"parameters": [_IDENTIFIER]} if "{id}" in path else {})} for path, one in paths.items()}
 
 
 def _post_object(path: str, summary: str, content_type: str, schema: dict[str, Any] | None) -> dict[str, Any]:

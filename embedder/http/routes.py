@@ -182,7 +182,7 @@ class Routes:
     def over(self, default: ASGIApp, around_others: Callable[[ASGIApp], ASGIApp] = lambda app: app) -> ASGIApp:
         """These routes, with `default` for the paths that they do not have.
 
-        `around_others` wraps both, except the routes that embed, which raise all their errors.
+        `around_others` wraps both, except the routes that embed or rank, which raise all their errors.
         """
         self._default = self._router.default = default
         self._others = around_others(self._router)

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from embedder.engine.timers import TimeLimit
 from embedder.errors import DeadlineExceeded, Overloaded
 
-MAX_WAITING_BYTES = 2**23  # of bodies: about 4 s of work (one core of an AMD EPYC)
+MAX_WAITING_BYTES = 2**23  # of bodies, together
 RETRY_AFTER_S = 1
 
 

@@ -46,8 +46,9 @@ DEFAULT_INSTRUCTION = "Given a search query, retrieve relevant candidates that a
 # not depend on the document, and those of the second do not depend on the query.
 _BEFORE_CUT, _AFTER_CUT = "\n<Document", ">:"
 
-
-KEYS_PER_TOKEN = 128  # of a query's keys, which each pair reads in the time of computing about one token
+# So many keys of a query, which each of its pairs reads, count as one token of the pair. It is an estimate, so that
+# pairs with a long query do not count as short ones.
+KEYS_PER_TOKEN = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,11 +52,7 @@ _current: contextvars.ContextVar[RequestLog | None] = contextvars.ContextVar("re
 
 def begin_request(headers: Iterable[tuple[bytes, bytes]]) -> RequestLog:
     """Make the request with these headers the current one."""
-    given = b""
-    for name, value in headers:
-        if name.lower() == b"x-request-id":
-            given = value
-            break
+    given = next((value for name, value in headers if name.lower() == b"x-request-id"), b"")
     request = RequestLog(given.decode() if _SANE_ID.fullmatch(given) else f"{random.getrandbits(128):032x}")
     _current.set(request)
     return request

@@ -96,6 +96,7 @@ class BatchRunner:
             return False
 
     async def _run_some(self, owner: str, identifier: str) -> bool:
+        """Run some lines of a batch while this worker holds its lock. Returns what `_turn` does; raises `OSError`."""
         try:
             batch = await asyncio.to_thread(self.store.read_batch, owner, identifier)
         except NotFound:  # somebody has removed or damaged it

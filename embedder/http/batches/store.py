@@ -231,8 +231,8 @@ class BatchStore:
         for folder in self.folder.glob("*/"):
             with self._only_one(folder.name):
                 batches, files = (self._records(folder.name, prefix) for prefix in ("batch_", "file-"))
-                needed = {one["input_file_id"] for one in batches if one["status"] not in FINAL}
-                needed |= {one["id"] for one in batches if one["status"] not in FINAL}
+                unfinished = [one for one in batches if one["status"] not in FINAL]
+                needed = {one[key] for one in unfinished for key in ("id", "input_file_id")}
                 created_at = {one["id"]: one["created_at"] for one in (*batches, *files)}
                 for path in folder.iterdir():
                     identifier = path.name.partition(".")[0]

@@ -26,8 +26,6 @@ _NAMES = ("text", "image", "input")
 _OPTIONS = {"instruction", "dimensions", "normalize", "truncate"}
 # Of Triton's client; its levels of priority are the server's own, and its time limit is also the client's.
 _IGNORED = {"binary_data_output", "priority", "timeout"}
-
-
 # What may follow a model's name in KServe's and Triton's protocols, and is not served.
 _OTHER_PAGES = frozenset({"config", "generate", "generate_stream", "load", "stats", "trace", "unload", "versions"})
 

@@ -74,7 +74,7 @@ def parse_embed(body: bytes | Mapping[str, Any], settings: Settings) -> OllamaRe
         case list():
             inputs = request.input
         case None | "":
-            inputs = []  # Ollama's clients load the model so
+            inputs = []  # which clients send to load the model
         case _:
             inputs = [request.input]
     check_item_count(len(inputs), settings)

@@ -66,8 +66,8 @@ class RerankV1Request(RerankRequest):
 
     truncation: StrictBool | None = Field(
         None,
-        description="Voyage's: the same as `truncate`. In a request with this field, a document that fails, fails the "
-        "request, because Voyage's clients read no errors of documents.",
+        description="Voyage's: the same as `truncate`. With this field, one document that fails makes the whole "
+        "request fail, because Voyage's clients read no errors of documents.",
     )
 
 

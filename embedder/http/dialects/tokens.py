@@ -80,7 +80,7 @@ def _vllm_ids(request: TokenizeRequest, preprocessor: Preprocessor, settings: Se
 
 def _show_texts(texts: list[str], preprocessor: Preprocessor, settings: Settings) -> list[Any]:
     check_item_count(len(texts), settings)
-    _check_num_chars(sum(map(len, texts)), settings)
+    _check_total_chars(sum(map(len, texts)), settings)
     shown: list[Any] = []
     num_tokens, deadline = 0, time.monotonic() + settings.request_timeout_s
     for index, text in enumerate(texts):
@@ -92,7 +92,7 @@ def _show_texts(texts: list[str], preprocessor: Preprocessor, settings: Settings
     return shown
 
 
-def _check_num_chars(num_chars: int, settings: Settings) -> None:
+def _check_total_chars(num_chars: int, settings: Settings) -> None:
     """Raise `RequestTooLarge` for more text than one request can have embedded."""
     allowed = CHARS_PER_TOKEN * settings.max_queued_tokens
     if num_chars > allowed:
@@ -113,7 +113,7 @@ def _count_items(request: TokenizeRequest, preprocessor: Preprocessor, settings:
     deadline = time.monotonic() + settings.request_timeout_s
     fields = {"items": request.items, "instruction": request.instruction}
     items = parse_embed(fields, settings).items
-    _check_num_chars(sum([num_chars(item) for item in items if isinstance(item, EmbeddingItem)]), settings)
+    _check_total_chars(sum([num_chars(item) for item in items if isinstance(item, EmbeddingItem)]), settings)
     for index, item in enumerate(items):
         with AttributedToItem(index):
             if isinstance(item, InvalidRequest):
