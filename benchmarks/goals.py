@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import contenders, peers, report, weights
+from benchmarks import contenders, peers, pretended_gpu, report, weights
 
 WEIGHTS = weights.NAME
 NOT_MEASURED = "not measured yet"
@@ -119,6 +119,13 @@ def _spent(workload: str) -> Callable[[dict[str, Any]], float]:
     return lambda data: float(next(row["now"] for row in data["rows"] if row["workload"] == workload))
 
 
+def _waited(model: str) -> Callable[[dict[str, Any]], float]:
+    """The p99 of a query next to bulk requests, with one worker and the launch that is the default on a GPU."""
+    load = next(iter(pretended_gpu.LOADS))
+    chosen = {"load": load, "model": model, "workers": 1, "launch": "one call"}
+    return lambda data: float(next(row["p99_ms"] for row in data["rows"] if chosen.items() <= row.items()))
+
+
 OURS, FASTAPI, VLLM, NULL = contenders.OURS, contenders.FASTAPI, contenders.VLLM, contenders.NULL
 FRONT, SINGLE, MANY = "front", "single texts, 64 callers", "32 texts a request, 16 callers"  # workloads of `front`
 
@@ -147,6 +154,17 @@ GOALS = (
         )
     ),
     Goal("CPU, mixed text, engine against padded transformers", LIBRARY, _against("text-mixed", peers.TRANSFORMERS), 2),
+    *(
+        Goal(
+            f"simulated GPU, {model.lower()}: a query next to bulk requests, p99",
+            pretended_gpu.FILE,
+            _waited(model),
+            most_ms,
+            "ms",
+            is_most=True,
+        )
+        for model, most_ms in (("2B", 100.0), ("8B", 150.0))
+    ),
     Goal(
         "CPU, mixed text, engine against sentence-transformers",
         LIBRARY,

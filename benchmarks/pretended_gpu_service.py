@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.limits import no_model
 from embedder.engine.device import WaitForRows
+from embedder.engine.scheduler import ON_GPU
 from embedder.inputs.preprocess import ModelInput
 from embedder.model.packing import pack
 from embedder.models import Models
@@ -63,9 +64,10 @@ def launch(models: Models, inputs: list[ModelInput]) -> WaitForRows:
 
 
 def load(models: Models, *arguments: Any, **options: Any) -> None:
-    """Replaces `Models.__init__`: as on a GPU, two batches are in flight, and attention computes nothing here."""
+    """Replaces `Models.__init__`: as on a GPU, two short batches are in flight. Attention computes nothing here."""
     original_init(models, *arguments, **options)
     models.engine._max_in_flight = 2
+    models.engine._inputs._batch_length = ON_GPU
     assert models.embedder is not None
     models.embedder.forward.language.attention = lambda query, *_, **__: torch.empty_like(query)
 

@@ -107,7 +107,7 @@ class Settings(BaseModel):
         16384,
         ge=64,
         description="Maximum number of tokens (text and visual) in a batch; the service uses fewer if the GPU's memory "
-        "holds no more, or if a GPU would take longer than 50 ms or a CPU longer than a second.",
+        "holds no more, or if a GPU would take longer than 25 ms or a CPU longer than a second.",
     )
     max_queued_tokens: int = Field(
         524_288, ge=64, description="Estimated tokens in the queue; more is refused with 429."

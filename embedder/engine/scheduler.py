@@ -39,10 +39,12 @@ class BatchLength(NamedTuple):
 
 
 # On a CPU, batches of more tokens embed hardly more items per second (`python -m benchmarks.choices`). On a GPU nothing
-# is measured. By the roofline of an H200 (`python -m benchmarks.gpu_counts`), the 8B needs 16 ms for 1,024 tokens and
-# 65 ms for 4,096; launching its 670 kernels takes about 3 ms for any number.
+# is measured. There, a query waits for up to three batches, two of which were launched before it arrived: 85 ms next to
+# bulk requests with a simulated 2B (`python -m benchmarks.pretended_gpu`), 160 ms if a batch takes 50 ms. The roofline
+# of an H200, with 3 us more for each kernel, allows 1 to 2% fewer items per second than batches of 50 ms with the 2B,
+# and 3 to 4% fewer with the 8B, for which 2,048 tokens take 30 to 35 ms (`benchmarks/gpu_counts.py`).
 ON_CPU = BatchLength(1.0, 1024)
-ON_GPU = BatchLength(0.05, 4096)
+ON_GPU = BatchLength(0.025, 2048)
 
 
 class Delay(NamedTuple):
