@@ -442,13 +442,18 @@ def test_space_is_limited(store: BatchStore) -> None:
     with pytest.raises(RequestTooLarge, match="EMBEDDER_MAX_BATCH_BYTES"):
         store.add_file(OWNER, bytes(10**7 + 1), "x")
 
+    num_lines = 0
+
     async def large(_: str, __: Mapping[str, Any]) -> bytes:
+        nonlocal num_lines
+        num_lines += 1
         return json.dumps({"vector": "0" * 10**6}).encode()
 
-    identifier = add(store)
-    run(store, large)
-    batch = store.batch(OWNER, identifier)
-    assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "request_too_large")
+    for identifier in [add(store), add(store)]:
+        run(store, large)
+        batch = store.batch(OWNER, identifier)
+        assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "request_too_large")
+    assert num_lines == 2 * LINES_AT_ONCE  # a batch that has failed runs no more lines
     assert store.num_bytes() <= 10**7 + 10_000
 
 

@@ -25,7 +25,6 @@ from embedder.errors import (
     NotFound,
     NotReady,
     Overloaded,
-    RequestTooLarge,
     ShuttingDown,
 )
 from embedder.http.batches.lines import Line, check_lines, raw_lines, read_line, response_line
@@ -113,7 +112,7 @@ class BatchRunner:
             with contextlib.suppress(OSError):
                 run.end_turn()
             raise
-        except EmbedderError as error:  # since it was checked, its input was removed or a limit was lowered
+        except EmbedderError as error:  # its input was removed, a limit was lowered, or the folder is full
             await asyncio.to_thread(run.fail, error.code, error.message)
         except ValueError as error:
             logger.error("batch %s fails, because its files were changed: %s", identifier, error)
@@ -169,7 +168,7 @@ class BatchRunner:
 class _BatchRun:
     """One batch while this worker holds its lock. `num_done`: lines written. `lines`: those after them.
 
-    Methods raise `OSError`, `ValueError` if a file was changed, and what `BatchStore.content` and `read_line` raise.
+    Methods raise `OSError`, `ValueError` if a file was changed, and what `read_line` and the store's methods raise.
     """
 
     store: BatchStore
@@ -212,11 +211,7 @@ class _BatchRun:
 
     def write(self, answers: Sequence[tuple[int, bytes]]) -> None:
         """Append the lines to their files, then to the journal, and store the counts."""
-        try:
-            self.store.check_space(sum(len(line) for _, line in answers))
-        except RequestTooLarge as error:
-            self.fail(error.code, error.message)
-            return
+        self.store.check_space(sum(len(line) for _, line in answers))
         parts = [(_part(status), line) for status, line in answers]
         for part in COUNTS:
             if lines := [line for name, line in parts if name == part]:
