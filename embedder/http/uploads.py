@@ -102,7 +102,7 @@ def _read_form(body: bytes, boundary: bytes, max_items: int, fields: _Fields) ->
     reader = _PartReader(fields)
     try:
         parser = MultipartParser(
-            boundary, reader.callbacks, max_header_count=MAX_HEADERS, max_header_size=MAX_HEADER_BYTES
+            boundary, reader.callbacks(), max_header_count=MAX_HEADERS, max_header_size=MAX_HEADER_BYTES
         )
         parser.write(body)
         parser.finalize()
@@ -122,7 +122,10 @@ class _PartReader:
         self._headers: dict[bytes, bytes] = {}
         self._pieces: list[bytes] = []
         self.is_complete = False
-        self.callbacks: MultipartCallbacks = {
+
+    def callbacks(self) -> MultipartCallbacks:
+        """What a parser calls. Not an attribute: in a reference cycle, the reader would keep the form's bytes."""
+        return {
             "on_part_begin": self._begin,
             "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
             "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import subprocess
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,18 @@ def test_form_cut_off_anywhere_is_refused() -> None:
     for length in range(len(whole) + 1):
         with pytest.raises(InvalidRequest, match="not a valid form"):
             parse(whole[:length], end=b"")
+
+
+def test_bytes_of_a_form_are_freed_without_the_garbage_collector() -> None:
+    form = b"".join((file_part("image", bytes(2**20)), b"--edge--\r\n"))
+    gc.disable()
+    tracemalloc.start()
+    try:
+        asyncio.run(upload_fields("multipart/form-data; boundary=edge", form, "", name="image", max_items=4))
+        assert tracemalloc.get_traced_memory()[0] < 2**19
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 def test_data_that_looks_like_the_boundary_stays_data() -> None:
