@@ -11,7 +11,7 @@ The files, in the order in which an item meets them:
     observer            what the engine reports: traces of items, and batches
     preprocess_workers  the threads that fetch, decode, resize and tokenize
     media_queue         which item is decoded next in a process, within the memory for all
-    hang_watch          notices a thread that does not finish an item
+    hang_watch          notices a thread that does not finish an item or a batch
     cache               content keys, and rows of earlier items
     coalescing          that cache, together with the jobs that wait for the same content
     scheduler           which jobs run next, within a token budget

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
@@ -40,16 +40,20 @@ class InFlightBatch:
 class Device:
     """Calls `launch`, in the engine's device thread only. `is_wanted`: whether somebody waits for a job.
 
-    `busy_since_s` is the time at which the current batch started, or infinity; the watchdog reads it from its thread.
+    `watched`: makes a context for the block in which a batch is launched or waited for.
     """
 
-    def __init__(self, launch: Launch, is_wanted: Callable[[Job], bool]) -> None:
-        self.busy_since_s = math.inf
+    def __init__(
+        self,
+        launch: Launch,
+        is_wanted: Callable[[Job], bool],
+        watched: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._launch = launch
+        self._watched = watched
         self._launching: list[Job] = []
         self._is_wanted = is_wanted
         self._rate = Rate(INITIAL_SECONDS_PER_TOKEN)
-        self._num_in_flight = 0
         self._last_end_s = 0.0
 
     @property
@@ -60,11 +64,10 @@ class Device:
     def launch(self, jobs: list[Job]) -> InFlightBatch:
         """Launch a batch. An error is raised later by `wait`, in the order of the batches."""
         launched_s = time.monotonic()
-        self.busy_since_s = min(self.busy_since_s, launched_s)
-        self._num_in_flight += 1
         self._launching = jobs
         try:
-            wait_for_rows = self._launch([job.model_input for job in jobs])
+            with self._watched():
+                wait_for_rows = self._launch([job.model_input for job in jobs])
         except Exception as error:
             wait_for_rows = partial(_raise, error)
         finally:
@@ -82,33 +85,16 @@ class Device:
     def wait(self, in_flight: InFlightBatch) -> tuple[Rows, Batch]:
         """Wait for a batch: a row for each item, and its measurements. Raises whatever made it fail."""
         try:
-            rows = in_flight.wait_for_rows()
+            with self._watched():
+                rows = in_flight.wait_for_rows()
         finally:
             end_s = time.monotonic()
-            self._num_in_flight -= 1
             start_s, self._last_end_s = max(in_flight.launched_s, self._last_end_s), end_s
-            self.busy_since_s = end_s if self._num_in_flight else math.inf
         jobs = in_flight.jobs
         assert len(rows) == len(jobs)
         batch = Batch(len(jobs), sum(job.model_input.cost for job in jobs), start_s, end_s)
         self._rate.add(batch.num_tokens, batch.seconds)
         return rows, batch
-
-    def watch(self, stuck_after_s: float, is_over: Callable[[], bool], on_stuck: Callable[[str], None]) -> None:
-        """Call `on_stuck` if a batch takes too long: the device thread, which waits for it, cannot.
-
-        Time is counted in ticks of this thread: while the whole process is stopped, no batch takes longer.
-        """
-        tick_s = min(1.0, stuck_after_s / 4)
-        since_s, num_ticks = math.inf, 0
-        while not is_over():
-            if self.busy_since_s != since_s:
-                since_s, num_ticks = self.busy_since_s, 0
-            elif since_s < math.inf:
-                num_ticks += 1
-            if num_ticks * tick_s > stuck_after_s:
-                on_stuck(f"the device did not finish a batch within {stuck_after_s:g} s")
-            time.sleep(tick_s)
 
 
 def _raise(error: Exception) -> NoReturn:

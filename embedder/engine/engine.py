@@ -22,19 +22,13 @@ from embedder.engine.admission import Admission, Reservation, check_item, estima
 from embedder.engine.batch_limits import BatchLimit
 from embedder.engine.coalescing import CoalescingCache
 from embedder.engine.device import BatchAbandoned, Device, InFlightBatch, Launch, Rows
+from embedder.engine.hang_watch import HangWatch
 from embedder.engine.job import Job, device_failed, item_failed
 from embedder.engine.observer import ItemOutcome, ItemTrace, Observer, begin_trace
 from embedder.engine.postprocess import Embedding, finish_vectors
 from embedder.engine.preprocess_workers import Fetch, Preprocess, PreprocessWorkers
 from embedder.engine.scheduler import NO_DELAY, ON_CPU, BatchLength, Scheduler
-from embedder.errors import (
-    DeviceFailed,
-    DeviceOutOfMemory,
-    EmbedderError,
-    EngineFailed,
-    ShuttingDown,
-    without_traceback,
-)
+from embedder.errors import DeviceFailed, DeviceOutOfMemory, EmbedderError, ShuttingDown, without_traceback
 from embedder.inputs.fetch import Fetcher
 from embedder.inputs.items import EmbeddingItem
 from embedder.inputs.pairs import Query, is_short
@@ -81,8 +75,10 @@ class Engine:
         self._observer = observer or Observer()
         self._max_in_flight = max_in_flight
         self._on_failure = on_failure
+        self._watch = HangWatch(self._fail)
         # Only the device thread uses these:
-        self._device = Device(launch, self._is_wanted)
+        watched = partial(self._watch.step, "the device did not finish a batch", stuck_after_s)
+        self._device = Device(launch, self._is_wanted, watched)
         self.stop_if_abandoned = self._device.stop_if_abandoned  # for a `launch` that computes
         self._batch_limit = BatchLimit(settings.max_batch_tokens)
         self._in_flight: deque[InFlightBatch] = deque()
@@ -101,6 +97,7 @@ class Engine:
             self._observer.decoder_ended,
             schedule=self._schedule,
             fail=lambda job, error: self._resolve((job, error)),
+            watch=self._watch,
             on_failure=self._fail,
         )
         self._cache: CoalescingCache[Job] = CoalescingCache(settings.cache_bytes)
@@ -110,9 +107,6 @@ class Engine:
         self._is_over = False  # for the threads
         self._device_thread = threading.Thread(target=self._run_device, name="engine", daemon=True)
         self._device_thread.start()
-        if stuck_after_s < math.inf:
-            watch = partial(self._device.watch, stuck_after_s, lambda: self._is_over, self._fail)
-            threading.Thread(target=watch, name="watchdog", daemon=True).start()
 
     @property
     def pending_tokens(self) -> int:
@@ -322,10 +316,10 @@ class Engine:
 
     def _resolve_rows(self, jobs: list[Job], rows: Rows, *, is_cached: bool) -> None:
         """Resolve each job with its row."""
-        outcomes: list[tuple[Job, Embedding | EngineFailed]] = []
+        outcomes: list[tuple[Job, Embedding | EmbedderError]] = []
         vectors = finish_vectors(rows, [(job.item.dimensions, job.item.normalize) for job in jobs])
         for job, vector in zip(jobs, vectors, strict=True):
-            if isinstance(vector, EngineFailed):
+            if isinstance(vector, EmbedderError):
                 job.log_error(logger, "%s", vector)
                 outcomes.append((job, vector))
             else:
@@ -395,6 +389,7 @@ class Engine:
 
     def _end_threads(self) -> None:
         self._is_closed = self._is_over = True
+        self._watch.close()
         self._workers.close()
         self._has_inputs.notify_all()
         self._has_capacity.notify_all()

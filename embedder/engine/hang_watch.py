@@ -1,4 +1,4 @@
-"""Notices threads that do not finish an item. A thread cannot be ended, so only a new process helps."""
+"""Notices threads that do not finish a step. A thread cannot be ended, so only a new process helps."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ TICK_S = 1.0
 
 
 class HangWatch:
-    """Calls `on_hang` once, with the reason, if an item takes more than `max_s` seconds.
+    """Calls `on_hang` once, with the reason, if a step takes too long.
 
-    Time is counted in ticks of a thread: while the whole process is stopped, no item takes longer.
+    Time is counted in ticks of a thread: while the whole process is stopped, no step takes longer.
     """
 
-    def __init__(self, max_s: float, on_hang: Callable[[str], None]) -> None:
-        self._max_s = max_s
+    def __init__(self, on_hang: Callable[[str], None]) -> None:
         self._on_hang = on_hang
-        self._items: dict[int, tuple[str, float]] = {}  # by thread: what it does, and for how many seconds
+        self._steps: dict[int, tuple[str, float, float]] = {}  # by thread: reason, limit, seconds so far
         self._lock = threading.Lock()
         self._is_closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def item(self, kind: str) -> Iterator[None]:
-        """Watch the calling thread while the block runs."""
-        thread = threading.current_thread()
+    def step(self, reason: str, max_s: float) -> Iterator[None]:
+        """Watch the calling thread while the block runs, for at most `max_s` seconds."""
+        thread = threading.get_ident()
         with self._lock:
-            self._items[thread.native_id or 0] = (f"thread {thread.name} has not preprocessed an item ({kind})", 0.0)
+            self._steps[thread] = reason, max_s, 0.0
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="hang-watch", daemon=True)
                 self._thread.start()
@@ -36,7 +35,7 @@ class HangWatch:
             yield
         finally:
             with self._lock:
-                self._items.pop(thread.native_id or 0, None)
+                self._steps.pop(thread, None)
 
     def close(self) -> None:
         """Stop watching."""
@@ -44,9 +43,15 @@ class HangWatch:
 
     def _run(self) -> None:
         while not self._is_closed.wait(TICK_S):
-            with self._lock:
-                self._items = {key: (what, seconds + TICK_S) for key, (what, seconds) in self._items.items()}
-                late = [what for what, seconds in self._items.values() if seconds > self._max_s]
-            if late:
-                self._on_hang(f"{late[0]} within {self._max_s:g} s")
+            if reason := self._count_tick():
+                self._on_hang(reason)
                 return
+
+    def _count_tick(self) -> str | None:
+        """Add a tick to each step. Returns the reason if one takes too long."""
+        with self._lock:
+            for thread, (reason, max_s, seconds) in self._steps.items():
+                if seconds + TICK_S > max_s:
+                    return f"{reason} within {max_s:g} s"
+                self._steps[thread] = reason, max_s, seconds + TICK_S
+        return None

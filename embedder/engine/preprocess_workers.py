@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,9 +65,9 @@ class PreprocessWorkers:
     """Threads that run `preprocess_job` for queued jobs, one at a time, in the scheduler's order.
 
     A preprocessed job goes to `schedule`, a failed one with its error to `fail`. The engine calls `put`, `discard`,
-    `add_ready_bytes`, `release_ready_bytes` and `close` under `lock`. `on_failure` is called with the reason when a
-    thread does not finish an item long after its deadline, or ends with an error: the thread is lost, and the process
-    has to be replaced.
+    `add_ready_bytes`, `release_ready_bytes` and `close` under `lock`. `watch` notices a thread that does not finish an
+    item long after its deadline. `on_failure` is called with the reason when a thread ends with an error: the thread is
+    lost, and the process has to be replaced.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class PreprocessWorkers:
         *,
         schedule: Callable[[Job, bool], None],
         fail: Callable[[Job, EmbedderError], None],
+        watch: HangWatch,
         on_failure: Callable[[str], None],
     ) -> None:
         self._lock = lock
@@ -102,8 +103,9 @@ class PreprocessWorkers:
         self._media = MediaQueue(num_processes, SECONDS_PER_ESTIMATED_TOKEN)
         self._idle: dict[int, threading.Condition] = {}  # of processes without an item
         self._processes = [DecoderProcess(settings, on_decoder_end) for _ in range(num_processes)]
+        self._watch = watch
         # A decoding process may have to be started, and is itself ended at the deadline.
-        self._watch = HangWatch(settings.decode_timeout_s + START_TIMEOUT_S, on_failure)
+        self._max_item_s = settings.decode_timeout_s + START_TIMEOUT_S
         self._threads: list[threading.Thread] = []
         for number in range(settings.preprocess_threads):
             self._start(f"preprocess-{number}", self._run, self._items)
@@ -160,7 +162,6 @@ class PreprocessWorkers:
     def close(self) -> None:
         """Let the threads end, and end the processes."""
         self._is_closed = True
-        self._watch.close()
         for process in self._processes:
             process.close()
         self._notify_all()
@@ -194,7 +195,7 @@ class PreprocessWorkers:
         job.trace.preprocess_started_s = time.monotonic()
         try:
             item = job.item if is_short else job.fetched or self._fetch(job.item, job.future.done)
-            with _NOT_WATCHED if is_short else self._watch.item(job.trace.kind):
+            with _NOT_WATCHED if is_short else self._watched(job):
                 job.model_input = self._preprocess(item, decoder)
             if self._has_cache:
                 job.key = content_key(job.model_input)
@@ -221,6 +222,10 @@ class PreprocessWorkers:
                 job.trace.count_tokens(job.model_input)
             self._schedule(job, wake)
         return None
+
+    def _watched(self, job: Job) -> AbstractContextManager[None]:
+        name, kind = threading.current_thread().name, job.trace.kind
+        return self._watch.step(f"thread {name} has not preprocessed an item ({kind})", self._max_item_s)
 
     # In threads without a process
 

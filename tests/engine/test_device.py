@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,22 +55,6 @@ def test_batch_launched_ahead_starts_when_the_one_before_ends(model: FakeModel, 
     assert (batch.started_s, batch.ended_s) == (103, 105)
 
 
-def test_device_is_busy_since_its_oldest_batch_started_and_not_busy_when_idle(
-    model: FakeModel, clock: SimpleNamespace
-) -> None:
-    device = Device(model.launch_ahead, is_wanted)
-    assert device.busy_since_s == math.inf
-    first = device.launch(jobs(model, "red"))
-    clock.now_s = 101
-    second = device.launch(jobs(model, "green"))
-    assert device.busy_since_s == 100
-    clock.now_s = 103
-    device.wait(first)
-    assert device.busy_since_s == 103
-    device.wait(second)
-    assert device.busy_since_s == math.inf
-
-
 def test_error_of_a_launch_is_raised_when_its_batch_is_waited_for(model: FakeModel) -> None:
     def launch(inputs: list[ModelInput]) -> WaitForRows:
         if len(inputs) == 2:
@@ -83,7 +66,6 @@ def test_error_of_a_launch_is_raised_when_its_batch_is_waited_for(model: FakeMod
     device.wait(before)
     with pytest.raises(RuntimeError, match="not launched"):
         device.wait(bad)
-    assert device.busy_since_s == math.inf
 
 
 def test_wrong_number_of_rows_is_an_error(model: FakeModel) -> None:

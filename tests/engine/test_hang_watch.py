@@ -1,4 +1,4 @@
-"""A thread that does not finish an item is reported; a process that is stopped for a while is not."""
+"""A thread that does not finish a step is reported; a process that is stopped for a while is not."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ def short_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_thread_that_does_not_finish_is_reported_once() -> None:
     reasons: list[str] = []
-    watch = HangWatch(0.1, reasons.append)
+    watch = HangWatch(reasons.append)
     gate = threading.Event()
 
     def hang() -> None:
-        with watch.item("image"):
+        with watch.step("the step is not done", 0.1):
             gate.wait(30)
 
-    thread = threading.Thread(target=hang, name="preprocess-7")
+    thread = threading.Thread(target=hang)
     thread.start()
     wait_until(lambda: len(reasons) == 1)
-    assert reasons == ["thread preprocess-7 has not preprocessed an item (image) within 0.1 s"]
+    assert reasons == ["the step is not done within 0.1 s"]
     gate.set()
     thread.join()
     watch.close()
 
 
-def test_items_one_after_the_other_are_not_added_up() -> None:
+def test_steps_one_after_the_other_are_not_added_up() -> None:
     reasons: list[str] = []
-    watch = HangWatch(10 * embedder.engine.hang_watch.TICK_S, reasons.append)
+    watch = HangWatch(reasons.append)
     for _ in range(30):
-        with watch.item("text"):
+        with watch.step("the step is not done", 10 * embedder.engine.hang_watch.TICK_S):
             threading.Event().wait(0.02)
     watch.close()
     assert reasons == []

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import embedder.engine.preprocess_workers
+from embedder.engine.hang_watch import HangWatch
 from embedder.engine.job import Job
 from embedder.engine.observer import Observer, begin_trace
 from embedder.engine.preprocess_workers import PreprocessWorkers
@@ -41,6 +42,7 @@ class Recorder:
             Observer().decoder_ended,
             schedule=self.schedule,
             fail=self.fail,
+            watch=HangWatch(self.failures.append),
             on_failure=self.failures.append,
         )
 
