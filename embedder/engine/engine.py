@@ -278,18 +278,20 @@ class Engine:
             rows, batch = self._device.wait(in_flight)
         except DeviceFailed:
             raise
-        except BatchAbandoned:
-            parts = [jobs]  # an item may have become wanted again by an equal one
         except Exception as error:
             del in_flight  # it may hold the error, whose traceback holds this frame
-            traceback.clear_frames(error.__traceback__)  # frees the memory of the batch before its halves run
-            if len(jobs) == 1:
+            traceback.clear_frames(error.__traceback__)  # frees the memory of the batch before others run
+            if isinstance(error, BatchAbandoned):
+                parts = [jobs]  # an item may have become wanted again by an equal one
+            elif len(jobs) == 1:
                 self._fail_item(jobs[0], error)
                 return
-            logger.warning("a batch of %d items failed (%s); repeating it in halves", len(jobs), type(error).__name__)
-            if isinstance(error, DeviceOutOfMemory):
-                self._batch_limit.shrink(sum(job.model_input.cost for job in jobs))
-            parts = [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
+            else:
+                name = type(error).__name__
+                logger.warning("a batch of %d items failed (%s); repeating it in halves", len(jobs), name)
+                if isinstance(error, DeviceOutOfMemory):
+                    self._batch_limit.shrink(sum(job.model_input.cost for job in jobs))
+                parts = [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
         else:
             for job in jobs:
                 job.trace.batch = batch

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,10 @@ class Layers:
         self.finished.append(num_items)
 
 
+class Activations:
+    """What a forward pass holds."""
+
+
 def test_batch_without_callers_stops_and_the_next_one_runs(model: FakeModel, caplog: pytest.LogCaptureFixture) -> None:
     layers = Layers(model)
     with caplog.at_level(logging.DEBUG), running(model) as layers.engine:
@@ -41,6 +47,29 @@ def test_batch_without_callers_stops_and_the_next_one_runs(model: FakeModel, cap
         assert layers.finished == [1]
         assert layers.engine.pending_tokens == 0
     assert not caplog.records, "it is no fault"
+
+
+def test_memory_of_an_abandoned_batch_is_freed_at_once(model: FakeModel) -> None:
+    references: list[weakref.ref[Activations]] = []
+
+    def compute(_: int) -> None:
+        activations = Activations()
+        references.append(weakref.ref(activations))
+        engine.stop_if_abandoned()
+
+    gc.disable()
+    try:
+        with running(model) as engine:
+            model.gate.clear()
+            gone = engine.submit(item("gone"))
+            assert model.is_entered.wait(10)
+            assert gone.cancel()
+            model.on_batch = compute
+            model.gate.set()
+            engine.submit(item("here")).result(10)
+            assert references[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_batch_goes_on_for_one_caller(model: FakeModel) -> None:
