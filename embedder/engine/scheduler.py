@@ -78,7 +78,6 @@ class Scheduler(Generic[Job]):
         self.max_batch_tokens = max_batch_tokens
         self.seconds_per_token = seconds_per_token
         self._batch_length = batch_length
-        self.num_tokens = 0
         self._queues: dict[Hashable, _RequestQueue[Job]] = {}
         self._queue_of: dict[Job, _RequestQueue[Job]] = {}
         self._heap: list[tuple[float, int, _RequestQueue[Job]]] = []  # by deadline, then by age
@@ -92,7 +91,6 @@ class Scheduler(Generic[Job]):
         queue = self._queues.setdefault(request, _RequestQueue(request, now_s, delay))
         queue.jobs[job] = cost
         self._queue_of[job] = queue
-        self.num_tokens += cost
         if len(queue.jobs) == 1:
             self._push_first_job(queue, now_s)
 
@@ -125,8 +123,7 @@ class Scheduler(Generic[Job]):
 
     def _remove(self, job: Job, queue: _RequestQueue[Job], earliest_deadline_s: float) -> None:
         was_first = next(iter(queue.jobs)) is job
-        self.num_tokens -= queue.jobs.pop(job)
-        del self._queue_of[job]
+        del queue.jobs[job], self._queue_of[job]
         if not queue.jobs:
             queue.entry = 0
             del self._queues[queue.request]
