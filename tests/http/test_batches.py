@@ -238,12 +238,12 @@ def test_full_disk_is_waited_for(store: BatchStore, monkeypatch: pytest.MonkeyPa
     identifier = add(store)
     write, num_failed = runner_module._BatchRun.write, 0
 
-    def fail_at_first(batch: Any, answers: Any) -> None:
+    def fail_at_first(batch: Any, results: Any) -> None:
         nonlocal num_failed
         if num_failed < 2 * MAX_STARTS:
             num_failed += 1
             raise OSError(errno.ENOSPC, "no space left")
-        write(batch, answers)
+        write(batch, results)
 
     monkeypatch.setattr(runner_module._BatchRun, "write", fail_at_first)
     run(store)

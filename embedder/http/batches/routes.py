@@ -80,7 +80,8 @@ class BatchRoutes:
     async def _list_files(self, request: Request) -> Response:
         records = await asyncio.to_thread(self.store.files, self._owner(request))
         purpose = request.query_params.get("purpose")
-        return _page([one for one in records if purpose in (None, one["purpose"])], request, max_limit=10_000)
+        chosen = [one for one in records if purpose in (None, one["purpose"])]
+        return _page(chosen, request, max_limit=10_000, default_limit=10_000)
 
     async def _file(self, request: Request) -> Response:
         return await self._respond(self.store.file, self._owner(request), request.path_params["id"])
@@ -98,9 +99,8 @@ class BatchRoutes:
         body = validate_body(BatchBody, (await request.receive())["body"])
         if body.endpoint not in self.endpoints:
             raise InvalidRequest(f"endpoint: got {describe_value(body.endpoint)}; allowed: {', '.join(self.endpoints)}")
-        add = self.store.add_batch
         return await self._respond(
-            add,
+            self.store.add_batch,
             self._owner(request),
             body.input_file_id,
             body.endpoint,
@@ -110,7 +110,8 @@ class BatchRoutes:
         )
 
     async def _list_batches(self, request: Request) -> Response:
-        return _page(await asyncio.to_thread(self.store.batches, self._owner(request)), request, max_limit=100)
+        records = await asyncio.to_thread(self.store.batches, self._owner(request))
+        return _page(records, request, max_limit=100, default_limit=20)
 
     async def _batch(self, request: Request) -> Response:
         return await self._respond(self.store.batch, self._owner(request), request.path_params["id"])
@@ -135,12 +136,12 @@ def _by_method(handlers: Mapping[str, Callable[[Request], Any]]) -> Callable[[Re
     return handle
 
 
-def _page(records: Sequence[dict[str, Any]], request: Request, *, max_limit: int) -> Response:
+def _page(records: Sequence[dict[str, Any]], request: Request, *, max_limit: int, default_limit: int) -> Response:
     """A part of a list, in OpenAI's form, by `limit`, `after` and `order`."""
     order = request.query_params.get("order", "desc")
     if order not in ("asc", "desc"):
         raise InvalidRequest(f"order: got {order[:60]!r}; allowed: asc, desc")
-    limit = request.query_params.get("limit", str(min(max_limit, 10_000 if max_limit > 100 else 20)))
+    limit = request.query_params.get("limit", str(default_limit))
     if not limit.isascii() or not limit.isdecimal() or len(limit) > 5 or not 1 <= int(limit) <= max_limit:
         raise InvalidRequest(f"limit: got {limit[:60]!r}; allowed: 1 to {max_limit}")
     ordered = list(records) if order == "desc" else list(reversed(records))

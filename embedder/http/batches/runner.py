@@ -1,8 +1,8 @@
 """Runs batches whenever no request waits, and resumes them after a restart or the end of a worker.
 
-The lines of a file are answered in order, a few at once, and written together. A journal has the part and the size of
-each line that was written. If a worker ended while it wrote, what is not in the journal is cut off. Batches take
-turns, so a long one does not delay the others.
+The lines of a file run in order, a few at once, and their responses are written together. A journal has the part and
+the size of each line that was written. If a worker ended while it wrote, what is not in the journal is cut off. Batches
+take turns, so a long one does not delay the others.
 """
 
 from __future__ import annotations
@@ -134,15 +134,15 @@ class BatchRunner:
             if not lines:
                 return
             await self._wait_for_requests()
-            answers = await asyncio.gather(*(self._answer(run.endpoint, line) for line in lines))
-            await asyncio.to_thread(run.write, answers)
+            results = await asyncio.gather(*(self._run_line(run.endpoint, line) for line in lines))
+            await asyncio.to_thread(run.write, results)
 
     async def _wait_for_requests(self) -> None:
         deadline_s = time.monotonic() + MAX_WAIT_S
         while self.num_pending() and time.monotonic() < deadline_s:
             await asyncio.sleep(0.02)
 
-    async def _answer(self, endpoint: str, line: Line) -> tuple[int, bytes]:
+    async def _run_line(self, endpoint: str, line: Line) -> tuple[int, bytes]:
         """Status, and the line for the output or error file."""
         num_timeouts = 0
         identifier = os.urandom(12).hex()
@@ -209,10 +209,10 @@ class _BatchRun:
             self.store.finish(self.owner, batch, "completed")
         return chosen
 
-    def write(self, answers: Sequence[tuple[int, bytes]]) -> None:
+    def write(self, results: Sequence[tuple[int, bytes]]) -> None:
         """Append the lines to their files, then to the journal, and store the counts."""
-        self.store.check_space(sum(len(line) for _, line in answers))
-        parts = [(_part(status), line) for status, line in answers]
+        self.store.check_space(sum(len(line) for _, line in results))
+        parts = [(_part(status), line) for status, line in results]
         for part in COUNTS:
             if lines := [line for name, line in parts if name == part]:
                 with self._path(part).open("ab") as file:

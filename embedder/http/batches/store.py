@@ -51,7 +51,7 @@ class BatchStore:
 
     # Files
 
-    def add_file(self, owner: str, content: bytes, name: str, purpose: str = "batch") -> dict[str, Any]:
+    def add_file(self, owner: str, content: bytes, name: str) -> dict[str, Any]:
         """Store a file. Raises `RequestTooLarge` if the folder or the owner has too many."""
         self.check_space(len(content))
         if len(self._records(owner, "file-")) >= MAX_FILES:
@@ -59,7 +59,7 @@ class BatchStore:
         identifier = f"file-{secrets.token_hex(12)}"
         path = self._owner_folder(owner) / f"{identifier}.jsonl"
         _write(path, content)
-        return self._describe_file(owner, identifier, name, purpose)
+        return self._describe_file(owner, identifier, name, "batch")
 
     def check_space(self, num_bytes: int) -> None:
         """Raises `RequestTooLarge` if the folder has no space for so many bytes more."""
