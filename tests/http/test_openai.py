@@ -123,7 +123,7 @@ def test_error_for_token_ids_names_the_clients_option(value: Any) -> None:
         ({"input": "a", "messages": [{"role": "user", "content": "a"}]}, "give either `input` or `messages`"),
         ({"input": []}, "input: got an empty list; allowed: at least one item"),
         ({"input": 5}, "input: got 5 (a number); allowed: a string, an object, or a list of them"),
-        ({"input": ["a", 5]}, "item 1: got 5 (a number); allowed: a string, or an object with text, image, video or"),
+        ({"input": ["a", 5]}, "item 1: got 5 (a number); allowed: a text, or an object with text, image, video or"),
         ({"input": ["a", ["b"]]}, "item 1: got ['b'] (a list); allowed: "),
         ({"input": ["a", {"txt": "b"}]}, "item 1: unknown field: txt"),
         (

@@ -109,9 +109,19 @@ def parts_from_content(content: Any) -> list[dict[str, Any]]:
     return [_part(part) for part in content]
 
 
-def is_part(fields: Mapping[str, Any]) -> bool:
-    """Whether an object is a single part, such as `{"type": "image_url", ..}`."""
-    return "type" in fields
+def item_from_entry(entry: Any, modality: str | None = None) -> dict[str, Any]:
+    """An entry of a list of items in any client's format: a string, a part, or an object whose `content` has parts."""
+    match entry:
+        case str():
+            return item_from_string(entry, modality)
+        case Mapping() if "type" in entry:
+            return {"content": parts_from_content([entry])}
+        case Mapping():
+            fields = without_nulls(entry)
+            return {**fields, "content": parts_from_content(fields["content"])} if "content" in fields else fields
+    raise InvalidRequest(
+        f"got {describe_value(entry)}; allowed: a text, or an object with text, image, video or content"
+    )
 
 
 def _part(part: Any) -> dict[str, Any]:

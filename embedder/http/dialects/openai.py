@@ -18,11 +18,9 @@ from embedder.http.dialects.dialect import Dialect
 from embedder.http.dialects.messages import (
     InputType,
     instruction_for,
-    is_part,
     item_from_conversation,
-    item_from_string,
+    item_from_entry,
     modalities,
-    parts_from_content,
 )
 from embedder.http.dialects.openai_response import EmbeddingsResponse, embeddings_response
 from embedder.http.dialects.synonyms import SynonymOptions
@@ -34,7 +32,6 @@ from embedder.inputs.items import (
     EmbeddingItem,
     describe_value,
     item_from_fields,
-    without_nulls,
 )
 from embedder.inputs.prompt import QUERY_INSTRUCTION
 from embedder.settings import Settings
@@ -72,7 +69,7 @@ def parse_embeddings(
 
     def to_item(entry_and_modality: tuple[Any, str | None]) -> EmbeddingItem:
         entry, modality = entry_and_modality
-        fields = _item_of_input(entry, modality) if request.messages is None else item_from_conversation(entry)
+        fields = item_from_entry(entry, modality) if request.messages is None else item_from_conversation(entry)
         item = item_from_fields({**options, **request.with_fps(fields)})
         check_output_dtype(encoding.output_dtype, item.normalize)
         return item
@@ -97,22 +94,6 @@ def _inputs(value: Any) -> Sequence[Any]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
-
-
-def _item_of_input(entry: Any, modality: str | None) -> dict[str, Any]:
-    """One entry of `input` -> the mapping that `item_from_fields` takes."""
-    if isinstance(entry, str):
-        return item_from_string(entry, modality)
-    if not isinstance(entry, Mapping):
-        raise InvalidRequest(
-            f"got {describe_value(entry)}; allowed: a string, or an object with text, image, video or content"
-        )
-    if is_part(entry):
-        return {"content": parts_from_content([entry])}
-    fields = without_nulls(entry)
-    if "content" in fields:
-        return {**fields, "content": parts_from_content(fields["content"])}
-    return fields
 
 
 EMBEDDINGS = Dialect(

@@ -12,9 +12,9 @@ from embedder.engine.postprocess import Embedding
 from embedder.engine.ranking import best_first, sigmoid
 from embedder.errors import ITEM_ERRORS, EmbedderError, InvalidRequest, attributed_to_query, without_traceback
 from embedder.http.dialects.dialect import Outcomes
-from embedder.http.dialects.messages import item_from_string, parts_from_content
+from embedder.http.dialects.messages import item_from_entry, parts_from_content
 from embedder.http.request_body import RequestBody
-from embedder.inputs.items import EmbeddingItem, describe_value, item_from_fields, without_nulls
+from embedder.inputs.items import EmbeddingItem, describe_value, item_from_fields
 from embedder.inputs.pairs import Query, part_of_pair
 
 
@@ -97,22 +97,8 @@ def _text_of_fields(document: Mapping[str, Any], names: Sequence[str]) -> str:
 
 def _item(value: Any, truncate: str = "end") -> EmbeddingItem:
     """A text, a data URI, an item, a part, or a list of parts in any client's format -> item."""
-    match value:
-        case str():
-            fields = item_from_string(value)
-        case list():
-            fields = {"content": parts_from_content(value)}
-        case Mapping() if "type" in value:
-            fields = {"content": parts_from_content([value])}
-        case Mapping() if value.get("content") is not None:
-            fields = {**value, "content": parts_from_content(value["content"])}
-        case Mapping():
-            fields = dict(value)
-        case _:
-            raise InvalidRequest(
-                f"got {describe_value(value)}; allowed: a text, or an object with text, image, video or content"
-            )
-    return part_of_pair(item_from_fields({"truncate": truncate, **without_nulls(fields)}))
+    fields = {"content": parts_from_content(value)} if isinstance(value, list) else item_from_entry(value)
+    return part_of_pair(item_from_fields({"truncate": truncate, **fields}))
 
 
 def best_results(request: ScoringRequest, outcomes: Outcomes, *names: str) -> list[dict[str, Any]]:
