@@ -18,7 +18,7 @@ from embedder.http.body_reader import BodyReader
 from embedder.http.dialects.dialect import Outcomes
 from embedder.http.dialects.scoring import ScoringRequest, query_item, score_of
 from embedder.http.disconnect import unless_disconnected
-from embedder.http.request_body import RequestBody, validate_body
+from embedder.http.request_body import RequestBody, read_json, validate_body
 from embedder.http.response import json_response, to_json
 from embedder.inputs.items import EmbeddingItem
 from embedder.inputs.pairs import Query
@@ -56,7 +56,7 @@ async def rerank_found(request: Request, bodies: BodyReader, read_rows: ReadRows
 
 def _read(body: bytes) -> tuple[list[int], Query]:
     """The rows, and the query. Raises `InvalidRequest`."""
-    asked = validate_body(RerankFound, body)
+    asked = validate_body(RerankFound, read_json(body))
     return asked.rows, query_item(asked.query, asked.instruction, len(asked.rows), None)
 
 

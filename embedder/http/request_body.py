@@ -213,9 +213,8 @@ def _read_json_with_surrogates(body: bytes, error: orjson.JSONDecodeError) -> An
         raise invalid from other
 
 
-def validate_body(model: type[Body], body: bytes | Mapping[str, Any]) -> Body:
-    """JSON, or the fields that it holds -> a body of the given model. Raises `InvalidRequest`."""
-    fields = read_json(body) if isinstance(body, bytes) else body
+def validate_body(model: type[Body], fields: Mapping[str, Any]) -> Body:
+    """The fields of a JSON object or a form -> a body of the given model. Raises `InvalidRequest`."""
     known = known_names(model)
     if len(fields) > len(known) + len(ACCEPTED) + MAX_EXPLAINED:
         raise InvalidRequest(unknown_fields_message([name for name in fields if name not in known], known))

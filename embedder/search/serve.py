@@ -34,7 +34,7 @@ from embedder.http.dialects.dialect import ServedModel
 from embedder.http.drain import Drain
 from embedder.http.guard import RequestGuard
 from embedder.http.playground_routes import OPEN_PATHS, rerank_found
-from embedder.http.request_body import RequestBody, validate_body
+from embedder.http.request_body import RequestBody, read_json, validate_body
 from embedder.http.response import json_response, to_json
 from embedder.http.routes import Routes, Serving, not_found
 from embedder.inputs.data_uri import decode_base64
@@ -126,7 +126,7 @@ class CollectionRoutes:
         return json_response(to_json(fields), HEADERS)
 
     async def _search(self, request: Request) -> Response:
-        asked = validate_body(SearchRequest, (await request.receive())["body"])
+        asked = validate_body(SearchRequest, read_json((await request.receive())["body"]))
         query = None if asked.vector is None else _vector(asked.vector, self._collection.num_values)
         return json_response(to_json({"results": await asyncio.to_thread(self._find, asked, query)}), HEADERS)
 

@@ -30,7 +30,7 @@ URI = "data:image/png;base64,AAAA"
 
 
 def parse(**fields: Any) -> CohereRequest:
-    return parse_cohere(json.dumps(fields).encode(), SETTINGS)
+    return parse_cohere(fields, SETTINGS)
 
 
 def test_texts_images_and_inputs_are_items() -> None:
@@ -114,7 +114,7 @@ def test_tokens_of_images_alone_are_image_tokens() -> None:
 
 def test_first_version_has_plain_floats_unless_types_are_given() -> None:
     def answer(**fields: Any) -> dict[str, Any]:
-        request = parse_cohere_v1(json.dumps(fields).encode(), SETTINGS)
+        request = parse_cohere_v1(fields, SETTINGS)
         vector = np.array([0.6, 0.8], np.float32)
         body: dict[str, Any] = json.loads(cohere_response(request, [Embedding(vector, 22, 0)], ServedModel("m", 60)))
         CohereV1Response.model_validate(body)

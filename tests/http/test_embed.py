@@ -22,7 +22,7 @@ VECTOR = np.array([1.0, -2.0], np.float32)
 
 
 def parse(*items: Any, **options: Any) -> EmbedItemsRequest:
-    return parse_embed(json.dumps({"items": items, **options}).encode(), SETTINGS)
+    return parse_embed({"items": list(items), **options}, SETTINGS)
 
 
 def answer(request: EmbedItemsRequest, *outcomes: Any) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def test_names_of_items_are_strings_or_whole_numbers() -> None:
 )
 def test_invalid_body_is_refused(body: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        parse_embed(json.dumps(body).encode(), SETTINGS)
+        parse_embed(body, SETTINGS)
     assert str(caught.value).startswith(message)
 
 

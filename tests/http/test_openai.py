@@ -27,7 +27,7 @@ URL_PART = {"type": "image_url", "image_url": {"url": URI}}
 
 
 def parse(**fields: Any) -> EncodedRequest:
-    return parse_embeddings(json.dumps(fields).encode(), SETTINGS)
+    return parse_embeddings(fields, SETTINGS)
 
 
 @pytest.mark.parametrize(

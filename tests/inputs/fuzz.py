@@ -23,6 +23,7 @@ from embedder.http.dialects.cohere import parse_cohere
 from embedder.http.dialects.embed import parse_embed
 from embedder.http.dialects.local import parse_image_request, parse_text_request
 from embedder.http.dialects.openai import parse_embeddings
+from embedder.http.request_body import read_json
 from embedder.inputs.image import load_image
 from embedder.inputs.items import EmbeddingItem, Video
 from embedder.inputs.regimes import CheckpointRegime
@@ -60,7 +61,7 @@ def check_request(data: bytes) -> None:
     """Items or an `InvalidRequest`, on every route."""
     for parse in PARSERS:
         try:
-            items = parse(data, SETTINGS).items
+            items = parse(read_json(data), SETTINGS).items
         except InvalidRequest:
             continue
         assert all(isinstance(item, EmbeddingItem | InvalidRequest) for item in items)

@@ -13,6 +13,7 @@ from embedder.http.dialects.cohere import parse_cohere
 from embedder.http.dialects.embed import parse_embed
 from embedder.http.dialects.local import parse_text_request
 from embedder.http.dialects.openai import parse_embeddings
+from embedder.http.request_body import read_json
 from embedder.inputs.items import Text
 from tests.inputs import fuzz, hostile
 
@@ -49,7 +50,7 @@ def test_texts_arrive_whole_and_in_order_on_every_route(texts: list[str]) -> Non
         (parse_cohere, "texts"),
     ):
         body = json.dumps({field: texts}, ensure_ascii=False).encode()
-        assert [item.parts for item in parse(body, fuzz.SETTINGS).items] == [(Text(text),) for text in texts]
+        assert [item.parts for item in parse(read_json(body), fuzz.SETTINGS).items] == [(Text(text),) for text in texts]
 
 
 @st.composite

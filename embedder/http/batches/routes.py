@@ -15,7 +15,7 @@ from starlette.routing import Route
 from embedder.errors import InvalidRequest
 from embedder.http.api_keys import OwnerOf
 from embedder.http.batches.store import BatchStore
-from embedder.http.request_body import RequestBody, validate_body
+from embedder.http.request_body import RequestBody, read_json, validate_body
 from embedder.http.response import json_response, to_json
 from embedder.http.uploads import FORM, form_with_file
 from embedder.inputs.items import check_text, describe_value
@@ -96,7 +96,7 @@ class BatchRoutes:
         return FileResponse(path, media_type="application/jsonl")
 
     async def _add_batch(self, request: Request) -> Response:
-        body = validate_body(BatchBody, (await request.receive())["body"])
+        body = validate_body(BatchBody, read_json((await request.receive())["body"]))
         if body.endpoint not in self.endpoints:
             raise InvalidRequest(f"endpoint: got {describe_value(body.endpoint)}; allowed: {', '.join(self.endpoints)}")
         return await self._respond(

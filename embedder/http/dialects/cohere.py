@@ -54,12 +54,12 @@ class CohereV1Request(CohereEmbedRequest):
     embedding_types: NonEmptyList[EmbeddingType] | None = Field(None)  # type: ignore[assignment]
 
 
-def parse_cohere(body: bytes | Mapping[str, Any], settings: Settings) -> CohereRequest:
+def parse_cohere(body: Mapping[str, Any], settings: Settings) -> CohereRequest:
     """Body of `/v2/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     return _request(validate_body(CohereEmbedRequest, body), settings, "2")
 
 
-def parse_cohere_v1(body: bytes | Mapping[str, Any], settings: Settings) -> CohereRequest:
+def parse_cohere_v1(body: Mapping[str, Any], settings: Settings) -> CohereRequest:
     """Body of `/v1/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     return _request(validate_body(CohereV1Request, body), settings, "1")
 

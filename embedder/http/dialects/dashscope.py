@@ -97,7 +97,7 @@ class DashScopeItems:
     types: tuple[str, ...]
 
 
-def parse_dashscope(body: bytes | Mapping[str, Any], settings: Settings) -> DashScopeItems:
+def parse_dashscope(body: Mapping[str, Any], settings: Settings) -> DashScopeItems:
     """Body -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(DashScopeRequest, body)
     parameters = request.parameters or Parameters.model_validate({})

@@ -63,7 +63,7 @@ class DocumentPagesRequest:
         return EmbeddingItem((Image(image),), **self.options)
 
 
-def parse_document(body: bytes | Mapping[str, Any], settings: Settings) -> DocumentPagesRequest:
+def parse_document(body: Mapping[str, Any], settings: Settings) -> DocumentPagesRequest:
     """Body of `/embed` with a document -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     if not settings.max_document_pages:
         raise InvalidRequest(

@@ -78,7 +78,7 @@ class EmbedItemsRequest:
     output_dtype: OutputDtype
 
 
-def parse_embed(body: bytes | Mapping[str, Any], settings: Settings) -> EmbedItemsRequest:
+def parse_embed(body: Mapping[str, Any], settings: Settings) -> EmbedItemsRequest:
     """Body of `/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge` for the body, never for an item."""
     request = validate_body(EmbedRequest, body)
     check_item_count(len(request.items), settings)

@@ -75,7 +75,7 @@ class InferItems:
     id: str | None
 
 
-def parse_infer(body: bytes | Mapping[str, Any], settings: Settings) -> InferItems:
+def parse_infer(body: Mapping[str, Any], settings: Settings) -> InferItems:
     """Body -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(InferRequest, body)
     check_text("id", request.id or "")

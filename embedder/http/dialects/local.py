@@ -76,13 +76,13 @@ class EmbeddingResponse(BaseModel):
     warnings: list[str] | None = Field(None, description=CUT_TEXTS)
 
 
-def parse_text_request(body: bytes | Mapping[str, Any], settings: Settings) -> EmbeddingRequest:
+def parse_text_request(body: Mapping[str, Any], settings: Settings) -> EmbeddingRequest:
     """Body of `/txt/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(TextRequest, body)
     return _request(request, request.input, Text, settings)
 
 
-def parse_image_request(body: bytes | Mapping[str, Any], settings: Settings) -> EmbeddingRequest:
+def parse_image_request(body: Mapping[str, Any], settings: Settings) -> EmbeddingRequest:
     """Body of `/img/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(ImageRequest, body)
     return _request(request, request.input, Image, settings)

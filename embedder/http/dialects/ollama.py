@@ -67,7 +67,7 @@ class OllamaRequest:
     items: tuple[EmbeddingItem, ...]
 
 
-def parse_embed(body: bytes | Mapping[str, Any], settings: Settings) -> OllamaRequest:
+def parse_embed(body: Mapping[str, Any], settings: Settings) -> OllamaRequest:
     """Body of `/api/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(OllamaEmbedRequest, body)
     match request.input:
@@ -82,7 +82,7 @@ def parse_embed(body: bytes | Mapping[str, Any], settings: Settings) -> OllamaRe
     return OllamaRequest(parse_each(inputs, lambda text: item_from_fields({**options, **item_from_string(text)})))
 
 
-def parse_prompt(body: bytes | Mapping[str, Any], settings: Settings) -> OllamaRequest:
+def parse_prompt(body: Mapping[str, Any], settings: Settings) -> OllamaRequest:
     """Body of `/api/embeddings` -> request. Raises `InvalidRequest`."""
     request = validate_body(OllamaPromptRequest, body)
     return OllamaRequest((item_from_fields(item_from_string(request.prompt)),) if request.prompt else ())

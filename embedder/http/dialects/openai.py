@@ -53,7 +53,7 @@ class EmbeddingsRequest(VllmOptions, SynonymOptions):
 
 
 def parse_embeddings(
-    body: bytes | Mapping[str, Any], settings: Settings, *, body_model: type[EmbeddingsRequest] = EmbeddingsRequest
+    body: Mapping[str, Any], settings: Settings, *, body_model: type[EmbeddingsRequest] = EmbeddingsRequest
 ) -> EncodedRequest:
     """Body of `/v1/embeddings` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(body_model, body)

@@ -13,7 +13,6 @@ from embedder.http.dialects import openai
 from embedder.http.dialects.dialect import Dialect
 from embedder.http.dialects.openai_response import OpenAIUsage, embeddings_response
 from embedder.http.dialects.vllm import EncodedRequest
-from embedder.http.request_body import read_json
 from embedder.http.response import Vector
 from embedder.inputs.items import describe_value
 from embedder.settings import Settings
@@ -44,13 +43,12 @@ class PoolingResponse(BaseModel):
     usage: OpenAIUsage
 
 
-def parse_pooling(body: bytes | Mapping[str, Any], settings: Settings) -> EncodedRequest:
+def parse_pooling(body: Mapping[str, Any], settings: Settings) -> EncodedRequest:
     """Body of `/pooling` -> request. Raises `InvalidRequest` for a task other than `embed`."""
-    fields = read_json(body) if isinstance(body, bytes) else body
-    task = fields.get("task")
+    task = body.get("task")
     if task is not None and not (isinstance(task, str) and task.lower() == "embed"):
         raise InvalidRequest(f"Unsupported task: {describe_value(task)}; allowed: embed, this model has no other")
-    return openai.parse_embeddings({name: value for name, value in fields.items() if name != "task"}, settings)
+    return openai.parse_embeddings({name: value for name, value in body.items() if name != "task"}, settings)
 
 
 POOLING = Dialect(

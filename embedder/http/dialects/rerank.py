@@ -71,7 +71,7 @@ class RerankV1Request(RerankRequest):
     )
 
 
-def parse_v1(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringRequest:
+def parse_v1(body: Mapping[str, Any], settings: Settings) -> ScoringRequest:
     """Body of `/v1/rerank` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(RerankV1Request, body)
     if request.truncation is not None:
@@ -79,7 +79,7 @@ def parse_v1(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringRequ
     return replace(_parse(request, settings), fails_whole=request.truncation is not None)
 
 
-def parse_documents(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringRequest:
+def parse_documents(body: Mapping[str, Any], settings: Settings) -> ScoringRequest:
     """Body of `/rerank` and `/v2/rerank` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     return _parse(validate_body(RerankRequest, body), settings)
 

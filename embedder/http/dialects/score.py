@@ -43,7 +43,7 @@ class ScoreResponse(BaseModel):
     usage: Usage
 
 
-def parse_score(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringRequest:
+def parse_score(body: Mapping[str, Any], settings: Settings) -> ScoringRequest:
     """Body of `/score` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(ScoreRequest, body)
     query = request.query

@@ -91,7 +91,7 @@ class TextsRequest:
     items: tuple[EmbeddingItem, ...]
 
 
-def parse_tei(body: bytes | Mapping[str, Any], settings: Settings) -> TextsRequest:
+def parse_tei(body: Mapping[str, Any], settings: Settings) -> TextsRequest:
     """Body of `/embed` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(TeiEmbedRequest, body)
     options = {**request.tei_item_options(), "normalize": request.normalize, "dimensions": request.dimensions}
@@ -99,7 +99,7 @@ def parse_tei(body: bytes | Mapping[str, Any], settings: Settings) -> TextsReque
     return TextsRequest(_items(inputs, options, settings))
 
 
-def parse_similarity(body: bytes | Mapping[str, Any], settings: Settings) -> TextsRequest:
+def parse_similarity(body: Mapping[str, Any], settings: Settings) -> TextsRequest:
     """Body of `/similarity` -> request; the first item is the source. Raises as `parse_tei`."""
     request = validate_body(SimilarityRequest, body)
     options = (request.parameters or TeiOptions.model_validate({})).tei_item_options()

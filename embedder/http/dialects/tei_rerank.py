@@ -40,7 +40,7 @@ class TEIRerankResponse(RootModel[list[TEIRerankResult]]):
     """Response of `/rerank` to the clients of text-embeddings-inference: the best first."""
 
 
-def parse_tei(body: bytes | Mapping[str, Any], settings: Settings) -> ScoringRequest:
+def parse_tei(body: Mapping[str, Any], settings: Settings) -> ScoringRequest:
     """TEI's body of `/rerank` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(TEIRerankRequest, body)
     check_item_count(len(request.texts), settings)

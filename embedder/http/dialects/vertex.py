@@ -46,7 +46,7 @@ class PredictResponse(BaseModel):
     predictions: list[Vector] = Field(description="One vector for each instance, in order.")
 
 
-def parse_predict(body: bytes | Mapping[str, Any], settings: Settings) -> EmbeddingRequest:
+def parse_predict(body: Mapping[str, Any], settings: Settings) -> EmbeddingRequest:
     """Body of `/predict` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(PredictRequest, body)
     check_item_count(len(request.instances), settings)

@@ -79,7 +79,7 @@ class VoyageItems:
     is_base64: bool
 
 
-def parse_voyage(body: bytes | Mapping[str, Any], settings: Settings) -> VoyageItems:
+def parse_voyage(body: Mapping[str, Any], settings: Settings) -> VoyageItems:
     """Body of `/v1/multimodalembeddings` -> request. Raises `InvalidRequest` and `RequestTooLarge`."""
     request = validate_body(VoyageRequest, body)
     check_item_count(len(request.inputs), settings)
