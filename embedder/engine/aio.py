@@ -71,6 +71,7 @@ async def score_each(
 
 
 async def outcome(future: Future[Embedding]) -> Outcome:
+    """Await the embedding of an item, or the error that concerns only this item. Raises all other errors."""
     try:
         embedding: Embedding = await _result(future)
     except ITEM_ERRORS as error:

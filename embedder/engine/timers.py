@@ -25,12 +25,12 @@ class Timer:
         self._timers = timers
 
     def cancel(self) -> None:
-        """Do not call it anymore."""
+        """Never call the callback."""
         self._callback = None
         self._timers.pop(self, None)
 
     def expire(self) -> None:
-        """Call it."""
+        """Call the callback, unless the timer was cancelled."""
         callback, self._callback = self._callback, None
         if callback:
             callback()

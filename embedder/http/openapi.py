@@ -1,9 +1,8 @@
 """The models of request and response bodies -> the OpenAPI document of the service.
 
 BentoML's generator is not used: it shows only the first member of a union, but clients read from the schema of `input`
-whether it may be a list, and how long (`anyOf` with `maxItems`).
-Items, parts and messages, which the parsers read one by one,
-are described by hand; tests compare the description with the parsers.
+whether it may be a list, and how long (`anyOf` with `maxItems`). Items, parts and messages, which the parsers read one
+by one, are described by hand; tests compare the description with the parsers.
 """
 
 from __future__ import annotations
@@ -47,8 +46,6 @@ ROW_EXAMPLES: dict[str, dict[str, Any]] = {  # bodies of BentoML's APIs, each an
     "/embed_texts": {"texts": {"texts": ["red", {"text": "green", "dimensions": 64}]}},
     "/embed_images": {"images": {"images": [EXAMPLE_IMAGE, {"image": EXAMPLE_IMAGE, "instruction": "Find it."}]}},
 }
-
-
 RANKING_PATH = "/rerank_queries"
 RANKING_EXAMPLES = {"queries": {"queries": [{"query": "red", "documents": ["red", "blue"]}]}}
 

@@ -97,7 +97,7 @@ class ConnectionLimits:
                 connection.refuse_for_lack_of_connections(lingers=excess < self.max_connections / 8)
 
     def forget(self, connection: Connection) -> None:
-        """A connection is closed."""
+        """Remove a connection that is closed."""
         self._connections.pop(connection, None)
 
     def _sweep(self) -> None:

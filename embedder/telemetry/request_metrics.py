@@ -35,7 +35,7 @@ class RequestMetrics:
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
-        """A request arrived."""
+        """Count a request that arrived."""
         self._num_in_progress += 1
         self._write_soon()
 
@@ -45,7 +45,7 @@ class RequestMetrics:
         self._write_soon()
 
     def end(self, path: str, status: int, seconds: float, code: str | None) -> None:
-        """A request was completed; `code` if it ended in an error."""
+        """Count a completed request. `code`: that of the error in which it ended, if any."""
         route = self._metrics.routes.of(path) or "other"
         self._num_in_progress -= 1
         self._statuses.append((route, status))
@@ -55,7 +55,7 @@ class RequestMetrics:
         self._write_soon()
 
     def write(self) -> None:
-        """Write the metrics."""
+        """Write what has changed to the metrics."""
         if self._timer is None:
             return
         self._timer.cancel()

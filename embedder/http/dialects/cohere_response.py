@@ -14,10 +14,7 @@ from pydantic import BaseModel, Field
 from embedder.engine.postprocess import Embedding, quantize, to_base64
 from embedder.http.dialects.dialect import ServedModel
 from embedder.http.response import CUT_TEXTS, to_json, usage_fields
-from embedder.inputs.items import (
-    EmbeddingItem,
-    Image,
-)
+from embedder.inputs.items import EmbeddingItem, Image
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 

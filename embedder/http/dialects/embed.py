@@ -45,7 +45,7 @@ class Result(BaseModel):
     """One item's vector, or its error."""
 
     index: int
-    id: str | int | None = Field(None, description="The caller's name for the item; absent if there is none.")
+    id: Id = Field(None, description="The caller's name for the item; absent if there is none.")
     embedding: Vector | None = Field(None, description="Absent if the item failed.")
     error: Failure | None = Field(None, description="Absent if the item was embedded.")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from pydantic import BaseModel, Field, StrictInt
@@ -22,7 +22,7 @@ from embedder.http.response import to_json
 from embedder.inputs.items import EmbeddingItem, check_text, describe_value, item_from_fields, refuse_unknown
 from embedder.settings import Settings
 
-_NAMES = ("text", "image", "input")
+TensorName = Literal["text", "image", "input"]
 _OPTIONS = {"instruction", "dimensions", "normalize", "truncate"}
 # Of Triton's client; its levels of priority are the server's own, and its time limit is also the client's.
 _IGNORED = {"binary_data_output", "priority", "timeout"}
@@ -33,7 +33,7 @@ _OTHER_PAGES = frozenset({"config", "generate", "generate_stream", "load", "stat
 class Tensor(RequestBody):
     """An input tensor."""
 
-    name: Literal["text", "image", "input"]
+    name: TensorName
     shape: list[StrictInt]
     datatype: Literal["BYTES"]
     data: list[Any]
@@ -113,8 +113,8 @@ def _flat(data: Sequence[Any]) -> list[Any]:
 
 
 def infer_response(request: InferItems, embeddings: Sequence[Embedding], model: ServedModel) -> bytes:
-    """Embeddings -> response body. Raises `InvalidRequest` if the vectors have several sizes."""
-    vectors = np.stack([one.vector for one in embeddings])
+    """Embeddings -> response body."""
+    vectors = np.stack([one.vector for one in embeddings])  # of one size: `dimensions` applies to the whole request
     output = {"name": "embedding", "shape": list(vectors.shape), "datatype": "FP32", "data": vectors.ravel()}
     fields = {"model_name": model.name, "model_version": "1", "outputs": [output]}
     return to_json(fields if request.id is None else {**fields, "id": request.id})
@@ -138,7 +138,7 @@ def server_metadata(model: ServedModel) -> dict[str, Any]:
 
 def model_metadata(model: ServedModel) -> dict[str, Any]:
     """Body of `GET /v2/models/{model}`."""
-    inputs = [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in _NAMES]
+    inputs = [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in get_args(TensorName)]
     outputs = [{"name": "embedding", "datatype": "FP32", "shape": [-1, model.info["hidden_size"]]}]
     return {"name": model.name, "versions": ["1"], "platform": "pytorch", "inputs": inputs, "outputs": outputs}
 

@@ -12,13 +12,7 @@ from pydantic import BaseModel, Field, StrictBool
 from embedder.engine.postprocess import Embedding
 from embedder.http.dialects.dialect import Dialect, ServedModel
 from embedder.http.dialects.messages import item_from_string
-from embedder.http.request_body import (
-    RequestBody,
-    SizeOrZero,
-    check_item_count,
-    parse_each,
-    validate_body,
-)
+from embedder.http.request_body import RequestBody, SizeOrZero, check_item_count, parse_each, validate_body
 from embedder.http.response import to_json
 from embedder.inputs.items import EmbeddingItem, item_from_fields
 from embedder.settings import Settings
