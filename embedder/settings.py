@@ -132,7 +132,7 @@ class Settings(BaseModel):
     max_held_bytes: int = Field(
         2**30,
         ge=1024,
-        description="Maximum bytes of all request bodies in a worker; above it, one over 64 KiB is refused with 429.",
+        description="Maximum bytes of all request bodies in a worker; above it, bodies over 64 KiB get 429.",
     )
     max_text_chars: int = Field(
         200_000, ge=1, description="Maximum number of characters of an item's text; more is refused."
@@ -174,7 +174,7 @@ class Settings(BaseModel):
     )
     # Batches
     batch_folder: str = Field(
-        "", description="Folder for the files of OpenAI's batch API, shared by all workers; empty: no such API."
+        "", description="Folder for the files of OpenAI's batch API, shared by all workers; empty: the API is off."
     )
     max_batch_bytes: int = Field(
         10 * 2**30,
