@@ -14,6 +14,7 @@ from typing import Annotated, TypeGuard
 from pydantic import AnyUrl, TypeAdapter, UrlConstraints, ValidationError
 
 from embedder.errors import InvalidRequest
+from embedder.inputs.data_uri import MAX_HEADER_CHARS
 from embedder.inputs.items import EmbeddingItem, Image, Video, describe_value
 
 DEFAULT_PORTS = {"https": 443, "http": 80}
@@ -79,7 +80,7 @@ class Address:
 
 def is_url(source: object) -> TypeGuard[str]:
     """Whether an image or video is given as a URL of any scheme. A data URI is not a URL here."""
-    return isinstance(source, str) and _SCHEME.match(source) is not None
+    return isinstance(source, str) and _SCHEME.match(source, 0, MAX_HEADER_CHARS) is not None
 
 
 def has_url(item: EmbeddingItem) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 
 import pybase64
 
@@ -17,8 +18,9 @@ _BLANKS = r"[\s\ufeff\u200b]*"  # editors put the invisible ones before a text
 _PARAMETER = r';(?:[^,;"]|"[^"]*"|"(?![^"]*"))*'
 _HEADER = re.compile(rf"{_BLANKS}(?P<header>data\s*:\s*(?:{_TYPE}\s*)?(?:{_PARAMETER})*),", re.IGNORECASE)
 _MEDIA_TYPE = re.compile(rf"{_BLANKS}data\s*:\s*(image|video)/", re.IGNORECASE)
+_FRAMES = re.compile(r"data\s*:\s*video/jpe?g\b", re.IGNORECASE)
 _STANDARD = str.maketrans({**dict.fromkeys(" \t\r\n\v\f"), "-": "+", "_": "/"})
-_SLICE_CHARS = 2**20  # translated at once: `translate` holds the GIL, 20 ms for 27 MB (one core of an AMD EPYC)
+_SLICE_CHARS = 2**18  # read at once: each call holds the GIL, a replacement up to 5 ms (one core of an AMD EPYC)
 _SNIFFED_CHARS = 512
 # What base64 holds that a URL escapes. `unquote`, which decodes all, is Python code: 120 kB of escapes take 5.1 ms
 # instead of 0.9 (one core of an AMD EPYC, `python -m benchmarks.micro`).
@@ -27,13 +29,13 @@ MAX_FRAMES = 20_000  # of a list in a data URI; a JSON list may not have many mo
 
 
 def split_data_uri(text: str) -> tuple[str, str, str] | None:
-    """Header, comma and content of a data URI, or of a string that begins like one of media; None for another.
+    """Header, comma and content of a data URI; None for another string.
 
-    The content may have percent escapes, which `decode_base64` decodes.
+    Of a string that only begins like one of media, everything is the header. The content may have percent escapes,
+    which `decode_base64` decodes.
     """
     if (match := _HEADER.match(text, 0, MAX_HEADER_CHARS)) is None:
-        media = _MEDIA_TYPE.match(text)
-        return (text, "", "") if media else None
+        return (text, "", "") if _MEDIA_TYPE.match(text, 0, MAX_HEADER_CHARS) else None
     return match["header"].strip(), ",", text[match.end() :]
 
 
@@ -55,7 +57,7 @@ def media_kind(text: str) -> MediaKind | None:
     A data URI of any other type, such as application/octet-stream or none, counts as media if it is base64: its first
     bytes tell a video; anything else is an image, or an error where it is decoded.
     """
-    if match := _MEDIA_TYPE.match(text):
+    if match := _MEDIA_TYPE.match(text, 0, MAX_HEADER_CHARS):
         return "video" if match[1].lower() == "video" else "image"
     if (
         ":" not in text[:MAX_HEADER_CHARS]
@@ -74,11 +76,10 @@ def media_kind(text: str) -> MediaKind | None:
 
 def video_frames(text: str) -> tuple[str, ...]:
     """The frames of `data:video/jpeg;base64,F1,F2`, vLLM's form of a list of pictures; empty for another string."""
-    if (parts := split_data_uri(text)) is None or not re.match(r"data\s*:\s*video/jpe?g\b", parts[0], re.IGNORECASE):
+    header, comma, content = split_data_uri(text) or ("", "", "")
+    if not comma or not _FRAMES.match(header) or not is_base64(header):
         return ()
-    if not is_base64(parts[0]):
-        return ()
-    frames = parts[2].replace("%2C", ",").replace("%2c", ",").split(",", MAX_FRAMES)
+    frames = "".join(_unescaped(content, {"%2C": ","})).split(",", MAX_FRAMES)
     if len(frames) > MAX_FRAMES:
         raise InvalidMedia(f"video of more than {MAX_FRAMES} frames in a data URI; allowed: up to {MAX_FRAMES}")
     return tuple(frames)
@@ -91,11 +92,27 @@ def decode_base64(text: str) -> bytes:
     except ValueError:  # binascii.Error is one
         if not text.isascii():  # it is no base64, and `translate` would hold the GIL for long
             raise
-        if "%" in text:
-            for escape, character in _ESCAPES.items():
-                text = text.replace(escape, character).replace(escape.lower(), character)
-        slices = (text[start : start + _SLICE_CHARS] for start in range(0, len(text), _SLICE_CHARS))
-        cleaned = "".join([one.translate(_STANDARD) for one in slices]).rstrip("=")
+        slices = []
+        for one in _unescaped(text, _ESCAPES):
+            if "%" in one:
+                raise
+            slices.append(one.translate(_STANDARD))
+        end = "".join(slices[-2:]).rstrip("=")  # two, since padding can begin in the last but one
+        cleaned = "".join([*slices[:-2], end])
         if len(cleaned) % 4 == 1:
             raise
         return pybase64.b64decode(cleaned + "=" * (-len(cleaned) % 4), validate=True)
+
+
+def _unescaped(text: str, escapes: Mapping[str, str]) -> Iterator[str]:
+    """The text in slices, with these percent escapes replaced, in upper and lower case."""
+    start = 0
+    while start < len(text):
+        end = start + _SLICE_CHARS
+        if (escape := text.rfind("%", end - 2, end)) > start:  # it may go on in the next slice
+            end = escape
+        one, start = text[start:end], end
+        if "%" in one:
+            for escaped, character in escapes.items():
+                one = one.replace(escaped, character).replace(escaped.lower(), character)
+        yield one

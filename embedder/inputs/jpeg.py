@@ -9,6 +9,7 @@ import PIL.Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # without stuffed bytes, fill bytes and restart markers
+_SEARCHED_BYTES = 2**18  # at once: the search holds the GIL, 0.2 s for 20 MB of stuffed bytes (one core of an AMD EPYC)
 _START, _END, _SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
 
 
@@ -31,11 +32,18 @@ def segments(data: bytes) -> Iterator[tuple[bytes, int]]:
     if not data.startswith(_START):
         return
     position = len(_START)
-    while (match := _MARKER.search(data, position)) and match[0] != _END:
+    while (match := _next_marker(data, position)) and match[0] != _END:
         yield match[0], match.end()
         position = match.end()
         if match[0] != _START:
             position += max(2, int.from_bytes(data[position : position + 2]))
+
+
+def _next_marker(data: bytes, position: int) -> re.Match[bytes] | None:
+    for start in range(position, len(data), _SEARCHED_BYTES):
+        if match := _MARKER.search(data, start, start + _SEARCHED_BYTES + 1):  # a marker has two bytes
+            return match
+    return None
 
 
 def is_scan(marker: bytes) -> bool:
