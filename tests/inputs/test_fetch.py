@@ -6,6 +6,7 @@ records the public address that was asked for. The address checks are the servic
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import socket
 import socketserver
@@ -334,6 +335,12 @@ def test_every_url_is_replaced_by_its_bytes_and_nothing_else_changes(site: Site)
     assert site.fetcher()(item, lambda: False) == EmbeddingItem(fetched, "Find.", 64, False, "none")
 
 
+def test_early_hints_and_many_ordinary_chunks_are_read(site: Site) -> None:
+    body = b"".join(b"48\r\n" + bytes([number % 256]) * 72 + b"\r\n" for number in range(5000))
+    site.answers = {"/": b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" + CHUNKED + body + b"0\r\n\r\n"}
+    assert get(site.fetcher(), "http://a.test/") == b"".join(bytes([number % 256]) * 72 for number in range(5000))
+
+
 def test_item_without_urls_is_returned_unchanged(site: Site) -> None:
     item = EmbeddingItem((Text("https://a.test"), Image(PNG), Video((b"x",))))
     assert site.fetcher(url_hosts="")(item, lambda: False) is item
@@ -518,16 +525,22 @@ def test_all_urls_of_an_item_share_the_limit_of_a_body(site: Site) -> None:
         (answer(content_encoding="identity, br"), "responded with content-encoding identity, br; needed: none"),
         (answer(content_length="5000"), "the response is cut off or not HTTP"),
         (answer(content_length="-1"), "the response is cut off or not HTTP"),
+        (answer(content_length="9" * 5000), "the response is cut off or not HTTP"),
+        (answer(status="101 Switching Protocols", upgrade="a"), "the response is cut off or not HTTP"),
         (answer(content_length="5, 6"), "the response is cut off or not HTTP"),
         (CHUNKED + b"zz\r\n", "the response is cut off or not HTTP"),
         (b"SSH-2.0-OpenSSH_9.6\r\n", "the response is cut off or not HTTP"),
-        (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 100_000, "the response is cut off or not HTTP"),
+        (b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 100_000, "the head of the response has more than 65536 bytes"),
+        (b"HTTP/1.1 102 Processing\r\n\r\n" * 100_000, "the head of the response has more than 65536 bytes"),
+        (CHUNKED + b"1\r\na\r\n" * 100_000, "sends its body in chunks of fewer than 64 bytes"),
+        (CHUNKED + (b"1;" + b"a" * 99 + b"\r\na\r\n") * 10_000, "sends its body in chunks of fewer than 64 bytes"),
         (b"", "the response is cut off or not HTTP"),
     ],
 )
 def test_response_that_is_not_a_file_is_media_unavailable(body: bytes, message: str, site: Site) -> None:
     def send(connection: socket.socket) -> None:
-        connection.sendall(body)
+        with contextlib.suppress(ConnectionError):  # the fetcher has read enough
+            connection.sendall(body)
 
     site.answers = {"/": body if b"302" in body else send}
     with pytest.raises(MediaUnavailable) as caught:
