@@ -67,6 +67,8 @@ class TiffDocument:
 
 def import_everything() -> None:
     """Write and read a small file: what Pillow loads when first used needs files."""
+    import PIL.ImageCms  # converts pages in the color space LAB
+
     for compression in (None, "tiff_lzw", "group4"):
         file = io.BytesIO()
         PIL.Image.new("1" if compression == "group4" else "RGB", (16, 16)).save(file, "TIFF", compression=compression)

@@ -132,6 +132,9 @@ class DecoderProcess:
             return message
         if self._is_closed:
             raise ShuttingDown("the service is shutting down")
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that ends by itself has closed its socket before
+            self._process.wait(max(0.0, deadline - time.monotonic()))
         is_late = time.monotonic() >= deadline
         status = self.stop()
         if is_late or status == -signal.SIGXCPU:

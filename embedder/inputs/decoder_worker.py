@@ -228,6 +228,7 @@ def _return_free_memory() -> None:
 
 def _import_everything() -> None:
     """Decode one small file of every kind: what libraries import or load when first used needs files."""
+    import PIL.ImageCms  # converts TIFF files in the color space LAB
     import PIL.MpoImagePlugin
     import PIL.TiffImagePlugin  # reads EXIF
 

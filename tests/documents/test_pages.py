@@ -76,6 +76,13 @@ def test_pages_of_a_tiff_are_read_in_every_order(tmp_path: Path, reader: Documen
     assert colors == [(0, 255, 0), (0, 0, 255), (255, 0, 0)]
 
 
+def test_page_of_a_tiff_in_the_color_space_lab_is_read(tmp_path: Path, reader: DocumentReader) -> None:
+    PIL.Image.new("LAB", (320, 320), (255, 128, 128)).save(tmp_path / "a.tiff")
+    pixel = reader.render(tmp_path / "a.tiff", 1, REGIME).image.getpixel((5, 5))
+    assert isinstance(pixel, tuple)
+    assert min(pixel) >= 254
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_document_that_cannot_be_used_is_refused_with_the_reason(
     name: str, tmp_path: Path, reader: DocumentReader

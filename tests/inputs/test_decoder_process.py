@@ -30,7 +30,7 @@ from embedder.inputs.tokens import item_ids
 from embedder.inputs.video import load_video
 from embedder.settings import Settings
 from tests.conftest import ROOT, encoded, picture
-from tests.inputs import hostile_clips
+from tests.inputs import ending_worker, hostile_clips
 from tests.inputs.hostile import avif_of_frames, chunk, gif_of_comments, jpeg_of_scans, png, rle_bmp
 from tests.inputs.hostile_clips import hanging_clip
 from tests.inputs.test_video import KINDS, clip
@@ -239,6 +239,25 @@ def test_process_that_dies_fails_its_own_item_only(number: int, good: Any, decod
         decoding.load(hanging_clip())
     assert decoding.ended == ["crash"]
     assert np.array_equal(decoding.load(GOOD), good)
+
+
+def test_process_that_ends_by_itself_counts_as_failed_and_not_as_killed() -> None:
+    """The item of a killed one would be decoded again, and its status would hide what has happened."""
+    reasons: list[str] = []
+    process = DecoderProcess(SETTINGS, reasons.append, ending_worker.__name__)
+    process.start()
+    process.send(type="open")
+    with pytest.raises(InvalidMedia, match=rf"\(status {ending_worker.STATUS}\)") as caught:
+        process.receive(time.monotonic() + 60)
+    assert type(caught.value) is InvalidMedia
+    assert reasons == ["crash"]
+
+
+@pytest.mark.parametrize("mode", ["LAB", "CMYK", "I;16", "1", "P", "LA"])
+def test_tiff_of_any_color_space_is_decoded_as_in_a_thread(mode: str, decoding: Decoding) -> None:
+    data = encoded(PIL.Image.new(mode, (64, 64), 100 if mode in ("I;16", "1", "P") else None), "TIFF")
+    assert np.array_equal(decoding.load_image(data), load_image(data, REGIME, SETTINGS))
+    assert decoding.ended == []
 
 
 def test_process_that_dies_between_items_fails_none(good: Any, decoding: Decoding) -> None:
