@@ -24,7 +24,7 @@ from embedder.inputs.pairs import Pair, Query
 from embedder.inputs.preprocess import ModelInput, Preprocessor
 from embedder.loaded_model import EmbeddingModel, RerankingModel
 from embedder.model.checkpoint import find_checkpoint, find_reranker
-from embedder.model.devices import choose_device
+from embedder.model.devices import check_device, choose_device, unused_driver
 from embedder.model.memory import release_freed_memory
 from embedder.model.speed import warn_if_slow
 from embedder.model.vision_cache import VisionCache
@@ -75,6 +75,14 @@ class Models:
         self.embedder: EmbeddingModel | None = None
         self.reranker: RerankingModel | None = None
         self.device = choose_device(settings, worker)
+        check_device(self.device)
+        if driver := unused_driver(settings, self.device):
+            logger.warning(
+                "this machine has a GPU's driver (%s), but torch %s finds no GPU, so the model runs on the CPU. "
+                "Install a torch for this GPU, or set EMBEDDER_DEVICE=cpu if that is intended",
+                driver,
+                torch.__version__,
+            )
         observer = observer or Observer()
         is_gpu = self.device.type in ("cuda", "xpu")  # Apple's shares the machine's memory, and may take minutes
         if self.device.type == "cpu":

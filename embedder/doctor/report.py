@@ -17,7 +17,7 @@ from embedder.inputs.processor_config import read_vision_config
 from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model.attention import choose_attention
 from embedder.model.checkpoint import Checkpoint, find_checkpoint, find_reranker, is_on_this_machine
-from embedder.model.devices import choose_device, choose_dtype
+from embedder.model.devices import check_device, choose_device, choose_dtype, unused_driver
 from embedder.model.eight_bit import check_weight_format
 from embedder.model.execution import choose_execution, find_compiler
 from embedder.model.gpus import count_gpus
@@ -104,7 +104,7 @@ def _examine_checkpoint(report: Report, settings: Settings, kind: Literal["model
 
 def _examine_device(report: Report, settings: Settings, checkpoints: Sequence[Checkpoint | None]) -> None:
     """`checkpoints`: one for each served model; None if it is not on this machine."""
-    device = report.add("device", lambda: choose_device(settings), _describe_device)
+    device = report.add("device", lambda: _usable_device(settings), partial(_describe_device, settings))
     if device is None:
         return
     dtypes = [choose_dtype(settings, device, is_bundled=bool(one and one.is_bundled)) for one in checkpoints]
@@ -137,9 +137,17 @@ def _describe_keys(keys: ApiKeys) -> str:
     return "required" if keys.are_needed else "none: every request is accepted"
 
 
-def _describe_device(device: torch.device) -> str:
+def _usable_device(settings: Settings) -> torch.device:
+    device = choose_device(settings)
+    check_device(device)
+    return device
+
+
+def _describe_device(settings: Settings, device: torch.device) -> str:
     if device.type != "cuda":
-        return f"{device}, torch {torch.__version__}"
+        driver = unused_driver(settings, device)
+        unused = f"; {driver} exists, but this torch finds no GPU" if driver else ""
+        return f"{device}, torch {torch.__version__}{unused}"
     major, minor = torch.cuda.get_device_capability(device)
     return f"{device}, {torch.cuda.get_device_name(device)}, capability {major}.{minor}, torch {torch.__version__}"
 

@@ -7,9 +7,12 @@ Ampere use `sdpa`, with one call for each length in a batch; this has not been m
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from embedder.errors import ModelUnavailable
+from embedder.model import gpus
 from embedder.settings import Settings
 
 ALLOWED = "auto, cpu, cuda, cuda:N, xpu, xpu:N, mps"
@@ -40,6 +43,30 @@ def choose_device(settings: Settings, worker: int = 0) -> torch.device:
             f"{names.get(device.type, 'of them')} on this machine"
         )
     return device
+
+
+def check_device(device: torch.device) -> None:
+    """Raise `ModelUnavailable` if torch cannot compute on a device that it has found.
+
+    GPUs are counted by the driver's management library. A driver that is too old for torch's CUDA, a GPU without
+    kernels in this build of torch, and one that another process uses alone show only when something runs.
+    """
+    if device.type == "cpu":
+        return
+    try:
+        torch.zeros(1, device=device).add_(1).cpu()
+    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelUnavailable(
+            f"torch {torch.__version__} finds {device}, but cannot compute on it: {reason}"
+        ) from error
+
+
+def unused_driver(settings: Settings, device: torch.device) -> str:
+    """The file of a GPU's driver, if the CPU was chosen only because torch finds no GPU; else empty."""
+    if settings.device != "auto" or device.type != "cpu":
+        return ""
+    return next((driver for driver in gpus.GPU_DRIVERS if Path(driver).exists()), "")
 
 
 def count_devices(kind: str) -> int:

@@ -6,7 +6,8 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/kfd", "/dev/dxg")  # NVIDIA, NVIDIA Jetson, AMD, Windows' Linux
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/kfd")  # NVIDIA, NVIDIA Jetson, AMD
+DRIVERS = (*GPU_DRIVERS, "/dev/dxg")  # the last one is in every Linux on Windows, also without a GPU
 
 
 def count_gpus() -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 
 from embedder.errors import ModelUnavailable
-from embedder.model import devices
-from embedder.model.devices import choose_device, choose_dtype
+from embedder.model import devices, gpus
+from embedder.model.devices import check_device, choose_device, choose_dtype, unused_driver
 from embedder.settings import Settings
 
 CPU = torch.device("cpu")
@@ -48,6 +49,43 @@ def test_auto_takes_the_accelerator_that_is_there(
 ) -> None:
     monkeypatch.setattr(devices, "count_devices", lambda kind: found.get(kind, 0))
     assert [str(choose_device(Settings(), worker)) for worker in range(3)] == expected
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a build of torch without CUDA")
+def test_device_on_which_torch_cannot_compute_is_refused_in_one_line() -> None:
+    check_device(CPU)
+    with pytest.raises(ModelUnavailable) as caught:
+        check_device(torch.device("cuda", 0))
+    assert str(caught.value) == (
+        f"torch {torch.__version__} finds cuda:0, but cannot compute on it: Torch not compiled with CUDA enabled"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("The NVIDIA driver on your system is too old (found version 12020)."),
+        torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device\nSearch for it"),
+        torch.cuda.DeferredCudaCallError("CUDA call failed lazily at initialization with error: unknown\n\nCUDA call"),
+    ],
+)
+def test_reason_for_which_torch_cannot_compute_is_shown(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    with pytest.raises(ModelUnavailable) as caught:
+        check_device(torch.device("cuda", 1))
+    assert str(caught.value).endswith(f"finds cuda:1, but cannot compute on it: {str(error).splitlines()[0]}")
+
+
+def test_driver_of_a_gpu_that_torch_does_not_find_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "GPU_DRIVERS", (str(tmp_path / "none"), str(tmp_path)))
+    assert unused_driver(Settings(), CPU) == str(tmp_path)
+    assert unused_driver(Settings(device="cpu"), CPU) == ""
+    assert unused_driver(Settings(), torch.device("cuda", 0)) == ""
+    monkeypatch.setattr(gpus, "GPU_DRIVERS", ())
+    assert unused_driver(Settings(), CPU) == ""
 
 
 @pytest.mark.parametrize(
