@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -52,6 +53,10 @@ logger = logging.getLogger(__name__)
 # Pairs may have so many keys in one forward pass, or `max_batch_tokens` if that is more. Each layer copies their keys
 # and values: 0.25 GB with the 2B in bfloat16.
 MIN_KEYS = 2**16
+
+# torch's errors are RuntimeErrors. Triton builds a library at the first launch of a kernel, and passes on the errors of
+# the C compiler, of the cache's folder, and of a library that cannot be loaded, as on a disk mounted without exec.
+NOT_COMPILED = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
 
 
 class EmbeddingModel:
@@ -211,13 +216,15 @@ class EmbeddingModel:
         )
 
     def _record_graphs(self) -> TextGraphs | None:
-        """The graphs. None if there is no memory for them and they are not required."""
+        """The graphs. None if they cannot be recorded here and are not required."""
         try:
             with device_errors(self.device):
                 return TextGraphs(self.forward.language, self.device)
         except DeviceOutOfMemory as error:
             self._do_without(f"no memory is left for the graphs: {error}", has_graphs=False)
-            return None
+        except RuntimeError as error:
+            self._do_without(f"the graphs cannot be recorded: {_first_paragraph(error)}", has_graphs=False)
+        return None
 
     def _compile_layers(self) -> bool:
         """Run each tower once. False if torch.compile does not work here and is not required."""
@@ -225,10 +232,10 @@ class EmbeddingModel:
         start = time.monotonic()
         item = EmbeddingItem((Text("ready?"), Image(EXAMPLE_IMAGE)))
         try:
-            self.forward(pack([self.preprocessor(item)], self.preprocessor.vision.merge_size, self.device))
-        except RuntimeError as error:
-            reason = " ".join(str(error).strip().partition("\n\n")[0].split())
-            self._do_without(f"the layers cannot be compiled: {reason}", is_compiled=False)
+            with device_errors(self.device):
+                self.forward(pack([self.preprocessor(item)], self.preprocessor.vision.merge_size, self.device))
+        except NOT_COMPILED as error:
+            self._do_without(f"the layers cannot be compiled: {_first_paragraph(error)}", is_compiled=False)
             return False
         logger.info("compiled the layers in %.0f s", time.monotonic() - start)
         return True
@@ -239,6 +246,10 @@ class EmbeddingModel:
             raise ModelUnavailable(f"EMBEDDER_EXECUTION={self.settings.execution}: {reason}")
         logger.warning("%s; the service works, but short texts take longer", reason)
         self.execution = replace(self.execution, reason=reason, **changes)
+
+
+def _first_paragraph(error: Exception) -> str:
+    return " ".join(str(error).strip().partition("\n\n")[0].split())
 
 
 def _may_share_vision(settings: Settings) -> bool:

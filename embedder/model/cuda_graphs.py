@@ -45,7 +45,9 @@ class TextGraphs:
         self.language = language
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.device(device), torch.inference_mode():
+        # A capture that fails leaves its own stream as the current one.
+        unchanged = torch.cuda.stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), unchanged, torch.inference_mode():
             self._graphs = {num_tokens: self._capture(num_tokens) for num_tokens in SIZES}
 
     @torch.inference_mode()

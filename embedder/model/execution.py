@@ -6,8 +6,10 @@ import importlib.util
 import math
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,10 +63,16 @@ def _why_eager(device: torch.device) -> str:
 
 
 def _missing_for_triton() -> str:
-    """What torch.compile lacks on this machine to make kernels for a GPU; empty if nothing."""
+    """What torch.compile lacks on this machine to make kernels for a GPU; empty if nothing.
+
+    Triton compiles a module of Python with the C compiler, at the first launch of a kernel.
+    """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    return "" if find_compiler() else "there is no C compiler"
+    if not find_compiler():
+        return "there is no C compiler"
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")  # where Triton looks for it
+    return "" if header.is_file() else f"{header} is missing; it is in a package such as python3-dev"
 
 
 def find_compiler() -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import subprocess
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +17,7 @@ from torch import Tensor
 from embedder import Embedder, loaded_model
 from embedder.errors import ModelUnavailable
 from embedder.model import execution, language
-from embedder.model.execution import by_rows, choose_execution
+from embedder.model.execution import Execution, by_rows, choose_execution
 from tests.conftest import words
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -23,8 +25,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with all programs that are found; Triton seems to be installed."""
+    """A folder with all programs and headers that are found; Triton seems to be installed."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    (tmp_path / "Python.h").touch()
     monkeypatch.delenv("CC", raising=False)
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec("json" if name == "triton" else name))
@@ -53,6 +57,10 @@ def test_gpu_without_a_compiler_runs_graphs_and_says_what_is_missing(
 ) -> None:
     assert str(choose_execution("auto", CUDA, "varlen")) == "graphs (not compiled: there is no C compiler)"
     add_program(tools, "gcc")
+    (tools / "Python.h").unlink()
+    assert str(choose_execution("auto", CUDA, "varlen")).startswith(
+        f"graphs (not compiled: {tools}/Python.h is missing"
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert str(choose_execution("auto", CUDA, "varlen")) == "graphs (not compiled: Triton is not installed)"
 
@@ -84,11 +92,25 @@ def test_gpu_without_packed_attention_runs_eagerly_and_refuses_graphs() -> None:
         choose_execution("graphs", CUDA, "sdpa")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("no kernel for this device\n\nand a long explanation"),
+        ImportError("no kernel for this device"),  # a library of Triton's on a disk mounted without exec
+        PermissionError("no kernel for this device"),
+        subprocess.SubprocessError("no kernel for this device"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_default_that_does_not_work_here_is_logged_and_left_out(
-    random_checkpoint: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception,
+    random_checkpoint: Path,
+    embedder: Embedder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("no kernel for this device\n\nand a long explanation")
+        raise error
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     chosen = replace(choose_execution("compiled", CPU, "sdpa"), is_required=False)
@@ -98,6 +120,39 @@ def test_default_that_does_not_work_here_is_logged_and_left_out(
     assert abs(vector - embedder.embed(["red"])[0]).max() <= 1e-6
     assert "the layers cannot be compiled: no kernel for this device; the service works, but" in caplog.text
     assert "layers eager (the layers cannot be compiled: no kernel for this device)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing"),
+            "operation not permitted",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), "no memory is left for the graphs: OutOfMemoryError: CUDA out"),
+    ],
+    ids=["not permitted", "no memory"],
+)
+def test_graphs_that_cannot_be_recorded_are_logged_and_left_out(
+    error: Exception,
+    reason: str,
+    random_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loaded_model, "TextGraphs", fail)
+    default = Execution(is_compiled=False, has_graphs=True, is_required=False, reason="the default")
+    monkeypatch.setattr(loaded_model, "choose_execution", lambda *_: default)
+    with Embedder(str(random_checkpoint), device="cpu") as embedder:
+        assert len(embedder.embed(["red"])) == 1
+    assert reason in caplog.text
+    assert "; the service works, but short texts take longer" in caplog.text
+    monkeypatch.setattr(loaded_model, "choose_execution", lambda *_: replace(default, is_required=True))
+    with pytest.raises(ModelUnavailable, match=reason):
+        Embedder(str(random_checkpoint), device="cpu", execution="eager")
 
 
 def test_required_compilation_that_does_not_work_stops_the_start(
