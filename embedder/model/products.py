@@ -64,12 +64,12 @@ def join_layers(layers: Sequence[Any]) -> None:
         if layer is layers[-1]:
             attention.kv_proj = _join(attention, ("k_proj", "v_proj"))
         else:
-            attention.qk_norm_weight = torch.cat(
-                [
-                    norm.weight.expand(projection.out_features // attention.head_dim, -1)
-                    for norm, projection in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj))
-                ]
-            )
+            weights = [
+                norm.weight.expand(projection.out_features // attention.head_dim, -1)
+                for norm, projection in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj))
+            ]
+            # a buffer, whose shape torch.compile takes as fixed
+            attention.register_buffer("qk_norm_weight", torch.cat(weights), persistent=False)
             attention.qkv_proj = _join(attention, ("q_proj", "k_proj", "v_proj"))
         mlp.gate_up_proj = _join(mlp, ("gate_proj", "up_proj"))
 

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,11 @@ from embedder import Embedder, loaded_model
 from embedder.errors import ModelUnavailable
 from embedder.model import execution, language
 from embedder.model.execution import Execution, by_rows, choose_execution
+from embedder.model.products import arrange_products
+from embedder.model.weights import load_model
 from tests.conftest import words
+
+ignores_torch_warning = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -199,3 +204,33 @@ def test_weights_of_eight_bits_are_used_once_a_batch(
         lengths.clear()
         embedder.embed([words(40)])
     assert (max(lengths) <= 4) == is_in_parts
+
+
+@ignores_torch_warning
+def test_compiled_layer_is_one_graph_for_all_layers_and_numbers_of_tokens(random_checkpoint: Path) -> None:
+    """Its weights have fixed shapes, so that the compiler divides by constants."""
+    model: Any = load_model(random_checkpoint, torch.float32, CPU)
+    arrange_products(model, is_compiled=True)
+    shapes: list[dict[str, torch.Size]] = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        values = {node.name: node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"}
+        shapes.append({name: value.shape for name, value in values.items() if isinstance(value, Tensor)})
+        return graph.forward
+
+    compiled = torch.compile(language._query_key_value, dynamic=True, fullgraph=True, backend=record)
+    with torch.inference_mode():
+        for num_tokens in (60, 2, 17, 300):
+            for layer in model.language_model.layers[:-1]:
+                head_dim = layer.self_attn.head_dim
+                compiled(
+                    layer,
+                    *(
+                        torch.ones(num_tokens, size)
+                        for size in (layer.input_layernorm.weight.numel(), head_dim, head_dim)
+                    ),
+                )
+    (found,) = shapes
+    weights = {name: shape for name, shape in found.items() if "weight" in name}
+    assert len(weights) == 3
+    assert all(type(size) is int for shape in weights.values() for size in shape)
