@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.peers import OURS, TRANSFORMERS, Peer
+from benchmarks.peers import TRANSFORMERS, Peer
 from benchmarks.workloads import Item, is_one_at_a_time, make_items
 
 MIN_COSINE = 0.999
@@ -78,8 +78,9 @@ def compare(
     Stops after the round in which `seconds` are over. A wrong vector calls `on_wrong`, which raises `WrongVectors` by
     default.
 
-    Without `oracle`, the cosine of each vector to ours must be at least `min_cosine`. With `oracle`, which embeds in
-    float32, each peer's mean distance to it must be at most `MAX_DISTANCE_RATIO` times that of transformers.
+    Without `oracle`, the cosine of each vector to that of the first peer must be at least `min_cosine`. With `oracle`,
+    which embeds in float32, each peer's mean distance to it must be at most `MAX_DISTANCE_RATIO` times that of
+    transformers.
     """
     calls_of = _one_at_a_time if is_one_at_a_time(workload) else _together
     count = _affordable_count(workload, peers, words, seconds / (rounds + 1))
@@ -153,7 +154,8 @@ def _check(
         vectors[peer.name] = np.concatenate([peer.embed(call) for call in calls])
         if torch.cuda.is_available():
             comparison.timings[peer.name].peak_bytes = torch.cuda.max_memory_allocated() - held
-    expected = unit(vectors[OURS] if oracle is None else np.concatenate([oracle.embed(call) for call in calls]))
+    first = peers[0].name
+    expected = unit(vectors[first] if oracle is None else np.concatenate([oracle.embed(call) for call in calls]))
     distances = {}
     for name, found in vectors.items():
         cosines = unit(found) @ expected.T
@@ -161,7 +163,7 @@ def _check(
         comparison.timings[name].min_cosine = float(own.min())
         distances[name] = float(np.mean(1 - own))
         if oracle is None and not own.min() >= min_cosine:
-            on_wrong(f"{comparison.workload}: a vector of {name} has cosine {own.min():.6f} to ours")
+            on_wrong(f"{comparison.workload}: a vector of {name} has cosine {own.min():.6f} to {first}")
         if not (cosines.max(axis=1) <= own + 1e-3).all():
             on_wrong(f"{comparison.workload}: a vector of {name} is nearer to another item's than to its own")
     for name, distance in distances.items():

@@ -85,10 +85,9 @@ def _on_gpu(shape: str, name: str, figure: str) -> Callable[[dict[str, Any]], fl
 
     def reached(data: dict[str, Any]) -> float | None:
         rows = data["shapes"].get(shape, {"rows": []})["rows"]
-        if all(row["workload"] != name for row in rows):
-            return None
-        ours = [one for who, one in _workload(rows, name).items() if who.startswith(peers.OURS)]
-        return float(max(ours, key=lambda one: one["items_per_s"])[figure])
+        who = next((row["who"] for row in rows if row["workload"] == name), {})
+        ours = [one for name, one in who.items() if name.startswith(peers.OURS)]
+        return float(max(ours, key=lambda one: one["items_per_s"])[figure]) if ours else None
 
     return reached
 

@@ -11,6 +11,7 @@ most 1.5 times that of transformers.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Sequence
 from functools import cache
@@ -96,20 +97,23 @@ def load_preprocessor(folder: Path) -> Preprocessor:
 
 
 def figures(comparison: Comparison, weights: Weights, preprocess: Preprocessor) -> dict[str, Any]:
-    """The result of one workload as JSON: medians, ratios to transformers, and shares of the matrix rate."""
+    """The result of one workload as JSON: medians, ratios to transformers, and shares of the matrix rate.
+
+    Without transformers, the ratios are NaN.
+    """
     seen = cache(lambda kind, content: preprocess(item_from_fields({kind: content})))  # the same images repeat
     inputs = [seen(*pair) for item in comparison.items for pair in item.items()]
     num_items = len(inputs)
     flops, attention = weights.flops(inputs) / num_items, weights.attention_flops(inputs) / num_items
     tokens = sum(one.num_tokens for one in inputs) / num_items
     limit = statistics.median(comparison.limits)
-    baseline = comparison.timings[peers.TRANSFORMERS].items_per_s
+    baseline = comparison.timings.get(peers.TRANSFORMERS)
     who = {
         name: {
             "items_per_s": timing.items_per_s,
             "tokens_per_s": timing.items_per_s * tokens,
             "call_ms": timing.median_s * 1e3,
-            "ratio": timing.items_per_s / baseline,
+            "ratio": timing.items_per_s / baseline.items_per_s if baseline else math.nan,
             "share_of_limit": timing.items_per_s * flops / limit,
             "share_with_attention": timing.items_per_s * (flops + attention) / limit,
             "min_cosine": timing.min_cosine,
