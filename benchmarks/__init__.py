@@ -11,7 +11,7 @@
     python -m benchmarks.soak           100,000 mixed requests, each compared with its known result
     python -m benchmarks.bulk           20,000 rows with Ray Data, killed halfway and resumed
     python -m benchmarks.page_rendering the share of rendering when pages are embedded
-    python -m benchmarks.gpu            everything that needs a GPU, within 8 minutes
+    python -m benchmarks.gpu            everything that needs a GPU, within 10 minutes
     python -m benchmarks.gpu_counts     kernels, copies and FLOPs of a forward pass on a GPU, counted without one
     python -m benchmarks.output_types   recall with smaller output types
     python -m benchmarks.quality        mteb, color names, ablations

@@ -53,7 +53,7 @@ def choose_execution(setting: str, device: torch.device, attention: str) -> Exec
         return Execution("compiled" in setting, "graphs" in setting, True, f"EMBEDDER_EXECUTION={setting}")
     if not can_graph:
         return Execution(False, False, False, _why_eager(device))
-    if missing := _missing_for_triton():
+    if missing := missing_for_triton():
         return Execution(False, True, False, f"not compiled: {missing}")
     return Execution(True, True, False, "the default on a GPU with a C compiler and Triton")
 
@@ -62,7 +62,7 @@ def _why_eager(device: torch.device) -> str:
     return "the default on a CPU" if device.type == "cpu" else f"the default on {device} with sdpa"
 
 
-def _missing_for_triton() -> str:
+def missing_for_triton() -> str:
     """What torch.compile lacks on this machine to make kernels for a GPU; empty if nothing.
 
     Triton compiles a module of Python with the C compiler, at the first launch of a kernel.
