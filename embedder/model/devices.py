@@ -23,8 +23,8 @@ MACOS_WITH_BFLOAT16 = 14
 def choose_device(settings: Settings, worker: int = 0) -> torch.device:
     """The device of worker number `worker`, counted from 0.
 
-    `auto` assigns GPUs round-robin; without one, it is the accelerator that torch was built for, or else the CPU.
-    Raises `ModelUnavailable` if the machine does not have the device.
+    `auto` assigns GPUs round-robin; without one, it is the accelerator that torch was built for, or else the CPU. A GPU
+    always has an index. Raises `ModelUnavailable` if the machine does not have the device.
     """
     if settings.device == "auto":
         kind = next((kind for kind in ("cuda", "xpu", "mps") if count_devices(kind)), "cpu")
@@ -42,7 +42,8 @@ def choose_device(settings: Settings, worker: int = 0) -> torch.device:
             f"EMBEDDER_DEVICE={settings.device!r}, but torch {torch.__version__} finds {found} "
             f"{names.get(device.type, 'of them')} on this machine"
         )
-    return device
+    # some of torch's functions refuse a device without an index
+    return torch.device(device.type, device.index or 0) if device.type in ("cuda", "xpu") else device
 
 
 def check_device(device: torch.device) -> None:

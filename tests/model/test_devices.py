@@ -51,6 +51,16 @@ def test_auto_takes_the_accelerator_that_is_there(
     assert [str(choose_device(Settings(), worker)) for worker in range(3)] == expected
 
 
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("xpu", "xpu:0"), ("mps", "mps"), ("cpu", "cpu")],
+)
+def test_gpu_that_is_named_has_an_index(device: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one, `torch.cuda.set_per_process_memory_fraction`, for example, refuses it."""
+    monkeypatch.setattr(devices, "count_devices", lambda _: 2)
+    assert str(choose_device(Settings(device=device))) == expected
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="needs a build of torch without CUDA")
 def test_device_on_which_torch_cannot_compute_is_refused_in_one_line() -> None:
     check_device(CPU)
