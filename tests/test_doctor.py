@@ -130,6 +130,28 @@ def test_broken_file_of_a_checkpoint_is_named(
     assert str(folder) in rows_of(output)[name][1]
 
 
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("prompt", "chat_template.jinja"),
+        ("images", "preprocessor_config.json"),
+        ("images", "video_preprocessor_config.json"),
+        ("weights", "model.safetensors"),
+    ],
+)
+def test_link_without_its_file_does_not_count_as_no_file(
+    name: str, file: str, random_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a copy of the hub's cache without its blobs."""
+    path = shutil.copytree(random_checkpoint, tmp_path / "checkpoint") / file
+    path.unlink(missing_ok=True)
+    path.symlink_to("../../blobs/0")
+    assert doctor.main([str(path.parent), "--port", "0"]) == 1
+    rows = rows_of(capsys.readouterr().out)
+    assert [found for found, (verdict, _) in rows.items() if verdict == "FAILED"] == [name]
+    assert rows[name][1].startswith(f"cannot read {path}: ")
+
+
 def test_tokenizer_of_another_checkpoint_is_found(
     random_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

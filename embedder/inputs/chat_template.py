@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from embedder.errors import ModelUnavailable
-from embedder.inputs.json_file import read_json
+from embedder.inputs.json_file import read_json, read_text
 from embedder.inputs.prompt import SUFFIX, USER_HEADER, Piece, SpecialToken, TextPiece, prefix
 
 _MEDIA = {
@@ -54,7 +54,8 @@ def _find(folder: Path) -> tuple[str, str | None]:
         if template is not None:
             return name, _default_of(name, template)
     path = folder / "chat_template.jinja"
-    return (path.name, path.read_text(encoding="utf-8")) if path.is_file() else ("", None)
+    found = read_text(path)
+    return ("" if found is None else path.name), found
 
 
 def _default_of(name: str, template: Any) -> str:

@@ -7,6 +7,7 @@ does not have is the default of transformers' class. A folder without these file
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +230,6 @@ def _find(folder: Path, nested: str, *names: str) -> tuple[str, Mapping[str, Any
     if isinstance(fields, dict):
         return f"processor_config.json's {nested}", fields
     for name in names:
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):
             return name, read_json(folder / name)
     return names[0], None

@@ -11,7 +11,7 @@ from typing import Literal
 
 from embedder.errors import ModelUnavailable
 from embedder.inputs.items import json_value
-from embedder.inputs.json_file import read_json
+from embedder.inputs.json_file import read_json, read_text
 from embedder.settings import Settings
 
 BUNDLED = Path(str(importlib.resources.files("embedder") / "default_model"))
@@ -96,7 +96,7 @@ def role_of(checkpoint: Checkpoint) -> Role | None:
     architectures = read_json(folder / "config.json").get("architectures") or ()
     if any("ForSequenceClassification" in name for name in architectures):
         return "reranker"
-    modules = (folder / "modules.json").read_text(encoding="utf-8") if (folder / "modules.json").is_file() else ""
+    modules = read_text(folder / "modules.json") or ""
     kind = str(read_json(folder / "config_sentence_transformers.json").get("model_type", ""))
     if "LogitScore" in modules or kind == "CrossEncoder":
         return "reranker"

@@ -6,6 +6,7 @@ Reads only the headers, so that a mismatch is found before any memory is allocat
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,10 +29,10 @@ def weight_files(folder: Path) -> list[Path]:
     Other files next to them, such as a consolidated copy of the same weights, are not read. Raises `ModelUnavailable`,
     with the name of the missing file.
     """
-    if (folder / SINGLE).is_file():
+    if os.path.lexists(folder / SINGLE):
         return [folder / SINGLE]
     index = folder / INDEX
-    if not index.is_file():
+    if not os.path.lexists(index):
         found = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))) or "no .safetensors file"
         raise ModelUnavailable(
             f"cannot load {folder}: it has neither {SINGLE} nor {INDEX} (found: {found}); other formats are not read, "
@@ -39,6 +40,8 @@ def weight_files(folder: Path) -> list[Path]:
         )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except OSError as error:
+        raise ModelUnavailable(f"cannot read {index}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelUnavailable(f"{index}: weight_map is not an object of file names: {error!r}") from error
     for name in names:
@@ -61,6 +64,7 @@ def read_shapes(folder: Path) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for path in weight_files(folder):
         try:
+            path.open("rb").close()  # safetensors calls a file that may not be read missing
             with safe_open(path, framework="pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
         except (OSError, SafetensorError) as error:
