@@ -21,6 +21,7 @@ from pydantic import AfterValidator
 
 from embedder.errors import ModelUnavailable
 from embedder.http.api_keys import ApiKeys
+from embedder.http.batches.store import check_folder
 from embedder.model.checkpoint import find_models
 from embedder.model.gpus import count_gpus
 from embedder.server.adaptive_batching import GatheredRows, check_rows, refuse_extra_fields
@@ -99,6 +100,7 @@ class Qwen3VLEmbedding:
         try:
             make_metrics_folder()
             check_port()
+            check_folder(SETTINGS.batch_folder)
             is_bundled = find_models(SETTINGS)[0].is_bundled
             if SETTINGS.demo_folder:
                 from embedder.playground.collection import Collection

@@ -173,6 +173,8 @@ def test_tokenizer_of_another_checkpoint_is_found(
         ({"MAX_ITMES": "5"}, "settings"),
         ({"API_KEY_FILE": "/no/such/file"}, "API keys"),
         ({"MODEL": "./no-such-folder"}, "model"),
+        ({"BATCH_FOLDER": "/dev/null/batches"}, "batches"),
+        ({"DEMO_FOLDER": "/no/such/folder"}, "playground"),
         ({"DEVICE": "cuda:99"}, "device"),
         ({"ATTENTION": "varlen", "DEVICE": "cpu"}, "attention"),
         ({"EXECUTION": "graphs", "DEVICE": "cpu"}, "execution"),

@@ -50,7 +50,7 @@ MAY_IMPORT = {  # folder or module of the package -> which others it may import
         *{"reranker", "telemetry"},
     },
     "verify": {"embedder", "engine", "http", "inputs", "model", "reranker"},
-    "doctor": {"http", "inputs", "model", "server"},
+    "doctor": {"http", "inputs", "model", "playground", "server"},
     "__init__": {"embedder", "reranker"},
 }
 ONLY_IN = {  # outside packages that only one folder may import

@@ -12,6 +12,7 @@ import torch
 
 from embedder.errors import EmbedderError
 from embedder.http.api_keys import ApiKeys
+from embedder.http.batches.store import check_folder
 from embedder.inputs.chat_template import check_chat_template
 from embedder.inputs.processor_config import read_vision_config
 from embedder.inputs.tokenizer_files import load_tokenizer
@@ -23,6 +24,7 @@ from embedder.model.execution import choose_execution, find_compiler
 from embedder.model.gpus import count_gpus
 from embedder.model.memory import check_memory, free_bytes
 from embedder.model.weights import check_vocabulary, check_weights
+from embedder.playground.collection import Collection
 from embedder.server.lifecycle import check_address
 from embedder.settings import PREFIX, Settings, WeightFormat, available_cores
 
@@ -66,6 +68,10 @@ def examine(model: str, host: str, port: int) -> Report:
     if model:
         settings = settings.model_copy(update={"model": model})
     report.add("API keys", lambda: ApiKeys(settings), _describe_keys)
+    if settings.batch_folder:
+        report.add("batches", lambda: check_folder(settings.batch_folder), lambda _: settings.batch_folder)
+    if settings.demo_folder:
+        report.add("playground", lambda: Collection(settings, is_bundled_model=False), _describe_collection)
     checkpoints = []
     if settings.has_embedder:
         checkpoints.append(_examine_checkpoint(report, settings, "model"))
@@ -141,6 +147,10 @@ def _usable_device(settings: Settings) -> torch.device:
     device = choose_device(settings)
     check_device(device)
     return device
+
+
+def _describe_collection(collection: Collection) -> str:
+    return f"{collection.num_pictures} pictures"
 
 
 def _describe_device(settings: Settings, device: torch.device) -> str:

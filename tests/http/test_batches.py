@@ -34,7 +34,7 @@ from embedder.http.api_keys import ApiKeys
 from embedder.http.batches import runner as runner_module
 from embedder.http.batches.routes import _checked
 from embedder.http.batches.runner import LINES_AT_ONCE, MAX_STARTS, BatchRunner, Respond
-from embedder.http.batches.store import BatchStore
+from embedder.http.batches.store import BatchStore, check_folder
 from embedder.settings import Settings
 from tests.conftest import Server, start_server, words
 
@@ -49,6 +49,26 @@ def line(name: str, body: Any = None, **fields: Any) -> bytes:
 
 
 LINES = b"".join(line(f"line {index}") for index in range(3 * LINES_AT_ONCE + 5))
+
+
+def test_folder_is_checked_before_the_start_without_a_change(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for usable in (tmp_path, tmp_path / "new" / "folder"):
+        check_folder(str(usable))
+    for wrong in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(ValueError, match=f"^EMBEDDER_BATCH_FOLDER='{wrong}' cannot be used: "):
+            check_folder(str(wrong))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_folder_without_permission_to_write_is_refused(tmp_path: Path) -> None:
+    folder = Path("/proc/self") if os.geteuid() == 0 else tmp_path  # root may write wherever files can be made
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(ValueError, match=r"cannot be written to$"):
+            check_folder(str(folder))
+    finally:
+        tmp_path.chmod(0o700)
 
 
 async def echo(_: str, fields: Mapping[str, Any]) -> bytes:

@@ -61,7 +61,7 @@ SLOW = pytest.mark.slow
         "model",
         *(
             pytest.param(fault, marks=SLOW)
-            for fault in ("variable", "usual port", "key file", "port", "device", "weights")
+            for fault in ("variable", "usual port", "key file", "port", "device", "weights", "batch folder")
         ),
     ],
 )
@@ -89,6 +89,9 @@ def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path
                 settings["device"], reason = "cuda:99", "EMBEDDER_DEVICE='cuda:99', but torch "
             case "weights":
                 settings["model"] = str(without_its_end(random_checkpoint, tmp_path))
+            case "batch folder":
+                settings["batch_folder"] = "/dev/null/batches"
+                reason = "EMBEDDER_BATCH_FOLDER='/dev/null/batches' cannot be used: "
                 reason = f"cannot read {tmp_path}/model.safetensors: "
         run = serve(tmp_path, *options, **settings)
     output = run.stdout + run.stderr

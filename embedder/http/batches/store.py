@@ -38,6 +38,24 @@ FINAL: tuple[FinalStatus, ...] = ("completed", "failed", "expired", "cancelled")
 _ID = re.compile(r"(file-|batch_)[0-9a-f]{24}")
 
 
+def check_folder(name: str) -> None:
+    """Raise `ValueError` if this process could not make files in a folder, which need not exist. Makes nothing.
+
+    `name`: the setting; empty: no folder.
+    """
+    if not name:
+        return
+    folder = Path(name)
+    try:
+        existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    except OSError as error:
+        raise ValueError(f"EMBEDDER_BATCH_FOLDER={name!r} cannot be used: {error}") from error
+    if not existing.is_dir():
+        raise ValueError(f"EMBEDDER_BATCH_FOLDER={name!r} cannot be used: {existing} is not a folder")
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise ValueError(f"EMBEDDER_BATCH_FOLDER={name!r} cannot be used: {existing} cannot be written to")
+
+
 class BatchStore:
     """Files and batches of all owners. Methods read and write the disk, so they are called in threads.
 
