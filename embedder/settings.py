@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 PREFIX = "EMBEDDER_"
 METRICS_FOLDER, PROMETHEUS_FOLDER = "QWEN3_VL_EMBEDDING_METRICS", "PROMETHEUS_MULTIPROC_DIR"
 WeightFormat = Literal["int8", "fp8"]
+MAX_SECONDS = 86_400.0  # longer ones overflow what the system counts in
+MAX_THREADS = 4096
 _URL_HOST = r"(https?://)?(\*|(\*\.)?[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
 _URL_HOSTS = rf"^({_URL_HOST}( *, *{_URL_HOST})*)?$"
 
@@ -92,7 +94,7 @@ class Settings(BaseModel):
         "CUDA graphs for small batches of texts; `auto`: `graphs+compiled` on CUDA (`graphs` without a compiler), "
         "`eager` on a CPU.",
     )
-    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_THREADS)] = Field(
         "auto",
         description="Number of worker processes, each with its own copy of the model; `auto`: one for each GPU if "
         "`EMBEDDER_DEVICE` is `auto`, else one. With `EMBEDDER_DEVICE=auto`, workers are assigned to the GPUs in turn.",
@@ -100,6 +102,7 @@ class Settings(BaseModel):
     stuck_after_s: float | None = Field(
         None,
         gt=0,
+        le=MAX_SECONDS,
         description="Seconds after which a worker exits if a batch is not done; empty: 300 on a GPU, never on a CPU.",
     )
     # Batching and queue
@@ -124,6 +127,7 @@ class Settings(BaseModel):
     preprocess_threads: int = Field(
         default_factory=lambda: min(16, available_cores()),
         ge=1,
+        le=MAX_THREADS,
         description="Number of threads that decode, resize and tokenize.",
     )
     # Requests
@@ -140,6 +144,7 @@ class Settings(BaseModel):
     request_timeout_s: float = Field(
         60.0,
         gt=0,
+        le=MAX_SECONDS,
         description="Maximum number of seconds until a body has arrived, and the same time again until its items are "
         "embedded; a request that takes longer gets 504.",
     )
@@ -162,7 +167,10 @@ class Settings(BaseModel):
         description="Maximum number of pages in a request with a document; 0: documents are refused.",
     )
     decode_timeout_s: float = Field(
-        20.0, gt=0, description="Seconds in which an item's images and videos must be decoded; otherwise 413."
+        20.0,
+        gt=0,
+        le=MAX_SECONDS,
+        description="Seconds in which an item's images and videos must be decoded; otherwise 413.",
     )
     url_hosts: str = Field(
         "",
@@ -170,7 +178,10 @@ class Settings(BaseModel):
         description="Hosts of allowed URLs, such as `a.com, *.b.com, http://c.com:8080`, or `*`; empty: none.",
     )
     url_timeout_s: float = Field(
-        10.0, gt=0, description="Seconds in which a URL, with its redirects, must be fetched; otherwise 424."
+        10.0,
+        gt=0,
+        le=MAX_SECONDS,
+        description="Seconds in which a URL, with its redirects, must be fetched; otherwise 424.",
     )
     # Batches
     batch_folder: str = Field(
@@ -182,7 +193,7 @@ class Settings(BaseModel):
         description="Maximum bytes of all files in `EMBEDDER_BATCH_FOLDER`; more is refused with 413.",
     )
     batch_days: float = Field(
-        30.0, gt=0, description="Days after which files and finished batches are removed from the folder."
+        30.0, gt=0, le=36_500, description="Days after which files and finished batches are removed from the folder."
     )
     # Access
     api_key: SecretStr | None = Field(

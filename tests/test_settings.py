@@ -162,7 +162,28 @@ def test_workers_are_auto_or_a_count(workers: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
 def test_timeout_is_a_positive_number(seconds: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDER_REQUEST_TIMEOUT_S", seconds)
-    with pytest.raises(ValueError, match=f"^EMBEDDER_REQUEST_TIMEOUT_S='{seconds}': .* greater than 0"):
+    with pytest.raises(
+        ValueError, match=f"^EMBEDDER_REQUEST_TIMEOUT_S='{seconds}': Input should be (greater|less) than "
+    ):
+        Settings.from_environment()
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"{kind}_TIMEOUT_S" for kind in ("REQUEST", "DECODE", "URL")), "STUCK_AFTER_S", "BATCH_DAYS"]
+)
+@pytest.mark.parametrize("value", ["inf", "1e10"])
+def test_time_that_the_system_cannot_count_stops_the_start(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"EMBEDDER_{name}", value)
+    with pytest.raises(ValueError, match=f"^EMBEDDER_{name}='{value}': .* less than or equal to "):
+        Settings.from_environment()
+
+
+@pytest.mark.parametrize("name", ["WORKERS", "PREPROCESS_THREADS"])
+def test_more_threads_than_a_machine_has_stop_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"EMBEDDER_{name}", "20000")
+    with pytest.raises(ValueError, match=f"EMBEDDER_{name}='20000': .* less than or equal to 4096"):
         Settings.from_environment()
 
 
