@@ -31,7 +31,7 @@ import orjson
 import PIL.Image
 from numpy.typing import NDArray
 
-from embedder.errors import EmbedderError, InvalidMedia, MediaTooLarge, ShuttingDown
+from embedder.errors import EmbedderError, EngineFailed, InvalidMedia, MediaTooLarge, ShuttingDown
 from embedder.inputs.decoder import NeedsProcess, OpenImage, ProcessKilled, ThreadDecoder
 from embedder.inputs.limits import FixedLimits, MediaLimits, decoding_took_too_long
 from embedder.inputs.process_connection import MAX_MESSAGE
@@ -88,17 +88,31 @@ class DecoderProcess:
         return self._num_items
 
     def start(self) -> None:
-        """Start the process, unless it runs. Raises `OSError` and `RuntimeError`."""
+        """Start the process, unless it runs. Raises `EngineFailed`: the machine has no file, process or memory left."""
         if self._process is not None and self._process.poll() is None:
             return
         if self._process is not None:
             self.replace("crash", f"it ended with status {self._process.returncode} between two items")
         if self._is_closed:
             raise ShuttingDown("the service is shutting down")
+        try:
+            self._spawn()
+            ready = self._receive(time.monotonic() + START_TIMEOUT_S)
+            if ready is None:
+                raise ChildProcessError(f"it ended with status {self.stop()}; its messages are in the log")
+        except OSError as error:
+            self.stop()
+            if self._is_closed:
+                raise ShuttingDown("the service is shutting down") from error
+            logger.error("a decoding process cannot be started: %s", error)
+            raise EngineFailed("the item could not be decoded; the service's log has the reason") from error
+        if not ready["is_confined"]:
+            logger.warning("a decoding process runs without a system-call filter, because this platform has none")
+
+    def _spawn(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            root = str(Path(__file__).parents[2])
-            paths = [os.path.abspath(path) for path in (*sys.path, root) if path]
+            paths = [os.path.abspath(path) for path in (*sys.path, str(Path(__file__).parents[2])) if path]
             arguments = json.dumps([paths, self._program, theirs.fileno(), os.getpid(), asdict(self.limits)])
             self._process = subprocess.Popen(  # noqa: S603 - the arguments are ours
                 [sys.executable, "-I", "-S", "-c", _PROGRAM, arguments],
@@ -109,12 +123,6 @@ class DecoderProcess:
                 pass_fds=[theirs.fileno()],
                 process_group=0,  # Ctrl-C is not for it. In a session of its own, `nice` would have no effect
             )
-        ready = self._receive(time.monotonic() + START_TIMEOUT_S)
-        if ready is None:
-            self.stop()
-            raise RuntimeError("a decoding process did not start; its messages are in the log")
-        if not ready["is_confined"]:
-            logger.warning("a decoding process runs without a system-call filter, because this platform has none")
 
     def send(self, descriptor: int | None = None, **message: Any) -> None:
         """Send a message, with a file descriptor. A process that has ended is noticed when it does not answer."""

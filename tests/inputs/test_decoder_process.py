@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import PIL.Image
 import pytest
 
 from embedder import Embedder
-from embedder.errors import EmbedderError, InvalidMedia, MediaTooLarge
+from embedder.errors import EmbedderError, EngineFailed, InvalidMedia, MediaTooLarge
 from embedder.inputs.decoder import NeedsProcess
 from embedder.inputs.decoder_process import RETRY_BYTES, START_BYTES, DecoderProcess, ProcessDecoder
 from embedder.inputs.image import load_image
@@ -265,6 +266,29 @@ def test_process_that_dies_between_items_fails_none(good: Any, decoding: Decodin
     wait_for_end(decoding.pid)
     assert np.array_equal(decoding.load(GOOD), good)
     assert decoding.ended == ["crash"]
+
+
+def test_process_that_cannot_be_started_fails_one_item(caplog: pytest.LogCaptureFixture) -> None:
+    process = DecoderProcess(SETTINGS, lambda _: None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(EngineFailed, match="could not be decoded"):
+            process.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caplog.messages == ["a decoding process cannot be started: [Errno 24] Too many open files"]
+    process.start()
+    process.stop()
+
+
+def test_program_that_ends_at_its_start_fails_one_item(caplog: pytest.LogCaptureFixture) -> None:
+    process = DecoderProcess(SETTINGS, lambda _: None, program="no.such.module")
+    with pytest.raises(EngineFailed, match="could not be decoded"):
+        process.start()
+    assert caplog.messages == [
+        "a decoding process cannot be started: it ended with status 1; its messages are in the log"
+    ]
 
 
 def test_process_yields_to_its_parent_and_is_out_of_reach_of_the_terminal(decoding: Decoding) -> None:
