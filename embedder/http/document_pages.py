@@ -131,8 +131,8 @@ class _Reader:
 
     def close(self) -> None:
         """End the process, after what it is doing, and the thread."""
-        self._thread.submit(self._reader.close)
         self._thread.shutdown()
+        self._reader.close()  # here: at the limit on processes, no thread can be started that was not needed before
 
     @contextlib.asynccontextmanager
     async def opened(self, base64: str) -> AsyncIterator[int]:

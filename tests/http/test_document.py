@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from embedder.http.api_keys import ApiKeys
 from embedder.http.boundary import RequestBoundary
 from embedder.http.dialects.dialect import ServedModel
 from embedder.http.dialects.document import DocumentResponse, parse_pages
-from embedder.http.document_pages import MAX_RENDERED_PAGES
+from embedder.http.document_pages import MAX_RENDERED_PAGES, DocumentPages
 from embedder.http.drain import Drain
 from embedder.http.guard import RequestGuard
 from embedder.http.routes import Routes, Serving
@@ -289,3 +290,11 @@ def test_openapi_describes_documents_only_where_they_are_allowed() -> None:
     assert schemas(1).is_valid(body)
     assert not schemas(0).is_valid(body)
     assert schemas(1).is_valid({"items": ["a"]})
+
+
+def test_close_starts_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the limit on processes it could not, and the close of the model after it would not run."""
+    pages = DocumentPages(Settings())
+    with monkeypatch.context() as patch:
+        patch.delattr(threading.Thread, "start")
+        pages.close()
