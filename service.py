@@ -33,10 +33,10 @@ from embedder.server.lifecycle import (
     end_hanging_workers,
     exit_when_a_worker_fails_to_start,
     failing_start,
+    handle_signals,
     keep_in_touch,
     refuse_start,
     replace_dead_workers_at_once,
-    stop_at_sigterm_during_a_start,
     worker_server,
 )
 from embedder.settings import Settings, make_metrics_folder
@@ -94,7 +94,7 @@ class Qwen3VLEmbedding:
         """Before the workers start, once: check the port and find the model, or exit with one line that says why."""
         configure_logging(SETTINGS.log_format)
         exit_when_a_worker_fails_to_start()
-        stop_at_sigterm_during_a_start()
+        handle_signals()
         replace_dead_workers_at_once()
         end_hanging_workers(SETTINGS.request_timeout_s)
         try:

@@ -41,15 +41,16 @@ lifecycle.check_port
     BentoML itself fails with a traceback, after the workers have started.
     Goes when: `bentoml serve` checks its port first.
     Test: tests/server/test_lifecycle.py, `start_that_fails`.
-lifecycle.stop_at_sigterm_during_a_start
-    Replaces `SysHandler.quit` of circus and reads `arbiter._stopping` (kantoku 0.18, the fork that BentoML uses).
-    circus drops a command that arrives while another is executed, so a SIGTERM could be lost.
-    Goes when: circus queues the command.
-    Test: tests/server/test_lifecycle.py, `busy_arbiter`.
+lifecycle.handle_signals
+    Replaces `SysHandler.quit` and `reload` of circus and reads `arbiter._stopping` (kantoku 0.18, BentoML's fork).
+    circus drops a command that arrives while another is executed, so a SIGTERM could be lost. At SIGHUP it starts a
+    second worker, for which a GPU may have no memory; then the whole service would end.
+    Goes when: circus queues the command, and its answer to SIGHUP is a setting.
+    Test: tests/server/test_lifecycle.py, `busy_arbiter`, `hangup`.
 lifecycle.replace_dead_workers_at_once
-    Wraps `Watcher.call_hook` of circus (kantoku 0.18).
+    Wraps `Watcher.call_hook` and `Arbiter.manage_watchers` of circus (kantoku 0.18).
     circus looks for dead workers every 10 s and logs nothing. It has hooks, but BentoML creates the watchers without
-    them, after the service's own hook has run.
+    them, after the service's own hook has run. Two looks at the same time would log a traceback.
     Goes when: BentoML logs and replaces workers that end.
     Test: tests/server/test_lifecycle.py, `killed_worker`.
 lifecycle.end_hanging_workers

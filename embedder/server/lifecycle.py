@@ -53,10 +53,12 @@ def refuse_start(reason: object) -> NoReturn:
     raise SystemExit(message)
 
 
-def stop_at_sigterm_during_a_start() -> None:
-    """Make the arbiter obey a SIGTERM that arrives while it starts a worker.
+def handle_signals() -> None:
+    """Make the arbiter obey a SIGTERM that arrives while it starts a worker, and ignore SIGHUP.
 
-    circus executes one command at a time and drops another that arrives meanwhile, so the command is repeated.
+    circus executes one command at a time and drops another that arrives meanwhile, so the command is repeated. At
+    SIGHUP it would start a second worker while the first one drains: requests get 503 until it is ready, and on a GPU
+    without memory for both, the start would fail and end the service.
     """
 
     def repeat_quit(handler: SysHandler) -> None:
@@ -69,7 +71,10 @@ def stop_at_sigterm_during_a_start() -> None:
 
         controller.loop.add_callback_from_signal(quit_unless_stopping)
 
-    SysHandler.quit = repeat_quit
+    def log_hangup(_: SysHandler) -> None:
+        logger.warning("SIGHUP is ignored: settings are read at the start only. Restart the service to change them")
+
+    SysHandler.quit, SysHandler.reload = repeat_quit, log_hangup
 
 
 def exit_when_a_worker_fails_to_start() -> None:
@@ -94,12 +99,12 @@ def replace_dead_workers_at_once() -> None:
 
     circus by itself looks every 10 s, and logs nothing.
     """
-    call_hook = Watcher.call_hook
+    call_hook, manage_watchers = Watcher.call_hook, Arbiter.manage_watchers
     running: dict[int, Watcher] = {}  # by process id; workers whose end is not logged
 
     async def look(arbiter: Arbiter) -> None:
         with contextlib.suppress(ConflictError):  # circus is looking or starting a worker; it looks again soon
-            await arbiter.manage_watchers()
+            await manage_watchers(arbiter)
 
     def log_end(watcher: Watcher, pid: int, exit_code: int) -> None:
         consequence = "a new one starts" if watcher.respawn else "in a container it is not replaced"
@@ -125,6 +130,7 @@ def replace_dead_workers_at_once() -> None:
         return call_hook(watcher, hook_name, **arguments)
 
     Watcher.call_hook = log_and_call_hook
+    Arbiter.manage_watchers = look  # circus's own look, every 10 s, would log a traceback if it met another one
 
 
 def end_hanging_workers(max_s: float) -> None:

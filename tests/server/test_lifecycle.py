@@ -22,10 +22,12 @@ from unittest.mock import Mock
 import httpx
 import pytest
 import uvicorn
+from circus.arbiter import Arbiter
+from circus.sighandler import SysHandler
 from circus.watcher import Watcher
 
 from embedder.http.drain import Drain
-from embedder.server.lifecycle import drain_at_sigterm, replace_dead_workers_at_once, worker_server
+from embedder.server.lifecycle import drain_at_sigterm, handle_signals, replace_dead_workers_at_once, worker_server
 from tests.conftest import ROOT, Server, start_server
 
 NUM_CLIENTS = 6
@@ -87,11 +89,11 @@ def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path
                 reason = f"cannot listen on 127.0.0.1, port {port}: Address already in use"
             case "device":
                 settings["device"], reason = "cuda:99", "EMBEDDER_DEVICE='cuda:99', but torch "
-            case "weights":
-                settings["model"] = str(without_its_end(random_checkpoint, tmp_path))
             case "batch folder":
                 settings["batch_folder"] = "/dev/null/batches"
                 reason = "EMBEDDER_BATCH_FOLDER='/dev/null/batches' cannot be used: "
+            case "weights":
+                settings["model"] = str(without_its_end(random_checkpoint, tmp_path))
                 reason = f"cannot read {tmp_path}/model.safetensors: "
         run = serve(tmp_path, *options, **settings)
     output = run.stdout + run.stderr
@@ -338,7 +340,7 @@ def fill(folder: Path) -> None:
 
 ARBITER = """
 from circus import get_arbiter
-from embedder.server.lifecycle import stop_at_sigterm_during_a_start
+from embedder.server.lifecycle import handle_signals
 
 {prepare}
 arbiter = get_arbiter([{{"cmd": "sleep 60", "numprocesses": 2, "warmup_delay": 2}}])
@@ -347,7 +349,7 @@ arbiter.start()
 """
 
 
-@pytest.mark.parametrize("prepare", ["stop_at_sigterm_during_a_start()", "pass  # circus itself loses the signal"])
+@pytest.mark.parametrize("prepare", ["handle_signals()", "pass  # circus itself loses the signal"])
 @pytest.mark.slow
 def test_busy_arbiter_stops_after_it_has_started_the_workers(prepare: str) -> None:
     command = [sys.executable, "-c", ARBITER.format(prepare=prepare)]
@@ -357,7 +359,7 @@ def test_busy_arbiter_stops_after_it_has_started_the_workers(prepare: str) -> No
         arbiter.stdout.readline()
         time.sleep(1)  # of the four seconds in which it starts them
         arbiter.terminate()
-        if prepare.startswith("stop"):
+        if prepare.startswith("handle"):
             assert arbiter.wait(15) == 0
         else:
             with pytest.raises(subprocess.TimeoutExpired):
@@ -392,11 +394,37 @@ def test_killed_worker_fails_its_requests_at_once(lone: Server) -> None:
     )
 
 
+def test_hangup_is_logged_and_ignored(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("quit", "reload"):
+        monkeypatch.setattr(SysHandler, name, getattr(SysHandler, name))
+    handler: Any = SysHandler.__new__(SysHandler)  # without its signal handlers, and without circus to reload
+    handle_signals()
+    handler.handle_hup()
+    assert caplog.messages == [
+        "SIGHUP is ignored: settings are read at the start only. Restart the service to change them"
+    ]
+
+
+def test_look_for_dead_workers_gives_way_to_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Watcher, "call_hook", Watcher.call_hook)
+    monkeypatch.setattr(Arbiter, "manage_watchers", Arbiter.manage_watchers)
+    busy: Any = Arbiter.__new__(Arbiter)
+    busy._restarting, busy._exclusive_running_command = False, "manage_watchers"
+    replace_dead_workers_at_once()
+
+    async def look() -> None:
+        await busy.manage_watchers()
+
+    asyncio.run(look())  # circus itself raises ConflictError
+    assert busy._exclusive_running_command == "manage_watchers"
+
+
 @pytest.mark.parametrize(("hook", "respawn"), [("before_spawn", True), ("before_stop", False)])
 def test_worker_that_circus_drops_without_reaping_it_is_logged(
     hook: str, respawn: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Watcher, "call_hook", lambda *_, **__: True)
+    monkeypatch.setattr(Arbiter, "manage_watchers", Arbiter.manage_watchers)
     handler = signal.getsignal(signal.SIGCHLD)
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     watcher: Any = Mock(processes={worker.pid: worker}, respawn=respawn)
