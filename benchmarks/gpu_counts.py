@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Count what a forward pass sends to a GPU; no GPU is needed.")
     parser.add_argument("--shapes", nargs="+", choices=("2b", "8b"), default=["2b", "8b"])
     parser.add_argument("--weights", nargs="*", choices=("int8", "fp8"), default=["int8", "fp8"])
+    parser.add_argument("--batch-tokens", type=int, default=Settings().max_batch_tokens, help="default: %(default)s")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
     if reason := missing_requirement():
@@ -49,9 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     data = {
         "command": report.command(FILE, chosen),
         "torch": torch.__version__.partition("+")[0],
-        "shapes": {shape: count_shape(shape) for shape in chosen.shapes},
+        "shapes": {shape: count_shape(shape, batch_tokens=chosen.batch_tokens) for shape in chosen.shapes},
         "weights": {
-            weights: {shape: count_shape(shape, weights) for shape in chosen.shapes} for weights in chosen.weights
+            weights: {shape: count_shape(shape, weights, chosen.batch_tokens) for shape in chosen.shapes}
+            for weights in chosen.weights
         },
     }
     chosen.results.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,9 @@ def table(shapes: dict[str, dict[str, dict[str, float]]]) -> str:
     return report.table(headers, rows)
 
 
-def count_shape(shape: str, weights: WeightFormat | None = None) -> dict[str, dict[str, float]]:
+def count_shape(
+    shape: str, weights: WeightFormat | None = None, batch_tokens: int = Settings().max_batch_tokens
+) -> dict[str, dict[str, float]]:
     """The counts of each batch, after a first one that has filled the prefix cache."""
     import benchmarks.compiled_layers  # noqa: F401 - imports torch's compiler, which the fake device would disturb
 
@@ -106,7 +110,7 @@ def count_shape(shape: str, weights: WeightFormat | None = None) -> dict[str, di
         for layers in ("", ", compiled"):
             forward = device.make_forward(model, preprocess.vision, "varlen", is_compiled=bool(layers))
             for name in WORKLOADS:
-                inputs = _full_batch(name, words, preprocess)
+                inputs = _full_batch(name, words, preprocess, batch_tokens)
 
                 def run(inputs: list[ModelInput] = inputs, forward: Forward = forward) -> None:
                     pool(forward(pack(inputs, preprocess.vision.merge_size, forward.device)))
@@ -118,9 +122,8 @@ def count_shape(shape: str, weights: WeightFormat | None = None) -> dict[str, di
     return counts
 
 
-def _full_batch(name: str, words: list[str], preprocess: Preprocessor) -> list[ModelInput]:
-    """As many items as a batch of the default size holds, sorted by length as the engine sorts them."""
-    max_cost = Settings().max_batch_tokens
+def _full_batch(name: str, words: list[str], preprocess: Preprocessor, max_cost: int) -> list[ModelInput]:
+    """As many items as a batch holds, sorted by length as the engine sorts them."""
     preprocess_once = cache(lambda kind, content: preprocess(item_from_fields({kind: content})))
     batch: list[ModelInput] = []
     cost = 0

@@ -131,7 +131,7 @@ class DecoderProcess:
             socket.send_fds(self._socket, [orjson.dumps(message)], [] if descriptor is None else [descriptor])
 
     def receive(self, deadline: float) -> dict[str, Any]:
-        """The next message. Kills the process at the deadline. Raises `InvalidMedia`, `MediaTooLarge`, `ProcessKilled`."""
+        """The next message. Kills a late process. Raises `InvalidMedia`, `MediaTooLarge` and `ProcessKilled`."""
         message = self._receive(deadline + GRACE_S)
         if message is not None:
             return message
