@@ -251,6 +251,15 @@ class ShuttingDown(EmbedderError):
     remedy = "Send the request to another replica."
 
 
+class StorageFailed(EmbedderError):
+    """The folder of files and batches cannot be read or written now."""
+
+    status = 503
+    type = "unavailable"
+    code = "storage_failed"
+    remedy = "Try again later. The operator finds the reason in the service's log."
+
+
 class EngineFailed(EmbedderError):
     """The forward pass failed for this item only."""
 

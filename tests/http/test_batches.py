@@ -18,6 +18,8 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from embedder import Embedder
 from embedder.errors import (
@@ -29,10 +31,11 @@ from embedder.errors import (
     Overloaded,
     RequestTooLarge,
     ShuttingDown,
+    StorageFailed,
 )
 from embedder.http.api_keys import ApiKeys
 from embedder.http.batches import runner as runner_module
-from embedder.http.batches.routes import _checked
+from embedder.http.batches.routes import BatchRoutes, _checked
 from embedder.http.batches.runner import LINES_AT_ONCE, MAX_STARTS, BatchRunner, Respond
 from embedder.http.batches.store import BatchStore, check_folder
 from embedder.settings import Settings
@@ -269,6 +272,29 @@ def test_full_disk_is_waited_for(store: BatchStore, monkeypatch: pytest.MonkeyPa
     run(store)
     assert store.batch(OWNER, identifier)["status"] == "completed"
     assert num_failed == 2 * MAX_STARTS
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/files"),
+        ("GET", f"/v1/files/file-{'0' * 24}/content"),
+        ("POST", "/v1/batches"),
+        ("POST", f"/v1/batches/batch_{'0' * 24}/cancel"),
+    ],
+)
+def test_disk_that_fails_during_a_request_is_an_error_of_the_service(
+    method: str, path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "batches").touch()  # where a folder was
+    store = BatchStore(tmp_path / "batches", 10**6, 3600)
+    app = Starlette(routes=BatchRoutes(store, [ENDPOINT], lambda _: OWNER).routes())
+    body: dict[str, Any] = {"json": {"input_file_id": "file-0", "endpoint": ENDPOINT}}
+    if path == "/v1/files":
+        body = {"files": {"file": ("texts.jsonl", LINES)}, "data": {"purpose": "batch"}}
+    with TestClient(app) as client, pytest.raises(StorageFailed, match="the service's log has the reason"):
+        client.request(method, path, **(body if method == "POST" else {}))
+    assert "a request for files or batches failed: [Errno 20] Not a directory" in caplog.text
 
 
 def test_folder_that_cannot_be_read_is_tried_again(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:

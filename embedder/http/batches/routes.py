@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from embedder.errors import InvalidRequest
+from embedder.errors import InvalidRequest, StorageFailed
 from embedder.http.api_keys import OwnerOf
 from embedder.http.batches.store import BatchStore
 from embedder.http.request_body import RequestBody, read_json, validate_body
 from embedder.http.response import json_response, to_json
 from embedder.http.uploads import FORM, form_with_file
 from embedder.inputs.items import check_text, describe_value
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 FILES_PATH = "/v1/files"
 MAX_WINDOW_S = 30 * 86_400
@@ -78,7 +83,7 @@ class BatchRoutes:
         return await self._respond(self.store.add_file, self._owner(request), content, name or "file.jsonl")
 
     async def _list_files(self, request: Request) -> Response:
-        records = await asyncio.to_thread(self.store.files, self._owner(request))
+        records = await _in_thread(self.store.files, self._owner(request))
         purpose = request.query_params.get("purpose")
         chosen = [one for one in records if purpose in (None, one["purpose"])]
         return _page(chosen, request, max_limit=10_000, default_limit=10_000)
@@ -88,11 +93,11 @@ class BatchRoutes:
 
     async def _delete_file(self, request: Request) -> Response:
         identifier = request.path_params["id"]
-        await asyncio.to_thread(self.store.delete_file, self._owner(request), identifier)
+        await _in_thread(self.store.delete_file, self._owner(request), identifier)
         return json_response(to_json({"id": identifier, "object": "file", "deleted": True}))
 
     async def _content(self, request: Request) -> Response:
-        path = await asyncio.to_thread(self.store.content, self._owner(request), request.path_params["id"])
+        path = await _in_thread(self.store.content, self._owner(request), request.path_params["id"])
         return FileResponse(path, media_type="application/jsonl")
 
     async def _add_batch(self, request: Request) -> Response:
@@ -110,7 +115,7 @@ class BatchRoutes:
         )
 
     async def _list_batches(self, request: Request) -> Response:
-        records = await asyncio.to_thread(self.store.batches, self._owner(request))
+        records = await _in_thread(self.store.batches, self._owner(request))
         return _page(records, request, max_limit=100, default_limit=20)
 
     async def _batch(self, request: Request) -> Response:
@@ -124,7 +129,18 @@ class BatchRoutes:
 
     @staticmethod
     async def _respond(work: Callable[..., dict[str, Any]], *arguments: Any) -> Response:
-        return json_response(to_json(await asyncio.to_thread(work, *arguments)))
+        return json_response(to_json(await _in_thread(work, *arguments)))
+
+
+async def _in_thread(work: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a method of the store. Raises its errors, and `StorageFailed` if the disk fails."""
+    try:
+        return await asyncio.to_thread(work, *arguments)
+    except OSError as error:
+        logger.error("a request for files or batches failed: %s", error)
+        raise StorageFailed(
+            "files and batches cannot be read or stored now; the service's log has the reason"
+        ) from error
 
 
 def _by_method(handlers: Mapping[str, Callable[[Request], Any]]) -> Callable[[Request], Any]:
