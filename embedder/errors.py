@@ -19,6 +19,7 @@ EmbedderError
     NotReady                    the caller asks another replica
     ShuttingDown                the caller asks another replica
     DeadlineExceeded            the caller sends less
+    StorageFailed               the operator acts
     EngineFailed                the operator acts
         DeviceOutOfMemory
     DeviceFailed                the operator acts

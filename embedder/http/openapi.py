@@ -232,8 +232,8 @@ def _list_of(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _post(routes: Sequence[Dialect[Any] | TokenRoute]) -> dict[str, Any]:
-    """The operation of one path; of several dialects on one path, the body's fields decide."""
-    path = routes[0].path
+    """The operation of one path. Of several dialects, the body decides; the last one, the default, is first here."""
+    path, routes = routes[0].path, routes[::-1]
     response = _response("The result.", _one_of([_ref(route.response.__name__) for route in routes]))
     body = _one_of([_ref(route.request.__name__) for route in routes])
     examples = {name: example for route in routes for name, example in route.examples.items()}
