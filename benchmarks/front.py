@@ -44,6 +44,7 @@ HEADERS = ("requests", "CPU ms an item", "before", "change", "95% interval")
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", metavar="COMMIT", help="a commit to compare with")
+    parser.add_argument("--base-python", type=Path, default=Path(sys.executable), help="its interpreter")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
@@ -53,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     chosen.base = base
     about = report.environment(report.command(FILE, chosen))
     with contextlib.ExitStack() as stack:
-        trees = {"now": ROOT}
+        services = {"now": null_service("now", ROOT)}
         if base:
-            trees["base"] = stack.enter_context(worktree(base))
-        rounds = measure(trees, chosen.rounds)
+            services["base"] = null_service("base", stack.enter_context(worktree(base)), chosen.base_python)
+        rounds = measure(services, chosen.rounds)
     rows = [_row(name, pairs) for name, pairs in rounds.items()]
     data = {"environment": about, "rows": rows}
     report.save(chosen.results, FILE, data, table(rows), _bars(rows), "CPU ms an item")
@@ -64,14 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return data
 
 
-def measure(trees: dict[str, Path], num_rounds: int) -> dict[str, list[dict[str, float]]]:
-    """By workload: for each round, the CPU milliseconds of an item, by the name of the tree."""
+def measure(services: dict[str, Contender], num_rounds: int) -> dict[str, list[dict[str, float]]]:
+    """By workload: for each round, the CPU milliseconds of an item, by the name of the service."""
     words = read_words(ROOT / "embedder" / "default_model")
     bodies = {
         size: LocalProtocol().bodies(make_items("text-16", 1024, words), size)
         for size in {one.size for one in WORKLOADS}
     }
-    services = {name: null_service(name, tree) for name, tree in trees.items()}
     loads = [(workload.name, workload, NO_GZIP) for workload in WORKLOADS] + [(GZIP, WORKLOADS[0], {})]
     times: dict[str, list[dict[str, float]]] = {name: [] for name, *_ in loads}
     try:
@@ -90,9 +90,9 @@ def measure(trees: dict[str, Path], num_rounds: int) -> dict[str, list[dict[str,
     return times
 
 
-def null_service(name: str, tree: Path) -> Contender:
+def null_service(name: str, tree: Path, python: Path = Path(sys.executable)) -> Contender:
     """The service of a tree, with the bundled model's tokenizer and a model that computes nothing."""
-    command = [sys.executable, "-m", "bentoml", "serve", "benchmarks.null_service:Qwen3VLEmbedding"]
+    command = [str(python), "-m", "bentoml", "serve", "benchmarks.null_service:Qwen3VLEmbedding"]
     command += ["--host", "127.0.0.1", "--port", "PORT"]
     settings = {"PYTHONPATH": str(tree), "EMBEDDER_DEVICE": "cpu"}  # the bundled model is the default
     return Contender(name, command, "/txt/embed", settings, cwd=tree)
