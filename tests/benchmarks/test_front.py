@@ -30,7 +30,7 @@ def test_unknown_base_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_pretended_gpu_is_busy_at_most_all_of_the_time(tmp_path: Path) -> None:
-    rows = pretended_gpu.main(["--seconds", "5", "--results", str(tmp_path)])["rows"]
+    rows = pretended_gpu.main(["--seconds", "2", "--results", str(tmp_path)])["rows"]
     assert len(rows) == len(pretended_gpu.LAYOUTS) * len(pretended_gpu.LOADS)
     assert all(0 < row["busy"] < 1.2 and row["items_per_s"] > 0 for row in rows)  # a batch may end after the load
     assert all(0 < row["p50_ms"] <= row["p99_ms"] for row in rows)
