@@ -51,7 +51,7 @@ def survive_full_memory(embedder: Embedder, less_memory: AbstractContextManager[
 
 @contextmanager
 def share_of_a_batch(embedder: Embedder) -> Iterator[None]:
-    """Allow this process, next to what it keeps, only `SHARE` of the GPU memory that a full batch takes."""
+    """Limit this process to the GPU memory that it keeps, and `SHARE` of what a full batch takes."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -68,7 +68,7 @@ def share_of_a_batch(embedder: Embedder) -> Iterator[None]:
 
 
 def notice_lost_device(folder: Path, device: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Make the GPU fail for good in a process of its own: the item gets `device_failed`, and the reason is reported."""
+    """Make the GPU fail for good, in a separate process. Right: the item's error is `DeviceFailed`, reported once."""
     with ProcessPoolExecutor(1, get_context("spawn"), exit_with_parent) as process:
         return process.submit(_lose_device, folder, device, options).result()
 

@@ -50,8 +50,8 @@ from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# Pairs may have so many keys in one forward pass, or `max_batch_tokens` if that is more. Each layer copies their keys
-# and values: 0.25 GB with the 2B in bfloat16.
+# The most keys of all pairs in one forward pass, unless `max_batch_tokens` is larger. Each layer copies these keys and
+# their values: 0.25 GB with the 2B in bfloat16.
 MIN_KEYS = 2**16
 
 # torch's errors are RuntimeErrors. Triton builds a library at the first launch of a kernel, and passes on the errors of

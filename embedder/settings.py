@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 PREFIX = "EMBEDDER_"
 METRICS_FOLDER, PROMETHEUS_FOLDER = "QWEN3_VL_EMBEDDING_METRICS", "PROMETHEUS_MULTIPROC_DIR"
 WeightFormat = Literal["int8", "fp8"]
-MAX_SECONDS = 86_400.0  # longer ones overflow what the system counts in
+MAX_SECONDS = 86_400.0  # much longer times overflow the timers of the system
 MAX_THREADS = 4096
 _URL_HOST = r"(https?://)?(\*|(\*\.)?[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
 _URL_HOSTS = rf"^({_URL_HOST}( *, *{_URL_HOST})*)?$"

@@ -24,7 +24,7 @@ class HangWatch:
 
     @contextmanager
     def step(self, reason: str, max_s: float) -> Iterator[None]:
-        """Watch the calling thread while the block runs, for at most `max_s` seconds."""
+        """Watch the calling thread while the block runs. It may take `max_s` seconds."""
         thread = threading.get_ident()
         with self._lock:
             self._steps[thread] = reason, max_s, 0.0

@@ -40,7 +40,7 @@ class BatchLength(NamedTuple):
 
 # On a CPU, batches of more tokens embed hardly more items per second (`python -m benchmarks.choices`). On a GPU nothing
 # is measured. There, a query waits for up to three batches, two of which were launched before it arrived: 78 ms next to
-# bulk requests with a simulated 2B (p99, `python -m benchmarks.pretended_gpu`), and 158 ms if a batch takes 50 ms. By
+# bulk requests with a simulated 2B (p99, `python -m benchmarks.pretended_gpu`), and 155 ms if a batch takes 50 ms. By
 # an H200's roofline and 3 us more for each kernel, batches of 50 ms and at least 4,096 tokens would embed 1 to 2% more
 # items per second with the 2B, and 3 to 4% more with the 8B (`python -m benchmarks.gpu_counts --batch-tokens 2048`).
 ON_CPU = BatchLength(1.0, 1024)

@@ -46,8 +46,8 @@ DEFAULT_INSTRUCTION = "Given a search query, retrieve relevant candidates that a
 # not depend on the document, and those of the second do not depend on the query.
 _BEFORE_CUT, _AFTER_CUT = "\n<Document", ">:"
 
-# So many keys of a query, which each of its pairs reads, count as one token of the pair. It is an estimate, so that
-# pairs with a long query do not count as short ones.
+# Each pair reads all keys of its query. This many of them count as one token of the pair. It is an estimate, without
+# which a pair with a long query would count as a short one.
 KEYS_PER_TOKEN = 128
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 # oneDNN prepares each number of rows once: up to 1 ms for each shape of a weight, and about 0.6 MB of heap (2 cores,
 # AMD EPYC). Products are therefore computed for multiples of `step` rows, up to `end` rows each: with the bundled
-# model, the process had grown by 229 MB after 100 random numbers of rows up to 1,024, and by 355 MB after 400. Up to 64
-# rows, of a short text, each row counts: with multiples of 4, one text of mixed length takes 3% longer.
+# model, the process had grown by 229 MB after 100 random numbers of rows up to 1,024, and by 355 MB after 400. A short
+# text has up to 64 rows, and is not padded.
 _STEPS = ((64, 1), (256, 16), (512, 32), (2048, 64))
 _LAST_STEP = 256
 

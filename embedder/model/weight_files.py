@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from embedder.errors import ModelUnavailable
 from embedder.inputs.items import json_value
+from embedder.inputs.json_file import read_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,9 +40,7 @@ def weight_files(folder: Path) -> list[Path]:
             "because they can contain code"
         )
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except OSError as error:
-        raise ModelUnavailable(f"cannot read {index}: {error}") from error
+        names = sorted(set(json.loads(read_text(index) or "")["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelUnavailable(f"{index}: weight_map is not an object of file names: {error!r}") from error
     for name in names:
