@@ -13,35 +13,22 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
-from enum import Enum
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from embedder.engine.callers import EVERYONE
+from embedder.errors import InvalidKey, MissingKey
 from embedder.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 Headers = Iterable[tuple[bytes, bytes]]
-OwnerOf = Callable[[Headers], str]
 
 MAX_FILE_BYTES = 2**20
 MAX_PRESENTED = 4  # keys of a request that are looked at: each is compared with all known ones
 _KEY = re.compile(rb"[!-~]+")  # ASCII without spaces: what every client and proxy can send in a header
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-def everyone(_: Headers) -> str:
-    """The owner of all requests where no key is needed."""
-    return "everyone"
-
-
-class Access(Enum):
-    """What the keys of a request allow."""
-
-    GRANTED = "granted"
-    NO_KEY = "no key"
-    WRONG_KEY = "wrong key"
 
 
 class ApiKeys:
@@ -70,21 +57,22 @@ class ApiKeys:
         """Whether callers need a key."""
         return bool(self._from_setting or self._from_file)
 
-    def access(self, headers: Headers) -> Access:
-        """Whether no key is needed, or the headers hold one as `Authorization: Bearer` or `x-api-key`."""
+    def caller(self, headers: Headers) -> str:
+        """A name for the caller whose key the headers hold, as `Authorization: Bearer` or `x-api-key`.
+
+        It is the same for each request with the key, and does not reveal it; without keys, it is `EVERYONE`. Raises
+        `MissingKey` and `InvalidKey`.
+        """
         if self._path:
             self._read_again(self._path)
         if not self.are_needed:
-            return Access.GRANTED
+            return EVERYONE
         presented = list(_presented(headers))
-        if self._known_digest(presented) is not None:
-            return Access.GRANTED
-        return Access.WRONG_KEY if presented else Access.NO_KEY
-
-    def owner(self, headers: Headers) -> str:
-        """A name for the caller with the key in these headers, the same for each request; `everyone` without keys."""
-        digest = self._known_digest(_presented(headers))
-        return hashlib.sha256(b"owner" + digest).hexdigest()[:32] if digest else everyone(headers)
+        if digest := self._known_digest(presented):
+            return hashlib.sha256(b"owner" + digest).hexdigest()[:32]
+        if presented:
+            raise InvalidKey("the API key is not known to this service; allowed: a key from its operator")
+        raise MissingKey("an API key is needed: send yours as `Authorization: Bearer <key>` or as `x-api-key`")
 
     def _known_digest(self, presented: Iterable[bytes]) -> bytes | None:
         """The digest of the last presented key that is known. Compares all of them, in constant time each."""

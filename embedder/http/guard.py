@@ -12,17 +12,16 @@ from collections.abc import Callable
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from embedder.engine.callers import CALLER
 from embedder.engine.timers import TimeLimit
 from embedder.errors import (
     DeadlineExceeded,
-    InvalidKey,
-    MissingKey,
     Overloaded,
     RequestTooLarge,
     ShuttingDown,
     UnsupportedContentType,
 )
-from embedder.http.api_keys import Access, ApiKeys
+from embedder.http.api_keys import ApiKeys
 from embedder.http.boundary import METHODS_WITH_BODY, PROBES
 from embedder.http.content_coding import decompress, request_coding
 from embedder.http.drain import Drain
@@ -100,11 +99,7 @@ class RequestGuard:
         is_open = path in self.open_paths and scope["method"] not in METHODS_WITH_BODY
         if is_open:
             return
-        match self.keys.access(scope["headers"]):
-            case Access.NO_KEY:
-                raise MissingKey("an API key is needed: send yours as `Authorization: Bearer <key>` or as `x-api-key`")
-            case Access.WRONG_KEY:
-                raise InvalidKey("the API key is not known to this service; allowed: a key from its operator")
+        CALLER.set(self.keys.caller(scope["headers"]))
 
     async def _read(self, receive: Receive, hold: Callable[[int], None]) -> bytes:
         """The whole body; `hold` is called with the size of each piece first."""

@@ -19,7 +19,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from embedder.engine.aio import embed_all, embed_each, score_each
 from embedder.engine.postprocess import Embedding
 from embedder.errors import EmbedderError, InvalidRequest, NotFound, NotReady
-from embedder.http.api_keys import OwnerOf, everyone
 from embedder.http.batches.batches import BATCH_PRIORITY, Batches
 from embedder.http.batches.routes import FILES_PATH
 from embedder.http.body_reader import BodyReader, InFormOf, ReadBody
@@ -128,9 +127,7 @@ class Routes:
     `other_names`: names under which the operator's platform asks for some of the paths.
     """
 
-    def __init__(
-        self, settings: Settings, metrics: Metrics, *, version: str, needs_key: bool, owner_of: OwnerOf = everyone
-    ) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, *, version: str, needs_key: bool) -> None:
         self.settings = settings
         self.metrics = metrics
         self.serving: Serving | None = None
@@ -169,7 +166,7 @@ class Routes:
         self.other_names = {name: path for name, path in vertex_routes().items() if name not in own_paths}
         get_routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in get.items()]
         post_routes = [Route(_any_model(path), endpoint, methods=["POST"]) for path, endpoint in post.items()]
-        self._batches = Batches(settings, owner_of)
+        self._batches = Batches(settings)
         # last, because its path takes any rest
         about_model = self._of_model(self._page(kserve.model_metadata))
         metadata = Route("/v2/models/{model:model}", about_model, methods=["GET"])

@@ -33,7 +33,7 @@ class Application:
         reranking = RERANKING_PATHS if settings.reranker else ()
         self.drain = Drain()
         self.metrics = Metrics((*EMBEDDING_PATHS, *APIS, *reranking), metrics_folder())
-        self.routes = Routes(settings, self.metrics, version=version, needs_key=keys.are_needed, owner_of=keys.owner)
+        self.routes = Routes(settings, self.metrics, version=version, needs_key=keys.are_needed)
 
     def around(self, bento_app: ASGIApp) -> ASGIApp:
         """The whole service: our routes and middlewares around BentoML's app."""

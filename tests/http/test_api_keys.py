@@ -14,8 +14,10 @@ import httpx
 import openai
 import pytest
 
+from embedder.engine.callers import EVERYONE
+from embedder.errors import InvalidKey, MissingKey
 from embedder.http import api_keys as keys_module
-from embedder.http.api_keys import Access, ApiKeys
+from embedder.http.api_keys import ApiKeys
 from embedder.settings import Settings
 from embedder.verify.__main__ import main as verify
 from tests.conftest import Server, start_server
@@ -26,7 +28,11 @@ def bearer(key: str) -> list[tuple[bytes, bytes]]:
 
 
 def is_open(keys: ApiKeys, headers: list[tuple[bytes, bytes]]) -> bool:
-    return keys.access(headers) is Access.GRANTED
+    try:
+        keys.caller(headers)
+    except (InvalidKey, MissingKey):
+        return False
+    return True
 
 
 def keys_of(text: str = "", file: Path | None = None) -> ApiKeys:
@@ -110,9 +116,9 @@ def test_few_keys_of_a_request_are_looked_at(monkeypatch: pytest.MonkeyPatch) ->
     digest = keys_module._digest
     monkeypatch.setattr(keys_module, "_digest", lambda key: (digested.append(key), digest(key))[1])
     many = [(b"x-api-key", b"a")] * 250
-    assert keys.access([*many, *bearer("key7")]) is Access.WRONG_KEY
+    assert not is_open(keys, [*many, *bearer("key7")])
     assert len(digested) == keys_module.MAX_PRESENTED
-    assert keys.access([*many[:3], *bearer("key7")]) is Access.GRANTED
+    assert is_open(keys, [*many[:3], *bearer("key7")])
 
 
 def test_keys_of_the_file_and_of_the_setting_are_both_accepted(key_file: Path) -> None:
@@ -218,9 +224,19 @@ def test_file_with_something_else_than_keys_stops_the_start(content: bytes, tmp_
 
 def test_wrong_key_and_no_key_are_told_apart() -> None:
     keys = keys_of("one")
-    assert keys.access(bearer("other")) is Access.WRONG_KEY
-    assert keys.access([(b"x-api-key", b" "), (b"authorization", b"Bearer")]) is Access.NO_KEY
-    assert keys.access([]) is Access.NO_KEY
+    with pytest.raises(InvalidKey):
+        keys.caller(bearer("other"))
+    for headers in ([], [(b"x-api-key", b" "), (b"authorization", b"Bearer")]):
+        with pytest.raises(MissingKey):
+            keys.caller(headers)
+
+
+def test_caller_is_the_same_for_each_request_with_a_key() -> None:
+    keys = keys_of("first,second")
+    caller = keys.caller(bearer("first"))
+    assert caller == keys.caller([(b"x-api-key", b"first")]) != keys.caller(bearer("second"))
+    assert "first" not in caller
+    assert keys_of().caller(bearer("first")) == EVERYONE
 
 
 def test_key_is_in_no_text_made_from_the_settings() -> None:

@@ -33,7 +33,6 @@ from embedder.errors import (
     ShuttingDown,
     StorageFailed,
 )
-from embedder.http.api_keys import ApiKeys
 from embedder.http.batches import runner as runner_module
 from embedder.http.batches.routes import BatchRoutes, _checked
 from embedder.http.batches.runner import LINES_AT_ONCE, MAX_STARTS, BatchRunner, Respond
@@ -288,7 +287,7 @@ def test_disk_that_fails_during_a_request_is_an_error_of_the_service(
 ) -> None:
     (tmp_path / "batches").touch()  # where a folder was
     store = BatchStore(tmp_path / "batches", 10**6, 3600)
-    app = Starlette(routes=BatchRoutes(store, [ENDPOINT], lambda _: OWNER).routes())
+    app = Starlette(routes=BatchRoutes(store, [ENDPOINT]).routes())
     body: dict[str, Any] = {"json": {"input_file_id": "file-0", "endpoint": ENDPOINT}}
     if path == "/v1/files":
         body = {"files": {"file": ("texts.jsonl", LINES)}, "data": {"purpose": "batch"}}
@@ -516,14 +515,6 @@ def test_owners_see_their_own_files_only(store: BatchStore) -> None:
                 read(other, identifier)
         with pytest.raises(NotFound):
             store.add_batch(other, file, ENDPOINT, "24h", 60, {})
-
-
-def test_owner_is_the_same_for_each_request_with_a_key() -> None:
-    keys = ApiKeys(Settings(api_key="first,second"))
-    bearer, header = [(b"authorization", b"Bearer first")], [(b"x-api-key", b"first")]
-    assert keys.owner(bearer) == keys.owner(header) != keys.owner([(b"x-api-key", b"second")])
-    assert "first" not in keys.owner(bearer)
-    assert ApiKeys(Settings()).owner(bearer) == "everyone"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from starlette.routing import Route
 
-from embedder.http.api_keys import OwnerOf
 from embedder.http.batches.routes import BatchRoutes
 from embedder.http.batches.runner import BatchRunner, Respond
 from embedder.http.batches.store import BatchStore
@@ -24,7 +23,7 @@ BATCH_PRIORITY = 1000  # of their lines, at least: requests that arrive while li
 class Batches:
     """The routes, and the task that runs batches. Without `EMBEDDER_BATCH_FOLDER` it has neither."""
 
-    def __init__(self, settings: Settings, owner_of: OwnerOf) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._task: asyncio.Task[None] | None = None
         self.routes: list[Route] = []
@@ -32,7 +31,7 @@ class Batches:
             retention_s = settings.batch_days * SECONDS_PER_DAY
             self._store = BatchStore(Path(settings.batch_folder), settings.max_batch_bytes, retention_s)
             endpoints = ["/v1/embeddings", *(["/v1/rerank"] if settings.reranker else [])]
-            self.routes = BatchRoutes(self._store, endpoints, owner_of).routes()
+            self.routes = BatchRoutes(self._store, endpoints).routes()
 
     def start(self, respond: Respond, num_pending: Callable[[], int], is_stopping: Callable[[], bool]) -> None:
         """Run batches in this event loop until the worker stops."""

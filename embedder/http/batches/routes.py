@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from embedder.engine.callers import CALLER
 from embedder.errors import InvalidRequest, StorageFailed
-from embedder.http.api_keys import OwnerOf
 from embedder.http.batches.store import BatchStore
 from embedder.http.request_body import RequestBody, read_json, validate_body
 from embedder.http.response import json_response, to_json
@@ -42,12 +42,11 @@ class BatchBody(RequestBody):
 
 
 class BatchRoutes:
-    """`endpoints`: the paths that lines may name. `owner_of`: the folder of the caller with these headers."""
+    """`endpoints`: the paths that lines may name. The owner of a file is the caller who has sent it."""
 
-    def __init__(self, store: BatchStore, endpoints: Sequence[str], owner_of: OwnerOf) -> None:
+    def __init__(self, store: BatchStore, endpoints: Sequence[str]) -> None:
         self.store = store
         self.endpoints = tuple(endpoints)
-        self.owner_of = owner_of
 
     def routes(self) -> list[Route]:
         """All routes."""
@@ -80,24 +79,24 @@ class BatchRoutes:
         purpose = (values.get("purpose") or [""])[-1]
         if purpose != "batch":
             raise InvalidRequest(f"purpose: got {describe_value(purpose)}; allowed: batch")
-        return await self._respond(self.store.add_file, self._owner(request), content, name or "file.jsonl")
+        return await self._respond(self.store.add_file, CALLER.get(), content, name or "file.jsonl")
 
     async def _list_files(self, request: Request) -> Response:
-        records = await _in_thread(self.store.files, self._owner(request))
+        records = await _in_thread(self.store.files, CALLER.get())
         purpose = request.query_params.get("purpose")
         chosen = [one for one in records if purpose in (None, one["purpose"])]
         return _page(chosen, request, max_limit=10_000, default_limit=10_000)
 
     async def _file(self, request: Request) -> Response:
-        return await self._respond(self.store.file, self._owner(request), request.path_params["id"])
+        return await self._respond(self.store.file, CALLER.get(), request.path_params["id"])
 
     async def _delete_file(self, request: Request) -> Response:
         identifier = request.path_params["id"]
-        await _in_thread(self.store.delete_file, self._owner(request), identifier)
+        await _in_thread(self.store.delete_file, CALLER.get(), identifier)
         return json_response(to_json({"id": identifier, "object": "file", "deleted": True}))
 
     async def _content(self, request: Request) -> Response:
-        path = await _in_thread(self.store.content, self._owner(request), request.path_params["id"])
+        path = await _in_thread(self.store.content, CALLER.get(), request.path_params["id"])
         return FileResponse(path, media_type="application/jsonl")
 
     async def _add_batch(self, request: Request) -> Response:
@@ -106,7 +105,7 @@ class BatchRoutes:
             raise InvalidRequest(f"endpoint: got {describe_value(body.endpoint)}; allowed: {', '.join(self.endpoints)}")
         return await self._respond(
             self.store.add_batch,
-            self._owner(request),
+            CALLER.get(),
             body.input_file_id,
             body.endpoint,
             body.completion_window,
@@ -115,17 +114,14 @@ class BatchRoutes:
         )
 
     async def _list_batches(self, request: Request) -> Response:
-        records = await _in_thread(self.store.batches, self._owner(request))
+        records = await _in_thread(self.store.batches, CALLER.get())
         return _page(records, request, max_limit=100, default_limit=20)
 
     async def _batch(self, request: Request) -> Response:
-        return await self._respond(self.store.batch, self._owner(request), request.path_params["id"])
+        return await self._respond(self.store.batch, CALLER.get(), request.path_params["id"])
 
     async def _cancel(self, request: Request) -> Response:
-        return await self._respond(self.store.cancel, self._owner(request), request.path_params["id"])
-
-    def _owner(self, request: Request) -> str:
-        return self.owner_of(request.scope["headers"])
+        return await self._respond(self.store.cancel, CALLER.get(), request.path_params["id"])
 
     @staticmethod
     async def _respond(work: Callable[..., dict[str, Any]], *arguments: Any) -> Response:

@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from embedder.engine.callers import CALLER
 from embedder.errors import (
     DeadlineExceeded,
     DeviceFailed,
@@ -87,6 +88,7 @@ class BatchRunner:
 
     async def _turn(self, owner: str, identifier: str) -> bool:
         """Run some lines of a batch. False if another worker runs it, this one stops, or the disk fails."""
+        CALLER.set(owner)
         try:
             with self.store.lock(owner, identifier) as is_free:
                 return is_free and not self.is_stopping() and await self._run_some(owner, identifier)
