@@ -215,7 +215,7 @@ class Engine:
             row = self._cache.find_row(job.key)
             if row is None:
                 if self._cache.add_waiting(job.key, job):
-                    self._inputs.put(job, job.model_input.cost, job.request, time.monotonic(), job.delay)
+                    self._inputs.put(job, job.model_input.cost, job.request, time.monotonic(), job.delay, job.caller)
                     if wake:
                         self.wake()
                 return None

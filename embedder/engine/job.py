@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from embedder.engine.callers import CALLER
 from embedder.engine.observer import ItemTrace
 from embedder.engine.scheduler import NO_DELAY, Delay
 from embedder.errors import DeviceFailed, DeviceOutOfMemory, EngineFailed
@@ -21,10 +22,10 @@ from embedder.inputs.preprocess import ModelInput
 class Job:
     """An item, its future, and what is known of it so far.
 
-    `request`: which request it belongs to; None: one of its own. `num_tokens` is the estimate at admission. `delay` is
-    how much longer its request waits than others. `num_bytes` is the size of `model_input`, which preprocessing sets.
-    `fetched` is the item with bytes in place of its URLs, while it waits for a process. `is_repeated`: its first
-    process was killed.
+    `request`: which request it belongs to; None: one of its own. `caller` has sent it. `num_tokens` is the estimate at
+    admission. `delay` is how much longer its request waits than others. `num_bytes` is the size of `model_input`, which
+    preprocessing sets. `fetched` is the item with bytes in place of its URLs, while it waits for a process.
+    `is_repeated`: its first process was killed.
     `key` identifies the content if vectors are cached; otherwise it is different for every job. `context` is the
     request's: log records and traces need it in the engine's threads. The future gives an Embedding, or for a query its
     ModelInput.
@@ -34,6 +35,7 @@ class Job:
     request: object
     num_tokens: int
     delay: Delay = NO_DELAY
+    caller: str = field(default_factory=CALLER.get)
     num_bytes: int = 0
     fetched: EmbeddingItem | None = None
     is_repeated: bool = False

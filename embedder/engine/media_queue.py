@@ -34,9 +34,9 @@ class MediaQueue:
         """Add an item. `num_bytes`: bytes of memory to decode it; 0 if not known."""
         if num_bytes > START_BYTES:
             self._needed[job] = num_bytes
-            self._large.put(job, job.num_tokens, job.request, now_s, job.delay)
+            self._large.put(job, job.num_tokens, job.request, now_s, job.delay, job.caller)
         else:
-            self._small.put(job, job.num_tokens, job.request, now_s, job.delay)
+            self._small.put(job, job.num_tokens, job.request, now_s, job.delay, job.caller)
 
     def take(self, process: int, now_s: float) -> tuple[Job, int] | None:
         """Remove the next item for this process: the item, and the bytes of memory that it may use."""

@@ -138,7 +138,7 @@ class PreprocessWorkers:
             return
         else:
             queue = self._long_texts if num_chars(job.item) > LONG_CHARS else self._items
-        queue.jobs.put(job, job.num_tokens, job.request, now_s, job.delay)
+        queue.jobs.put(job, job.num_tokens, job.request, now_s, job.delay, job.caller)
         queue.has_jobs.notify()
 
     def discard(self, job: Job) -> bool:

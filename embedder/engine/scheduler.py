@@ -1,12 +1,16 @@
 """Chooses which waiting jobs run next, within a token budget: fair queueing, shortest job first, with aging.
 
-Each request has a first-in first-out queue, and only its first job competes with those of other requests. That job's
-deadline is the start of its turn plus `STRETCH` times its expected duration; the earliest deadline runs first. So a
-cheap job overtakes an expensive one, but only if it arrives before the expensive one's deadline approaches (aging).
+Each request has a first-in first-out queue, and only its first job competes with those of the caller's other requests.
+That job's deadline is the start of its turn plus `STRETCH` times its expected duration; the earliest deadline runs
+first. So a cheap job overtakes an expensive one, but only if it arrives before the expensive one's deadline approaches
+(aging).
 
 When a job has run, the turn of the next one starts at the time at which the device would have finished the job if it
 had served only this request, but never so early that the new deadline has passed already. So requests share the device
 by time, and a new request waits for one job of every other request, not for all of their jobs.
+
+Callers compete by the same rules, each with the job that is next among its requests. So callers share the device by
+time, too, and a new request waits for one job of every other caller, however many requests they send.
 
 A request may have a `Delay`. Until the delay ends, the request's deadlines are later by that time; then they are
 computed like those of other requests.
@@ -23,7 +27,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
+from embedder.engine.callers import EVERYONE
+
 Job = TypeVar("Job", bound=Hashable)
+Queue = TypeVar("Queue", bound=Hashable)
 
 STRETCH = 8.0  # an image that takes the device 26 ms waits for texts that arrive up to 0.2 s after it
 HALF_LIFE_S = 5.0
@@ -57,15 +64,53 @@ class Delay(NamedTuple):
 NO_DELAY = Delay(0.0, -math.inf)
 
 
+class _Deadlines(Generic[Queue]):
+    """Queues by their deadlines."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Queue]] = []  # by deadline, then by age
+        self._entries: dict[Queue, int] = {}  # number of a queue's entry in the heap; those with others are stale
+        self._num_entries = 0
+
+    def put(self, queue: Queue, deadline_s: float) -> None:
+        """Add a queue, or change its deadline."""
+        self._num_entries += 1
+        self._entries[queue] = self._num_entries
+        heapq.heappush(self._heap, (deadline_s, self._num_entries, queue))
+
+    def remove(self, queue: Queue) -> None:
+        """Remove a queue."""
+        del self._entries[queue]
+
+    def first(self) -> Queue | None:
+        """The queue with the earliest deadline; None if there are no queues."""
+        while self._heap:
+            _, entry, queue = self._heap[0]
+            if self._entries.get(queue) == entry:
+                return queue
+            heapq.heappop(self._heap)
+        return None
+
+
+@dataclass(eq=False)
+class _CallerQueue(Generic[Job]):
+    """The requests of one caller that have waiting jobs. `turn_s` is when the caller's turn started."""
+
+    caller: Hashable
+    turn_s: float
+    requests: dict[Hashable, _RequestQueue[Job]] = field(default_factory=dict)
+    deadlines: _Deadlines[_RequestQueue[Job]] = field(default_factory=_Deadlines)
+
+
 @dataclass(eq=False)
 class _RequestQueue(Generic[Job]):
     """The waiting jobs of one request with their costs. `turn_s` is when the turn of the first one started."""
 
+    caller: _CallerQueue[Job]
     request: Hashable
     turn_s: float
     delay: Delay
     jobs: OrderedDict[Job, int] = field(default_factory=OrderedDict)
-    entry: int = 0  # number of the heap entry of the first job; entries with other numbers are stale
 
 
 class Scheduler(Generic[Job]):
@@ -78,39 +123,45 @@ class Scheduler(Generic[Job]):
         self.max_batch_tokens = max_batch_tokens
         self.seconds_per_token = seconds_per_token
         self._batch_length = batch_length
-        self._queues: dict[Hashable, _RequestQueue[Job]] = {}
+        self._callers: dict[Hashable, _CallerQueue[Job]] = {}
         self._queue_of: dict[Job, _RequestQueue[Job]] = {}
-        self._heap: list[tuple[float, int, _RequestQueue[Job]]] = []  # by deadline, then by age
-        self._num_entries = 0
+        self._deadlines: _Deadlines[_CallerQueue[Job]] = _Deadlines()
 
     def __len__(self) -> int:
         return len(self._queue_of)
 
-    def put(self, job: Job, cost: int, request: Hashable, now_s: float, delay: Delay = NO_DELAY) -> None:
+    def put(
+        self,
+        job: Job,
+        cost: int,
+        request: Hashable,
+        now_s: float,
+        delay: Delay = NO_DELAY,
+        caller: Hashable = EVERYONE,
+    ) -> None:
         """Append a job of `cost` tokens to the queue of its request. `now_s` is the time of a steady clock."""
-        queue = self._queues.setdefault(request, _RequestQueue(request, now_s, delay))
+        caller_queue = self._callers.setdefault(caller, _CallerQueue(caller, now_s))
+        queue = caller_queue.requests.setdefault(request, _RequestQueue(caller_queue, request, now_s, delay))
         queue.jobs[job] = cost
         self._queue_of[job] = queue
         if len(queue.jobs) == 1:
-            self._push_first_job(queue, now_s)
+            self._put_request(queue, now_s)
+            self._put_caller(caller_queue, earliest_deadline_s=-math.inf)
 
     def take(self, now_s: float) -> list[Job]:
         """Remove and return the next batch: jobs in order, up to the first that does not fit. Empty if none waits."""
         jobs: list[Job] = []
         seconds, least_tokens = self._batch_length
         budget = min(self.max_batch_tokens, max(least_tokens, seconds / self.seconds_per_token))
-        while self._heap:
-            _, entry, queue = self._heap[0]
-            if entry == queue.entry:
-                job, cost = next(iter(queue.jobs.items()))
-                if jobs and cost > budget:
-                    break
-                budget -= cost
-                jobs.append(job)
-                queue.turn_s += cost * self.seconds_per_token
-                self._remove(job, queue, earliest_deadline_s=now_s)
-            else:
-                heapq.heappop(self._heap)
+        while (caller := self._deadlines.first()) and (queue := caller.deadlines.first()):
+            job, cost = next(iter(queue.jobs.items()))
+            if jobs and cost > budget:
+                break
+            budget -= cost
+            jobs.append(job)
+            queue.turn_s += cost * self.seconds_per_token
+            caller.turn_s += cost * self.seconds_per_token
+            self._remove(job, queue, earliest_deadline_s=now_s)
         return jobs
 
     def discard(self, job: Job) -> bool:
@@ -124,20 +175,37 @@ class Scheduler(Generic[Job]):
     def _remove(self, job: Job, queue: _RequestQueue[Job], earliest_deadline_s: float) -> None:
         was_first = next(iter(queue.jobs)) is job
         del queue.jobs[job], self._queue_of[job]
-        if not queue.jobs:
-            queue.entry = 0
-            del self._queues[queue.request]
-        elif was_first:
-            self._push_first_job(queue, earliest_deadline_s)
+        if not was_first:
+            return
+        if queue.jobs:
+            self._put_request(queue, earliest_deadline_s)
+        else:
+            queue.caller.deadlines.remove(queue)
+            del queue.caller.requests[queue.request]
+        self._put_caller(queue.caller, earliest_deadline_s)
 
-    def _push_first_job(self, queue: _RequestQueue[Job], earliest_deadline_s: float) -> None:
-        patience_s = STRETCH * next(iter(queue.jobs.values())) * self.seconds_per_token
+    def _put_request(self, queue: _RequestQueue[Job], earliest_deadline_s: float) -> None:
+        """Let the request compete with its first job, not before `earliest_deadline_s`."""
+        patience_s = self._patience_s(queue)
         queue.turn_s = max(queue.turn_s, earliest_deadline_s - patience_s)
         if earliest_deadline_s >= queue.delay.until_s:
             queue.delay = NO_DELAY
-        self._num_entries += 1
-        queue.entry = self._num_entries
-        heapq.heappush(self._heap, (queue.turn_s + patience_s + queue.delay.seconds, queue.entry, queue))
+        queue.caller.deadlines.put(queue, queue.turn_s + patience_s + queue.delay.seconds)
+
+    def _put_caller(self, caller: _CallerQueue[Job], earliest_deadline_s: float) -> None:
+        """Let the caller compete with its next job, not before `earliest_deadline_s`, or remove it if it has none."""
+        queue = caller.deadlines.first()
+        if queue is None:
+            self._deadlines.remove(caller)
+            del self._callers[caller.caller]
+            return
+        patience_s = self._patience_s(queue)
+        caller.turn_s = max(caller.turn_s, earliest_deadline_s - patience_s)
+        self._deadlines.put(caller, caller.turn_s + patience_s + queue.delay.seconds)
+
+    def _patience_s(self, queue: _RequestQueue[Job]) -> float:
+        """From the start of a turn to its deadline."""
+        return STRETCH * next(iter(queue.jobs.values())) * self.seconds_per_token
 
 
 @dataclass

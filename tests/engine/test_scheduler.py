@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from embedder.engine.callers import EVERYONE
 from embedder.engine.scheduler import HALF_LIFE_S, ON_CPU, ON_GPU, STRETCH, BatchLength, Rate, Scheduler
 
 AGING = 0.0002  # seconds of waiting that compensate for the cost of one token
@@ -16,9 +17,9 @@ def scheduler(max_batch_tokens: int) -> Scheduler[object]:
     return Scheduler(max_batch_tokens, SECONDS_PER_TOKEN)
 
 
-def put_request(queue: Scheduler[object], job: object, cost: int, now_s: float = 0.0) -> None:
+def put_request(queue: Scheduler[object], job: object, cost: int, now_s: float = 0.0, caller: str = EVERYONE) -> None:
     """A request of one item."""
-    queue.put(job, cost, object(), now_s)
+    queue.put(job, cost, object(), now_s, caller=caller)
 
 
 def drain(queue: Scheduler[object], now_s: float = 0.0) -> list[list[object]]:
@@ -143,6 +144,55 @@ def test_requests_share_the_device_by_tokens_and_not_by_items() -> None:
     taken = [kind for batch in batches[1:] for kind, _ in batch]
     assert 200 <= taken.count("image") <= 220
     assert 16 <= taken.count("text") / taken.count("image") <= 20
+
+
+def test_new_request_waits_for_one_job_of_each_other_caller() -> None:
+    queue = scheduler(1)
+    for caller in "abc":
+        for number in range(100):
+            put_request(queue, (caller, number), 50, 0.0, caller)
+    queue.take(1.0)
+    put_request(queue, "query", 50, 1.0, "d")
+    assert [queue.take(1.1) for _ in range(4)] == [[("b", 0)], [("c", 0)], [("a", 1)], ["query"]]
+
+
+def test_callers_share_the_device_however_many_requests_they_send() -> None:
+    """One caller has 5,000 requests of an image, and another one request with 5,000 texts."""
+    queue = scheduler(20_000)
+    for number in range(5000):
+        put_request(queue, ("image", number), 1000, 0.0, "many requests")
+        queue.put(("text", number), 50, "texts", 0.0, caller="one request")
+    batches = [queue.take(step * 20_000 * SECONDS_PER_TOKEN) for step in range(21)]
+    taken = [kind for batch in batches[1:] for kind, _ in batch]
+    assert 200 <= taken.count("image") <= 220
+    assert 16 <= taken.count("text") / taken.count("image") <= 20
+
+
+def test_short_requests_of_a_caller_do_not_make_its_long_one_wait_for_other_callers() -> None:
+    """A caller's turn stays as old as its long job, although short ones of the same caller come and go."""
+    queue = scheduler(1)
+    now_s = 0.0
+    put_request(queue, "before", 1000, now_s - 4000 * SECONDS_PER_TOKEN, "b")
+    put_request(queue, "long", 1000, now_s, "a")
+    for number in range(100):
+        put_request(queue, ("short", number), 1, now_s, "a")
+        put_request(queue, ("other", number), 1000, now_s, "b")
+        taken = [queue.take(now_s), queue.take(now_s)]
+        if ["long"] in taken:
+            break
+        now_s += 1020 * SECONDS_PER_TOKEN  # the device keeps up with the caller of the others, and the short ones
+    assert now_s < 1000 * AGING  # it runs when its turn is older than that of the other caller
+
+
+def test_callers_are_forgotten_with_their_last_job() -> None:
+    queue = scheduler(1)
+    for number in range(100):
+        put_request(queue, number, 10, 0.0, str(number % 10))
+    for number in range(50):
+        assert queue.discard(number)
+    assert len(drain(queue)) == 50
+    assert not queue._callers
+    assert queue.take(1.0) == []
 
 
 def test_discarded_job_costs_nothing_and_passes_its_turn_to_the_next() -> None:
