@@ -6,7 +6,7 @@ The files, in the order in which an item meets them:
     timers              the time limits of requests, by one timer for each delay
     engine              the queue and the device thread: the whole way of an item, step by step
     admission           which items and requests are accepted, and when a refused caller should retry
-    callers             who sends requests
+    callers             who sends requests, and how callers share a capacity
     job                 one admitted item, with its future
     priority            how much later the items of a request run that lets others go first
     observer            what the engine reports: traces of items, and batches

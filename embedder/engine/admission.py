@@ -9,6 +9,7 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from embedder.engine.callers import EVERYONE, SharedCapacity
 from embedder.engine.postprocess import MIN_DIMENSIONS
 from embedder.engine.priority import QUEUE_SHARE, delay_of
 from embedder.engine.scheduler import NO_DELAY, Delay, Rate
@@ -87,61 +88,80 @@ class Reservation:
 
     num_tokens: int  # not yet used by a submitted item
     delay: Delay = NO_DELAY
+    caller: str = EVERYONE
 
 
 class Admission:
     """Counts the queue's estimated tokens and measures how fast it drains. The engine calls it under its lock."""
 
     def __init__(self, settings: Settings) -> None:
-        self.pending_tokens = 0  # of items without a result, and of reservations
         self._settings = settings
+        self._tokens = SharedCapacity(settings.max_queued_tokens)  # of items without a result, and of reservations
         self._num_items = 0
         self._drain_rate = Rate(seconds_per_token=0.001)
         self._measured_s = 0.0  # when an item left last, or when the first one entered an empty queue
 
-    def has_capacity(self, num_tokens: int, priority: int = 0) -> bool:
-        """True if this many tokens may enter. An empty queue accepts any number: an item may exceed the limit."""
-        share = QUEUE_SHARE if priority > 0 else 1.0
-        return not self.pending_tokens or self.pending_tokens + num_tokens <= share * self._settings.max_queued_tokens
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens in the queue."""
+        return self._tokens.used
 
-    def admit(self, num_tokens: int, reservation: Reservation | None, now_s: float) -> None:
+    def has_capacity(self, num_tokens: int, priority: int = 0, caller: str = EVERYONE) -> bool:
+        """True if this many tokens may enter. An empty queue accepts any number: an item may exceed the limit."""
+        tokens = self._tokens
+        if not tokens.used:
+            return True
+        share = QUEUE_SHARE if priority > 0 else 1.0
+        return tokens.used + num_tokens <= share * tokens.capacity and not self._exceeds_share(num_tokens, caller)
+
+    def admit(self, num_tokens: int, reservation: Reservation | None, now_s: float, caller: str = EVERYONE) -> None:
         """Count one item, from the reservation if there is one. Raises `Overloaded` if the queue is full."""
         if reservation:
             reservation.num_tokens -= num_tokens
         else:
-            self._add_tokens(num_tokens)
+            self._add_tokens(num_tokens, 0, caller)
         if not self._num_items:
             self._measured_s = now_s
         self._num_items += 1
 
-    def release(self, num_items: int, num_tokens: int, *, num_cancelled_tokens: int, now_s: float) -> None:
-        """Count items that leave. `num_cancelled_tokens` of the `num_tokens` were not computed."""
-        self._num_items -= num_items
-        self.pending_tokens -= num_tokens
-        self._drain_rate.add(num_tokens - num_cancelled_tokens, now_s - self._measured_s)
+    def release(self, items: Sequence[tuple[str, int]], *, num_cancelled_tokens: int, now_s: float) -> None:
+        """Count items that leave, by caller and tokens. `num_cancelled_tokens` of all were not computed."""
+        before = self._tokens.used
+        for caller, num_tokens in items:
+            self._tokens.add(caller, -num_tokens)
+        self._num_items -= len(items)
+        self._drain_rate.add(before - self._tokens.used - num_cancelled_tokens, now_s - self._measured_s)
         self._measured_s = now_s
 
-    def reserve(self, num_tokens: int, now_s: float = 0.0, priority: int = 0) -> Reservation:
+    def reserve(self, num_tokens: int, now_s: float = 0.0, priority: int = 0, caller: str = EVERYONE) -> Reservation:
         """Hold capacity for a request. Raises `Overloaded` if the queue does not have it now."""
         if num_tokens:
-            self._add_tokens(num_tokens, priority)
-        return Reservation(num_tokens, delay_of(priority, self._settings.request_timeout_s, now_s))
+            self._add_tokens(num_tokens, priority, caller)
+        return Reservation(num_tokens, delay_of(priority, self._settings.request_timeout_s, now_s), caller)
 
     def release_reservation(self, reservation: Reservation) -> None:
         """Free the part of a reservation that no item has used."""
-        self.pending_tokens -= reservation.num_tokens
+        self._tokens.add(reservation.caller, -reservation.num_tokens)
 
-    def _add_tokens(self, num_tokens: int, priority: int = 0) -> None:
-        if not self.has_capacity(num_tokens, priority):
+    def _exceeds_share(self, num_tokens: int, caller: str) -> bool:
+        return self._tokens.used_by(caller) + num_tokens > self._tokens.allowed(caller)
+
+    def _add_tokens(self, num_tokens: int, priority: int, caller: str) -> None:
+        if not self.has_capacity(num_tokens, priority, caller):
             allowed = f"up to {self._settings.max_queued_tokens} (EMBEDDER_MAX_QUEUED_TOKENS)"
             if priority > 0:
                 allowed = f"{allowed}; requests with a `priority` above 0 may fill only half of that"
+            elif self._tokens.used + num_tokens <= self._tokens.capacity:
+                allowed += (
+                    f"; {self._tokens.used_by(caller)} of the tokens that wait are of this API key, which may have up "
+                    f"to {self._tokens.allowed(caller)} now, so that others are not refused"
+                )
             raise Overloaded(
                 f"the queue is full: {self.pending_tokens} tokens wait, and this request has about {num_tokens}; "
                 f"allowed: {allowed}",
                 retry_after_s=self._retry_after_s(),
             )
-        self.pending_tokens += num_tokens
+        self._tokens.add(caller, num_tokens)
 
     def _retry_after_s(self) -> float:
         """Seconds until the queue has drained, at least 1, at most the time limit of a request.

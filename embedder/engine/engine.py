@@ -20,6 +20,7 @@ from functools import partial
 
 from embedder.engine.admission import Admission, Reservation, check_item, estimate_request_tokens, estimate_tokens
 from embedder.engine.batch_limits import BatchLimit
+from embedder.engine.callers import CALLER
 from embedder.engine.coalescing import CoalescingCache
 from embedder.engine.device import BatchAbandoned, Device, InFlightBatch, Launch, Rows
 from embedder.engine.hang_watch import HangWatch
@@ -136,7 +137,7 @@ class Engine:
         job = Job(item, request, estimate_tokens(item, self.settings), reservation.delay if reservation else NO_DELAY)
         is_inline = is_short(item)
         with self.lock:
-            now_s = self._admit(job.num_tokens, reservation, wait)
+            now_s = self._admit(job, reservation, wait)
             self._pending.add(job)
             job.trace = begin_trace(item, job.num_tokens)
             self._admitted.append(job.trace)
@@ -170,7 +171,7 @@ class Engine:
         """
         num_tokens = estimate_request_tokens(items, self.settings)
         with self.lock:
-            reservation = self._admission.reserve(num_tokens, time.monotonic(), priority)
+            reservation = self._admission.reserve(num_tokens, time.monotonic(), priority, CALLER.get())
         try:
             yield reservation
         finally:
@@ -189,16 +190,17 @@ class Engine:
         if not self.failure:  # after a failure a thread may hang forever
             self._workers.join(self._device_thread)
 
-    def _admit(self, num_tokens: int, reservation: Reservation | None, wait: bool) -> float:
+    def _admit(self, job: Job, reservation: Reservation | None, wait: bool) -> float:
         """Count the item in, and return the time."""
         if wait:
-            self._has_capacity.wait_for(lambda: self._admission.has_capacity(num_tokens) or self._is_closed)
+            has_capacity = partial(self._admission.has_capacity, job.num_tokens, caller=job.caller)
+            self._has_capacity.wait_for(lambda: has_capacity() or self._is_closed)
         if self.failure:
             raise device_failed()
         if self._is_closed:
             raise ShuttingDown("the service is shutting down")
         now_s = time.monotonic()
-        self._admission.admit(num_tokens, reservation, now_s)
+        self._admission.admit(job.num_tokens, reservation, now_s, job.caller)
         return now_s
 
     # Computing, in the device thread
@@ -348,8 +350,7 @@ class Engine:
             for job, _ in outcomes:
                 self._forget(job)
             self._admission.release(
-                len(outcomes),
-                sum([job.num_tokens for job, _ in outcomes]),
+                [(job.caller, job.num_tokens) for job, _ in outcomes],
                 num_cancelled_tokens=sum([job.num_tokens for job, outcome in outcomes if outcome is None]),
                 now_s=time.monotonic(),
             )

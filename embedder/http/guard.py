@@ -12,7 +12,7 @@ from collections.abc import Callable
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embedder.engine.callers import CALLER
+from embedder.engine.callers import CALLER, EVERYONE, SharedCapacity
 from embedder.engine.timers import TimeLimit
 from embedder.errors import (
     DeadlineExceeded,
@@ -68,7 +68,7 @@ class RequestGuard:
         self.open_paths = open_paths | PROBES
         self.upload_paths = upload_paths
         self.count_held_bytes = count_held_bytes
-        self.held_bytes = 0
+        self.held_bytes = SharedCapacity(settings.max_held_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -163,6 +163,7 @@ class _HeldBytes:
 
     def __init__(self, guard: RequestGuard) -> None:
         self._guard = guard
+        self._caller = CALLER.get()
         self._num_bytes = 0
 
     def add(self, num_bytes: int) -> None:
@@ -171,11 +172,13 @@ class _HeldBytes:
         Raises `Overloaded` when the sum of all bodies becomes too large, but never for a small body: a few large
         bodies that arrive slowly must not block the queries.
         """
-        guard, max_bytes = self._guard, self._guard.settings.max_held_bytes
+        held = self._guard.held_bytes
+        used, allowed = held.used_by(self._caller), held.allowed(self._caller)
         is_small = self._num_bytes + num_bytes <= SMALL_BODY_BYTES
-        if not is_small and guard.held_bytes + num_bytes > max_bytes:
+        if not is_small and used + num_bytes > allowed:
+            whose = "" if self._caller == EVERYONE else " of this API key, which leaves room for others"
             raise Overloaded(
-                f"request bodies of {guard.held_bytes} bytes are being processed; allowed: {max_bytes} "
+                f"request bodies of {used} bytes are being processed; allowed: {allowed}{whose} "
                 "(EMBEDDER_MAX_HELD_BYTES)",
                 retry_after_s=RETRY_AFTER_S,
             )
@@ -187,7 +190,7 @@ class _HeldBytes:
 
     def _count(self, num_bytes: int) -> None:
         self._num_bytes += num_bytes
-        self._guard.held_bytes += num_bytes
+        self._guard.held_bytes.add(self._caller, num_bytes)
         self._guard.count_held_bytes(num_bytes)
 
 

@@ -13,6 +13,7 @@ from embedder.engine.admission import (
     estimate_request_tokens,
     estimate_tokens,
 )
+from embedder.engine.callers import EVERYONE
 from embedder.engine.postprocess import MIN_DIMENSIONS
 from embedder.errors import InputTooLong, Overloaded, RequestTooLarge, UnsupportedDimensions
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
@@ -99,7 +100,7 @@ def test_queue_is_full_when_the_limit_would_be_exceeded() -> None:
     with pytest.raises(Overloaded, match="1000 tokens wait, and this request has about 1; allowed: up to 1000"):
         admission.admit(1, None, 0.0)
     assert admission.pending_tokens == 1000
-    admission.release(1, 600, num_cancelled_tokens=0, now_s=1.0)
+    admission.release([(EVERYONE, 600)], num_cancelled_tokens=0, now_s=1.0)
     assert admission.has_capacity(600)
     assert not admission.has_capacity(601)
 
@@ -119,7 +120,7 @@ def test_items_of_a_reservation_enter_a_full_queue() -> None:
     assert admission.pending_tokens == 900
     admission.release_reservation(reservation)
     assert admission.pending_tokens == 400
-    admission.release(1, 400, num_cancelled_tokens=0, now_s=1.0)
+    admission.release([(EVERYONE, 400)], num_cancelled_tokens=0, now_s=1.0)
     assert admission.pending_tokens == 0
 
 
@@ -145,7 +146,7 @@ def retry_after_s(admission: Admission) -> float:
 def test_time_to_retry_is_the_time_in_which_the_queue_drains_at_the_measured_rate() -> None:
     admission = Admission(SETTINGS)
     admission.admit(100, None, 50.0)  # the time before the first item does not count
-    admission.release(1, 100, num_cancelled_tokens=0, now_s=50.5)
+    admission.release([(EVERYONE, 100)], num_cancelled_tokens=0, now_s=50.5)
     admission.admit(600, None, 90.0)  # nor does a pause
     assert retry_after_s(admission) == pytest.approx(3.0)
 
@@ -153,7 +154,7 @@ def test_time_to_retry_is_the_time_in_which_the_queue_drains_at_the_measured_rat
 def test_time_to_retry_is_at_least_one_second() -> None:
     admission = Admission(SETTINGS)
     admission.admit(100, None, 0.0)
-    admission.release(1, 100, num_cancelled_tokens=0, now_s=0.01)
+    admission.release([(EVERYONE, 100)], num_cancelled_tokens=0, now_s=0.01)
     admission.admit(100, None, 1.0)
     assert retry_after_s(admission) == 1.0
 
@@ -163,8 +164,8 @@ def test_time_to_retry_is_at_most_the_time_limit_of_a_request() -> None:
     admission = Admission(SETTINGS)
     for minute in range(20):
         admission.admit(100, None, 60.0 * minute)
-        admission.release(1, 100, num_cancelled_tokens=100, now_s=60.0 * minute + 60)
+        admission.release([(EVERYONE, 100)], num_cancelled_tokens=100, now_s=60.0 * minute + 60)
     admission.admit(100, None, 1200.0)
-    admission.release(1, 100, num_cancelled_tokens=0, now_s=1260.0)
+    admission.release([(EVERYONE, 100)], num_cancelled_tokens=0, now_s=1260.0)
     admission.admit(500, None, 1260.0)
     assert retry_after_s(admission) == SETTINGS.request_timeout_s

@@ -141,7 +141,7 @@ def test_limit_holds_after_decompression(kind: str) -> None:
     for size, is_allowed in ((100, True), (101, False), (10_000, False)):
         sent = asyncio.run(_post(guarded, compress(b"x" * size), coding))
         assert sent == (200 if is_allowed else "request_too_large")
-        assert guarded.held_bytes == 0
+        assert guarded.held_bytes.used == 0
     assert seen == [b"x" * 100]
 
 

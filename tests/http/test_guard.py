@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
@@ -43,51 +42,56 @@ def test_body_of_one_byte_more_is_refused_before_the_app_sees_it(parts: tuple[by
     assert app.calls == 0
 
 
-@pytest.mark.parametrize(
-    ("small_body", "expected"),
-    [(3, [(429, b"1"), (200, None), (200, None)]), (8, [(200, None), (200, None), (200, None)])],
-)
-def test_sum_of_all_bodies_is_limited_until_their_responses(
-    small_body: int, expected: list[tuple[int, bytes | None]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The limit is 15 bytes: next to a body of 8, another of 8 is refused unless it counts as small."""
-    monkeypatch.setattr("embedder.http.guard.SMALL_BODY_BYTES", small_body)
-    statuses = []
+async def statuses_of(requests: Sequence[tuple[str, bytes]], api_key: str | None = None) -> dict[int, int | bytes]:
+    """Send requests, by key and body, that all get their responses at the end. Their statuses by index in the order of
+    their responses, or what they say about a repetition.
+    """
+    may_answer = asyncio.Event()
+    found: dict[int, int | bytes] = {}
+
+    async def app(_: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await may_answer.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
 
     async def receive_of(messages: Iterator[Message]) -> Message:
         return next(messages, {"type": "http.disconnect"})
 
-    async def run() -> None:
-        may_answer = asyncio.Event()
+    async def send_of(index: int, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            found[index] = dict(message["headers"]).get(b"retry-after", message["status"])
 
-        async def app(_: Scope, receive: Receive, send: Send) -> None:
-            await receive()
-            await may_answer.wait()
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
-
-        async def send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                statuses.append((message["status"], dict(message["headers"]).get(b"retry-after")))
-
-        inner = guard(app)
-        one = RequestBoundary(inner, drain=inner.drain, is_logged=False)
-        scope = {"type": "http", "path": "/embed", "method": "POST", "headers": []}
-
-        def ask() -> Coroutine[Any, Any, None]:
-            return one(scope, partial(receive_of, iter(chunks(b"x" * 4, b"x" * 4))), send)
-
-        first = asyncio.create_task(ask())
+    inner = guard(app, api_key=api_key)
+    one = RequestBoundary(inner, drain=inner.drain, is_logged=False)
+    tasks = []
+    for index, (key, body) in enumerate(requests):
+        scope = {"type": "http", "path": "/embed", "method": "POST", "headers": [(b"x-api-key", key.encode())]}
+        messages = iter(chunks(body[:4], body[4:]))
+        tasks.append(asyncio.create_task(one(scope, partial(receive_of, messages), partial(send_of, index))))
         await asyncio.sleep(0)
-        second = asyncio.create_task(ask())
-        await asyncio.sleep(0.01)
-        may_answer.set()
-        await asyncio.gather(first, second)
-        await ask()
-        assert inner.held_bytes == 0
+    may_answer.set()
+    await asyncio.gather(*tasks)
+    assert inner.held_bytes.used == 0
+    return found
 
-    asyncio.run(run())
-    assert statuses == expected
+
+@pytest.mark.parametrize(("small_body", "second"), [(3, b"1"), (8, 200)])
+def test_sum_of_all_bodies_is_limited_until_their_responses(
+    small_body: int, second: int | bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is 15 bytes: next to a body of 8, another of 8 is refused unless it counts as small."""
+    monkeypatch.setattr("embedder.http.guard.SMALL_BODY_BYTES", small_body)
+    body = b"x" * 8
+    assert asyncio.run(statuses_of([("", body), ("", body), ("", b"x" * 7)])) == {0: 200, 1: second, 2: 200}
+
+
+def test_bodies_of_one_caller_leave_room_for_those_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 15 bytes, a caller may use 13 if nobody else uses any, so 2 are left for others."""
+    monkeypatch.setattr("embedder.http.guard.SMALL_BODY_BYTES", 0)
+    requests = [("a", b"x" * 8), ("a", b"x" * 6), ("a", b"x" * 5), ("b", b"x"), ("b", b"x" * 2), ("c", b"x")]
+    found = asyncio.run(statuses_of(requests, api_key="a,b,c"))
+    assert found == {0: 200, 1: b"1", 2: 200, 3: 200, 4: b"1", 5: b"1"}
 
 
 @pytest.mark.parametrize("body", [b"[1,2,3,4]", b"[[[[]]]]", b"[{},{}]"])
