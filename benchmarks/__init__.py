@@ -5,6 +5,7 @@
     python -m benchmarks.growth         time per item and memory from 1,000 to 100,000 items
     python -m benchmarks.preprocessing  JPEG preprocessing on one core, compared with Pillow
     python -m benchmarks.choices        the effect of single design decisions
+    python -m benchmarks.callers        short texts while another caller floods the service
     python -m benchmarks.overload       responses at twice the capacity
     python -m benchmarks.busy           a CPU that other processes use too
     python -m benchmarks.guard          this tree compared with an earlier commit

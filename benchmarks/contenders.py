@@ -34,7 +34,7 @@ VLLM = "vLLM"
 class Contender:
     """A server process. PORT in `command` is replaced. `path`, `protocol`: where and how requests are sent.
 
-    `cwd`: the folder in which the process starts.
+    `cwd`: the folder in which the process starts. `headers`: of the first request, more than JSON's.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Contender:
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
     cwd: Path = ROOT
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -65,7 +66,8 @@ class Contender:
             deadline = time.monotonic() + START_S
             while time.monotonic() < deadline and self.process.poll() is None:
                 with contextlib.suppress(httpx.TransportError):
-                    if httpx.post(self.url, content=body, headers=_JSON, timeout=60).status_code == 200:
+                    headers = {**_JSON, **self.headers}
+                    if httpx.post(self.url, content=body, headers=headers, timeout=60).status_code == 200:
                         return
                 time.sleep(0.2)
             self.stop()

@@ -68,6 +68,13 @@ def library_row(workload: str, folder: str = "") -> dict[str, Any]:
     return row
 
 
+def callers_s(key: str) -> float:
+    """The median time of a short text next to texts of 512 tokens that are sent with this key."""
+    rows = record("callers")["rows"]
+    times = [row["p50_ms"] / 1000 for row in rows if (row["flood"], row["key"]) == ("texts of 512 tokens", key)]
+    return float(times[0])
+
+
 def server_ratio(name: str, callers: int, peer: str, figure: str = "requests_per_s", folder: str = "") -> float:
     """A figure of the service over that of a peer, for requests of one item."""
     cells = record(f"{folder}server-small-{name}")["cells"]
@@ -257,6 +264,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "micro.observe_us": lambda: f"{micro_us(HISTOGRAM, 'usual_us'):.0f}",
     "micro.tokenizer_us": lambda: f"{micro_us(WORDS, 'usual_us'):.0f}",
     "micro.words_us": lambda: f"{micro_us(WORDS, 'ours_us'):.1f}",
+    "callers.same_s": lambda: f"{callers_s('the same'):.1f}",
+    "callers.another_s": lambda: f"{callers_s('another'):.1f}",
     "overload.p99_s": lambda: f"{record('overload')['p99_s']:.1f}",
     "preprocessing.image-448": lambda: (
         f"{record('preprocessing')['images_per_s']['image-448']['ours: base64 to model input']:.0f}"

@@ -20,6 +20,7 @@ import pytest
 pytest.importorskip("litserve", reason="the peers come with the `bench` extra")
 
 from benchmarks import (
+    callers,
     choices,
     contenders,
     decoding,
@@ -224,6 +225,17 @@ def test_vllm_is_asked_for_the_same_tokens() -> None:
         assert tokenizer.encode(prompt).ids == expected.tolist()
     assert len(VLLMProtocol().bodies([{"image": b"a"}, {"image": b"b"}], 1)) == 2
     assert VLLMProtocol().bodies([{"image": b"a"}, {"image": b"b"}], 2) == []
+
+
+@pytest.mark.slow
+def test_callers_with_and_without_keys_of_their_own_are_measured(tmp_path: Path) -> None:
+    callers.main(["--seconds", "2", "--connections", "8", "--results", str(tmp_path)])
+    alone, *rows = saved(tmp_path, "callers")["rows"]
+    assert alone["flood"] == "nothing"
+    assert [(row["flood"], row["key"]) for row in rows] == [
+        (name, key) for name in callers.FLOODS for key in ("the same", "another")
+    ]
+    assert all(0 < row["p50_ms"] <= row["p90_ms"] for row in (alone, *rows))
 
 
 @pytest.mark.slow
