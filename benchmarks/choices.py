@@ -57,7 +57,7 @@ declare_torchvision_operators()
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm  # noqa: E402 - after the declaration
 
 BATCHES = {"text-16": 64, "text-512": 8, "text-2048": 1, "image-448": 4}  # items of each workload
-BATCH_TOKENS = (256, 512, 1024, 2048, 16384)  # ours: 1024, if they take a second or more
+BATCH_TOKENS = (256, 512, 1024, 2048, 16384)  # ours: 1024, if they take 0.25 s or more
 OURS = "ours"
 MAX_DIFFERENCE = 1e-4  # between rows before normalization, whose length is a few units
 SWITCH_INTERVALS_S = (0.005, 0.001, 0.0002, 0.0001)  # the first is Python's default

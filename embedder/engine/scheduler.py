@@ -50,7 +50,7 @@ class BatchLength(NamedTuple):
 # bulk requests with a simulated 2B (p99, `python -m benchmarks.pretended_gpu`), and 155 ms if a batch takes 50 ms. By
 # an H200's roofline and 3 us more for each kernel, batches of 50 ms and at least 4,096 tokens would embed 1 to 2% more
 # items per second with the 2B, and 3 to 4% more with the 8B (`python -m benchmarks.gpu_counts --batch-tokens 2048`).
-ON_CPU = BatchLength(1.0, 1024)
+ON_CPU = BatchLength(0.25, 1024)
 ON_GPU = BatchLength(0.025, 2048)
 
 

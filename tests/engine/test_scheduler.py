@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -14,7 +15,7 @@ SECONDS_PER_TOKEN = AGING / STRETCH
 
 
 def scheduler(max_batch_tokens: int) -> Scheduler[object]:
-    return Scheduler(max_batch_tokens, SECONDS_PER_TOKEN)
+    return Scheduler(max_batch_tokens, SECONDS_PER_TOKEN, BatchLength(math.inf, 0))
 
 
 def put_request(queue: Scheduler[object], job: object, cost: int, now_s: float = 0.0, caller: str = EVERYONE) -> None:
@@ -52,7 +53,7 @@ def test_budget_is_used_to_the_last_token() -> None:
     ("length", "tokens_per_s", "most"),
     [
         (ON_CPU, 100_000, 16_384),
-        (ON_CPU, 4096, 4096),  # a second
+        (ON_CPU, 16_384, 4096),  # 0.25 s
         (ON_CPU, 1000, 1024),
         (ON_CPU, 1, 1024),
         (ON_GPU, 1_000_000, 16_384),
