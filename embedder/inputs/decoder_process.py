@@ -45,6 +45,7 @@ START_BYTES = 192 * 2**20
 RETRY_BYTES = 2**29  # for an item whose need is unknown, and more than that at the start
 START_TIMEOUT_S = 60.0
 GRACE_S = 0.25  # after the deadline, in which the process may end the item by itself
+MAX_UNREAD = 3  # messages that the process sends without an answer: frames in two buffers, and a request for another
 
 EndReason = Literal["deadline", "memory", "crash"]
 
@@ -202,7 +203,6 @@ class ProcessDecoder(ThreadDecoder):
         self._grow = grow
         self._num_opened = 0
         self._number = 0  # of the dialogue
-        self._is_decoding = False
         self._refused = 0  # bytes of memory
 
     def open_large_image(self, data: bytes, num_bytes: int, limits: MediaLimits, deadline: float) -> OpenImage:
@@ -223,7 +223,6 @@ class ProcessDecoder(ThreadDecoder):
 
     def decode(self, number: int, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         """The frames of what was opened as `number`, each valid until the next one."""
-        self._is_decoding = True
         self.process.send(type="decode", item=self._number, opened=number, indices=list(indices))
         num_missing = len(indices)
         while num_missing:
@@ -232,18 +231,15 @@ class ProcessDecoder(ThreadDecoder):
             yield from frames
             if num_missing:
                 self.process.send(type="free", item=self._number)
-        self._is_decoding = False
 
     def close(self) -> None:
-        """End the dialogue, so that the process is free for another item."""
+        """End the dialogue, also in the middle of a clip, so that the process is free for another item."""
         if not self._num_opened:
             return
-        if self._is_decoding:
-            self.process.replace("crash", "an item was given up while it was decoded")
-        else:
-            self.process.send(type="end", item=self._number)
-            with contextlib.suppress(EmbedderError):  # then the process was replaced; the item has its result
-                self._answer("ended")
+        self.process.send(type="end", item=self._number)
+        with contextlib.suppress(EmbedderError):  # then the process was replaced; the item has its result
+            if not any(self._receive().get("type") in ("ended", "error") for _ in range(MAX_UNREAD + 1)):
+                raise self._wrong_answer()
         self._end()
 
     def _open(self, kind: str, data: bytes, deadline: float) -> dict[str, Any]:
@@ -269,13 +265,7 @@ class ProcessDecoder(ThreadDecoder):
     def _answer(self, expected: str) -> dict[str, Any]:
         """The message of this type. Answers requests for memory, and raises the item's error."""
         while True:
-            try:
-                message = self.process.receive(self.deadline)
-            except (MediaTooLarge, InvalidMedia, ShuttingDown):
-                self._end()
-                raise
-            if message.get("is_worn"):
-                self.process.replace("memory", "items have left too much memory behind")
+            message = self._receive()
             match message.get("type"):
                 case "memory":
                     self._grant_memory(message)
@@ -287,6 +277,16 @@ class ProcessDecoder(ThreadDecoder):
                     return message
                 case _:
                     raise self._wrong_answer()
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            message = self.process.receive(self.deadline)
+        except (MediaTooLarge, InvalidMedia, ShuttingDown):
+            self._end()
+            raise
+        if message.get("is_worn"):
+            self.process.replace("memory", "items have left too much memory behind")
+        return message
 
     def _grant_memory(self, message: dict[str, Any]) -> None:
         num_bytes = self._integer(message, "num_bytes", 2**50)
@@ -351,7 +351,6 @@ class ProcessDecoder(ThreadDecoder):
 
     def _end(self) -> None:
         self._num_opened = 0
-        self._is_decoding = False
         self.process.buffers = kept_buffers(self.process.buffers)
 
 

@@ -9,7 +9,7 @@ one file descriptor of memory that the parent has allocated. The dialogue about 
     parent: free, when it has read a buffer and waits for another one
     process: buffer, when it needs one         parent: buffer, with the memory
     process: memory, when it needs more        parent: memory, with the new limit
-    parent: end                                process: ended
+    parent: end, also while frames follow      process: ended
 
 An error ends the item in place of any answer: `error` with the name of its class.
 """
@@ -23,7 +23,7 @@ import io
 import mmap
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import PIL.Image
@@ -49,6 +49,10 @@ class _Refused(Exception):
     """The parent does not grant the memory now."""
 
 
+class _End(Exception):
+    """The parent needs no more of the item."""
+
+
 class _Item:
     """One item: what is open, and the memory that it may use. `buffers`: those left by earlier items."""
 
@@ -67,14 +71,14 @@ class _Item:
         self._num_encoded_bytes = 0
         self.has_clip = False
 
-    def serve(self) -> None:
-        """Answer the messages of one item. Raises its error."""
+    def serve(self) -> NoReturn:
+        """Answer the messages of one item. Raises its error, or `_End`."""
         message, descriptor = self._receive()
         self._deadline = message["deadline"]
         self._number = message["item"]
         self._limit_memory(message["memory"])
         with contextlib.ExitStack() as stack:
-            while message["type"] != "end":
+            while True:
                 if message["type"] == "open":
                     assert descriptor is not None
                     data = _read(descriptor, message["num_bytes"])
@@ -84,12 +88,20 @@ class _Item:
                 message, descriptor = self._receive()
 
     def _receive(self) -> tuple[dict[str, Any], int | None]:
-        """The next message that is not `free`. Those of an earlier item, which ended with an error, do not count."""
+        """The next message that is not `free`. Raises `_End`."""
         while True:
-            message, descriptor = self._connection.receive()
-            if message["type"] != "free":
+            message, descriptor = self._receive_one()
+            if message["type"] not in ("free", "end"):
                 return message, descriptor
-            self._num_unread -= message["item"] == self._number
+
+    def _receive_one(self) -> tuple[dict[str, Any], int | None]:
+        """The next message. `free` and `end` of an earlier item, which ended with an error, do not count."""
+        message, descriptor = self._connection.receive()
+        if message["item"] == self._number:
+            self._num_unread -= message["type"] == "free"
+            if message["type"] == "end":
+                raise _End
+        return message, descriptor
 
     def _open(self, kind: str, data: bytes, stack: contextlib.ExitStack) -> None:
         self._num_encoded_bytes += 2 * len(data)  # the decoders copy them
@@ -138,8 +150,7 @@ class _Item:
     def _frames_of_buffer(self, number: int, height: int, width: int, num_frames: int) -> NDArray[np.uint8]:
         """A buffer that the parent has read, as an array of frames: of one, or of up to `num_frames` small ones."""
         while self._num_unread >= NUM_BUFFERS:
-            message, _ = self._connection.receive()
-            self._num_unread -= message["item"] == self._number
+            self._receive_one()
         frame_bytes = RGB_BYTES_PER_PIXEL * height * width
         num_frames = max(1, min(num_frames, BUFFER_BYTES // frame_bytes))
         buffer = self._buffers.get(number)
@@ -196,13 +207,14 @@ def _serve(item: _Item) -> dict[str, str]:
     """Serve one item. Returns the last answer."""
     try:
         item.serve()
+    except _End:
+        return {"type": "ended"}
     except (TooLittleMemory, MemoryError):
         return {"type": "error", "error": "TooLittleMemory", "message": ""}
     except _Refused:
         return {"type": "error", "error": "Refused", "message": ""}
     except EmbedderError as error:
         return {"type": "error", "error": type(error).__name__, "message": error.message[:1000]}
-    return {"type": "ended"}
 
 
 def _read(descriptor: int, num_bytes: int) -> bytes:

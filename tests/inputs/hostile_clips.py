@@ -6,10 +6,12 @@ import io
 import random
 import struct
 from collections.abc import Callable
+from fractions import Fraction
 from functools import cache
 
 import av
 import numpy as np
+import PIL.Image
 
 # Matroska: elements of an ID, a length and data
 
@@ -164,3 +166,20 @@ def random_clip(chooser: random.Random, scale: float = 1.0) -> tuple[str, bytes]
     make, least, most = kinds[name]
     count = int(scale * least * (most / least) ** chooser.random())
     return f"{count} {name}", make(count)
+
+
+def clip_of_two_sizes() -> bytes:
+    """Motion JPEG whose frames have 64x64 pixels, and later 96x64, as recordings of calls have."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        stream = container.add_stream("mjpeg", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
+        for number in range(12):
+            picture = io.BytesIO()
+            PIL.Image.new("RGB", (64 if number < 6 else 96, 64)).save(picture, "JPEG")
+            packet = av.Packet(picture.getvalue())
+            packet.stream, packet.time_base, packet.duration = stream, Fraction(1, 4), 1
+            packet.pts = packet.dts = number
+            packet.is_keyframe = True
+            container.mux(packet)
+    return buffer.getvalue()

@@ -33,7 +33,7 @@ from embedder.settings import Settings
 from tests.conftest import ROOT, encoded, picture
 from tests.inputs import ending_worker, hostile_clips
 from tests.inputs.hostile import avif_of_frames, chunk, gif_of_comments, jpeg_of_scans, png, rle_bmp
-from tests.inputs.hostile_clips import hanging_clip
+from tests.inputs.hostile_clips import clip_of_two_sizes, hanging_clip
 from tests.inputs.test_video import KINDS, clip
 
 REGIME = CheckpointRegime()
@@ -328,11 +328,29 @@ def test_close_ends_a_process_that_hangs() -> None:
     assert [error.code for error in failed] == ["shutting_down"]
 
 
-def test_item_that_is_given_up_while_it_is_decoded_leaves_the_process_usable(good: Any, decoding: Decoding) -> None:
+@pytest.mark.parametrize(("side", "num_frames"), [(64, 20), (1024, 2), (1024, 20)])
+@pytest.mark.parametrize("num_read", [1, 2])
+def test_clip_that_is_given_up_while_it_is_decoded_does_not_end_the_process(
+    side: int, num_frames: int, num_read: int, good: Any, decoding: Decoding
+) -> None:
+    """As one whose frames change their size."""
+    data = clip(num_frames=20, width=side, height=side)
     decoder = ProcessDecoder(decoding.process, START_BYTES, lambda _: True)
-    with decoder.open_clip(GOOD, SETTINGS, time.monotonic() + 60) as opened:
-        next(iter(opened.decode([0, 5, 10])))
+    with decoder.open_clip(data, SETTINGS, time.monotonic() + 60) as opened:
+        frames = opened.decode(range(num_frames))
+        for _ in range(num_read):
+            next(frames)
     assert np.array_equal(decoding.load(GOOD), good)
+    assert decoding.ended == []
+
+
+def test_clip_whose_frames_change_their_size_is_refused_and_does_not_end_the_process(
+    good: Any, decoding: Decoding
+) -> None:
+    with pytest.raises(InvalidMedia, match=r"^video of frames of 64x64, 96x64 pixels; allowed: frames of one size$"):
+        decoding.load(clip_of_two_sizes())
+    assert np.array_equal(decoding.load(GOOD), good)
+    assert decoding.ended == []
 
 
 def test_small_frames_need_no_larger_limit_than_one_frame(good: Any, decoding: Decoding) -> None:
