@@ -6,7 +6,7 @@ import asyncio
 import base64
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from embedder.http.api_keys import ApiKeys
 from embedder.http.boundary import RequestBoundary
 from embedder.http.dialects.dialect import ServedModel
 from embedder.http.dialects.document import DocumentResponse, parse_pages
-from embedder.http.document_pages import MAX_RENDERED_PAGES, DocumentPages
+from embedder.http.document_pages import MAX_RENDERED_PAGES, DocumentPages, DocumentTurns, _Reader
 from embedder.http.drain import Drain
 from embedder.http.guard import RequestGuard
 from embedder.http.routes import Routes, Serving
@@ -72,7 +72,7 @@ class App:
 
         async def count() -> int:
             await asyncio.sleep(0)  # the callbacks of finished pages
-            return self.routes._document_pages._capacity._value
+            return self.routes._document_pages._turns.num_free_pages
 
         return self.runner.run(count())
 
@@ -153,6 +153,61 @@ def test_data_uri_and_concurrent_documents_are_taken(app: App, report: Path) -> 
     responses = app.post(uri, *[report.read_bytes()] * 5, GOOD)
     assert [len(one.json()["results"]) for one in responses] == [3] * 6 + [1]
     assert app.free_places() == MAX_RENDERED_PAGES
+
+
+def take_turns(runner: asyncio.Runner, *expected_s: float, cancelled: Sequence[int] = ()) -> list[int]:
+    """The order in which one reader is given to requests that arrive in this order."""
+
+    async def run() -> list[int]:
+        order: list[int] = []
+        reader = _Reader(Settings())
+        turns = DocumentTurns([reader])
+
+        async def request(number: int, seconds: float) -> None:
+            taken = await turns.take(number, seconds)
+            order.append(number)
+            await asyncio.sleep(0)
+            turns.release_page()
+            turns.give_back(taken)
+
+        await turns.take("before", 1.0)
+        tasks = [asyncio.create_task(request(number, seconds)) for number, seconds in enumerate(expected_s)]
+        await asyncio.sleep(0)
+        turns.give_back(reader)  # the first one has its turn, but has not noticed
+        turns.release_page()
+        for number in cancelled:
+            tasks[number].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (turns._free, turns.num_free_pages) == ([reader], MAX_RENDERED_PAGES)
+        reader.close()
+        return order
+
+    return runner.run(run())
+
+
+def test_document_with_quick_pages_goes_before_those_whose_last_page_took_long(runner: asyncio.Runner) -> None:
+    assert take_turns(runner, 4.0, 4.0, 0.1, 0.01) == [3, 2, 0, 1]
+
+
+def test_equal_documents_take_turns_in_the_order_in_which_they_ask(runner: asyncio.Runner) -> None:
+    assert take_turns(runner, 20.0, 4.0, 1.0) == [0, 1, 2]
+
+
+def test_cancelled_turn_goes_to_the_next_document(runner: asyncio.Runner) -> None:
+    assert take_turns(runner, 0.1, 0.1, 0.1, 0.1, cancelled=(0, 2)) == [1, 3]
+
+
+def test_documents_take_turns_of_one_page(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Hashable] = []
+    take = DocumentTurns.take
+
+    async def noted(turns: DocumentTurns, request: Hashable, expected_s: float) -> _Reader:
+        asked.append(request)
+        return await take(turns, request, expected_s)
+
+    monkeypatch.setattr(DocumentTurns, "take", noted)
+    assert [one.status_code for one in app.post(*[make_report(4)] * 3)] == [200] * 3
+    assert len(asked) == 3 * (1 + 4)  # a document is opened in a turn of its own
 
 
 def test_page_that_cannot_be_rendered_fails_alone(app: App) -> None:
