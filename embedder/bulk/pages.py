@@ -78,7 +78,7 @@ class FolderPages:
         data: bytes = self._own.clip_data
         return data
 
-    def render(self, name: str, number: int, regime: Regime) -> Page:
+    def render(self, name: str, number: int, regime: Regime, *, with_text: bool = True) -> Page:
         """Render a page of a document. `number` 0: the document could not be opened; this raises its error.
 
         Raises `InvalidMedia` and `MediaTooLarge`.
@@ -87,7 +87,7 @@ class FolderPages:
         if not number:
             self._reader().count_pages(path)
             raise InvalidMedia("the document could not be opened when the run started, but can be opened now")
-        return self._reader().render(path, number, regime)
+        return self._reader().render(path, number, regime, with_text=with_text)
 
     def close(self) -> None:
         """End the processes."""

@@ -4,7 +4,7 @@ It is confined as a decoding process is, and untrusted from its first task on. T
 
     parent: open, with the file                process: opened, with the number of pages
     parent: size, of a page                    process: size, as a scan of this page would have
-    parent: render, with memory for the page   process: page, after it has written pixels and text
+    parent: render, with memory for the page   process: page, after it has written pixels, and text if it is asked for
 
 An error answers a message: `error` with the name of its class.
 """
@@ -55,9 +55,10 @@ class _Worker:
         with _map(descriptor, num_values + MAX_TEXT_BYTES, mmap.MAP_SHARED) as memory:
             pixels = self._document.render(message["page"], message["height"], message["width"])
             memory[:num_values] = np.ascontiguousarray(pixels).tobytes()
-            text = self._document.text(message["page"]).encode("utf-8", "replace")[:MAX_TEXT_BYTES]
-            memory[num_values : num_values + len(text)] = text
-        return {"type": "page", "num_text_bytes": len(text)}
+            text = self._document.text(message["page"]) if message["with_text"] else ""
+            encoded = text.encode("utf-8", "replace")[:MAX_TEXT_BYTES]
+            memory[num_values : num_values + len(encoded)] = encoded
+        return {"type": "page", "num_text_bytes": len(encoded)}
 
 
 def main(descriptor: int, parent: int, limits: dict[str, Any]) -> None:

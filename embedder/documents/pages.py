@@ -36,7 +36,7 @@ _ERRORS = {one.__name__: one for one in (InvalidMedia, MediaTooLarge)}
 
 @dataclass(frozen=True)
 class Page:
-    """A page as a picture in the size that is embedded, and its text layer."""
+    """A page as a picture in the size that is embedded, and its text layer if it was asked for."""
 
     image: PIL.Image.Image
     text: str
@@ -82,14 +82,17 @@ class DocumentReader:
         """Open the document -> its number of pages, at least 1."""
         return repeated_if_killed(lambda: self._count_pages(source))
 
-    def render(self, source: Source, number: int, regime: Regime) -> Page:
-        """Page `number`, from 1, in the size that `regime` gives to a scan of it."""
+    def render(self, source: Source, number: int, regime: Regime, *, with_text: bool = True) -> Page:
+        """Page `number`, from 1, in the size that `regime` gives to a scan of it.
+
+        Reading the text of a page with millions of characters can take more memory than there is; rendering does not.
+        """
         if self._lost.get(source, 0) >= MAX_LOST_PAGES:
             raise InvalidMedia(f"not rendered: {MAX_LOST_PAGES} pages of this document took too long or failed")
         if not 1 <= number <= self.count_pages(source):
             raise InvalidMedia(f"page {number}; the document has pages 1 to {self._num_pages}")
         try:
-            return repeated_if_killed(lambda: self._render(source, number, regime))
+            return repeated_if_killed(lambda: self._render(source, number, regime, with_text))
         finally:
             if self._opened is None:
                 self._lost[source] = self._lost.get(source, 0) + 1
@@ -119,14 +122,15 @@ class DocumentReader:
         self._num_pages = self._integer(opened, "num_pages", 1, MAX_PAGES)
         self._opened = source
 
-    def _render(self, source: Source, number: int, regime: Regime) -> Page:
+    def _render(self, source: Source, number: int, regime: Regime, with_text: bool) -> Page:
         self._count_pages(source)  # opens the document again if the process was killed
         scan = self._ask(None, "size", type="size", page=number)
         height, width = (self._integer(scan, side, 1, 2**20) for side in ("height", "width"))
         step = regime.resize_image(height, width)
         num_values = RGB_BYTES_PER_PIXEL * step.height * step.width
         with memory_file(num_values + MAX_TEXT_BYTES) as descriptor:
-            page = self._ask(descriptor, "page", type="render", page=number, height=step.height, width=step.width)
+            task = {"page": number, "height": step.height, "width": step.width, "with_text": with_text}
+            page = self._ask(descriptor, "page", type="render", **task)
             num_text = self._integer(page, "num_text_bytes", 0, MAX_TEXT_BYTES)
             with mmap.mmap(descriptor, num_values + MAX_TEXT_BYTES) as memory:
                 pixels, text = memory[:num_values], memory[num_values : num_values + num_text]

@@ -137,7 +137,7 @@ class _Document:
     async def render(self, number: int, regime: Regime) -> PIL.Image.Image:
         """A page. It counts as rendered until `DocumentTurns.release_page`."""
         document = self._encoded
-        return await self._run(lambda reader: reader.render(document, number, regime).image)
+        return await self._run(lambda reader: reader.render(document, number, regime, with_text=False).image)
 
     async def _run(self, work: Callable[[DocumentReader], Result]) -> Result:
         reader = await self._turns.take(self, self._expected_s)

@@ -60,7 +60,7 @@ class Documents:
     def _file(self, hit: Hit) -> Mapping[str, Any]:
         """A page, picture, clip or segment. Raises `InvalidMedia` and `MediaTooLarge`."""
         if hit.page:
-            return {"image": self._pages.render(hit.file, hit.page, self._regime).image}
+            return {"image": self._pages.render(hit.file, hit.page, self._regime, with_text=False).image}
         if is_clip(hit.file):
             return {"video": Video(self._pages.clip(hit.file), segment=hit.segment)}
         return {"image": read_inside(self._folder, hit.file, self._settings.max_image_bytes)}

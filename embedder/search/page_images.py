@@ -82,7 +82,7 @@ class PageImages:
         self.source(row_id)
         file, page = split_page(row_id)
         if page:
-            return self._pages.render(file, page, regime).image
+            return self._pages.render(file, page, regime, with_text=False).image
         is_video = is_clip(file)
         limit = self._settings.max_video_bytes if is_video else self._settings.max_image_bytes
         data = read_inside(self._folder, file, limit)

@@ -111,6 +111,13 @@ def annotations(count: int) -> bytes:
     return resources(b"", "", form(b"0 0 9 9 re f"), note, page=f"/Annots [{listed}]")
 
 
+def many_characters(count: int) -> bytes:
+    """A red page with so many characters, in lines of 1,000."""
+    lines = b"(" + b"a" * 1000 + b") Tj T* "
+    content = b"1 0 0 rg 0 0 100 100 re f BT /F 1 Tf 1 TL 0 9 Td " + lines * (count // 1000) + b" ET"
+    return resources(content, "/Font << /F 5 0 R >>", b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>")
+
+
 GOOD = pdf(b"1 0 0 rg 0 0 100 100 re f")
 
 # Files that are refused as a whole, and a part of the reason

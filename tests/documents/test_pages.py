@@ -18,7 +18,7 @@ from embedder.documents.pages import MAX_DOCUMENT_BYTES, DocumentReader
 from embedder.errors import InvalidMedia, MediaTooLarge
 from embedder.inputs.regimes import CheckpointRegime
 from embedder.settings import Settings
-from tests.documents.hostile_pdfs import BAD_PAGES, GOOD, ODD, REFUSED, join, pdf
+from tests.documents.hostile_pdfs import BAD_PAGES, GOOD, ODD, REFUSED, join, many_characters, pdf
 from tests.inputs.killed import kill_at
 
 REGIME = CheckpointRegime()
@@ -146,6 +146,14 @@ def test_folder_and_pipe_in_the_place_of_a_document_are_refused(tmp_path: Path, 
     for path in (tmp_path, tmp_path / "pipe.pdf", tmp_path / "missing.pdf"):
         with pytest.raises(InvalidMedia):
             reader.count_pages(path)
+
+
+def test_page_with_too_much_text_is_rendered_without_it(tmp_path: Path, reader: DocumentReader) -> None:
+    path = write(tmp_path, many_characters(12_000_000))
+    with pytest.raises((InvalidMedia, MediaTooLarge)):
+        reader.render(path, 1, REGIME)
+    page = reader.render(path, 1, REGIME, with_text=False)
+    assert (page.image.getpixel((5, 5)), page.text) == ((255, 0, 0), "")
 
 
 @pytest.mark.parametrize("kind", ["open", "size", "render"])

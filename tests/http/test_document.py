@@ -31,7 +31,7 @@ from embedder.http.routes import Routes, Serving
 from embedder.playground.collection import Collection
 from embedder.settings import Settings
 from embedder.telemetry.metrics import Metrics
-from tests.documents.hostile_pdfs import BAD_PAGES, GOOD, ODD, REFUSED
+from tests.documents.hostile_pdfs import BAD_PAGES, GOOD, ODD, REFUSED, many_characters
 from tests.inputs.killed import kill_at
 
 MAX_PAGES = 4
@@ -219,6 +219,10 @@ def test_page_that_cannot_be_rendered_fails_alone(app: App) -> None:
     (response,) = app.post(BAD_PAGES["too-wide"])
     assert response.status_code == 400
     assert response.json()["results"][0]["page"] == 1
+
+
+def test_page_with_too_much_text_to_read_has_its_vector(app: App) -> None:
+    assert app.post(many_characters(12_000_000))[0].status_code == 200
 
 
 def test_page_whose_process_is_killed_is_rendered_once_more(
