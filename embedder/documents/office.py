@@ -23,12 +23,14 @@ from pathlib import Path
 
 from embedder.documents.office_process import SOCKET_FOLDER
 from embedder.errors import InvalidMedia, MediaTooLarge
+from embedder.inputs.decoder import ProcessKilled, repeated_if_killed
 from embedder.settings import decoder_environment
 
 OFFICE_SUFFIXES = (".doc", ".docx", ".odp", ".ods", ".odt", ".ppt", ".pptx", ".rtf", ".xls", ".xlsx")
 PROGRAMS = ("soffice", "libreoffice")
 TIMEOUT_S = 120.0  # the first start of a version of LibreOffice takes several seconds
 MAX_OFFICE_BYTES = 2**28
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # statuses: the second is that of LibreOffice's launcher
 
 # What LibreOffice reads of the machine: programs, libraries, fonts and their settings. No file of a user is there.
 READABLE = (
@@ -64,7 +66,14 @@ def find_program() -> str | None:
 
 
 def convert_to_pdf(source: Path, target: Path, timeout_s: float = TIMEOUT_S) -> None:
-    """Write the PDF of an office file to `target`, complete or not at all. Raises `InvalidMedia`, `MediaTooLarge`."""
+    """Write the PDF of an office file to `target`, complete or not at all. Raises `InvalidMedia`, `MediaTooLarge`.
+
+    If somebody has killed LibreOffice, most often the kernel, it is started once more.
+    """
+    repeated_if_killed(lambda: _convert_once(source, target, timeout_s))
+
+
+def _convert_once(source: Path, target: Path, timeout_s: float) -> None:
     program = find_program()
     if program is None:
         raise InvalidMedia("an office file needs LibreOffice, which is not installed; install it, or convert to PDF")
@@ -72,13 +81,18 @@ def convert_to_pdf(source: Path, target: Path, timeout_s: float = TIMEOUT_S) -> 
         work = Path(folder)
         document = work / f"document{source.suffix.lower()}"  # a name of a caller could be an option
         try:
-            if source.stat().st_size > MAX_OFFICE_BYTES:
-                raise MediaTooLarge(f"office file of {source.stat().st_size} bytes; allowed: up to {MAX_OFFICE_BYTES}")
+            num_bytes = source.stat().st_size
+            if not num_bytes:  # LibreOffice would make an empty page of it
+                raise InvalidMedia("the document is empty (0 bytes)")
+            if num_bytes > MAX_OFFICE_BYTES:
+                raise MediaTooLarge(f"office file of {num_bytes} bytes; allowed: up to {MAX_OFFICE_BYTES}")
             shutil.copyfile(source, document)
         except OSError as error:
             raise InvalidMedia(f"the document cannot be read: {error.strerror}") from error
-        _convert(program, document, work, timeout_s)
+        status = _convert(program, document, work, timeout_s)
         made = work / "out" / "document.pdf"
+        if status in KILLED:
+            raise ProcessKilled("LibreOffice was killed while it converted this file; is the machine out of memory?")
         if made.is_symlink() or not made.is_file():
             raise InvalidMedia("LibreOffice cannot convert this file; it is damaged, or needs a password")
         temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
@@ -86,8 +100,10 @@ def convert_to_pdf(source: Path, target: Path, timeout_s: float = TIMEOUT_S) -> 
         temporary.rename(target)
 
 
-def _convert(program: str, document: Path, work: Path, timeout_s: float) -> None:
+def _convert(program: str, document: Path, work: Path, timeout_s: float) -> int:
     """Run LibreOffice twice: to complete its new profile, after which it starts again, and then on the document.
+
+    Returns the last status.
 
     Only the first run, which reads nothing of a caller, may remove the socket between its two starts.
     """
@@ -101,15 +117,15 @@ def _convert(program: str, document: Path, work: Path, timeout_s: float) -> None
     socket = Path(SOCKET_FOLDER, f"OSL_PIPE_{os.getuid()}_SingleOfficeIPC_{_socket_hash(profile)}")
     try:
         _run([*command, "--terminate_after_init"], work, deadline, [SOCKET_FOLDER])
-        _run([*command, "--convert-to", "pdf", "--outdir", str(work / "out"), str(document)], work, deadline, [])
+        return _run([*command, "--convert-to", "pdf", "--outdir", str(work / "out"), str(document)], work, deadline, [])
     except subprocess.TimeoutExpired as error:
         raise MediaTooLarge(f"converting the office file took more than {timeout_s:g} s; convert it to PDF") from error
     finally:
         socket.unlink(missing_ok=True)
 
 
-def _run(command: Sequence[str], work: Path, deadline: float, writable: Sequence[str]) -> None:
-    """Run a command of LibreOffice, and kill every process of its group afterwards. Raises `TimeoutExpired`."""
+def _run(command: Sequence[str], work: Path, deadline: float, writable: Sequence[str]) -> int:
+    """Run a command of LibreOffice -> its status. Kills every process of its group. Raises `TimeoutExpired`."""
     paths = [os.path.abspath(path) for path in (*sys.path, str(Path(__file__).parents[2])) if path]
     readable = [*READABLE, _installation(command[0])]
     arguments = paths, os.getpid(), command, readable, [*WRITABLE, *writable, str(work)]
@@ -123,7 +139,7 @@ def _run(command: Sequence[str], work: Path, deadline: float, writable: Sequence
         start_new_session=True,
     )
     try:
-        process.wait(max(0.0, deadline - time.monotonic()))
+        return process.wait(max(0.0, deadline - time.monotonic()))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -169,12 +169,34 @@ def is_running(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("code", ["", "sys.exit(3)", "os.kill(os.getpid(), 9)", "(out / 'document.pdf').mkdir()"])
+@pytest.mark.parametrize("code", ["", "sys.exit(3)", "os.kill(os.getpid(), 11)", "(out / 'document.pdf').mkdir()"])
 def test_file_that_cannot_be_converted_says_so(code: str, install: Install, source: Path, tmp_path: Path) -> None:
     install(code)
     with pytest.raises(InvalidMedia, match="LibreOffice cannot convert this file"):
         convert_to_pdf(source, tmp_path / "a.pdf")
     assert not (tmp_path / "a.pdf").exists()
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "sys.exit(137)"])  # LibreOffice's launcher exits
+def test_program_that_is_killed_is_started_once_more(end: str, install: Install, source: Path, tmp_path: Path) -> None:
+    notes = install(
+        f"(notes / f'{{time.time_ns()}}').touch()\nif len(os.listdir(notes)) < 2:\n    {end}\n"
+        "(out / 'document.pdf').write_bytes(pdf)\n"
+    )
+    convert_to_pdf(source, tmp_path / "a.pdf")
+    assert len(list(notes.iterdir())) == 2
+    install(f"(notes / f'{{time.time_ns()}}').touch()\n{end}\n")
+    with pytest.raises(InvalidMedia, match="LibreOffice was killed while it converted this file"):
+        convert_to_pdf(source, tmp_path / "b.pdf")
+    assert len(list(notes.iterdir())) == 4
+
+
+def test_empty_file_is_refused(install: Install, source: Path, tmp_path: Path) -> None:
+    """LibreOffice makes an empty page of it."""
+    install("(out / 'document.pdf').write_bytes(pdf)\n")
+    source.write_bytes(b"")
+    with pytest.raises(InvalidMedia, match=r"^the document is empty \(0 bytes\)$"):
+        convert_to_pdf(source, tmp_path / "a.pdf")
 
 
 def test_link_in_the_place_of_the_pdf_is_refused(install: Install, source: Path, tmp_path: Path) -> None:
