@@ -18,6 +18,7 @@ import PIL.Image
 
 from embedder.documents.pages import DocumentReader, EncodedDocument
 from embedder.engine.aio import Outcome, outcome
+from embedder.engine.callers import CALLER
 from embedder.engine.postprocess import Embedding
 from embedder.engine.scheduler import Scheduler
 from embedder.errors import ITEM_ERRORS, DeadlineExceeded, InvalidMedia, InvalidRequest, without_traceback
@@ -161,10 +162,10 @@ class _Document:
 
 
 class DocumentTurns:
-    """Chooses which request gets a free reader, for one page: fair queueing, shortest job first, with aging.
+    """Chooses which request gets a free reader, for one page: fair queueing of callers and requests, as `Scheduler` does.
 
     A request is expected to take as long as its last turn. So one that has just arrived goes before those whose pages
-    take long, see `Scheduler`. A turn begins only if fewer than `MAX_RENDERED_PAGES` are in memory. For one event loop.
+    take long. A turn begins only if fewer than `MAX_RENDERED_PAGES` are in memory. For one event loop.
     """
 
     def __init__(self, readers: Sequence[_Reader]) -> None:
@@ -177,7 +178,7 @@ class DocumentTurns:
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[_Reader] = loop.create_future()
         cost = 1 + round(1000 * min(expected_s, MAX_TURN_S))
-        self._waiting.put(turn, cost, request, time.monotonic())
+        self._waiting.put(turn, cost, request, time.monotonic(), caller=CALLER.get())
         self._give()
         try:
             return await turn
