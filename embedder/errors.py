@@ -16,6 +16,7 @@ EmbedderError
     UnsupportedTransferCoding   the caller changes the request
     MediaUnavailable            the owner of a URL acts
     Overloaded                  the caller waits
+        SystemLimitReached
     NotReady                    the caller asks another replica
     ShuttingDown                the caller asks another replica
     DeadlineExceeded            the caller sends less
@@ -31,7 +32,9 @@ code. `python -m embedder.errors` prints the table for the documentation.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -225,6 +228,19 @@ class Overloaded(EmbedderError):
         return {"retry-after": str(math.ceil(self.retry_after_s))}
 
 
+class SystemLimitReached(Overloaded):
+    """The system gives the service no more threads, processes, open files or memory now."""
+
+    status = 503
+    code = "system_limit"
+    remedy = "Try again after `Retry-After` seconds. The operator finds the limit in the service's log."
+
+    def __init__(self, reason: str) -> None:
+        """`reason`: what the system says, such as `Too many open files`."""
+        super().__init__(f"the service has reached a limit of its system: {reason}", retry_after_s=5)
+        self.reason = reason
+
+
 class DeadlineExceeded(EmbedderError):
     """The request took longer than allowed, and its items were dropped."""
 
@@ -287,6 +303,23 @@ class ModelUnavailable(EmbedderError):
 
     code = "model_unavailable"
     remedy = "The service does not start; its last log line says what to change."
+
+
+_LIMITS = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # EAGAIN: of a process that cannot be started
+
+
+def system_limit(error: BaseException | None) -> SystemLimitReached | None:
+    """The error of a request for which the system had no resources, if that is what caused `error`; else None.
+
+    It is not a bug: the same request works once the service has fewer requests, or a higher limit.
+    """
+    while error:
+        if isinstance(error, OSError) and error.errno in _LIMITS:
+            return SystemLimitReached(os.strerror(error.errno))
+        if isinstance(error, RuntimeError) and str(error) == "can't start new thread":  # Python has no class for it
+            return SystemLimitReached(str(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 ITEM_ERRORS = (InvalidRequest, MediaUnavailable, EngineFailed)  # errors that a single item can cause

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +59,8 @@ class FakeModel:
                 raise InvalidRequest("undecodable") from error
         if part.text == "bug":
             raise ZeroDivisionError("a bug in preprocessing")
+        if part.text == "limit":
+            raise OSError(errno.EMFILE, "Too many open files")
         if part.text == "interrupted":
             raise KeyboardInterrupt
         if part.text == "panic":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import threading
 
 import pytest
 
@@ -20,6 +23,7 @@ from embedder.errors import (
     Overloaded,
     ShuttingDown,
     errors_table,
+    system_limit,
 )
 
 CLASSES = {
@@ -48,6 +52,32 @@ def test_only_errors_of_callers_and_of_waiting_have_a_4xx_status() -> None:
     assert all(400 <= kind.status < 500 and kind.type == "invalid_request" for kind in of_callers)
     others = {kind.status for kind in CLASSES.values() if kind not in of_callers}
     assert others == {424, 429, 500, 501, 503, 504}  # 501: RFC 9112, section 6.1, for a transfer coding
+
+
+def start_a_thread_without_memory() -> None:
+    """No system gives a thread a stack of 128 TiB."""
+    previous = threading.stack_size(2**47)
+    try:
+        threading.Thread(target=print).start()
+    finally:
+        threading.stack_size(previous)
+
+
+def test_limit_of_the_system_is_found_also_below_other_errors() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        start_a_thread_without_memory()
+    limit = system_limit(caught.value)
+    assert limit
+    assert limit.reason == "can't start new thread"
+    for number in (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        error = KeyError("the chain's end")
+        error.__cause__ = ValueError("the middle")
+        error.__cause__.__context__ = OSError(number, "secret", "/secret")
+        limit = system_limit(error)
+        assert limit
+        assert limit.reason == os.strerror(number)
+    for other in (RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "missing"), OSError("no number")):
+        assert system_limit(other) is None
 
 
 def test_table_has_every_error_that_a_caller_can_get() -> None:

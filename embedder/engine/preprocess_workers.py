@@ -20,7 +20,7 @@ from embedder.engine.hang_watch import HangWatch
 from embedder.engine.job import Job, item_failed
 from embedder.engine.media_queue import MediaQueue
 from embedder.engine.scheduler import Scheduler
-from embedder.errors import EmbedderError
+from embedder.errors import EmbedderError, system_limit
 from embedder.inputs.address import has_url
 from embedder.inputs.decoder import Decoder, NeedsProcess, ProcessKilled, ThreadDecoder
 from embedder.inputs.decoder_process import (
@@ -212,10 +212,14 @@ class PreprocessWorkers:
         except KeyboardInterrupt:  # of a program that submits a short text
             job.future.cancel()
             raise
-        except BaseException:  # a panic in a Rust library is not an Exception
-            logger.exception("preprocessing failed")
+        except BaseException as error:  # a panic in a Rust library is not an Exception
+            limit = system_limit(error)
+            if limit:
+                logger.error("preprocessing failed, because a limit of the system is reached: %s", limit.reason)
+            else:
+                logger.exception("preprocessing failed")
             job.trace.preprocess_ended_s = time.monotonic()
-            self._fail(job, item_failed())
+            self._fail(job, limit or item_failed())
         else:
             job.trace.preprocess_ended_s = time.monotonic()
             if not isinstance(job.item, Query):  # its tokens are counted with the pairs

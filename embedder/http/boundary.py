@@ -15,7 +15,7 @@ from types import MappingProxyType
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embedder.errors import CLIENT_CLOSED_REQUEST, EmbedderError, without_traceback
+from embedder.errors import CLIENT_CLOSED_REQUEST, EmbedderError, system_limit, without_traceback
 from embedder.http.drain import Drain
 from embedder.http.error_forms import error_form
 from embedder.telemetry.log import begin_request
@@ -84,9 +84,13 @@ class RequestBoundary:
             return None
         except EmbedderError as error:
             return without_traceback(error)
-        except Exception:
+        except Exception as error:
             if response.status is not None:  # too late for an error response; the server closes the connection
                 raise
+            if limit := system_limit(error):
+                request = scope["method"], scope["path"]
+                logger.error("%s %s got 503, because a limit of the system is reached: %s", *request, limit.reason)
+                return limit
             logger.exception("bug: %s %s failed", scope["method"], scope["path"])
             return EmbedderError(f"internal error; the service's log has the reason at request {response.request_id}")
         return None

@@ -68,7 +68,7 @@ class DashScopeErrorResponse(BaseModel):
 
 def openai_error_body(error: EmbedderError) -> bytes:
     """The error body that OpenAI's clients read."""
-    kind = "rate_limit_error" if isinstance(error, Overloaded) else "server_error"
+    kind = "rate_limit_error" if error.status == Overloaded.status else "server_error"
     if error.type == "invalid_request":
         kind = "invalid_request_error"
     param = None if error.item is None else f"input[{error.item}]"

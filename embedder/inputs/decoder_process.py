@@ -31,7 +31,7 @@ import orjson
 import PIL.Image
 from numpy.typing import NDArray
 
-from embedder.errors import EmbedderError, EngineFailed, InvalidMedia, MediaTooLarge, ShuttingDown
+from embedder.errors import EmbedderError, EngineFailed, InvalidMedia, MediaTooLarge, ShuttingDown, system_limit
 from embedder.inputs.decoder import NeedsProcess, OpenImage, ProcessKilled, ThreadDecoder
 from embedder.inputs.limits import FixedLimits, MediaLimits, decoding_took_too_long
 from embedder.inputs.process_connection import MAX_MESSAGE
@@ -89,7 +89,7 @@ class DecoderProcess:
         return self._num_items
 
     def start(self) -> None:
-        """Start the process, unless it runs. Raises `EngineFailed`: the machine has no file, process or memory left."""
+        """Start the process, unless it runs. Raises `SystemLimitReached` and `EngineFailed`."""
         if self._process is not None and self._process.poll() is None:
             return
         if self._process is not None:
@@ -106,7 +106,7 @@ class DecoderProcess:
             if self._is_closed:
                 raise ShuttingDown("the service is shutting down") from error
             logger.error("a decoding process cannot be started: %s", error)
-            raise EngineFailed("the item could not be decoded; the service's log has the reason") from error
+            raise system_limit(error) or EngineFailed("the item could not be decoded; see the service's log") from error
         if not ready["is_confined"]:
             logger.warning("a decoding process runs without a system-call filter, because this platform has none")
 

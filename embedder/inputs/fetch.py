@@ -13,14 +13,14 @@ import socket
 import ssl
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urljoin
 
 import httpcore
 
-from embedder.errors import InvalidRequest, MediaTooLarge, MediaUnavailable
+from embedder.errors import InvalidRequest, MediaTooLarge, MediaUnavailable, system_limit
 from embedder.inputs.address import Address, allowed_address, has_url, is_public, is_url
 from embedder.inputs.formats import MediaKind
 from embedder.inputs.items import EmbeddingItem, Image, Part, Video
@@ -161,8 +161,11 @@ class _PublicNetwork(httpcore.AsyncNetworkBackend):
         if not ips or not all(is_public(ip) for ip in ips):
             raise _NoPublicAddress
         for ip in ips:
-            with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
+            try:
                 return _HeadLimit(await self._network.connect_tcp(ip, port, self._timeout_s / len(ips)))
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                if system_limit(error):  # another address would not help
+                    raise
         raise httpcore.ConnectError
 
 
@@ -228,6 +231,8 @@ def _translated_errors(name: str, timeout_s: float) -> Iterator[None]:
     except TimeoutError as error:
         raise MediaUnavailable(f"{name}: not complete after {timeout_s:g} s (EMBEDDER_URL_TIMEOUT_S)") from error
     except tuple(_REASONS) as error:
+        if system_limit(error):  # not the fault of the URL's owner
+            raise
         reason = next(reason for kind, reason in _REASONS.items() if isinstance(error, kind))
         raise MediaUnavailable(f"{name}: {reason}") from error
 

@@ -29,7 +29,7 @@ from circus.exc import ConflictError
 from circus.sighandler import SysHandler
 from circus.watcher import Watcher
 
-from embedder.errors import EmbedderError
+from embedder.errors import EmbedderError, system_limit
 from embedder.http.drain import Drain
 from embedder.settings import heartbeat_file, is_log_json
 from embedder.telemetry.log import JsonLines
@@ -217,9 +217,12 @@ def failing_start() -> Iterator[None]:
     except Exception as error:
         if not bentoml.server_context.worker_index:  # a program runs the service, not BentoML's arbiter
             raise
-        if not isinstance(error, EmbedderError):
-            logger.exception("bug: the start failed")
-        fail_start(error if isinstance(error, EmbedderError) else type(error).__name__)
+        if isinstance(error, EmbedderError):
+            fail_start(error)
+        if limit := system_limit(error):
+            fail_start(f"a limit of the system is reached: {limit.reason}")
+        logger.exception("bug: the start failed")
+        fail_start(type(error).__name__)
 
 
 def fail_start(reason: object) -> NoReturn:

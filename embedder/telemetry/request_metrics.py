@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from starlette.requests import ClientDisconnect
 
-from embedder.errors import CLIENT_CLOSED_REQUEST, EmbedderError
+from embedder.errors import CLIENT_CLOSED_REQUEST, EmbedderError, system_limit
 from embedder.telemetry.route_names import named_path
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ class _CountedRequest:
         code = None
         if isinstance(error, EmbedderError):
             self.status, code = error.status, error.code
-        elif isinstance(error, Exception) and not isinstance(error, ClientDisconnect):  # a bug
-            self.status, code = EmbedderError.status, EmbedderError.code
+        elif isinstance(error, Exception) and not isinstance(error, ClientDisconnect):
+            raised = system_limit(error) or EmbedderError  # a bug
+            self.status, code = raised.status, raised.code
         self._metrics.end(self._path, self.status, time.monotonic() - self._start_s, code)

@@ -14,7 +14,7 @@ from embedder.engine.hang_watch import HangWatch
 from embedder.engine.job import Job
 from embedder.engine.observer import Observer, begin_trace
 from embedder.engine.preprocess_workers import PreprocessWorkers
-from embedder.errors import EmbedderError, EngineFailed, InvalidRequest
+from embedder.errors import EmbedderError, EngineFailed, InvalidRequest, SystemLimitReached
 from embedder.inputs.decoder import Decoder, NeedsProcess, ThreadDecoder
 from embedder.inputs.decoder_process import ProcessDecoder
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
@@ -86,7 +86,9 @@ def test_preprocessed_job_is_scheduled_with_its_input(recorder: Recorder) -> Non
     assert (job.model_input.num_tokens, job.trace.num_tokens) == (3, 3)
 
 
-@pytest.mark.parametrize(("text", "error"), [("malformed", InvalidRequest), ("bug", EngineFailed)])
+@pytest.mark.parametrize(
+    ("text", "error"), [("malformed", InvalidRequest), ("bug", EngineFailed), ("limit", SystemLimitReached)]
+)
 def test_job_that_cannot_be_preprocessed_fails_with_its_error(
     text: str, error: type[EmbedderError], recorder: Recorder
 ) -> None:

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -345,6 +346,32 @@ def test_bug_of_the_runner_fails_one_batch_only(
     assert (batch["status"], batch["errors"]["data"][0]["message"]) == ("failed", "internal error")
     assert f"bug: batch {identifier} fails" in caplog.text
     assert store.batch(OWNER, other)["status"] == "completed"
+
+
+def test_batch_goes_on_at_the_limit_on_threads(store: BatchStore) -> None:
+    """Requests occupy the other threads, and no more can be started."""
+    is_over = threading.Event()
+    previous = threading.stack_size()
+
+    async def respond(endpoint: str, fields: Mapping[str, Any]) -> bytes:
+        for _ in range(40):
+            asyncio.get_running_loop().run_in_executor(None, is_over.wait, 10)
+        threading.stack_size(2**47)  # more than any system has
+        return await echo(endpoint, fields)
+
+    def is_done() -> bool:
+        if is_done := not store.unfinished():
+            threading.stack_size(previous)
+            is_over.set()
+        return is_done
+
+    identifier = add(store, line("a"))
+    runner = BatchRunner(store, SETTINGS, respond=respond, num_pending=lambda: 0, is_stopping=is_done)
+    try:
+        asyncio.run(runner.run())
+    finally:
+        threading.stack_size(previous)
+    assert store.batch(OWNER, identifier)["status"] == "completed"
 
 
 @pytest.mark.parametrize("metadata", [{"\ud800": "a"}, {"a": "\udfff"}])

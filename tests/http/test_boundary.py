@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from typing import Any
 
 import pytest
@@ -102,6 +103,28 @@ def test_bug_is_logged_and_returns_500_with_the_request_id(
     assert error["message"] == "internal error; the service's log has the reason at request abc"
     assert "it broke" not in json.dumps(error)
     assert "it broke" in caplog.text
+
+
+def test_limit_of_the_system_is_one_line_and_503(caplog: pytest.LogCaptureFixture) -> None:
+    """As every thread of the service that starts during a request."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        previous = threading.stack_size(2**47)  # more than any system has
+        try:
+            await asyncio.to_thread(print)
+        finally:
+            threading.stack_size(previous)
+
+    sent = call(app, chunks(b"{}"), path="/v1/embeddings")
+    status, error = status_and_error(sent)
+    assert (status, error["code"], error["type"]) == (503, "system_limit", "server_error")
+    assert error["message"] == "the service has reached a limit of its system: can't start new thread"
+    assert (b"retry-after", b"5") in sent[0]["headers"]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "POST /v1/embeddings got 503, because a limit of the system is reached: can't start new thread"
+    )
+    assert record.exc_info is None
 
 
 def test_bug_after_the_response_has_begun_is_raised_to_the_server() -> None:

@@ -19,7 +19,7 @@ import PIL.Image
 import pytest
 
 from embedder import Embedder
-from embedder.errors import EmbedderError, EngineFailed, InvalidMedia, MediaTooLarge
+from embedder.errors import EmbedderError, EngineFailed, InvalidMedia, MediaTooLarge, SystemLimitReached
 from embedder.inputs.decoder import NeedsProcess
 from embedder.inputs.decoder_process import RETRY_BYTES, START_BYTES, DecoderProcess, ProcessDecoder
 from embedder.inputs.image import load_image
@@ -273,7 +273,7 @@ def test_process_that_cannot_be_started_fails_one_item(caplog: pytest.LogCapture
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
-        with pytest.raises(EngineFailed, match="could not be decoded"):
+        with pytest.raises(SystemLimitReached, match="limit of its system: Too many open files"):
             process.start()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import resource
 import socket
 import socketserver
 import ssl
@@ -25,7 +26,7 @@ import trustme
 
 from embedder import Embedder
 from embedder.engine.engine import Engine
-from embedder.errors import EmbedderError, InvalidMedia, InvalidRequest, MediaTooLarge, MediaUnavailable
+from embedder.errors import EmbedderError, InvalidMedia, InvalidRequest, MediaTooLarge, MediaUnavailable, system_limit
 from embedder.inputs import address, fetch
 from embedder.inputs.fetch import MAX_FETCHES, MAX_REDIRECTS, Fetcher
 from embedder.inputs.items import EmbeddingItem, Image, Text, Video
@@ -392,6 +393,27 @@ def test_next_address_is_tried_if_one_does_not_answer(site: Site) -> None:
     assert site.connected == [(PUBLIC, 80)]
     with pytest.raises(MediaUnavailable, match=r"^image at down\.test: cannot connect"):
         get(fetcher, "http://down.test/")
+
+
+def test_limit_on_open_files_is_not_the_fault_of_the_url(site: Site) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def resolve(host: str, port: int) -> list[str]:
+        if host == "limited.test":
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        return [PUBLIC]
+
+    site.answers = {"/": answer()}
+    fetcher = Fetcher(
+        Settings(url_hosts="http://*"), resolve=resolve, network=Diversion(site.server_address[1], site.connected)
+    )
+    assert get(fetcher, "http://a.test/") == PNG  # imports what it needs
+    try:
+        with pytest.raises(httpcore.ConnectError) as caught:
+            get(fetcher, "http://limited.test/")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert system_limit(caught.value)
 
 
 # TLS

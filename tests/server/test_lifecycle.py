@@ -104,6 +104,24 @@ def test_start_that_fails_ends_with_one_line(fault: str, random_checkpoint: Path
     assert not list((tmp_path / "temporary").glob("*metrics*"))
 
 
+def test_start_at_the_limit_on_threads_ends_with_one_line() -> None:
+    program = """
+import threading
+import bentoml
+from embedder.server.lifecycle import failing_start
+bentoml.server_context.worker_index = 1
+threading.stack_size(2**47)  # more than any system has
+with failing_start():
+    threading.Thread(target=print).start()
+"""
+    command = ["sh", "-c", 'trap "" USR1; "$@"; exit $?', "sh", sys.executable, "-c", program]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    reason = "the service does not start: a limit of the system is reached: can't start new thread"
+    assert run.returncode == 1
+    assert run.stderr.endswith(f"{reason}\n")
+    assert "Traceback" not in run.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"model": "./no-such-folder"}, {"max_itmes": "5"}, {"device": "cuda:99"}])
 def test_start_that_fails_is_a_line_of_json_too(settings: dict[str, str], tmp_path: Path) -> None:

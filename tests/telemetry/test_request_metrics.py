@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import Any
 
 import pytest
@@ -87,8 +88,11 @@ def test_errors_have_their_code_and_status(metrics: Metrics) -> None:
     async def fail(scope: Scope, receive: Receive, send: Send) -> None:
         raise KeyError("a bug")
 
+    async def lack(scope: Scope, receive: Receive, send: Send) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
     async def run() -> None:
-        for app, kind in ((refuse, Overloaded), (fail, KeyError), (refuse, Overloaded)):
+        for app, kind in ((refuse, Overloaded), (fail, KeyError), (refuse, Overloaded), (lack, OSError)):
             with pytest.raises(kind):
                 await counted(app, metrics)
         metrics.http.write()
@@ -97,3 +101,5 @@ def test_errors_have_their_code_and_status(metrics: Metrics) -> None:
     assert value(metrics, "errors_total", code="overloaded") == 2
     assert value(metrics, "requests_total", route="/embed", status="429") == 2
     assert value(metrics, "requests_total", route="/embed", status="500") == 1
+    assert value(metrics, "errors_total", code="system_limit") == 1
+    assert value(metrics, "requests_total", route="/embed", status="503") == 1

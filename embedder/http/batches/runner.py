@@ -13,10 +13,11 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from embedder.engine.callers import CALLER
 from embedder.errors import (
@@ -46,6 +47,7 @@ CLEAN_EVERY_S = 600.0
 COUNTS = {"output": "completed", "errors": "failed"}  # part -> its name in OpenAI's counts
 
 Respond = Callable[[str, Mapping[str, Any]], Awaitable[bytes]]
+Result = TypeVar("Result")
 
 
 class BatchRunner:
@@ -69,6 +71,9 @@ class BatchRunner:
         self.respond = respond
         self.num_pending = num_pending
         self.is_stopping = is_stopping
+        # Once it has started, no limit on threads can keep a batch from going on, or let two writes overlap.
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._thread.submit(bool)
 
     async def run(self) -> None:
         """Run until the worker stops."""
@@ -77,14 +82,17 @@ class BatchRunner:
             unfinished: list[tuple[str, str]] = []
             try:
                 if time.monotonic() - cleaned_s > CLEAN_EVERY_S:
-                    await asyncio.to_thread(self.store.remove_old)
+                    await self._in_thread(self.store.remove_old)
                     cleaned_s = time.monotonic()
-                unfinished = await asyncio.to_thread(self.store.unfinished)
+                unfinished = await self._in_thread(self.store.unfinished)
             except OSError as error:
                 logger.error("the folder of batches cannot be used now, which is tried again: %s", error)
             turns = [await self._turn(*one) for one in unfinished]
             if not any(turns):
                 await asyncio.sleep(POLL_S)
+
+    async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     async def _turn(self, owner: str, identifier: str) -> bool:
         """Run some lines of a batch. False if another worker runs it, this one stops, or the disk fails."""
@@ -99,13 +107,13 @@ class BatchRunner:
     async def _run_some(self, owner: str, identifier: str) -> bool:
         """Run some lines of a batch while this worker holds its lock. Returns what `_turn` does; raises `OSError`."""
         try:
-            batch = await asyncio.to_thread(self.store.read_batch, owner, identifier)
+            batch = await self._in_thread(self.store.read_batch, owner, identifier)
         except NotFound:  # somebody has removed or damaged it
-            await asyncio.to_thread(self.store.remove_marks, owner, identifier)
+            await self._in_thread(self.store.remove_marks, owner, identifier)
             return True
         run = _BatchRun(self.store, self.settings, owner, batch)
         try:
-            if await asyncio.to_thread(run.begin):
+            if await self._in_thread(run.begin):
                 await self._run_lines(run)
         except (NotReady, ShuttingDown, DeviceFailed):
             run.end_turn()
@@ -115,29 +123,27 @@ class BatchRunner:
                 run.end_turn()
             raise
         except EmbedderError as error:  # its input was removed, a limit was lowered, or the folder is full
-            await asyncio.to_thread(run.fail, error.code, error.message)
+            await self._in_thread(run.fail, error.code, error.message)
         except ValueError as error:
             logger.error("batch %s fails, because its files were changed: %s", identifier, error)
-            await asyncio.to_thread(
-                run.fail, EmbedderError.code, "what the service has stored of the batch was damaged"
-            )
+            await self._in_thread(run.fail, EmbedderError.code, "what the service has stored of the batch was damaged")
         except Exception:
             logger.exception("bug: batch %s fails", identifier)
-            await asyncio.to_thread(run.fail, EmbedderError.code, "internal error")
+            await self._in_thread(run.fail, EmbedderError.code, "internal error")
         else:
-            await asyncio.to_thread(run.end_turn)
+            await self._in_thread(run.end_turn)
         return True
 
     async def _run_lines(self, run: _BatchRun) -> None:
         for _ in range(LINES_PER_TURN // LINES_AT_ONCE):
             if self.is_stopping():
                 return
-            lines = await asyncio.to_thread(run.next_lines)
+            lines = await self._in_thread(run.next_lines)
             if not lines:
                 return
             await self._wait_for_requests()
             results = await asyncio.gather(*(self._run_line(run.endpoint, line) for line in lines))
-            await asyncio.to_thread(run.write, results)
+            await self._in_thread(run.write, results)
 
     async def _wait_for_requests(self) -> None:
         deadline_s = time.monotonic() + MAX_WAIT_S
