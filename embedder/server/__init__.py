@@ -46,7 +46,7 @@ lifecycle.handle_signals
     circus drops a command that arrives while another is executed, so a SIGTERM could be lost. At SIGHUP it starts a
     second worker, for which a GPU may have no memory; then the whole service would end.
     Goes when: circus queues the command, and its answer to SIGHUP is a setting.
-    Test: tests/server/test_lifecycle.py, `busy_arbiter`, `hangup`.
+    Test: tests/server/test_lifecycle.py, `busy_arbiter`, `end_other_programs`.
 lifecycle.replace_dead_workers_at_once
     Wraps `Watcher.call_hook` and `Arbiter.manage_watchers` of circus (kantoku 0.18).
     circus looks for dead workers every 10 s and logs nothing. It has hooks, but BentoML creates the watchers without

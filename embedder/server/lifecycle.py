@@ -40,6 +40,8 @@ POLL_S = 0.05  # between checks whether a draining worker has requests left
 PARENT_POLL_S = 1.0
 MIN_HANG_S = 20.0  # a shorter pause may only mean that the machine is busy
 SENDING_S = 5  # after the drain, for responses that are being sent
+IGNORED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)  # like SIGHUP; people and tools send them to other servers
+START_FAILED = signal.SIGVTALRM  # from a worker to the arbiter; nobody sends it by hand
 
 
 # In the arbiter
@@ -54,11 +56,11 @@ def refuse_start(reason: object) -> NoReturn:
 
 
 def handle_signals() -> None:
-    """Make the arbiter obey a SIGTERM that arrives while it starts a worker, and ignore SIGHUP.
+    """Make the arbiter obey a SIGTERM that arrives while it starts a worker, and ignore SIGHUP and `IGNORED`.
 
     circus executes one command at a time and drops another that arrives meanwhile, so the command is repeated. At
     SIGHUP it would start a second worker while the first one drains: requests get 503 until it is ready, and on a GPU
-    without memory for both, the start would fail and end the service.
+    without memory for both, the start would fail and end the service. `IGNORED` would end it without a line in the log.
     """
 
     def repeat_quit(handler: SysHandler) -> None:
@@ -71,10 +73,12 @@ def handle_signals() -> None:
 
         controller.loop.add_callback_from_signal(quit_unless_stopping)
 
-    def log_hangup(_: SysHandler) -> None:
-        logger.warning("SIGHUP is ignored: settings are read at the start only. Restart the service to change them")
+    def log_ignored(signum: int, _: FrameType | None = None) -> None:
+        logger.warning("%s is ignored. To change settings, restart the service", signal.Signals(signum).name)
 
-    SysHandler.quit, SysHandler.reload = repeat_quit, log_hangup
+    SysHandler.quit, SysHandler.reload = repeat_quit, lambda _: log_ignored(signal.SIGHUP)
+    for signum in IGNORED:
+        signal.signal(signum, log_ignored)
 
 
 def exit_when_a_worker_fails_to_start() -> None:
@@ -91,7 +95,7 @@ def exit_when_a_worker_fails_to_start() -> None:
             os._exit(1)  # the arbiter, once stopped, would exit with 0
 
     atexit.register(exit_with_failure)  # runs after everything that is registered later
-    signal.signal(signal.SIGUSR1, stop)
+    signal.signal(START_FAILED, stop)
 
 
 def replace_dead_workers_at_once() -> None:
@@ -229,7 +233,7 @@ def fail_start(reason: object) -> NoReturn:
     """Log why the service does not start, and end this worker and the arbiter."""
     logger.error("the service does not start: %s", reason)
     logging.shutdown()
-    os.kill(os.getppid(), signal.SIGUSR1)
+    os.kill(os.getppid(), START_FAILED)
     os._exit(1)
 
 

@@ -27,7 +27,13 @@ from circus.sighandler import SysHandler
 from circus.watcher import Watcher
 
 from embedder.http.drain import Drain
-from embedder.server.lifecycle import drain_at_sigterm, handle_signals, replace_dead_workers_at_once, worker_server
+from embedder.server.lifecycle import (
+    IGNORED,
+    drain_at_sigterm,
+    handle_signals,
+    replace_dead_workers_at_once,
+    worker_server,
+)
 from tests.conftest import ROOT, Server, start_server
 
 NUM_CLIENTS = 6
@@ -114,7 +120,7 @@ threading.stack_size(2**47)  # more than any system has
 with failing_start():
     threading.Thread(target=print).start()
 """
-    command = ["sh", "-c", 'trap "" USR1; "$@"; exit $?', "sh", sys.executable, "-c", program]
+    command = ["sh", "-c", 'trap "" VTALRM; "$@"; exit $?', "sh", sys.executable, "-c", program]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     reason = "the service does not start: a limit of the system is reached: can't start new thread"
     assert run.returncode == 1
@@ -412,14 +418,24 @@ def test_killed_worker_fails_its_requests_at_once(lone: Server) -> None:
     )
 
 
-def test_hangup_is_logged_and_ignored(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_signals_that_would_end_other_programs_are_logged_and_ignored(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    previous = {signum: signal.getsignal(signum) for signum in IGNORED}
     for name in ("quit", "reload"):
         monkeypatch.setattr(SysHandler, name, getattr(SysHandler, name))
     handler: Any = SysHandler.__new__(SysHandler)  # without its signal handlers, and without circus to reload
-    handle_signals()
-    handler.handle_hup()
+    try:
+        handle_signals()
+        handler.handle_hup()
+        for signum in IGNORED:
+            signal.raise_signal(signum)
+    finally:
+        for signum, action in previous.items():
+            signal.signal(signum, action)
     assert caplog.messages == [
-        "SIGHUP is ignored: settings are read at the start only. Restart the service to change them"
+        f"{name} is ignored. To change settings, restart the service"
+        for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM")
     ]
 
 
