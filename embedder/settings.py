@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
@@ -17,6 +17,8 @@ METRICS_FOLDER, PROMETHEUS_FOLDER = "QWEN3_VL_EMBEDDING_METRICS", "PROMETHEUS_MU
 WeightFormat = Literal["int8", "fp8"]
 MAX_SECONDS = 86_400.0  # much longer times overflow the timers of the system
 MAX_THREADS = 4096
+MAX_SHOWN_CHARS = 60  # of a value that is not allowed
+_UNITS = {"bytes": " of bytes", "s": " of seconds"}  # by the end of a setting's name
 _URL_HOST = r"(https?://)?(\*|(\*\.)?[A-Za-z0-9._-]+)(:[0-9]{1,5})?"
 _URL_HOSTS = rf"^({_URL_HOST}( *, *{_URL_HOST})*)?$"
 
@@ -175,6 +177,7 @@ class Settings(BaseModel):
     url_hosts: str = Field(
         "",
         pattern=_URL_HOSTS,
+        examples=["a.com, *.b.com, http://c.com:8080", "*"],
         description="Hosts of allowed URLs, such as `a.com, *.b.com, http://c.com:8080`, or `*`; empty: none.",
     )
     url_timeout_s: float = Field(
@@ -261,7 +264,7 @@ class Settings(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             faults = [_fault(dict(fault)) for fault in error.errors()]
-            raise ValueError("; ".join(faults)) from error
+            raise ValueError("; ".join(dict.fromkeys(faults))) from error  # each kind that a value may have is a fault
 
 
 def make_metrics_folder() -> None:
@@ -320,7 +323,33 @@ def _fault(fault: dict[str, object]) -> str:
     location = fault["loc"]
     if not isinstance(location, tuple) or not location:  # of a check of several settings, whose message is all
         return str(fault["msg"]).removeprefix("Value error, ")
-    return f"{PREFIX}{str(location[0]).upper()}={fault['input']!r}: {fault['msg']}"
+    name, value = str(location[0]), str(fault["input"])
+    shown = repr(value if len(value) <= MAX_SHOWN_CHARS else f"{value[:MAX_SHOWN_CHARS]}..")
+    schema = Settings.model_json_schema()["properties"][name]
+    allowed = [_allowed(kind, _UNITS.get(name.rpartition("_")[2], "")) for kind in schema.get("anyOf", [schema])]
+    return f"{PREFIX}{name.upper()}={shown}; allowed: {', or '.join(filter(None, allowed))}"
+
+
+def _allowed(schema: dict[str, Any], unit: str) -> str:
+    """The values that a JSON schema allows, in words. Empty for null, which has no text."""
+    match schema:
+        case {"const": value}:
+            return str(value)
+        case {"enum": [*values]}:
+            return ", ".join(values)
+        case {"type": "boolean"}:
+            return "true, false"
+        case {"type": "integer" | "number" as kind}:
+            words = (("minimum", "at least"), ("exclusiveMinimum", "more than"), ("maximum", "at most"))
+            bounds = [
+                f"{word} {schema[key]:g}" if kind == "number" else f"{word} {schema[key]}"
+                for key, word in words
+                if key in schema
+            ]
+            return f"a {'whole ' * (kind == 'integer')}number{unit}, {' and '.join(bounds)}"
+        case {"examples": [*values]}:
+            return f"values such as {' and '.join(repr(value) for value in values)}"
+    return ""
 
 
 FIRST_OF_TOPIC = {  # settings are declared by topic
