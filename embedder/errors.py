@@ -12,6 +12,7 @@ EmbedderError
         RequestTooLarge
         MediaTooLarge
         UnsupportedContentType
+        RangeNotSatisfiable
         HeadTooLarge
     UnsupportedTransferCoding   the caller changes the request
     MediaUnavailable            the owner of a URL acts
@@ -37,6 +38,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 ErrorType = Literal["invalid_request", "unavailable", "server_error"]
@@ -51,6 +53,7 @@ class EmbedderError(Exception):
     type: ClassVar[ErrorType] = "server_error"
     code: ClassVar[str] = "internal_error"
     remedy: ClassVar[str] = "Look up the response's `x-request-id` in the service's log, and report it."
+    headers: Mapping[str, str] = MappingProxyType({})  # of the response
 
     def __init__(self, message: str, *, item: int | None = None) -> None:
         """`item`: index of the item in its request; filled in where the index is known."""
@@ -62,11 +65,6 @@ class EmbedderError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.item is None else f"item {self.item}: {self.message}"
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Headers of the response that go with this error."""
-        return {}
 
 
 class InvalidRequest(EmbedderError):
@@ -84,10 +82,7 @@ class InvalidKey(InvalidRequest):
     status = 401
     code = "invalid_api_key"
     remedy = "Check the key, or get a new one from the operator."
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"www-authenticate": 'Bearer error="invalid_token"'}
+    headers = MappingProxyType({"www-authenticate": 'Bearer error="invalid_token"'})
 
 
 class MissingKey(InvalidRequest):
@@ -96,10 +91,7 @@ class MissingKey(InvalidRequest):
     status = 401
     code = "missing_api_key"
     remedy = "Send a key as `Authorization: Bearer <key>` or `x-api-key: <key>`."
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"www-authenticate": "Bearer"}
+    headers = MappingProxyType({"www-authenticate": "Bearer"})
 
 
 class NotFound(InvalidRequest):
@@ -120,11 +112,7 @@ class MethodNotAllowed(InvalidRequest):
     def __init__(self, message: str, *, allow: str) -> None:
         """`allow`: the methods that the path takes, for the `Allow` header (RFC 9110)."""
         super().__init__(message)
-        self.allow = allow
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"allow": self.allow}
+        self.headers = {"allow": allow}
 
 
 class InvalidMedia(InvalidRequest):
@@ -169,11 +157,20 @@ class UnsupportedContentType(InvalidRequest):
     def __init__(self, message: str, *, accept_encoding: str = "") -> None:
         """`accept_encoding`: the allowed codings, if the body has another one (RFC 9110, section 15.5.16)."""
         super().__init__(message)
-        self.accept_encoding = accept_encoding
+        self.headers = {"accept-encoding": accept_encoding} if accept_encoding else {}
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"accept-encoding": self.accept_encoding} if self.accept_encoding else {}
+
+class RangeNotSatisfiable(InvalidRequest):
+    """The file has none of the bytes that the header `Range` asks for."""
+
+    status = 416
+    code = "range_not_satisfiable"
+    remedy = "Ask for bytes within the size that the header `Content-Range` names."
+
+    def __init__(self, message: str, *, content_range: str) -> None:
+        """`content_range`: `bytes */N`, with the file's size N (RFC 9110, section 15.5.17)."""
+        super().__init__(message)
+        self.headers = {"content-range": content_range}
 
 
 class HeadTooLarge(InvalidRequest):
@@ -222,10 +219,7 @@ class Overloaded(EmbedderError):
         """`retry_after_s`: estimated seconds until there is capacity again."""
         super().__init__(message, item=item)
         self.retry_after_s = retry_after_s
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"retry-after": str(math.ceil(self.retry_after_s))}
+        self.headers = {"retry-after": str(math.ceil(retry_after_s))}
 
 
 class SystemLimitReached(Overloaded):

@@ -17,6 +17,7 @@ timing              response headers that say where the time went
 document_pages      a document in a request -> the embeddings of its pages
 uploads             images sent as files: forms, and bodies that are an image
 batches             OpenAI's files and batches
+byte_ranges         requests for parts of a file
 playground_routes   the playground: its files, its collection, and reranking
 request_body        options and error messages of all request bodies
 response            vectors, usage and errors in response bodies

@@ -162,7 +162,7 @@ class _Document:
 
 
 class DocumentTurns:
-    """Chooses which request gets a free reader, for one page: fair queueing of callers and requests, as `Scheduler` does.
+    """Chooses which request gets a free reader, for one page: fair queueing of callers and their requests.
 
     A request is expected to take as long as its last turn. So one that has just arrived goes before those whose pages
     take long. A turn begins only if fewer than `MAX_RENDERED_PAGES` are in memory. For one event loop.

@@ -18,6 +18,7 @@ from embedder.errors import (
     MethodNotAllowed,
     NotFound,
     NotReady,
+    RangeNotSatisfiable,
     RequestTooLarge,
     UnsupportedContentType,
 )
@@ -140,6 +141,12 @@ def error_from_response(scope: Scope, start: Message, body: bytes) -> EmbedderEr
             return RequestTooLarge(_message(status, body))
         case 415:
             return UnsupportedContentType(_message(status, body))
+        case 416:
+            content_range = dict(start.get("headers", ())).get(b"content-range", b"").decode("latin-1")
+            return RangeNotSatisfiable(
+                f"range: the file has no such bytes; its size is {content_range.rpartition('/')[2]}",
+                content_range=content_range,
+            )
         case 503:
             return NotReady("the service is not ready")
     if status >= 500:

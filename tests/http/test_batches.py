@@ -297,6 +297,14 @@ def test_disk_that_fails_during_a_request_is_an_error_of_the_service(
     assert "a request for files or batches failed: [Errno 20] Not a directory" in caplog.text
 
 
+def test_part_of_a_file_is_sent(store: BatchStore) -> None:
+    app = Starlette(routes=BatchRoutes(store, [ENDPOINT], lambda _: OWNER).routes())
+    file = store.add_file(OWNER, LINES, "in.jsonl")
+    with TestClient(app) as client:
+        part = client.get(f"/v1/files/{file['id']}/content", headers={"range": "bytes=2-5,999999-"})
+    assert (part.status_code, part.content) == (206, LINES[2:6])
+
+
 def test_folder_that_cannot_be_read_is_tried_again(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
     identifier = add(store)
     errors = iter([OSError(errno.EIO, "the disk failed")] * 3)

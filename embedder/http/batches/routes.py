@@ -16,6 +16,7 @@ from starlette.routing import Route
 from embedder.engine.callers import CALLER
 from embedder.errors import InvalidRequest, StorageFailed
 from embedder.http.batches.store import BatchStore
+from embedder.http.byte_ranges import correct_range
 from embedder.http.request_body import RequestBody, read_json, validate_body
 from embedder.http.response import json_response, to_json
 from embedder.http.uploads import FORM, form_with_file
@@ -97,7 +98,9 @@ class BatchRoutes:
 
     async def _content(self, request: Request) -> Response:
         path = await _in_thread(self.store.content, CALLER.get(), request.path_params["id"])
-        return FileResponse(path, media_type="application/jsonl")
+        status = await _in_thread(path.stat)
+        correct_range(request.scope, status.st_size)
+        return FileResponse(path, media_type="application/jsonl", stat_result=status)
 
     async def _add_batch(self, request: Request) -> Response:
         body = validate_body(BatchBody, read_json((await request.receive())["body"]))
