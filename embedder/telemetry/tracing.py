@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_ITEMS_WITH_SPANS = 32  # the slowest of a request; the exporter's queue holds 2048 spans
+LAST_SPANS_S = 2.0  # for sending them at a stop; a collector that does not respond would delay it by its timeout, 10 s
 
 
 def is_traced() -> bool:
@@ -110,14 +112,23 @@ class TracingMiddleware:
             _end(span, status, traces)
 
     async def _handle_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the last spans before shutdown completes: no exit handler runs after that."""
+        """Send the last spans before shutdown completes, for `LAST_SPANS_S`: no exit handler runs after that."""
 
         async def watch(message: Message) -> None:
             if message["type"].startswith("lifespan.shutdown"):
-                await asyncio.to_thread(self.provider.shutdown)
+                await asyncio.to_thread(self._send_last_spans)
             await send(message)
 
         await self.app(scope, receive, watch)
+
+    def _send_last_spans(self) -> None:
+        sending = threading.Thread(
+            target=self.provider.shutdown, daemon=True
+        )  # the process ends without waiting for it
+        sending.start()
+        sending.join(LAST_SPANS_S)
+        if sending.is_alive():
+            logger.warning("the last spans are lost: they were not sent within %g s of the stop", LAST_SPANS_S)
 
     def _begin(self, scope: Scope, route: str) -> Span:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}

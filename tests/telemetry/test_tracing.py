@@ -16,7 +16,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import StatusCode
@@ -24,6 +24,7 @@ from opentelemetry.trace import StatusCode
 from embedder.engine.aio import embed_each
 from embedder.engine.engine import Engine
 from embedder.errors import DeadlineExceeded
+from embedder.telemetry import tracing
 from embedder.telemetry.tracing import MAX_ITEMS_WITH_SPANS, TracingMiddleware, is_traced
 from tests.conftest import start_server
 from tests.fake_model import FakeModel, item, running
@@ -150,6 +151,33 @@ def test_without_the_exporter_nothing_is_traced_and_the_log_says_why(
     with caplog.at_level(logging.WARNING):
         assert not is_traced()
     assert "OTEL_EXPORTER_OTLP_ENDPOINT is set, but traces are not sent: install the extra `tracing`" in caplog.text
+
+
+def test_collector_that_does_not_respond_delays_a_stop_for_a_limited_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracing, "LAST_SPANS_S", 0.01)
+    responds = threading.Event()
+
+    class Hanging(InMemorySpanExporter):
+        def export(self, spans: Any) -> Any:
+            responds.wait(30)
+            return super().export(spans)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    sent: list[str] = []
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(Hanging()))
+    provider.get_tracer("test").start_span("POST /embed").end()
+    asyncio.run(TracingMiddleware(app, ["/embed"], "0", provider)({"type": "lifespan"}, None, send))  # type: ignore[arg-type]
+    assert sent == ["lifespan.shutdown.complete"]
+    assert caplog.messages == ["the last spans are lost: they were not sent within 0.01 s of the stop"]
+    responds.set()
 
 
 @pytest.fixture
