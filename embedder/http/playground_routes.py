@@ -85,7 +85,9 @@ class PlaygroundRoutes:
         ]
 
     async def _collection(self, _: Request) -> Response:
-        return json_response(to_json(self._collection_served().fields()), HEADERS)
+        collection = self._collection_served()
+        body = await asyncio.to_thread(lambda: to_json(collection.fields()))  # up to 22 MB
+        return json_response(body, HEADERS)
 
     async def _thumbnail(self, request: Request) -> Response:
         index = request.path_params["index"]
