@@ -46,6 +46,11 @@ ErrorType = Literal["invalid_request", "unavailable", "server_error"]
 CLIENT_CLOSED_REQUEST = 499  # status in logs and metrics of a request whose caller has disconnected, as in nginx
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and a noun for a message, such as `1 image` or `2 images`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class EmbedderError(Exception):
     """An unexpected error inside the service."""
 

@@ -22,6 +22,7 @@ from embedder.errors import (
     ModelUnavailable,
     Overloaded,
     ShuttingDown,
+    counted,
     errors_table,
     system_limit,
 )
@@ -40,6 +41,11 @@ def test_tree_in_the_docstring_matches_the_classes() -> None:
         ancestors[depth:] = [name]
         drawn[name] = ancestors[depth - 1] if depth else "Exception"
     assert drawn == {name: kind.__base__.__name__ for name, kind in CLASSES.items() if kind.__base__}
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 items"), (1, "1 item"), (2, "2 items")])
+def test_count_in_a_message_is_singular_or_plural(number: int, text: str) -> None:
+    assert counted(number, "item") == text
 
 
 def test_every_class_has_a_code_of_its_own() -> None:

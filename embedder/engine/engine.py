@@ -29,7 +29,7 @@ from embedder.engine.observer import ItemOutcome, ItemTrace, Observer, begin_tra
 from embedder.engine.postprocess import Embedding, finish_vectors
 from embedder.engine.preprocess_workers import Fetch, Preprocess, PreprocessWorkers
 from embedder.engine.scheduler import NO_DELAY, ON_CPU, BatchLength, Scheduler
-from embedder.errors import DeviceFailed, DeviceOutOfMemory, EmbedderError, ShuttingDown, without_traceback
+from embedder.errors import DeviceFailed, DeviceOutOfMemory, EmbedderError, ShuttingDown, counted, without_traceback
 from embedder.inputs.fetch import Fetcher
 from embedder.inputs.items import EmbeddingItem
 from embedder.inputs.pairs import Query, is_short
@@ -385,7 +385,7 @@ class Engine:
             self.failure = reason
             jobs = list(self._pending)
             self._end_threads()
-        logger.critical("the engine stops with %d items pending: %s", len(jobs), reason)
+        logger.critical("the engine stops with %s pending: %s", counted(len(jobs), "item"), reason)
         self._resolve(*((job, device_failed()) for job in jobs))
         if self._on_failure:
             self._on_failure(reason)

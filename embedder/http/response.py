@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from embedder.engine.postprocess import Embedding, to_base64
-from embedder.errors import EmbedderError, ErrorType
+from embedder.errors import EmbedderError, ErrorType, counted
 from embedder.http.request_body import EncodingFormat
 
 Vector = list[float] | str
@@ -58,7 +58,7 @@ def usage_fields(embeddings: Mapping[int, Embedding], limit: int) -> dict[str, A
     if cut:
         fields["warnings"] = [
             f"item {index}: got {one.num_tokens + one.num_cut_tokens} tokens; allowed: {limit}; "
-            f"{one.num_cut_tokens} tokens of its text were cut"
+            f"its text was cut by {counted(one.num_cut_tokens, 'token')}"
             for index, one in cut.items()
         ]
     return fields

@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from embedder.errors import InvalidRequest, RequestTooLarge
+from embedder.errors import InvalidRequest, RequestTooLarge, counted
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -52,7 +52,8 @@ async def upload_fields(
     media_type, _ = parse_options_header(content_type)
     if media_type.decode("latin-1") != FORM:
         return {**options.values, name: [body]}
-    fields = await _form(content_type, body, max_items)
+    allowed = f"{counted(max_items, 'image')} (EMBEDDER_MAX_ITEMS_PER_REQUEST)"
+    fields = await _form(content_type, body, max_items, allowed)
     return {**options.values, **fields.values}
 
 
@@ -61,21 +62,22 @@ async def form_with_file(content_type: str, body: bytes) -> tuple[dict[str, list
 
     Raises `InvalidRequest` and `RequestTooLarge`.
     """
-    fields = await _form(content_type, body, max_items=1)
+    fields = await _form(content_type, body, 1, "one file")
     return fields.values, fields.file_name
 
 
-async def _form(content_type: str, body: bytes, max_items: int) -> _Fields:
+async def _form(content_type: str, body: bytes, max_items: int, allowed: str) -> _Fields:
+    """The fields of a form with up to `max_items` files, which are `allowed`, in words."""
     _, parameters = parse_options_header(content_type)
     boundary = parameters.get(b"boundary", b"")
     if not boundary:
         raise InvalidRequest(f"content type: got {content_type[:60]!r}; allowed: {FORM} with a boundary")
     fields = _Fields()
+    arguments = (body, boundary, max_items, allowed, fields)
     if len(body) <= INLINE_BYTES:
-        _read_form(body, boundary, max_items, fields)
+        _read_form(*arguments)
     else:
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(_THREAD, _read_form, body, boundary, max_items, fields)
+        await asyncio.get_running_loop().run_in_executor(_THREAD, _read_form, *arguments)
     return fields
 
 
@@ -92,13 +94,10 @@ class _Fields:
             self.values.setdefault(name.removesuffix("[]"), []).append(value)
 
 
-def _read_form(body: bytes, boundary: bytes, max_items: int, fields: _Fields) -> None:
+def _read_form(body: bytes, boundary: bytes, max_items: int, allowed: str, fields: _Fields) -> None:
     max_parts = max_items + MAX_OPTIONS
     if body.count(b"\r\n--" + boundary) > max_parts:
-        raise RequestTooLarge(
-            f"a form of more than {max_parts} parts; allowed: {max_items} images (EMBEDDER_MAX_ITEMS_PER_REQUEST) and "
-            f"{MAX_OPTIONS} options"
-        )
+        raise RequestTooLarge(f"a form of more than {max_parts} parts; allowed: {allowed} and {MAX_OPTIONS} options")
     reader = _PartReader(fields)
     try:
         parser = MultipartParser(

@@ -187,7 +187,7 @@ class Preprocessor:
         num_tokens = sum(len(one.pixels) for one in patches) // self.vision.merge_size**2
         if num_tokens > self.settings.max_input_tokens:
             raise InputTooLong(
-                f"{num_tokens} tokens of the first {len(patches)} images and videos, which cannot be cut; "
+                f"{num_tokens} tokens of images and videos (the first {len(patches)}), which cannot be cut; "
                 f"allowed: {self.settings.max_input_tokens} (EMBEDDER_MAX_INPUT_TOKENS)"
             )
 

@@ -297,6 +297,23 @@ def test_disk_that_fails_during_a_request_is_an_error_of_the_service(
     assert "a request for files or batches failed: [Errno 20] Not a directory" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("files", "purposes", "kind", "message"),
+    [
+        (2, ["batch"], InvalidRequest, "file: got 2; allowed: one"),
+        (1, ["batch"] * 2, InvalidRequest, "purpose: got 2; allowed: one"),
+        (60, ["batch"], RequestTooLarge, "a form of more than 51 parts; allowed: one file and 50 options"),
+    ],
+)
+def test_a_form_has_one_file_and_one_purpose(
+    files: int, purposes: list[str], kind: type[Exception], message: str, store: BatchStore
+) -> None:
+    app = Starlette(routes=BatchRoutes(store, [ENDPOINT], lambda _: OWNER).routes())
+    form = {"files": [("file", ("in.jsonl", LINES))] * files, "data": {"purpose": purposes}}
+    with TestClient(app) as client, pytest.raises(kind, match=f"^{message}$"):
+        client.post("/v1/files", **form)
+
+
 def test_part_of_a_file_is_sent(store: BatchStore) -> None:
     app = Starlette(routes=BatchRoutes(store, [ENDPOINT], lambda _: OWNER).routes())
     file = store.add_file(OWNER, LINES, "in.jsonl")

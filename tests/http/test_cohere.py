@@ -100,7 +100,7 @@ def test_response_has_a_list_for_each_type_and_the_billed_units() -> None:
         "api_version": {"version": "2"},
         "billed_units": {"input_tokens": 70, "image_tokens": 30, "images": 2},
         "tokens": {"input_tokens": 100},
-        "warnings": ["item 1: got 65 tokens; allowed: 60; 5 tokens of its text were cut"],
+        "warnings": ["item 1: got 65 tokens; allowed: 60; its text was cut by 5 tokens"],
     }
 
 

@@ -110,7 +110,7 @@ def test_response_has_a_result_for_each_item() -> None:
         ],
         "model": "the model",
         "usage": {"prompt_tokens": 105, "total_tokens": 105},
-        "warnings": ["item 2: got 103 tokens; allowed: 100; 3 tokens of its text were cut"],
+        "warnings": ["item 2: got 103 tokens; allowed: 100; its text was cut by 3 tokens"],
     }
 
 

@@ -174,7 +174,7 @@ def test_response_has_openais_form() -> None:
         ],
         "model": "the model",
         "usage": {"prompt_tokens": 151, "total_tokens": 151, "completion_tokens": 0},
-        "warnings": ["item 1: got 105 tokens; allowed: 101; 4 tokens of its text were cut"],
+        "warnings": ["item 1: got 105 tokens; allowed: 101; its text was cut by 4 tokens"],
     }
 
 

@@ -94,7 +94,7 @@ def test_tokens_of_all_items_are_counted() -> None:
 
 def test_warnings_name_each_item_whose_text_was_cut() -> None:
     body = answer(embedding(), embedding(num_tokens=100, num_cut_tokens=23), embedding(), limit=100)
-    assert body["warnings"] == ["item 1: got 123 tokens; allowed: 100; 23 tokens of its text were cut"]
+    assert body["warnings"] == ["item 1: got 123 tokens; allowed: 100; its text was cut by 23 tokens"]
     assert "warnings" not in answer(embedding())
 
 

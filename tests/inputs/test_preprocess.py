@@ -357,7 +357,7 @@ def test_image_that_does_not_fit_is_refused(make: Make) -> None:
 
 def test_images_are_not_decoded_once_the_item_is_too_long(make: Make) -> None:
     large = Image(picture(256, 256))  # 64 tokens
-    with pytest.raises(InputTooLong, match=r"^128 tokens of the first 2 images and videos, .*; allowed: 64 \(EMB"):
+    with pytest.raises(InputTooLong, match=r"^128 tokens of images and videos \(the first 2\), .*; allowed: 64 \(EMB"):
         make(max_input_tokens=64)(EmbeddingItem((large, large, Image(b"no picture"))))
 
 

@@ -392,7 +392,7 @@ def test_worker_that_loses_its_device_responds_and_exits(
     assert (response.status_code, body["code"], body["item"]) == (500, "device_failed", None)
     assert httpx.get(f"{server.url}/readyz", timeout=5).status_code == 503
     assert server.process.wait(60) != 0
-    assert "stops with 1 items pending: the device failed: AcceleratorError" in server.log.read_text()
+    assert "stops with 1 item pending: the device failed: AcceleratorError" in server.log.read_text()
 
 
 COSTLY = {"items": [{f"instructio{number}{place}": 1 for place in range(5)} for number in range(2048)]}

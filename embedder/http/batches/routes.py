@@ -14,7 +14,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from embedder.engine.callers import CALLER
-from embedder.errors import InvalidRequest, StorageFailed
+from embedder.errors import InvalidRequest, StorageFailed, counted
 from embedder.http.batches.store import BatchStore
 from embedder.http.byte_ranges import correct_range
 from embedder.http.request_body import RequestBody, read_json, validate_body
@@ -74,6 +74,8 @@ class BatchRoutes:
         if content_type.partition(";")[0].strip().lower() != FORM:
             raise InvalidRequest(f"content type: got {content_type[:60]!r}; allowed: {FORM} with purpose and file")
         values, name = await form_with_file(content_type, (await request.receive())["body"])
+        if repeated := [name for name in ("file", "purpose") if len(values.get(name, ())) > 1]:
+            raise InvalidRequest(f"{repeated[0]}: got {len(values[repeated[0]])}; allowed: one")
         content = (values.get("file") or [""])[-1]
         if not isinstance(content, bytes) or not content:
             raise InvalidRequest("file: missing; send a JSON Lines file in the field `file`")
@@ -183,7 +185,8 @@ def _checked(metadata: Mapping[str, str]) -> Mapping[str, str]:
         len(text) > MAX_METADATA_CHARS for pair in metadata.items() for text in pair
     ):
         raise InvalidRequest(
-            f"metadata: got {len(metadata)} pairs; allowed: {MAX_METADATA} of up to {MAX_METADATA_CHARS} characters"
+            f"metadata: got {counted(len(metadata), 'pair')}; allowed: {MAX_METADATA} of up to {MAX_METADATA_CHARS} "
+            "characters"
         )
     for pair in metadata.items():
         for text in pair:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, Field, StrictInt
 
 from embedder.engine.postprocess import Embedding
-from embedder.errors import InvalidRequest, NotFound
+from embedder.errors import InvalidRequest, NotFound, counted
 from embedder.http.dialects.dialect import Dialect, ServedModel
 from embedder.http.dialects.messages import item_from_string
 from embedder.http.request_body import RequestBody, check_item_count, parse_each, validate_body
@@ -85,7 +85,7 @@ def parse_infer(body: Mapping[str, Any], settings: Settings) -> InferItems:
     refuse_unknown(options, _OPTIONS)
     data = _flat(tensor.data)
     if not data or _num_values(tensor.shape, len(data)) != len(data):
-        raise InvalidRequest(f"inputs: got {len(data)} values for the shape {describe_value(tensor.shape)}")
+        raise InvalidRequest(f"inputs: got {counted(len(data), 'value')} for the shape {describe_value(tensor.shape)}")
     check_item_count(len(data), settings)
 
     def to_item(value: Any) -> EmbeddingItem:
