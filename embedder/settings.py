@@ -372,8 +372,14 @@ def settings_table() -> str:
             rows += ["", f"## {FIRST_OF_TOPIC[name]}", "", "| variable | default | meaning |", "|---|---|---|"]
         default = "cores, at most 16" if name == "preprocess_threads" else field.default
         shown = f"`{default}`" if default not in ("", None) else "empty"
+        if name.endswith("_bytes") and default:
+            shown += f" ({_in_binary_units(field.default)})"
         rows.append(f"| `{PREFIX}{name.upper()}` | {shown} | {field.description} |")
     return "\n".join(rows).strip()
+
+
+def _in_binary_units(num_bytes: int) -> str:
+    return f"{num_bytes // 2**30} GiB" if num_bytes % 2**30 == 0 else f"{num_bytes / 2**20:g} MiB"
 
 
 if __name__ == "__main__":

@@ -185,6 +185,15 @@ def test_workers_are_assigned_to_the_gpus_round_robin(
 def test_table_has_every_setting_under_its_topic() -> None:
     table = settings_table()
     assert re.findall(r"^\| `EMBEDDER_(\w+)`", table, re.MULTILINE) == [name.upper() for name in Settings.model_fields]
+    sizes = dict(re.findall(r"^\| `EMBEDDER_(\w+)_BYTES` \| `\d+` \((.+?)\) \|", table, re.MULTILINE))
+    assert sizes == {
+        "VISION_CACHE": "1 GiB",
+        "MAX_BODY": "64 MiB",
+        "MAX_HELD": "1 GiB",
+        "MAX_IMAGE": "20 MiB",
+        "MAX_VIDEO": "48 MiB",
+        "MAX_BATCH": "10 GiB",
+    }
     assert re.findall(r"^## (.+)$", table, re.MULTILINE) == list(FIRST_OF_TOPIC.values())
 
 
