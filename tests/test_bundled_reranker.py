@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from benchmarks.quality.drawing_data import drawings_of_the_demo
+from benchmarks.drawings import drawings_of_the_demo
 from embedder import Embedder, Reranker
 from embedder.model.checkpoint import BUNDLED_RERANKER
 from tests.conftest import Server, encoded, picture

@@ -19,11 +19,11 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from benchmarks import output_types, report
+from benchmarks.drawings import drawing_sheet, drawings_of_the_demo
 from benchmarks.output_types import recalls
 from benchmarks.quality import neighbors
 from benchmarks.quality.ablation_plot import plot
 from benchmarks.quality.color_data import COLORS, NAMES, swatch
-from benchmarks.quality.drawing_data import drawing_sheet, drawings_of_the_demo
 from benchmarks.quality.targets import name_of
 from embedder import Embedder
 from embedder.inputs.prompt import QUERY_INSTRUCTION

@@ -11,8 +11,8 @@ import PIL.Image
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from benchmarks.drawings import drawings_of_the_demo
 from benchmarks.quality.color_data import NAMES, swatch
-from benchmarks.quality.drawing_data import drawings_of_the_demo
 from embedder import Embedder
 
 ALLOWED = 1e-6  # largest difference of a value in float32

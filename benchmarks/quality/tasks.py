@@ -11,8 +11,8 @@ from datasets import Dataset
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
+from benchmarks.drawings import drawings_of_the_demo
 from benchmarks.quality.color_data import COLORS, NAMES, color_differences, swatch
-from benchmarks.quality.drawing_data import drawings_of_the_demo
 from embedder import __version__
 
 ALIKE = 5.0  # CIEDE2000; below it, two colors differ visibly but look similar

@@ -20,9 +20,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.drawings import drawings_of_the_demo
 from benchmarks.quality import ablations, colors, neighbors, reranking, suite
 from benchmarks.quality.color_data import COLORS, NAMES, ciede2000
-from benchmarks.quality.drawing_data import drawings_of_the_demo
 from benchmarks.quality.local_schema import Client, Endpoint, LocalService, read_models
 from benchmarks.quality.mteb_model import EmbedderModel, instruction_for, items_of, preprocessing_of
 from benchmarks.quality.published import MMTEB
