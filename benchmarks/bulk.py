@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
+import PIL.ImageChops
 import psutil
 import pyarrow as pa
 import pyarrow.dataset
@@ -33,10 +32,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from benchmarks import report
+from benchmarks.drawings import drawings_of_the_demo
 from embedder import Embedder
 from embedder.bulk.worker import PARTS_AT_ONCE
 
-DEMO = Path(__file__).parents[1] / "embedder" / "demo"
 MAX_DIFFERENCE = 1e-6
 NUM_PARTS = 80
 
@@ -112,20 +111,17 @@ def _library(items: list[dict[str, Any]]) -> tuple[NDArray[np.float32], float]:
 
 def _rows(count: int) -> pa.Table:
     """Alternately a drawing, shifted so that each is different, and a name with a number."""
-    sheet_of = json.loads((DEMO / "drawings.json").read_text(encoding="utf-8"))
-    side, columns, drawings = sheet_of["tile_pixels"], sheet_of["columns"], sheet_of["drawings"]
+    names, drawings = drawings_of_the_demo()
     texts: list[str | None] = []
     images: list[bytes | None] = []
-    with PIL.Image.open(DEMO / sheet_of["sheet"]) as opened:
-        sheet = opened.convert("RGB")
     for row in range(count):
         place, turn = row // 2 % len(drawings), row // 2 // len(drawings)
-        left, top = place % columns * side + turn % 7, place // columns * side + turn // 7
         buffer = io.BytesIO()
         if row % 2 == 0:
-            sheet.crop((left, top, left + side, top + side)).save(buffer, "PNG", compress_level=1)
+            shifted = PIL.ImageChops.offset(drawings[place], turn % 7, turn // 7)
+            shifted.save(buffer, "PNG", compress_level=1)
         images.append(buffer.getvalue() or None)
-        texts.append(None if row % 2 == 0 else f"{drawings[place]['name']} {turn}")
+        texts.append(None if row % 2 == 0 else f"{names[place]} {turn}")
     return pa.table({"id": range(count), "text": pa.array(texts, pa.string()), "image": pa.array(images, pa.binary())})
 
 

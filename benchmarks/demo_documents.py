@@ -8,7 +8,6 @@ because the bundled model embeds a page in about 200x250 pixels and reads no tex
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import zlib
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from pathlib import Path
 
 import PIL.Image
 
-DEMO = Path(__file__).parents[1] / "embedder" / "demo"
+from benchmarks.drawings import drawings_of_the_demo
+
 WIDTH, HEIGHT = 480, 480  # points
 DRAWING = 400
 YEARS = range(2021, 2026)
@@ -24,9 +24,7 @@ YEARS = range(2021, 2026)
 
 def drawing_names(num_documents: int, num_pages: int) -> list[list[str]]:
     """The subject of each page of each document."""
-    names = [
-        drawing["name"] for drawing in json.loads((DEMO / "drawings.json").read_text(encoding="utf-8"))["drawings"]
-    ]
+    names, _ = drawings_of_the_demo()
     return [names[start * num_pages : (start + 1) * num_pages] for start in range(num_documents)]
 
 
@@ -34,16 +32,12 @@ def write_documents(folder: Path, num_documents: int = 20, num_pages: int = 10) 
     """Write `report-01.pdf` and so on. Returns the subject of each page of each document."""
     folder.mkdir(parents=True, exist_ok=True)
     subjects = drawing_names(num_documents, num_pages)
-    sheet_of = json.loads((DEMO / "drawings.json").read_text(encoding="utf-8"))
-    side, columns = sheet_of["tile_pixels"], sheet_of["columns"]
-    with PIL.Image.open(DEMO / sheet_of["sheet"]) as opened:
-        sheet = opened.convert("RGB")
+    _, drawings = drawings_of_the_demo()
     for document, names in enumerate(subjects):
         pages = []
         for page, name in enumerate(names):
             place = document * num_pages + page
-            left, top = place % columns * side, place // columns * side
-            pages.append((page_content(name, place), sheet.crop((left, top, left + side, top + side))))
+            pages.append((page_content(name, place), drawings[place]))
         (folder / f"report-{document + 1:02}.pdf").write_bytes(make_pdf(pages))
     return subjects
 

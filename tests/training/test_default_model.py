@@ -1,6 +1,5 @@
 """The bundled model has the recall that its model card states, measured with `Embedder` and without downloads."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,12 +8,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.drawings import drawings_of_the_demo
 from embedder import Embedder
 from training.data import COLOR_NAMES, COLORS
 from training.evaluate import Meter, color_rows
 
 PACKAGE = Path(__file__).parents[2] / "embedder"
-DEMO = json.loads((PACKAGE / "demo" / "drawings.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +23,13 @@ def embedder() -> Iterator[Embedder]:
 
 
 @pytest.fixture(scope="module")
-def tiles() -> list[Image.Image]:
-    with Image.open(PACKAGE / "demo" / DEMO["sheet"]) as sheet:
-        side, columns = DEMO["tile_pixels"], DEMO["columns"]
-        corners = [(n % columns * side, n // columns * side) for n in range(len(DEMO["drawings"]))]
-        return [sheet.crop((left, top, left + side, top + side)) for left, top in corners]
-
-
-@pytest.fixture(scope="module")
-def drawing_vectors(embedder: Embedder, tiles: list[Image.Image]) -> NDArray[np.float32]:
-    return np.stack(embedder.embed(tiles))
+def drawing_vectors(embedder: Embedder) -> NDArray[np.float32]:
+    return np.stack(embedder.embed(drawings_of_the_demo()[1]))
 
 
 @pytest.fixture(scope="module")
 def name_vectors(embedder: Embedder) -> NDArray[np.float32]:
-    return np.stack(embedder.embed([drawing["name"] for drawing in DEMO["drawings"]]))
+    return np.stack(embedder.embed(drawings_of_the_demo()[0]))
 
 
 def recall(queries: NDArray[np.float32], gallery: NDArray[np.float32], at: int) -> float:
@@ -86,17 +77,14 @@ def test_64_dimensions_lose_little(name_vectors: NDArray[np.float32], drawing_ve
 
 
 @pytest.mark.slow
-def test_drawings_are_found_at_other_sizes(
-    embedder: Embedder, tiles: list[Image.Image], name_vectors: NDArray[np.float32]
-) -> None:
+def test_drawings_are_found_at_other_sizes(embedder: Embedder, name_vectors: NDArray[np.float32]) -> None:
     for side in (64, 192):
-        vectors = np.stack(embedder.embed([tile.resize((side, side)) for tile in tiles[::4]]))
+        resized = [drawing.resize((side, side)) for drawing in drawings_of_the_demo()[1][::4]]
+        vectors = np.stack(embedder.embed(resized))
         assert recall(name_vectors[::4], vectors, 5) >= 0.98
 
 
-def test_clip_of_a_drawing_is_near_its_name(
-    embedder: Embedder, tiles: list[Image.Image], name_vectors: NDArray[np.float32]
-) -> None:
-    clips = [{"video": [tile] * 4} for tile in tiles[::8]]
+def test_clip_of_a_drawing_is_near_its_name(embedder: Embedder, name_vectors: NDArray[np.float32]) -> None:
+    clips = [{"video": [drawing] * 4} for drawing in drawings_of_the_demo()[1][::8]]
     vectors = np.stack(embedder.embed(clips))
     assert recall(vectors, name_vectors[::8], 5) >= 0.95
