@@ -28,7 +28,7 @@ EmbedderError
     ModelUnavailable            the operator acts; the service does not start
 
 An error knows the status, type and code of its response. Routes raise; `http/boundary.py` renders; metrics read the
-code. `python -m embedder.errors` prints the table for the documentation.
+code. `docs/generate.py` writes the table of docs/reference/errors.md.
 """
 
 from __future__ import annotations
@@ -390,7 +390,3 @@ def errors_table() -> str:
     for kind in sorted(sent, key=lambda kind: (kind.status, kind.code)):
         rows.append(f"| {kind.status} | `{kind.code}` | `{kind.type}` | {kind.__doc__} | {kind.remedy} |")
     return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    print(errors_table())

@@ -380,7 +380,3 @@ def settings_table() -> str:
 
 def _in_binary_units(num_bytes: int) -> str:
     return f"{num_bytes // 2**30} GiB" if num_bytes % 2**30 == 0 else f"{num_bytes / 2**20:g} MiB"
-
-
-if __name__ == "__main__":
-    print(settings_table())

@@ -1,7 +1,7 @@
 """Prometheus metrics of the engine and of HTTP requests, served at `/metrics` and summed over the worker processes.
 
 Every label has few values: a route that embeds or ranks, or `other`, a status, an error code. The descriptions are the
-documentation: `python -m embedder.telemetry.metrics` prints them as a table for docs/reference/metrics.md.
+documentation: `docs/generate.py` writes them to docs/reference/metrics.md.
 """
 
 from __future__ import annotations
@@ -281,7 +281,3 @@ def _forget_dead_processes(folder: Path) -> None:
         except ProcessLookupError:
             with contextlib.suppress(FileNotFoundError):  # another worker removed it first
                 mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
-
-
-if __name__ == "__main__":
-    print(Metrics(()).table())
