@@ -149,37 +149,35 @@ class CollectionRoutes:
         return self._documents.read([self._index.row(row) for row in rows])
 
     async def _thumbnail(self, request: Request) -> Response:
-        self._row_id(request)
-        data = await asyncio.to_thread(self._index.thumbnail, int(request.path_params["row"]))
-        return _jpeg_response(data) if data else await self._picture(request, THUMBNAIL_PIXELS)
+        row, images = self._row(request)
+        data = await asyncio.to_thread(self._index.thumbnail, row)
+        return _jpeg_response(data) if data else await self._picture(row, images, THUMBNAIL_PIXELS)
 
     async def _page(self, request: Request) -> Response:
-        return await self._picture(request, PAGE_PIXELS)
+        return await self._picture(*self._row(request), PAGE_PIXELS)
 
-    async def _picture(self, request: Request, max_pixels: int) -> Response:
-        row_id, images = self._row_id(request)
+    async def _picture(self, row: int, images: PageImages, max_pixels: int) -> Response:
         if not self._records.exist:
-            return _jpeg_response(await asyncio.to_thread(images.render, row_id, max_pixels))
-        row = int(request.path_params["row"])
+            return _jpeg_response(await asyncio.to_thread(images.render, self._index.ids[row], max_pixels))
         load = partial(self._records.picture, self._index.row(row))
         return _jpeg_response(await asyncio.to_thread(images.render_other, f"row {row}", load, max_pixels))
 
     async def _file(self, request: Request) -> Response:
-        row_id, images = self._row_id(request)
-        path = images.source(row_id)
+        row, images = self._row(request)
+        path = images.source(self._index.ids[row])
         headers = {"x-content-type-options": "nosniff", "x-frame-options": "DENY", "referrer-policy": "no-referrer"}
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         return FileResponse(path, 200, headers, kind, filename=path.name, content_disposition_type="inline")
 
-    def _row_id(self, request: Request) -> tuple[str, PageImages]:
-        """The id of the row that the path names, and what renders it. Raises `NotFound`."""
+    def _row(self, request: Request) -> tuple[int, PageImages]:
+        """The number of the row that the path names, and what renders it. Raises `NotFound`."""
         number = request.path_params["row"]
         is_number = number.isdecimal() and number.isascii() and len(number) < 10
-        if not is_number or int(number) >= len(self._index.ids):
+        if not is_number or int(number) >= self.num_rows:
             raise NotFound("the collection has no such row")
         if self._images is None:
             raise NotFound("the output does not say from which folder it was made; an older version wrote it")
-        return self._index.ids[int(number)], self._images
+        return int(number), self._images
 
 
 class LocalOnly:
