@@ -70,10 +70,8 @@ class Collection:
         job = json.loads(state.read_text())
         self.model = str(job["model"])
         self.dimensions: int | None = job["dimensions"]
-        self.default_instruction, self.output_dtype = (
-            str(job["default_instruction"]),
-            cast(OutputDtype, job["output_dtype"]),
-        )
+        self.default_instruction = str(job["default_instruction"])
+        self.output_dtype = cast(OutputDtype, job["output_dtype"])
         self.folder = Path(job["folder"]) if "folder" in job else None
         self.input = Path(job["input"]) if "input" in job else None
         self.columns: dict[str, str | None] = job.get("columns", {})
@@ -129,7 +127,7 @@ class Collection:
 
     def _read(self, places: Sequence[int], columns: list[str]) -> pa.Table:
         """Columns of the rows at these places, ascending."""
-        if isinstance(self._groups, list):
+        if self._groups is not None:
             tables, first, rest = [], 0, np.asarray(places)
             for group, num_rows in self._groups:
                 inside, rest = rest[rest < first + num_rows], rest[rest >= first + num_rows]
@@ -139,6 +137,7 @@ class Collection:
             return pa.concat_tables(tables)
         return self._dataset.take(list(places), columns=columns)
 
+    @cached_property
     def places(self) -> NDArray[np.int64]:
         """Where in the output the rows with a vector are, for `take`."""
         is_valid = self._dataset.to_table(columns=["error"]).column(0).is_null().to_numpy(zero_copy_only=False)
@@ -146,16 +145,12 @@ class Collection:
 
     def part_of(self, row: int) -> tuple[int, int]:
         """Number of the part that has a row, and the row's place in this part, from 0."""
-        place, first = int(self._places[row]), 0
+        place, first = int(self.places[row]), 0
         for number, num_rows in self._parts:
             if place < first + num_rows:
                 return number, place - first
             first += num_rows
         raise IndexError(f"row {row} of {first}")
-
-    @cached_property
-    def _places(self) -> NDArray[np.int64]:
-        return self.places()
 
     @cached_property
     def _parts(self) -> list[tuple[int, int]]:

@@ -28,7 +28,7 @@ class Index:
             self.ids += ids
             first.append(vectors[:, :first_values].copy())
         self._first: NDArray[np.float32] = np.concatenate(first)
-        self._places = collection.places()
+        self._places = collection.places
 
     def search(self, query: NDArray[np.float32], limit: int) -> list[Hit]:
         """The `limit` rows of the largest cosine to `query`, the best first, among the candidates of the first stage.
