@@ -62,7 +62,11 @@ class Part:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """The inverse of `to_json`."""
-        fields = json.loads(text)
+        return cls.from_fields(json.loads(text))
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """From JSON, which has a list of names."""
         return cls(**{**fields, "names": tuple(fields["names"])})
 
 

@@ -76,8 +76,7 @@ def read_plan(state_folder: Path) -> Plan:
         fields = json.loads((state_folder / PLAN_FILE).read_text())
     except FileNotFoundError:
         return Plan()
-    parts = [Part(**{**part, "names": tuple(part["names"])}) for part in fields.pop("parts")]
-    return Plan(parts=parts, **fields)
+    return Plan(parts=list(map(Part.from_fields, fields.pop("parts"))), **fields)
 
 
 def take_out_rows(plan: Plan, writer: Writer) -> Plan:

@@ -20,7 +20,7 @@ from embedder.bulk.formats import FILE_ERRORS, FOLDER, Part
 from embedder.bulk.options import OutputFormat
 from embedder.bulk.progress import PartCounter, Reporter
 from embedder.bulk.segments import Segment
-from embedder.bulk.source import Columns, Row, Source
+from embedder.bulk.source import Columns, Row, Source, valid_unicode
 from embedder.bulk.thumbnails import make_thumbnail
 from embedder.bulk.writer import STATE_FOLDER, Writer, output_schema
 from embedder.embedder import Embedder
@@ -176,7 +176,7 @@ def _result(submitted: Future[Embedding] | EmbedderError) -> Embedding | Embedde
 
 
 def _error_text(error: EmbedderError) -> str:
-    return f"{error.code}: {error}".encode("utf-8", "backslashreplace").decode()
+    return valid_unicode(f"{error.code}: {error}")
 
 
 def share_resources(settings: Settings, num_gpus: int, cpus: Sequence[int]) -> tuple[int, dict[str, Any]]:
