@@ -95,7 +95,7 @@ class Collection:
         self._settings = settings
         self._sources: list[Source] = []
         if settings.has_embedder and settings.demo_folder:
-            self._take_folder(Path(settings.demo_folder), settings)
+            self._take_folder(Path(settings.demo_folder))
         elif settings.has_embedder and is_bundled_model:
             self._take_demo()
         self.num_pictures = len(self._sources)
@@ -168,7 +168,7 @@ class Collection:
         logger.warning("the playground skips %s: %s", name, reason)
         self.skipped.append((name, reason))
 
-    def _take_folder(self, folder: Path, settings: Settings) -> None:
+    def _take_folder(self, folder: Path) -> None:
         """Use the image files in `folder`, sorted by name; subfolders are not read."""
         if not folder.is_dir():
             raise ValueError(f"EMBEDDER_DEMO_FOLDER={str(folder)!r} is not a folder")
