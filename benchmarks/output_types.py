@@ -16,16 +16,14 @@ from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.quality.color_data import COLORS, NAMES, equal_colors, swatch
 from embedder import Embedder
 from embedder.engine.postprocess import OutputDtype, dequantize, finish_vectors, quantize
-from training.data import COLOR_NAMES, COLORS
 
 RESULTS = Path(__file__).parent / "results" / "output_types.json"
 DIMENSIONS = (64, 128, 256, 512, 1024, 2048)
-SIDE = 64  # of a swatch, in pixels
 CHUNK = 64
 
 
@@ -73,8 +71,7 @@ def recalls(
 
 def measure(names: NDArray[np.float32], swatches: NDArray[np.float32]) -> list[dict[str, Any]]:
     """One row per type and size. If two names have the same color, both are correct."""
-    colors = COLORS[: len(names)]
-    right = (colors[:, None] == colors[None]).all(-1)
+    right = equal_colors(len(names))
     full = names.shape[1]
     rows = []
     for output_dtype in get_args(OutputDtype):
@@ -118,9 +115,8 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.monotonic()
     with Embedder(arguments.model) as embedder:
-        names = embed(embedder, list(COLOR_NAMES), "color names")
-        pictures = [Image.new("RGB", (SIDE, SIDE), tuple(int(value) for value in color)) for color in COLORS]
-        swatches = embed(embedder, pictures, "swatches")
+        names = embed(embedder, NAMES, "color names")
+        swatches = embed(embedder, [swatch(index) for index in range(len(COLORS))], "swatches")
         info = embedder.info()
     rows = measure(names, swatches)
     result = {

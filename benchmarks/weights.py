@@ -35,10 +35,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks import cpu, report, sensitivities
+from benchmarks import cpu, output_types, report, sensitivities
 from benchmarks.checkpoints import tokenizer
 from benchmarks.invariance import picture
 from benchmarks.meter import footprint
+from benchmarks.quality import ablations
 from benchmarks.random_checkpoint import SHAPES, shape_config, write_checkpoint
 from benchmarks.workloads import make_items, read_words
 from embedder import Embedder
@@ -229,15 +230,13 @@ def write_few_layers(folder: Path, shape: str) -> None:
 
 def measure_recall(count: int | None) -> Record:
     """R@1, R@5 and MRR of the bundled model, for names on colors and on drawings, by format."""
-    from benchmarks.quality import ablations  # needs the packages of the extra
-
     rows: Record = {}
     for name, options in RECALL_FORMATS.items():
         with emulated_fp8(), Embedder(device="cpu", **options) as embedder:
             pairs = ablations.embed_all(embedder, count)
         rows[name] = {}
         for kind, (names, pictures) in pairs.items():
-            at = ablations.output_types.places(names, pictures, ablations._right(kind, len(names)))
+            at = output_types.places(names, pictures, ablations.right_pairs(kind, len(names)))
             figures = {"recall_at_1": (at < 1).mean(), "recall_at_5": (at < 5).mean(), "mrr": (1 / (1 + at)).mean()}
             rows[name][kind] = {figure: float(value) for figure, value in figures.items()}
     return rows

@@ -23,7 +23,7 @@ from benchmarks.drawings import drawing_sheet, drawings_of_the_demo
 from benchmarks.output_types import recalls
 from benchmarks.quality import neighbors
 from benchmarks.quality.ablation_plot import plot
-from benchmarks.quality.color_data import COLORS, NAMES, swatch
+from benchmarks.quality.color_data import NAMES, equal_colors, swatch
 from benchmarks.quality.targets import name_of
 from embedder import Embedder
 from embedder.inputs.prompt import QUERY_INSTRUCTION
@@ -108,14 +108,12 @@ def embed_names(embedder: Embedder, count: int | None, instruction: str | None) 
 
 def _recalls(names: dict[str, NDArray[np.float32]], whole: dict[str, Pair]) -> dict[str, tuple[float, float]]:
     """R@1 and R@5 of `names` on the images of `whole`."""
-    return {kind: recalls(names[kind], whole[kind][1], _right(kind, len(names[kind]))) for kind in names}
+    return {kind: recalls(names[kind], whole[kind][1], right_pairs(kind, len(names[kind]))) for kind in names}
 
 
-def _right(kind: str, count: int) -> NDArray[np.bool_]:
-    """The correct pairs. If two names have the same color, both are correct."""
-    if kind == "drawings":
-        return np.eye(count, dtype=bool)
-    return np.asarray((COLORS[:count, None] == COLORS[None, :count]).all(axis=-1))
+def right_pairs(kind: str, count: int) -> NDArray[np.bool_]:
+    """The correct pairs of a name and a picture. If two names have the same color, both are correct."""
+    return np.eye(count, dtype=bool) if kind == "drawings" else equal_colors(count)
 
 
 def compare_dtypes(whole: dict[str, Pair], halves: dict[str, Pair]) -> dict[str, Any]:
@@ -124,7 +122,7 @@ def compare_dtypes(whole: dict[str, Pair], halves: dict[str, Pair]) -> dict[str,
         [np.sum(one * other, axis=1) for kind in whole for one, other in zip(whole[kind], halves[kind], strict=True)]
     )
     recall = {
-        dtype: {kind: recalls(*pair, _right(kind, len(pair[0]))) for kind, pair in vectors.items()}
+        dtype: {kind: recalls(*pair, right_pairs(kind, len(pair[0]))) for kind, pair in vectors.items()}
         for dtype, vectors in (("float32", whole), ("bfloat16", halves))
     }
     return {"least_cosine": float(cosines.min()), "mean_cosine": float(cosines.mean()), "recall": recall}

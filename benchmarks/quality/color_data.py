@@ -6,7 +6,6 @@ from functools import cache
 
 import numpy as np
 import PIL.Image
-from coloraide import Color
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -23,6 +22,11 @@ def swatch(index: int, side: int = SIDE) -> PIL.Image.Image:
     return PIL.Image.new("RGB", (side, side), (red, green, blue))
 
 
+def equal_colors(count: int) -> NDArray[np.bool_]:
+    """Which of the first `count` colors are equal, (count, count): the swatch of one is right for the other's name."""
+    return np.asarray((COLORS[:count, None] == COLORS[None, :count]).all(axis=-1))
+
+
 @cache
 def color_differences(count: int) -> NDArray[np.float64]:
     """Pairwise differences of the first `count` colors, (count, count). All 949 take 13 s."""
@@ -31,6 +35,8 @@ def color_differences(count: int) -> NDArray[np.float64]:
 
 def ciede2000(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Pairwise CIEDE2000 differences under D65, (num_colors, num_colors), of (num_colors, 3) sRGB values."""
+    from coloraide import Color  # of the extra `quality`, which only this needs
+
     colors = [Color("srgb", list(row / 255)).convert("lab-d65") for row in rgb.astype(float)]
     differences = np.zeros((len(colors), len(colors)))
     for row, color in enumerate(tqdm(colors, desc="CIEDE2000", leave=False)):

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from benchmarks import report
 from benchmarks.output_types import places
-from benchmarks.quality.color_data import COLORS, NAMES, color_differences, swatch
+from benchmarks.quality.color_data import NAMES, color_differences, equal_colors, swatch
 from benchmarks.quality.color_plot import plot
 from benchmarks.quality.local_schema import Client, LocalService, read_models
 from benchmarks.quality.mteb_model import png
@@ -100,8 +100,7 @@ def measure(names: NDArray[np.float32], swatches: NDArray[np.float32]) -> dict[s
     """All figures of one service."""
     count = len(names)
     own = 1 - np.sum(names * swatches, axis=1)
-    same = (COLORS[:count, None] == COLORS[None, :count]).all(axis=-1)
-    at = places(names, swatches, same)
+    at = places(names, swatches, equal_colors(count))
     differences = color_differences(count)
     pairs = np.triu_indices(count, 1)
     return {

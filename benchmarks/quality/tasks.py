@@ -12,7 +12,7 @@ from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from benchmarks.drawings import drawings_of_the_demo
-from benchmarks.quality.color_data import COLORS, NAMES, color_differences, swatch
+from benchmarks.quality.color_data import NAMES, color_differences, equal_colors, swatch
 from embedder import __version__
 
 ALIKE = 5.0  # CIEDE2000; below it, two colors differ visibly but look similar
@@ -69,7 +69,7 @@ def similar_colors(count: int | None) -> LocalRetrieval:
 
 def swatches(count: int | None) -> LocalRetrieval:
     """Retrieve a swatch with the color's name."""
-    same = (COLORS[:count, None] == COLORS[None, :count]).all(axis=-1)
+    same = equal_colors(len(NAMES[:count]))
     pictures = {"image": [swatch(index) for index in range(len(same))]}
     return LocalRetrieval("Swatches", "t2i", {"text": NAMES[:count]}, pictures, same, "Find the color.", count)
 
