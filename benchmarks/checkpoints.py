@@ -11,7 +11,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from benchmarks.random_checkpoint import build_tokenizer, shape_config, write_checkpoint
+from benchmarks.random_checkpoint import SHAPES, build_tokenizer, shape_config, write_checkpoint
 
 INSTRUCTION = "Represent the user's input."  # the default of the engine and of the reference code
 
@@ -63,6 +63,18 @@ def write_folder(folder: Path, shape: str) -> None:
             content = {"embedding_dimension": config.get_text_config().hidden_size, **content}
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_few_layers(folder: Path, shape: str, *, text: int, vision: int, dtype: str) -> None:
+    """Write a checkpoint of `shape` with so many layers of each tower, and a small vocabulary."""
+    places = range(1, 1 + len(SHAPES[shape]["vision"]["deepstack_visual_indexes"]))
+    config = shape_config(
+        shape,
+        tokenizer(),
+        text={"num_hidden_layers": text, "vocab_size": len(tokenizer())},
+        vision={"depth": vision, "deepstack_visual_indexes": list(places)},
+    )
+    write_checkpoint(folder, config, tokenizer(), dtype=dtype)
 
 
 @contextmanager

@@ -20,14 +20,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import PIL.Image
 
 from benchmarks import report
+from benchmarks.checkpoints import write_few_layers
 from benchmarks.demo_documents import write_documents
-from benchmarks.random_checkpoint import SHAPES, build_tokenizer, shape_config, write_checkpoint
+from benchmarks.random_checkpoint import SHAPES
 from embedder.bulk.source import Columns
 from embedder.bulk.worker import PARTS_AT_ONCE, Job, Worker
 from embedder.bulk.writer import STATE_FOLDER
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--shape", choices=("tiny", "2b"), default="2b", help="tiny: to try the command")
     parser.add_argument("--documents", type=int, default=20, help="of 10 pages each")
     parser.add_argument("--idle-pages", type=int, default=10, help="embedded to see how long the engine waits")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
     options = parser.parse_args(arguments)
     environment = report.environment(report.command("page_rendering", options))
     with tempfile.TemporaryDirectory() as folder:
@@ -130,20 +130,12 @@ def measure_model(folder: Path, shape: str, page: PIL.Image.Image) -> float:
 
 def _embed(folder: Path, shape: str, text_layers: int, vision_layers: int, page: PIL.Image.Image) -> float:
     """CPU seconds for a page of the shape with so many layers."""
-    tokenizer = build_tokenizer(list(topics.values())[:40], 1500)
-    text = {"num_hidden_layers": text_layers, "vocab_size": len(tokenizer)}
-    vision = {"depth": vision_layers, "deepstack_visual_indexes": [1, 2, 3][: len(_deepstack(shape))]}
-    write_checkpoint(folder, shape_config(shape, tokenizer, text=text, vision=vision), tokenizer)
+    write_few_layers(folder, shape, text=text_layers, vision=vision_layers, dtype="float32")
     with Embedder(str(folder), device="cpu", dtype="float32") as embedder:
         embedder.embed(["ready?", PIL.Image.new("RGB", (64, 64))])
         begin = time.process_time()
         embedder.embed([page])
         return time.process_time() - begin
-
-
-def _deepstack(shape: str) -> list[int]:
-    indexes: list[int] = SHAPES[shape]["vision"]["deepstack_visual_indexes"]
-    return indexes
 
 
 def _cpu_s() -> float:

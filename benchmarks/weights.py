@@ -36,11 +36,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks import cpu, output_types, report, sensitivities
-from benchmarks.checkpoints import tokenizer
+from benchmarks.checkpoints import tokenizer, write_few_layers
 from benchmarks.invariance import picture
 from benchmarks.meter import footprint
 from benchmarks.quality import ablations
-from benchmarks.random_checkpoint import SHAPES, shape_config, write_checkpoint
+from benchmarks.random_checkpoint import shape_config, write_checkpoint
 from benchmarks.workloads import make_items, read_words
 from embedder import Embedder
 from embedder.inputs.prompt import QUERY_INSTRUCTION
@@ -198,7 +198,7 @@ def measure_speed(shape: str, rounds: int) -> Record:
     }
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        write_few_layers(folder, shape)
+        write_few_layers(folder, shape, text=TEXT_LAYERS, vision=VISION_LAYERS, dtype="bfloat16")
         embedders = {
             name: stack.enter_context(Embedder(str(folder), device="cpu", **options))
             for name, options in SPEED_FORMATS.items()
@@ -215,14 +215,6 @@ def measure_speed(shape: str, rounds: int) -> Record:
         workload: {name: statistics.median(times[1:]) for name, times in by_format.items()}
         for workload, by_format in milliseconds.items()
     }
-
-
-def write_few_layers(folder: Path, shape: str) -> None:
-    """A checkpoint of the shape with few layers and a small vocabulary."""
-    text = {"num_hidden_layers": TEXT_LAYERS, "vocab_size": len(tokenizer())}
-    places = range(1, 1 + len(SHAPES[shape]["vision"]["deepstack_visual_indexes"]))
-    vision = {"depth": VISION_LAYERS, "deepstack_visual_indexes": list(places)}
-    write_checkpoint(folder, shape_config(shape, tokenizer(), text=text, vision=vision), tokenizer(), dtype="bfloat16")
 
 
 # Recall
