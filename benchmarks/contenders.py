@@ -53,9 +53,7 @@ class Contender:
 
     def start(self, body: bytes) -> None:
         """Start the server and wait until it responds to `body` with 200."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         command = [str(self.port) if word == "PORT" else word for word in self.command]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDDER_")}
         environment |= {"BENTOML_DO_NOT_TRACK": "True", "TOKENIZERS_PARALLELISM": "false", **self.environment}
@@ -106,6 +104,14 @@ class Contender:
 
 
 _JSON = {"content-type": "application/json"}
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that no process uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 def service(name: str, target: str, folder: Path, path: str) -> Contender:

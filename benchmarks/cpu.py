@@ -13,7 +13,6 @@ import io
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,10 +25,10 @@ import httpx
 import numpy as np
 import PIL.Image
 
+from benchmarks.contenders import ROOT, free_port
 from benchmarks.meter import Meter
 from embedder.settings import WeightFormat
 
-ROOT = Path(__file__).parents[1]
 START_S = 600.0
 PROPOSED = re.compile(r"the largest picture takes about .* Set EMBEDDER_REQUEST_TIMEOUT_S=(\d+)")
 ESTIMATED = re.compile(r"estimated for this CPU: .*")
@@ -40,9 +39,7 @@ def serving(
     checkpoint: str, timeout_s: float, log: Path, options: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, int]]:
     """The service, ready: its URL and process id. `options`: more settings, by name."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = {"MODEL": checkpoint, "DEVICE": "cpu", "REQUEST_TIMEOUT_S": f"{timeout_s:g}", **(options or {})}
     environment = os.environ | {f"EMBEDDER_{name}": value for name, value in settings.items()}
     bentoml = Path(sys.executable).with_name("bentoml")

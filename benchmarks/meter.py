@@ -47,26 +47,30 @@ class Meter:
         return cpu_seconds(self.root.pid)
 
     def _bytes(self) -> int:
-        return sum(_resident(process) for process in [self.root, *self.root.children(recursive=True)])
+        return sum(map(_resident, _tree(self.root.pid)))
 
 
 def cpu_seconds(pid: int) -> float:
     """CPU time of a process and its children, so far."""
-    root = psutil.Process(pid)
-    times = [process.cpu_times() for process in [root, *root.children(recursive=True)]]
+    times = [process.cpu_times() for process in _tree(pid)]
     return float(sum(one.user + one.system for one in times))
 
 
 def footprint(pid: int) -> tuple[int, int]:
     """Current resident bytes and open files of a process and its children."""
-    root = psutil.Process(pid)
-    tree = [root, *root.children(recursive=True)]
+    tree = _tree(pid)
     return sum(_resident(process) for process in tree), sum(process.num_fds() for process in tree)
 
 
 def medians(samples: Sequence[float], parts: int) -> list[float]:
     """Medians of `parts` consecutive parts of the samples. A median ignores the memory of single batches."""
     return [float(np.median(part)) for part in np.array_split(samples, min(parts, len(samples)))]
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    """A process and its children."""
+    root = psutil.Process(pid)
+    return [root, *root.children(recursive=True)]
 
 
 def _resident(process: psutil.Process) -> int:

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import httpx
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.contenders import ROOT
+from benchmarks.contenders import ROOT, free_port
 
 FILE = "starts"
 TIMES = "BENCHMARK_START_TIMES"  # variable with the path of the file that `timed_service` writes
@@ -59,10 +58,8 @@ def _medians(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def start_times(model: str) -> Times:
     """Seconds of each part of one start, in order, and of the whole."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
         marks, log = Path(folder) / "times", Path(folder) / "log"
         command = [sys.executable, "-m", "bentoml", "serve", "benchmarks.timed_service:Qwen3VLEmbedding"]
         command += ["--host", "127.0.0.1", "--port", str(port)]
@@ -75,11 +72,7 @@ def start_times(model: str) -> Times:
         with log.open("wb") as output:
             begin_s = time.time()
             process = subprocess.Popen(  # noqa: S603 - a fixed command
-                command,
-                cwd=ROOT,
-                env=os.environ | settings | {TIMES: str(marks)},
-                stdout=output,
-                stderr=subprocess.STDOUT,
+                command, cwd=ROOT, env=os.environ | settings, stdout=output, stderr=subprocess.STDOUT
             )
         try:
             ready_s = _ready_s(port, process, log)
