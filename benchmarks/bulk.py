@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from benchmarks import report
 from benchmarks.drawings import drawings_of_the_demo
+from benchmarks.meter import resident_bytes
 from embedder import Embedder
 from embedder.bulk.worker import PARTS_AT_ONCE
 
@@ -136,7 +137,7 @@ def _run(folder: Path, rows_per_part: int, kill_at: int | None = None) -> Run:
     while process.poll() is None:
         if not first_s and set(output.glob("_bulk/*.tmp")) - stale:
             first_s = time.time()
-        peak_bytes = max(peak_bytes, _resident_bytes(process))
+        peak_bytes = max(peak_bytes, resident_bytes(process.pid))
         if kill_at and len(list(output.glob("*.parquet"))) >= kill_at:
             left = process.children(recursive=True)
             process.send_signal(signal.SIGKILL)
@@ -158,17 +159,6 @@ def _is_running(process: psutil.Process) -> bool:
         return bool(process.status() != psutil.STATUS_ZOMBIE)  # in a container, possibly no process reaps them
     except psutil.NoSuchProcess:
         return False
-
-
-def _resident_bytes(process: psutil.Popen) -> int:
-    """Resident memory of the command, Ray and its workers; shared pages count in each process."""
-    total = 0
-    try:
-        for one in (process, *process.children(recursive=True)):
-            total += one.memory_info().rss
-    except psutil.NoSuchProcess:  # it ended in the meantime
-        return total
-    return total
 
 
 def _largest_difference(output: Path, vectors: Any) -> float:

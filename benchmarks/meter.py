@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from types import TracebackType
@@ -17,37 +18,31 @@ class Meter:
     """Measure during a `with` block. Memory is the sampled sum of resident sizes; shared pages count several times."""
 
     def __init__(self, pid: int | None = None) -> None:
-        self.root = psutil.Process(pid)
+        self.pid = os.getpid() if pid is None else pid
         self.cpu_s = 0.0
         self.samples: list[int] = []  # memory in bytes, in the order of time
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Self:
-        self.cpu_s = -self._cpu_s()
-        self.samples.append(self._bytes())
+        self.cpu_s = -cpu_seconds(self.pid)
+        self.samples.append(resident_bytes(self.pid))
         self._thread.start()
         return self
 
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self._stopped.set()
         self._thread.join()
-        self.cpu_s += self._cpu_s()
+        self.cpu_s += cpu_seconds(self.pid)
 
     def _sample(self) -> None:
         while not self._stopped.wait(PERIOD_S):
-            self.samples.append(self._bytes())
+            self.samples.append(resident_bytes(self.pid))
 
     @property
     def peak_bytes(self) -> int:
         """The largest sample."""
         return max(self.samples)
-
-    def _cpu_s(self) -> float:
-        return cpu_seconds(self.root.pid)
-
-    def _bytes(self) -> int:
-        return sum(map(_resident, _tree(self.root.pid)))
 
 
 def cpu_seconds(pid: int) -> float:
@@ -56,10 +51,14 @@ def cpu_seconds(pid: int) -> float:
     return float(sum(one.user + one.system for one in times))
 
 
+def resident_bytes(pid: int) -> int:
+    """Current resident bytes of a process and its children; shared pages count several times."""
+    return sum(map(_resident, _tree(pid)))
+
+
 def footprint(pid: int) -> tuple[int, int]:
     """Current resident bytes and open files of a process and its children."""
-    tree = _tree(pid)
-    return sum(_resident(process) for process in tree), sum(process.num_fds() for process in tree)
+    return resident_bytes(pid), sum(process.num_fds() for process in _tree(pid))
 
 
 def medians(samples: Sequence[float], parts: int) -> list[float]:
