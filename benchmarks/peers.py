@@ -92,7 +92,7 @@ def loaded_transformers(folder: Path, dtype: torch.dtype, device: torch.device) 
     return padded_transformers(folder, load_model(folder, dtype, device))
 
 
-def padded_transformers(folder: Path, model: Any, name: str = TRANSFORMERS) -> Peer:
+def padded_transformers(folder: Path, model: Any) -> Peer:
     """The published reference code: batches of 32 in the given order, padding, last-token pooling, normalization."""
     processor = Qwen3VLProcessor.from_pretrained(folder, padding_side="right")
 
@@ -111,7 +111,7 @@ def padded_transformers(folder: Path, model: Any, name: str = TRANSFORMERS) -> P
         batches = [items[start : start + BATCH_SIZE] for start in range(0, len(items), BATCH_SIZE)]
         return np.concatenate([embed_batch(batch) for batch in batches])
 
-    return Peer(name, embed)
+    return Peer(TRANSFORMERS, embed)
 
 
 def sentence_transformers(folder: Path, dtype: torch.dtype, device: torch.device, model: Any = None) -> Peer:
