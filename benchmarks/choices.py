@@ -250,11 +250,11 @@ def _pauses_ms() -> dict[str, float]:
         return (time.perf_counter() - start) * 1e3
 
     gc.collect()
-    uncompiled = statistics.median(collection_ms() for _ in range(5))
+    unfrozen = statistics.median(collection_ms() for _ in range(5))
     gc.freeze()
     frozen = statistics.median(collection_ms() for _ in range(5))
     gc.unfreeze()
-    return {"of all that is loaded": uncompiled, "ours: frozen after loading": frozen}
+    return {"of all that is loaded": unfrozen, "ours: frozen after loading": frozen}
 
 
 async def _switch_intervals(folder: Path, seconds: float) -> dict[str, dict[str, float]]:

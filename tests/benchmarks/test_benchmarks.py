@@ -337,8 +337,8 @@ def test_batches_have_the_lengths_that_are_compared(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_frozen_heap_is_not_walked() -> None:
-    uncompiled, frozen = choices._pauses_ms().values()
-    assert frozen < uncompiled
+    unfrozen, frozen = choices._pauses_ms().values()
+    assert frozen < unfrozen
 
 
 def test_commands_declare_torchvision_before_they_import_transformers() -> None:
