@@ -41,9 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, object]]:
 
 def run(policy: str, seconds: float) -> dict[str, object]:
     """The figures of one wait policy, in a process of its own."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    }
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     if policy == "spinning":
         environment["GOMP_SPINCOUNT"] = "300000"  # libgomp's default where threads are no more than cores
     elif policy == "0":

@@ -82,10 +82,9 @@ def compare(
     which embeds in float32, each peer's mean distance to it must be at most `MAX_DISTANCE_RATIO` times that of
     transformers.
     """
-    calls_of = _one_at_a_time if is_one_at_a_time(workload) else _together
     count = _affordable_count(workload, peers, words, seconds / (rounds + 1))
     items = make_items(workload, count, words)
-    calls = calls_of(items)
+    calls = [[item] for item in items] if is_one_at_a_time(workload) else [items]
     comparison = Comparison(workload, items, {peer.name: Timing(len(calls[0])) for peer in peers})
     _check(peers, calls, comparison, min_cosine, oracle, on_wrong)
     deadline = time.perf_counter() + seconds
@@ -96,14 +95,6 @@ def compare(
         if time.perf_counter() > deadline:
             break
     return comparison
-
-
-def _together(items: list[Item]) -> list[list[Item]]:
-    return [items]
-
-
-def _one_at_a_time(items: list[Item]) -> list[list[Item]]:
-    return [[item] for item in items]
 
 
 def _affordable_count(workload: str, peers: Sequence[Peer], words: list[str], seconds: float) -> int:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from benchmarks import report
 from benchmarks.contenders import ROOT, Contender
 from benchmarks.guard import MAX_S, Change, Workload, change_of, find_commit, worktree
-from benchmarks.load import drive
+from benchmarks.load import NO_GZIP, drive
 from benchmarks.meter import cpu_seconds
 from benchmarks.protocols import LocalProtocol
 from benchmarks.workloads import make_items, read_words
@@ -37,7 +37,6 @@ WORKLOADS = (
     Workload("single texts, 64 callers, OpenAI's route", "/v1/embeddings", "text-16", 1, 64, 4000),
 )
 GZIP = "single texts, 64 callers, response as gzip"  # which many clients ask for without being told
-NO_GZIP = {"accept-encoding": "identity"}
 HEADERS = ("requests", "CPU ms an item", "before", "change", "95% interval")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import contenders, peers, pretended_gpu, report, weights
+from benchmarks import contenders, front, peers, pretended_gpu, report, weights
 
 WEIGHTS = weights.NAME
 NOT_MEASURED = "not measured yet"
@@ -126,7 +126,6 @@ def _waited(model: str) -> Callable[[dict[str, Any]], float]:
 
 
 OURS, FASTAPI, VLLM, NULL = contenders.OURS, contenders.FASTAPI, contenders.VLLM, contenders.NULL
-FRONT, SINGLE, MANY = "front", "single texts, 64 callers", "32 texts a request, 16 callers"  # workloads of `front`
 
 GOALS = (
     *(
@@ -188,8 +187,10 @@ GOALS = (
     ),
     Goal("the same: p99", TEXTS, _served(64, "p99_ms", OURS, FASTAPI), 1, is_most=True),
     *(
-        Goal(f"service with a null model, {what}: CPU of an item", FRONT, _spent(what), most_ms, "ms", is_most=True)
-        for what, most_ms in ((SINGLE, 0.16), (MANY, 0.06))
+        Goal(
+            f"service with a null model, {what}: CPU of an item", front.FILE, _spent(what), most_ms, "ms", is_most=True
+        )
+        for what, most_ms in ((front.SINGLE, 0.16), (front.MANY, 0.06))
     ),
     Goal(
         "service without the engine, a short text, 1 caller: p50 with a null model",

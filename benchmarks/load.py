@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import aiohttp
 
 JSON = {"content-type": "application/json"}
+NO_GZIP = {"accept-encoding": "identity"}  # aiohttp accepts gzip by default
 MAX_KEPT_BYTES = 64 * 2**20
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks import report
 from benchmarks.checkpoints import tokenizer
 from benchmarks.contenders import Contender, service
-from benchmarks.load import Load, drive
+from benchmarks.load import NO_GZIP, Load, drive
 from benchmarks.meter import cpu_seconds
 from benchmarks.protocols import LocalProtocol
 from benchmarks.random_checkpoint import shape_config, write_checkpoint
@@ -41,7 +41,6 @@ LOADS = {  # workload, items a request, callers
 }
 FULL_MS = {"2B": 73.0, "8B": 290.0}  # for 16,384 tokens, the most of a batch
 HEADERS = ("load", "model", "workers", "launch", "items/s", "device busy", "CPU ms an item", "a query's p50", "p99")
-NO_GZIP = {"accept-encoding": "identity"}
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,16 @@ from tqdm import tqdm
 
 from benchmarks.checkpoints import tokenizer
 from benchmarks.invariance import picture
+from benchmarks.library import load_preprocessor
 from benchmarks.random_checkpoint import shape_config, write_checkpoint
 from embedder.inputs.items import item_from_fields
 from embedder.inputs.preprocess import ModelInput, Preprocessor
-from embedder.inputs.processor_config import read_vision_config
 from embedder.inputs.prompt import QUERY_INSTRUCTION
-from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.model.forward import Forward
 from embedder.model.packing import pack
 from embedder.model.pooling import pool
 from embedder.model.products import join_layers
 from embedder.model.weights import load_model
-from embedder.settings import Settings
 
 SEED = 0
 ITEMS: list[dict[str, Any]] = [
@@ -68,8 +66,7 @@ def write_narrow(folder: Path, shape: str) -> None:
 def measure_sensitivities(folder: Path) -> dict[str, dict[str, float]]:
     """1 - the mean cosine to the vectors of the whole model in bfloat16, by rounded part and kind of scale."""
     model: Any = load_model(folder, torch.bfloat16, torch.device("cpu"))
-    settings = Settings()
-    preprocess = Preprocessor(load_tokenizer(folder), read_vision_config(folder, settings), settings)
+    preprocess = load_preprocessor(folder)
     inputs = [preprocess(item_from_fields(fields)) for fields in ITEMS]
     join_layers(model.language_model.layers)
     exact = _vectors(model, preprocess, inputs)

@@ -35,15 +35,13 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks import cpu, output_types, report, sensitivities
+from benchmarks import cpu, invariance, output_types, report, sensitivities
 from benchmarks.checkpoints import tokenizer, write_few_layers
-from benchmarks.invariance import picture
 from benchmarks.meter import footprint
 from benchmarks.quality import ablations
 from benchmarks.random_checkpoint import shape_config, write_checkpoint
 from benchmarks.workloads import make_items, read_words
 from embedder import Embedder
-from embedder.inputs.prompt import QUERY_INSTRUCTION
 
 NAME = "weights"
 PARTS = ("sensitivities", "depth", "speed", "recall", "service")
@@ -135,16 +133,6 @@ def measure_depth(folder: Path) -> Record:
     return rows
 
 
-def depth_items() -> list[dict[str, Any]]:
-    """One word to 300 words, with and without an instruction of their own, pictures and a mixture."""
-    return [
-        *({"text": "red green blue " * count} for count in (1, 7, 100)),
-        *({"text": text, "instruction": QUERY_INSTRUCTION} for text in ("red", "a bee on a flower")),
-        *({"image": picture(*size, seed)} for seed, size in enumerate([(64, 64), (333, 120), (200, 224)])),
-        {"image": picture(100, 200, 4), "text": "what the picture shows"},
-    ]
-
-
 def embed_all(folder: Path, options: dict[str, Any]) -> tuple[NDArray[np.float32], Record]:
     """The vectors, and the memory in GB that this process needs for the loaded model. Run it in a new process."""
     torch.ones(8, 8) @ torch.ones(8, 8)  # loads the libraries
@@ -152,7 +140,7 @@ def embed_all(folder: Path, options: dict[str, Any]) -> tuple[NDArray[np.float32
     reset_peak()
     with emulated_fp8(), Embedder(str(folder), device="cpu", max_pixels=200_704, **options) as embedder:
         loaded, peak = resident(), peak_resident()
-        vectors = np.stack(embedder.embed(depth_items()))
+        vectors = np.stack(embedder.embed([item for item in invariance.items() if "video" not in item]))
         after = resident()
     return vectors, {
         "weights_gb": loaded["RssAnon"] - before["RssAnon"],
