@@ -17,7 +17,6 @@ import pytest
 
 import embedder.engine.batch_limits
 import embedder.engine.engine
-import embedder.inputs.preprocess
 from embedder.engine.admission import estimate_tokens
 from embedder.engine.device import WaitForRows
 from embedder.engine.engine import Engine
@@ -38,12 +37,6 @@ from embedder.inputs.items import EmbeddingItem
 from embedder.inputs.preprocess import ModelInput
 from embedder.settings import Settings
 from tests.fake_model import HIDDEN_SIZE, FakeModel, busy_device, item, running, submit_together, unit, wait_until
-
-
-@pytest.fixture
-def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every text is preprocessed by a worker thread, however short it is."""
-    monkeypatch.setattr(embedder.inputs.preprocess, "SHORT_CHARS", -1)
 
 
 @pytest.fixture(params=["by the caller", "in threads"])

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-import embedder.inputs.pairs
-import embedder.inputs.preprocess
 from embedder.engine.admission import Admission
 from embedder.engine.aio import embed_each, score_each
 from embedder.engine.engine import Engine
@@ -77,13 +75,6 @@ def test_request_waits_for_nothing_on_an_idle_device(model: FakeModel) -> None:
         started_s = time.monotonic()
         asyncio.run(embed_each(engine, [item("red")] * 3, TIMEOUT_S, priority=2**63))
         assert time.monotonic() - started_s < MAX_DELAY * TIMEOUT_S / 2
-
-
-@pytest.fixture
-def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Items are prepared in the engine's threads, as those with pictures are."""
-    monkeypatch.setattr(embedder.inputs.preprocess, "SHORT_CHARS", -1)
-    monkeypatch.setattr(embedder.inputs.pairs, "SHORT_CHARS", -1)
 
 
 @pytest.mark.usefixtures("in_threads")

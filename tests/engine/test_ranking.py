@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import embedder.inputs.pairs
-import embedder.inputs.preprocess
 from embedder.engine.admission import estimate_tokens
 from embedder.engine.aio import Outcome, embed_all, score_each
 from embedder.engine.engine import Engine
@@ -41,13 +39,6 @@ def in_thread(request: Coroutine[Any, Any, list[Outcome]]) -> Iterator[Future[li
     """Run the request in an event loop of its own thread."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(asyncio.run, request)
-
-
-@pytest.fixture
-def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queries and pairs are prepared in the engine's threads, as those with pictures are."""
-    monkeypatch.setattr(embedder.inputs.preprocess, "SHORT_CHARS", -1)
-    monkeypatch.setattr(embedder.inputs.pairs, "SHORT_CHARS", -1)
 
 
 def test_of_100_documents_3_fail_where_they_can_fail_and_97_have_their_own_score(model: FakeModel) -> None:
