@@ -12,10 +12,10 @@ from benchmarks.guard import change_of, compare, find_commit
 from tests.conftest import ROOT
 
 
-def rounds(factor: float, noise: float, count: int = 15) -> list[tuple[float, float]]:
+def rounds(factor: float, noise: float) -> list[tuple[float, float]]:
     rng = np.random.default_rng(1)
-    base = 0.01 * np.exp(noise * rng.standard_normal(count))
-    new = 0.01 * factor * np.exp(noise * rng.standard_normal(count))
+    base = 0.01 * np.exp(noise * rng.standard_normal(15))
+    new = 0.01 * factor * np.exp(noise * rng.standard_normal(15))
     return list(zip(base.tolist(), new.tolist(), strict=True))
 
 

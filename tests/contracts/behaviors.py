@@ -50,10 +50,10 @@ def vectors(url: str, fields: dict[str, Any], path: str = "/v1/embeddings") -> A
     return [one.get("embedding", one.get("data")) for one in body["data"]]
 
 
-def message(url: str, path: str, fields: dict[str, Any], status: int = 400) -> str:
+def message(url: str, path: str, fields: dict[str, Any]) -> str:
     """The message of a request that is refused."""
     found, body, _ = send(url, path, fields)
-    assert found == status, f"got {found}: {str(body)[:200]}"
+    assert found == 400, f"got {found}: {str(body)[:200]}"
     error = body["error"]
     return str(error if isinstance(error, str) else error["message"])
 

@@ -78,11 +78,11 @@ def png(
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + more + pixels + chunk(b"IEND", b"")
 
 
-def gif_of_comments(image: PIL.Image.Image, count: int = 1000) -> bytes:
-    """A GIF with comments before its picture, each of which Pillow reads in Python."""
+def gif_of_comments(image: PIL.Image.Image) -> bytes:
+    """A GIF with 1000 comments before its picture, each of which Pillow reads in Python."""
     data = encoded(image, "GIF")
     start = 13 + (3 * 2 ** ((data[10] & 7) + 1) if data[10] & 0x80 else 0)
-    return data[:start] + b"!\xfe\1a\0" * count + data[start:]
+    return data[:start] + b"!\xfe\1a\0" * 1000 + data[start:]
 
 
 def rle_bmp(width: int, height: int) -> bytes:

@@ -122,11 +122,11 @@ def many_metadata(count: int) -> bytes:
 # Packets
 
 
-def many_pictures_in_a_packet(count: int, side: int, container_format: str = "matroska") -> bytes:
+def many_pictures_in_a_packet(count: int, side: int) -> bytes:
     """H.264 whose second packet holds `count` pictures of 29 bytes, side x side pixels: one call decodes all."""
     frame = av.VideoFrame.from_ndarray(np.zeros((side * 3 // 2, side), np.uint8), "yuv420p")
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container_format) as container:
+    with av.open(buffer, "w", format="matroska") as container:
         options = {"preset": "ultrafast", "tune": "zerolatency", "g": "1000"}
         stream = container.add_stream("libx264", rate=1, options=options)
         stream.width = stream.height = side

@@ -58,14 +58,12 @@ def clip(
     width: int = 128,
     height: int = 96,
     group: int = 12,
-    movflags: dict[str, str] | None = None,
 ) -> bytes:
     """An encoded video of a moving bar on a background that gets lighter, with a key frame every `group` frames."""
     container_format, codec, pixel_format, options = KINDS[kind]
-    if kind == "H.264 in fragments":
-        movflags = FRAGMENTS
+    container_options = FRAGMENTS if kind == "H.264 in fragments" else {}
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container_format, options=movflags or {}) as container:
+    with av.open(buffer, "w", format=container_format, options=container_options) as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
