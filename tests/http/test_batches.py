@@ -23,6 +23,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from embedder import Embedder
+from embedder.engine.callers import EVERYONE
 from embedder.errors import (
     DeadlineExceeded,
     DeviceFailed,
@@ -308,15 +309,15 @@ def test_disk_that_fails_during_a_request_is_an_error_of_the_service(
 def test_a_form_has_one_file_and_one_purpose(
     files: int, purposes: list[str], kind: type[Exception], message: str, store: BatchStore
 ) -> None:
-    app = Starlette(routes=BatchRoutes(store, [ENDPOINT], lambda _: OWNER).routes())
+    app = Starlette(routes=BatchRoutes(store, [ENDPOINT]).routes())
     form = {"files": [("file", ("in.jsonl", LINES))] * files, "data": {"purpose": purposes}}
     with TestClient(app) as client, pytest.raises(kind, match=f"^{message}$"):
         client.post("/v1/files", **form)
 
 
 def test_part_of_a_file_is_sent(store: BatchStore) -> None:
-    app = Starlette(routes=BatchRoutes(store, [ENDPOINT], lambda _: OWNER).routes())
-    file = store.add_file(OWNER, LINES, "in.jsonl")
+    app = Starlette(routes=BatchRoutes(store, [ENDPOINT]).routes())
+    file = store.add_file(EVERYONE, LINES, "in.jsonl")
     with TestClient(app) as client:
         part = client.get(f"/v1/files/{file['id']}/content", headers={"range": "bytes=2-5,999999-"})
     assert (part.status_code, part.content) == (206, LINES[2:6])
