@@ -112,7 +112,7 @@ class Admission:
         if not tokens.used:
             return True
         share = QUEUE_SHARE if priority > 0 else 1.0
-        return tokens.used + num_tokens <= share * tokens.capacity and not self._exceeds_share(num_tokens, caller)
+        return tokens.used + num_tokens <= share * tokens.capacity and tokens.fits(caller, num_tokens)
 
     def admit(self, num_tokens: int, reservation: Reservation | None, now_s: float, caller: str = EVERYONE) -> None:
         """Count one item, from the reservation if there is one. Raises `Overloaded` if the queue is full."""
@@ -142,9 +142,6 @@ class Admission:
     def release_reservation(self, reservation: Reservation) -> None:
         """Free the part of a reservation that no item has used."""
         self._tokens.add(reservation.caller, -reservation.num_tokens)
-
-    def _exceeds_share(self, num_tokens: int, caller: str) -> bool:
-        return self._tokens.used_by(caller) + num_tokens > self._tokens.allowed(caller)
 
     def _add_tokens(self, num_tokens: int, priority: int, caller: str) -> None:
         if not self.has_capacity(num_tokens, priority, caller):

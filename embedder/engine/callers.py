@@ -28,21 +28,26 @@ class SharedCapacity:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.used = 0
-        self._used_by: Counter[str] = Counter()
+        self._used_with_keys: Counter[str] = Counter()
+
+    def fits(self, caller: str, amount: int) -> bool:
+        """Whether the caller may use this much more."""
+        free = self.capacity - self.used - amount
+        return free >= 0 if caller == EVERYONE else self.used_by(caller) + amount <= FREE_MULTIPLE * free
 
     def allowed(self, caller: str) -> int:
         """How much the caller may use now, with what it uses already."""
-        others = self.used - self._used_by[caller]
-        left = max(0, self.capacity - others)
+        left = max(0, self.capacity - self.used + self.used_by(caller))
         return left if caller == EVERYONE else left * FREE_MULTIPLE // (FREE_MULTIPLE + 1)
 
     def used_by(self, caller: str) -> int:
-        """How much the caller uses."""
-        return self._used_by[caller]
+        """How much the caller uses. `EVERYONE` uses what no caller with a key uses."""
+        return self.used - self._used_with_keys.total() if caller == EVERYONE else self._used_with_keys[caller]
 
     def add(self, caller: str, amount: int) -> None:
         """Count what a caller begins to use, or, with a negative amount, frees."""
         self.used += amount
-        self._used_by[caller] += amount
-        if not self._used_by[caller]:
-            del self._used_by[caller]  # callers come and go
+        if caller != EVERYONE:
+            self._used_with_keys[caller] += amount
+            if not self._used_with_keys[caller]:
+                del self._used_with_keys[caller]  # callers come and go

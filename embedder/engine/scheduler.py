@@ -76,7 +76,11 @@ class _Deadlines(Generic[Queue]):
         """Add a queue, or change its deadline."""
         self._num_entries += 1
         self._entries[queue] = self._num_entries
-        heapq.heappush(self._heap, (deadline_s, self._num_entries, queue))
+        entry = (deadline_s, self._num_entries, queue)
+        if self._heap and self._heap[0][2] is queue:
+            heapq.heapreplace(self._heap, entry)
+        else:
+            heapq.heappush(self._heap, entry)
 
     def remove(self, queue: Queue) -> None:
         """Remove a queue."""
@@ -94,22 +98,30 @@ class _Deadlines(Generic[Queue]):
 
 @dataclass(eq=False)
 class _CallerQueue(Generic[Job]):
-    """The requests of one caller that have waiting jobs. `turn_s` is when the caller's turn started."""
+    """The requests of one caller that have waiting jobs, and the `first` of them.
+
+    `turn_s` is when the caller's turn started.
+    """
 
     caller: Hashable
     turn_s: float
+    first: _RequestQueue[Job] | None = None
     requests: dict[Hashable, _RequestQueue[Job]] = field(default_factory=dict)
     deadlines: _Deadlines[_RequestQueue[Job]] = field(default_factory=_Deadlines)
 
 
 @dataclass(eq=False)
 class _RequestQueue(Generic[Job]):
-    """The waiting jobs of one request with their costs. `turn_s` is when the turn of the first one started."""
+    """The waiting jobs of one request with their costs.
+
+    `turn_s` is when the turn of the first job started, and `patience_s` how long after that its deadline is.
+    """
 
     caller: _CallerQueue[Job]
     request: Hashable
     turn_s: float
     delay: Delay
+    patience_s: float = 0.0
     jobs: OrderedDict[Job, int] = field(default_factory=OrderedDict)
 
 
@@ -140,20 +152,25 @@ class Scheduler(Generic[Job]):
         caller: Hashable = EVERYONE,
     ) -> None:
         """Append a job of `cost` tokens to the queue of its request. `now_s` is the time of a steady clock."""
-        caller_queue = self._callers.setdefault(caller, _CallerQueue(caller, now_s))
-        queue = caller_queue.requests.setdefault(request, _RequestQueue(caller_queue, request, now_s, delay))
+        caller_queue = self._callers.get(caller)
+        if caller_queue is None:
+            caller_queue = self._callers[caller] = _CallerQueue(caller, now_s)
+        queue = caller_queue.requests.get(request)
+        if queue is None:
+            queue = caller_queue.requests[request] = _RequestQueue(caller_queue, request, now_s, delay)
         queue.jobs[job] = cost
         self._queue_of[job] = queue
         if len(queue.jobs) == 1:
             self._put_request(queue, now_s)
-            self._put_caller(caller_queue, earliest_deadline_s=-math.inf)
+            if caller_queue.deadlines.first() is queue:
+                self._put_caller(caller_queue, earliest_deadline_s=-math.inf)
 
     def take(self, now_s: float) -> list[Job]:
         """Remove and return the next batch: jobs in order, up to the first that does not fit. Empty if none waits."""
         jobs: list[Job] = []
         seconds, least_tokens = self._batch_length
         budget = min(self.max_batch_tokens, max(least_tokens, seconds / self.seconds_per_token))
-        while (caller := self._deadlines.first()) and (queue := caller.deadlines.first()):
+        while (caller := self._deadlines.first()) and (queue := caller.first):
             job, cost = next(iter(queue.jobs.items()))
             if jobs and cost > budget:
                 break
@@ -186,26 +203,21 @@ class Scheduler(Generic[Job]):
 
     def _put_request(self, queue: _RequestQueue[Job], earliest_deadline_s: float) -> None:
         """Let the request compete with its first job, not before `earliest_deadline_s`."""
-        patience_s = self._patience_s(queue)
-        queue.turn_s = max(queue.turn_s, earliest_deadline_s - patience_s)
+        queue.patience_s = STRETCH * next(iter(queue.jobs.values())) * self.seconds_per_token
+        queue.turn_s = max(queue.turn_s, earliest_deadline_s - queue.patience_s)
         if earliest_deadline_s >= queue.delay.until_s:
             queue.delay = NO_DELAY
-        queue.caller.deadlines.put(queue, queue.turn_s + patience_s + queue.delay.seconds)
+        queue.caller.deadlines.put(queue, queue.turn_s + queue.patience_s + queue.delay.seconds)
 
     def _put_caller(self, caller: _CallerQueue[Job], earliest_deadline_s: float) -> None:
         """Let the caller compete with its next job, not before `earliest_deadline_s`, or remove it if it has none."""
-        queue = caller.deadlines.first()
-        if queue is None:
+        caller.first = first = caller.deadlines.first()
+        if first is None:
             self._deadlines.remove(caller)
             del self._callers[caller.caller]
             return
-        patience_s = self._patience_s(queue)
-        caller.turn_s = max(caller.turn_s, earliest_deadline_s - patience_s)
-        self._deadlines.put(caller, caller.turn_s + patience_s + queue.delay.seconds)
-
-    def _patience_s(self, queue: _RequestQueue[Job]) -> float:
-        """From the start of a turn to its deadline."""
-        return STRETCH * next(iter(queue.jobs.values())) * self.seconds_per_token
+        caller.turn_s = max(caller.turn_s, earliest_deadline_s - first.patience_s)
+        self._deadlines.put(caller, caller.turn_s + first.patience_s + first.delay.seconds)
 
 
 @dataclass

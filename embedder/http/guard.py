@@ -172,14 +172,13 @@ class _HeldBytes:
         Raises `Overloaded` when the sum of all bodies becomes too large, but never for a small body: a few large
         bodies that arrive slowly must not block the queries.
         """
-        held = self._guard.held_bytes
-        used, allowed = held.used_by(self._caller), held.allowed(self._caller)
+        held, caller = self._guard.held_bytes, self._caller
         is_small = self._num_bytes + num_bytes <= SMALL_BODY_BYTES
-        if not is_small and used + num_bytes > allowed:
-            whose = "" if self._caller == EVERYONE else " of this API key, which leaves room for others"
+        if not is_small and not held.fits(caller, num_bytes):
+            whose = "" if caller == EVERYONE else " of this API key, which leaves room for others"
             raise Overloaded(
-                f"request bodies of {used} bytes are being processed; allowed: {allowed}{whose} "
-                "(EMBEDDER_MAX_HELD_BYTES)",
+                f"request bodies of {held.used_by(caller)} bytes are being processed; allowed: {held.allowed(caller)}"
+                f"{whose} (EMBEDDER_MAX_HELD_BYTES)",
                 retry_after_s=RETRY_AFTER_S,
             )
         self._count(num_bytes)

@@ -97,4 +97,4 @@ def test_part_of_a_capacity_is_free_although_callers_use_as_much_as_they_can(num
     for caller in callers:
         shared.add(caller, -shared.used_by(caller))
     assert shared.used == 0
-    assert not shared._used_by
+    assert not shared._used_with_keys
