@@ -16,6 +16,7 @@ The files, in the order in which an item meets them:
     cache               content keys, and rows of earlier items
     coalescing          that cache, together with the jobs that wait for the same content
     scheduler           which jobs run next, within a token budget
+    starter             lets items that are submitted together run together
     batch_limits        the token budget after an out-of-memory error
     device              launches batches, waits for them, and measures them
     postprocess         a pooled row to the vector that the caller asked for

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 from embedder.engine.admission import Reservation
 from embedder.engine.engine import Engine
@@ -30,7 +29,6 @@ Result = TypeVar("Result")
 
 # A loop over items yields to the event loop after this many items.
 SUBMITTED_PER_TURN = 16  # about 2 ms of short texts
-MAX_START_DELAY_S = 0.001  # of an idle device, while each turn of the event loop brings more items
 ENDED_PER_TURN = 64  # about 1 ms, if they fail or are cancelled
 
 
@@ -142,7 +140,7 @@ async def _compute(
                         pair_with(query, prepared, item) if isinstance(item, EmbeddingItem) else item for item in items
                     ]
                 for start in range(0, len(items), SUBMITTED_PER_TURN):
-                    _starters.setdefault(engine, _Starter()).start_soon(engine, loop)
+                    engine.starter.start_soon(loop)
                     with engine.lock:
                         for item in items[start : start + SUBMITTED_PER_TURN]:
                             futures.append(_submit(engine, item, request, reservation))
@@ -167,36 +165,6 @@ def _reserved(
     one, because the reservation carries the priority.
     """
     return engine.reserve(items, priority) if len(items) > 1 or priority else nullcontext()
-
-
-class _Starter:
-    """Wakes an engine once a turn of the event loop submits nothing more to it, or after `MAX_START_DELAY_S`.
-
-    So requests that arrive together run together, and one that arrives alone does not wait. With a model that computes
-    nothing, 64 callers and batches of 6 texts cost 14% more CPU time than the same callers and batches of 21
-    (`python -m benchmarks.front`, 2026-11-30).
-    """
-
-    def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None  # that will wake the engine
-        self._num_submitted = 0
-
-    def start_soon(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
-        """Wake the engine after what is submitted in this turn of the loop."""
-        self._num_submitted += 1
-        if self._loop is not loop:
-            self._loop = loop
-            loop.call_soon(self._end_turn, engine, loop, self._num_submitted, loop.time() + MAX_START_DELAY_S)
-
-    def _end_turn(self, engine: Engine, loop: asyncio.AbstractEventLoop, num_submitted: int, end_s: float) -> None:
-        if num_submitted == self._num_submitted or loop.time() >= end_s:
-            self._loop = None
-            engine.wake()
-        else:
-            loop.call_soon(self._end_turn, engine, loop, self._num_submitted, end_s)
-
-
-_starters: WeakKeyDictionary[Engine, _Starter] = WeakKeyDictionary()
 
 
 def _cancel(engine: Engine, futures: Sequence[Future[Embedding]], start: int = 0) -> None:

@@ -29,6 +29,7 @@ from embedder.engine.observer import ItemOutcome, ItemTrace, Observer, begin_tra
 from embedder.engine.postprocess import Embedding, finish_vectors
 from embedder.engine.preprocess_workers import Fetch, Preprocess, PreprocessWorkers
 from embedder.engine.scheduler import NO_DELAY, ON_CPU, BatchLength, Scheduler
+from embedder.engine.starter import Starter
 from embedder.errors import DeviceFailed, DeviceOutOfMemory, EmbedderError, ShuttingDown, counted, without_traceback
 from embedder.inputs.fetch import Fetcher
 from embedder.inputs.items import EmbeddingItem
@@ -103,6 +104,7 @@ class Engine:
         )
         self._cache: CoalescingCache[Job] = CoalescingCache(settings.cache_bytes)
         self._inputs = Scheduler[Job](settings.max_batch_tokens, self._device.seconds_per_token, batch_length)
+        self.starter = Starter(self.wake)  # of an event loop that submits without `wake`
         self._is_awake = False  # the device may take inputs; until there are none left
         self._is_closed = False  # to new items
         self._is_over = False  # for the threads

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import embedder.inputs.preprocess
-from embedder.engine import aio
+from embedder.engine import starter
 from embedder.engine.aio import ENDED_PER_TURN, SUBMITTED_PER_TURN, embed_all, embed_each
 from embedder.engine.engine import Engine
 from embedder.engine.postprocess import Embedding
@@ -54,7 +54,7 @@ def test_texts_that_arrive_in_one_turn_of_the_event_loop_run_together(model: Fak
 def test_idle_device_starts_after_a_turn_of_the_event_loop_without_more_texts(
     model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aio, "MAX_START_DELAY_S", 60.0)
+    monkeypatch.setattr(starter, "MAX_START_DELAY_S", 60.0)
 
     async def arrive(engine: Engine, turn: int) -> None:
         for _ in range(turn):
