@@ -25,6 +25,7 @@ from starlette.responses import Response
 
 from embedder import Embedder
 from embedder.engine.postprocess import Embedding
+from embedder.engine.starter import Starter
 from embedder.errors import DeadlineExceeded, InvalidMedia, NotFound, Overloaded, ShuttingDown
 from embedder.http.playground_routes import PlaygroundRoutes
 from embedder.inputs.items import EmbeddingItem, Image
@@ -213,6 +214,7 @@ class FakeEngine:
         self.outcomes = outcomes
         self.on_submit = on_submit
         self.lock = threading.RLock()
+        self.starter = Starter(lambda: None)
 
     @contextlib.contextmanager
     def reserve(self, items: Sequence[EmbeddingItem], priority: int) -> Iterator[None]:
@@ -227,9 +229,6 @@ class FakeEngine:
         future: Future[Embedding] = Future()
         future.set_result(outcome)
         return future
-
-    def wake(self) -> None:
-        pass
 
 
 DONE = Embedding(np.ones(4, np.float32) / 2, 20, 0)
