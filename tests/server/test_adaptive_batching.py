@@ -1,8 +1,10 @@
-"""BentoML's API `rerank`: rows of several requests in one batch, each answered by itself."""
+"""BentoML's batchable APIs: rows of several requests in one batch, each request answered by itself."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
+from collections.abc import Sequence
 from typing import Any
 
 import bentoml
@@ -13,11 +15,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
+from starlette.types import Receive
 
 from embedder import Reranker
+from embedder.engine.callers import CALLER
+from embedder.http.api_keys import ApiKeys
 from embedder.http.boundary import RequestBoundary
 from embedder.http.dialects.dialect import ServedModel
 from embedder.http.drain import Drain
+from embedder.http.guard import RequestGuard
 from embedder.http.openapi import RANKING_EXAMPLES
 from embedder.http.routes import Routes, Serving
 from embedder.playground.collection import Collection
@@ -93,6 +99,23 @@ def test_row_that_cannot_be_scored_says_which_and_why(
     response = client.post("/rerank_queries", json={"queries": rows})
     assert (response.status_code, response.json()["error"]["item"]) == (status, item)
     assert message in response.json()["error"]["message"]
+
+
+def test_rows_are_computed_for_the_caller_who_has_sent_them() -> None:
+    """BentoML gathers the rows of several callers in a context of its own."""
+    callers: list[str] = []
+
+    async def respond(_: Sequence[Any], __: Receive) -> Response:
+        callers.append(CALLER.get())
+        return Response()
+
+    gathered = contextvars.Context().run(GatheredRows, ["a", "b", "c"], respond)
+    app = Starlette(routes=[Route("/rows", lambda _: gathered[1:2], methods=["POST"])])
+    guarded = RequestGuard(app, Settings(), keys=ApiKeys(Settings(api_key="one,two")), drain=Drain())
+    client = TestClient(guarded)
+    for key in ("one", "two", "one"):
+        assert client.post("/rows", json={}, headers={"x-api-key": key}).status_code == 200
+    assert callers[0] == callers[2] != callers[1]
 
 
 def test_service_without_a_reranker_says_so(reranker: Reranker) -> None:
