@@ -145,17 +145,18 @@ class Admission:
 
     def _add_tokens(self, num_tokens: int, priority: int, caller: str) -> None:
         if not self.has_capacity(num_tokens, priority, caller):
-            allowed = f"up to {self._settings.max_queued_tokens} (EMBEDDER_MAX_QUEUED_TOKENS)"
+            whose, allowed = "", f"up to {self._settings.max_queued_tokens} (EMBEDDER_MAX_QUEUED_TOKENS)"
             if priority > 0:
-                allowed = f"{allowed}; requests with a `priority` above 0 may fill only half of that"
+                allowed += "; requests with a `priority` above 0 may fill only half of that"
             elif self._tokens.used + num_tokens <= self._tokens.capacity:
+                whose = " for this API key"
                 allowed += (
                     f"; {self._tokens.used_by(caller)} of the tokens that wait are of this API key, which may have up "
                     f"to {self._tokens.allowed(caller)} now, so that others are not refused"
                 )
             raise Overloaded(
-                f"the queue is full: {self.pending_tokens} tokens wait, and this request has about {num_tokens}; "
-                f"allowed: {allowed}",
+                f"the queue is full{whose}: {self.pending_tokens} tokens wait, and this request has about "
+                f"{num_tokens}; allowed: {allowed}",
                 retry_after_s=self._retry_after_s(),
             )
         self._tokens.add(caller, num_tokens)

@@ -1,7 +1,7 @@
 """Callers, and how they share what is limited: the queue, the device, and memory for the bodies of requests.
 
 A caller is an API key. However many requests a caller sends, the device's time is shared equally between the callers
-that wait for it (`scheduler`), and no caller can use up a capacity so that others are refused (`SharedCapacity`).
+that wait for it (`scheduler`), and no caller can use up a capacity by itself (`SharedCapacity`).
 Without keys, everyone is the same caller.
 """
 
@@ -32,8 +32,9 @@ class SharedCapacity:
 
     def fits(self, caller: str, amount: int) -> bool:
         """Whether the caller may use this much more."""
-        free = self.capacity - self.used - amount
-        return free >= 0 if caller == EVERYONE else self.used_by(caller) + amount <= FREE_MULTIPLE * free
+        if caller == EVERYONE:
+            return self.used + amount <= self.capacity
+        return self.used_by(caller) + amount <= self.allowed(caller)
 
     def allowed(self, caller: str) -> int:
         """How much the caller may use now, with what it uses already."""

@@ -98,14 +98,10 @@ class _Deadlines(Generic[Queue]):
 
 @dataclass(eq=False)
 class _CallerQueue(Generic[Job]):
-    """The requests of one caller that have waiting jobs, and the `first` of them.
-
-    `turn_s` is when the caller's turn started.
-    """
+    """The requests of one caller that have waiting jobs. `turn_s` is when the caller's turn started."""
 
     caller: Hashable
     turn_s: float
-    first: _RequestQueue[Job] | None = None
     requests: dict[Hashable, _RequestQueue[Job]] = field(default_factory=dict)
     deadlines: _Deadlines[_RequestQueue[Job]] = field(default_factory=_Deadlines)
 
@@ -170,7 +166,7 @@ class Scheduler(Generic[Job]):
         jobs: list[Job] = []
         seconds, least_tokens = self._batch_length
         budget = min(self.max_batch_tokens, max(least_tokens, seconds / self.seconds_per_token))
-        while (caller := self._deadlines.first()) and (queue := caller.first):
+        while (caller := self._deadlines.first()) and (queue := caller.deadlines.first()):
             job, cost = next(iter(queue.jobs.items()))
             if jobs and cost > budget:
                 break
@@ -211,7 +207,7 @@ class Scheduler(Generic[Job]):
 
     def _put_caller(self, caller: _CallerQueue[Job], earliest_deadline_s: float) -> None:
         """Let the caller compete with its next job, not before `earliest_deadline_s`, or remove it if it has none."""
-        caller.first = first = caller.deadlines.first()
+        first = caller.deadlines.first()
         if first is None:
             self._deadlines.remove(caller)
             del self._callers[caller.caller]

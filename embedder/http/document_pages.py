@@ -36,8 +36,8 @@ Result = TypeVar("Result")
 
 READERS = 2  # pages that are rendered at the same time
 MAX_RENDERED_PAGES = 16  # of all requests, 4 MB each: a batch of the published models
-FIRST_TURN_S = 0.1  # what a document's first turn is expected to take. The next one is expected to take as long as it
-MAX_TURN_S = 1.0  # a page that takes longer does not wait longer for others
+FIRST_TURN_S = 0.1  # that a document's first turn is expected to take; another one, as long as the turn before it
+MAX_TURN_S = 1.0  # that a turn is expected to take at most: documents with slower pages do not wait even longer
 
 
 class DocumentPages:

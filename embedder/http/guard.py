@@ -175,10 +175,10 @@ class _HeldBytes:
         held, caller = self._guard.held_bytes, self._caller
         is_small = self._num_bytes + num_bytes <= SMALL_BODY_BYTES
         if not is_small and not held.fits(caller, num_bytes):
-            whose = "" if caller == EVERYONE else " of this API key, which leaves room for others"
+            whose = "" if caller == EVERYONE else " of this API key"
             raise Overloaded(
-                f"request bodies of {held.used_by(caller)} bytes are being processed; allowed: {held.allowed(caller)}"
-                f"{whose} (EMBEDDER_MAX_HELD_BYTES)",
+                f"request bodies{whose} of {held.used_by(caller)} bytes are being processed; allowed: "
+                f"{held.allowed(caller)} now (EMBEDDER_MAX_HELD_BYTES)",
                 retry_after_s=RETRY_AFTER_S,
             )
         self._count(num_bytes)

@@ -122,9 +122,7 @@ class TracingMiddleware:
         await self.app(scope, receive, watch)
 
     def _send_last_spans(self) -> None:
-        sending = threading.Thread(
-            target=self.provider.shutdown, daemon=True
-        )  # the process ends without waiting for it
+        sending = threading.Thread(target=self.provider.shutdown, daemon=True)  # which the process does not wait for
         sending.start()
         sending.join(LAST_SPANS_S)
         if sending.is_alive():
