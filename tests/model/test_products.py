@@ -59,7 +59,8 @@ def test_joined_layer_has_the_outputs_of_its_parts_in_order(random_checkpoint: P
 
 
 def assert_joined(joined: nn.Linear, parts: tuple[nn.Linear, ...], states: Tensor) -> None:
-    assert torch.allclose(joined(states), torch.cat([part(states) for part in parts], 1), rtol=0, atol=1e-6)
+    # Outputs up to 3: MKL on an Intel processor rounds sums of a larger matrix differently.
+    assert torch.allclose(joined(states), torch.cat([part(states) for part in parts], 1), rtol=0, atol=1e-5)
 
 
 def test_joined_layer_keeps_the_biases_of_its_parts() -> None:
