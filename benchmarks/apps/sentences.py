@@ -17,10 +17,10 @@ declare_torchvision_operators()
 Embed = Callable[[list[str]], list[list[float]]]
 
 
-def load(folder: str) -> Embed:
+def load(folder: str, dtype: str) -> Embed:
     from sentence_transformers import SentenceTransformer
 
-    pipeline: Any = SentenceTransformer(folder, device="cpu")
+    pipeline: Any = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": dtype})
 
     def embed(inputs: list[str]) -> list[list[float]]:
         rows = pipeline.encode([_content(one) for one in inputs], prompt=INSTRUCTION, show_progress_bar=False)

@@ -192,9 +192,12 @@ def test_growth_says_whether_it_is_flat(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("neighbors", "suffix"), [(0, ""), (1, "-neighbors-1")])
+@pytest.mark.parametrize(
+    ("neighbors", "dtype", "suffix"),
+    [(0, "float32", ""), (0, "bfloat16", "-bfloat16"), (1, "float32", "-neighbors-1")],
+)
 def test_server_answers_right_under_load(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, neighbors: int, suffix: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, neighbors: int, dtype: str, suffix: str
 ) -> None:
     num_busy = []
     drive = server._drive
@@ -206,7 +209,7 @@ def test_server_answers_right_under_load(
     monkeypatch.setattr(server, "_drive", counted)
     servers = [contenders.OURS, contenders.BARE]
     few = ["--callers", "4", "--sizes", "1", "--rounds", "1", "--seconds", "1", "--neighbors", f"{neighbors}"]
-    server.main(["--shape", "tiny", "--servers", *servers, *few, "--results", str(tmp_path)])
+    server.main(["--shape", "tiny", "--dtype", dtype, "--servers", *servers, *few, "--results", str(tmp_path)])
     who = saved(tmp_path, f"server-tiny-text-mixed{suffix}")["cells"][0]["who"]
     assert num_busy == [neighbors] * 2
     assert active_children() == []
