@@ -1,8 +1,8 @@
 """Measure the effect of single design decisions: `python -m benchmarks.choices`.
 
-1. Variants of the forward pass on the CPU, with the same weights, one batch of four workloads each. Times are relative
-   to ours (above 1 is slower), and every variant must give the same vectors. The torch.compile variant needs a C++
-   compiler.
+1. Variants of the forward pass on the CPU, with the same weights, one batch of each workload. Times are relative to
+   ours (above 1 is slower), and every variant must give the same vectors. The torch.compile variant needs a C++
+   compiler. With `--dtype bfloat16`, only this part is measured.
 2. Texts of mixed lengths through the library, in batches of different numbers of tokens.
 3. Short texts through the library with a model that computes nothing, preprocessed on the calling thread or in threads.
 4. The duration of a garbage collection with and without the loaded objects.
@@ -31,7 +31,9 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import contenders, report
@@ -49,6 +51,7 @@ from embedder.inputs.items import item_from_fields
 from embedder.inputs.preprocess import ModelInput
 from embedder.model import execution, language, products
 from embedder.model.checkpoint import BUNDLED
+from embedder.model.positions import apply_rotary
 from embedder.models import Models
 from embedder.torchvision_shim import declare_torchvision_operators
 
@@ -56,10 +59,10 @@ declare_torchvision_operators()
 
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm  # noqa: E402 - after the declaration
 
-BATCHES = {"text-16": 64, "text-512": 8, "text-2048": 1, "image-448": 4}  # items of each workload
+BATCHES = {"query": 1, "text-16": 64, "text-512": 8, "text-2048": 1, "image-448": 4}  # items of each workload
 BATCH_TOKENS = (256, 512, 1024, 2048, 16384)  # ours: 1024, if they take 0.25 s or more
 OURS = "ours"
-MAX_DIFFERENCE = 1e-4  # between rows before normalization, whose length is a few units
+MAX_DIFFERENCES = {"float32": 1e-4, "bfloat16": 0.5}  # between rows before normalization, whose values are a few units
 SWITCH_INTERVALS_S = (0.005, 0.001, 0.0002, 0.0001)  # the first is Python's default
 CALLERS = 64
 _SET_INTERVAL = "import sys\nsys.setswitchinterval({})\nsys.setswitchinterval = lambda _: None  # the service's own\n"
@@ -74,13 +77,17 @@ Run = Callable[[list[ModelInput]], NDArray[np.float32]]
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Measure the effect of single design decisions.")
     parser.add_argument("--shape", choices=("tiny", "small"), default="small")
+    parser.add_argument("--dtype", choices=MAX_DIFFERENCES, default="float32")
+    parser.add_argument("--workloads", nargs="+", choices=BATCHES, default=list(BATCHES), help="of the forward passes")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=5, help="per switch interval and round")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     chosen = parser.parse_args(arguments)
     about = report.environment(report.command("choices", chosen))
     with random_folder(chosen.shape) as folder:
-        times = _forward_times(folder, chosen.rounds)
+        times = _forward_times(folder, chosen.workloads, chosen.dtype, chosen.rounds)
+        if chosen.dtype != "float32":
+            return _save(f"choices-{chosen.dtype}", {"environment": about, "times": times}, [], chosen.results)
         items_per_s = _batch_lengths(folder, chosen.rounds)
         texts_per_s = _short_texts(folder)
         pauses_ms = _pauses_ms()
@@ -93,12 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "pauses_ms": pauses_ms,
         "switch_intervals": intervals,
     }
-    variants = list(next(iter(times.values())))
     parts = [
-        report.table(
-            ("forward pass, time relative to ours", *times),
-            [[name, *(f"{of_one[name]:.2f}" for of_one in times.values())] for name in variants],
-        ),
         report.table(
             ("tokens of a batch, at most", "items/s, text-mixed"),
             [[tokens, report.number(rate)] for tokens, rate in items_per_s.items()],
@@ -127,27 +129,40 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             ],
         ),
     ]
-    text = "\n\n".join(parts)
-    report.save(chosen.results, "choices", data, text, times, "time relative to ours")
+    return _save("choices", data, parts, chosen.results)
+
+
+def _save(name: str, data: dict[str, Any], parts: list[str], folder: Path) -> dict[str, Any]:
+    """Save and print the times of the forward passes, and after them the tables of the other parts."""
+    times = data["times"]
+    variants = list(next(iter(times.values())))
+    forward = report.table(
+        ("forward pass, time relative to ours", *times),
+        [[variant, *(f"{of_one[variant]:.2f}" for of_one in times.values())] for variant in variants],
+    )
+    text = "\n\n".join([forward, *parts])
+    report.save(folder, name, data, text, times, "time relative to ours")
     print(text)
     return data
 
 
-def _forward_times(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
+def _forward_times(folder: Path, workloads: Sequence[str], dtype: str, rounds: int) -> dict[str, dict[str, float]]:
     """Times by workload and variant, relative to ours."""
     with contextlib.ExitStack() as stack:
         variants = {
-            name: make(stack.enter_context(_embedder(folder, **options))) for name, make, options in _variants()
+            name: make(stack.enter_context(_embedder(folder, dtype=dtype, **options)))
+            for name, make, options in _variants(dtype)
         }
         to_input, words = load_preprocessor(folder), read_words(folder)
         relative = {}
-        for workload, count in tqdm(BATCHES.items(), desc="forward passes", unit="workload"):
-            inputs = [to_input(item_from_fields(item)) for item in make_items(workload, count, words)]
+        for workload in tqdm(workloads, desc="forward passes", unit="workload"):
+            items = make_items(workload, BATCHES[workload], words)
+            inputs = [to_input(item_from_fields(item)) for item in items]
             expected = variants[OURS](inputs)
             for name, run in variants.items():
                 difference = float(np.abs(run(inputs) - expected).max())
-                if not difference <= MAX_DIFFERENCE:
-                    raise SystemExit(f"{name} gives other vectors: difference {difference}, allowed {MAX_DIFFERENCE}")
+                if not difference <= (allowed := MAX_DIFFERENCES[dtype]):
+                    raise SystemExit(f"{name} gives other vectors: difference {difference}, allowed {allowed}")
             seconds: dict[str, list[float]] = {name: [] for name in variants}
             for _ in range(rounds):
                 for name, run in variants.items():
@@ -159,15 +174,15 @@ def _forward_times(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     return relative
 
 
-def _embedder(folder: Path, product: str = "", **options: Any) -> Embedder:
+def _embedder(folder: Path, product: str = "", dtype: Any = "float32", **options: Any) -> Embedder:
     """An Embedder on the CPU with the given matrix product; empty: the one that it chooses itself."""
     with contextlib.ExitStack() as stack:
         if product:
             stack.enter_context(mock.patch.object(products, "fastest_product", return_value=product))
-        return Embedder(str(folder), device="cpu", dtype="float32", **options)
+        return Embedder(str(folder), device="cpu", dtype=dtype, **options)
 
 
-def _variants() -> Iterator[tuple[str, Callable[[Embedder], Run], dict[str, Any]]]:
+def _variants(dtype: str) -> Iterator[tuple[str, Callable[[Embedder], Run], dict[str, Any]]]:
     """The name of each variant, a function that applies it to an Embedder, and the arguments of `_embedder`."""
     yield OURS, _as_it_is, {}
     yield "prefixes computed for each item", _without_prefixes, {}
@@ -175,7 +190,10 @@ def _variants() -> Iterator[tuple[str, Callable[[Embedder], Run], dict[str, Any]
     yield "torch's matrix product", _as_it_is, {"product": "torch"}
     yield "oneDNN's matrix product, weights packed", _as_it_is, {"product": "oneDNN"}
     yield "torch's attention", _as_it_is, {"attention": "sdpa"}
-    yield "attention by oneDNN's products", _as_it_is, {"attention": "onednn"}
+    if dtype == "float32":
+        yield "attention by oneDNN's products", _as_it_is, {"attention": "onednn"}
+    else:
+        yield "norms by torch, rotations in 16 bits", _with_narrow_rotations, {}
     yield "MLPs and rotations of all rows at once", _with_all_rows, {}
     yield "all items of a batch together, no halves", _without_halves, {}
     if shutil.which("c++"):
@@ -192,6 +210,19 @@ def _without_prefixes(embedder: Embedder) -> Run:
 
 def _with_norm_modules(embedder: Embedder) -> Run:
     return _patched(embedder, language, _rms_norm=Qwen3VLTextRMSNorm.forward)
+
+
+def _with_narrow_rotations(embedder: Embedder) -> Run:
+    return _patched(embedder, language, _normalized=_normalized_by_torch, _rotated=_rotated_in_16_bits)
+
+
+def _normalized_by_torch(states: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    return F.rms_norm(states, states.shape[-1:], weight, epsilon)
+
+
+def _rotated_in_16_bits(attention: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    normed = _normalized_by_torch(heads, None, attention.q_norm.variance_epsilon)
+    return apply_rotary(normed[:, : len(attention.qk_norm_weight)].mul_(attention.qk_norm_weight), cos, sin)
 
 
 def _with_all_rows(embedder: Embedder) -> Run:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import contenders, front, peers, pretended_gpu, report, weights
+from benchmarks import contenders, front, library, peers, pretended_gpu, report, weights
 
 WEIGHTS = weights.NAME
 NOT_MEASURED = "not measured yet"
 LIBRARY, GPU = "library-small-float32", "gpu"
+IN_BFLOAT16 = "xeon-amx/library-small-bfloat16"  # on a processor with AMX
 TEXTS, SHORT_TEXTS, PICTURES = "server-small-text-mixed", "server-small-text-16", "server-small-image-448"
 RANKINGS = "rerank-small"
 
@@ -178,6 +179,15 @@ GOALS = (
             ("448x448 JPEGs", "image-448"),
         )
         for counted, figure in (("", "share_of_limit"), (", attention's products counted too", "share_with_attention"))
+    ),
+    *(
+        Goal(
+            f"CPU with AMX, {what}, bfloat16 against float32: items/s",
+            IN_BFLOAT16,
+            _against(name, library.OURS_IN_FLOAT32),
+            goal,
+        )
+        for what, name, goal in (("mixed text", "text-mixed", 2.0), ("448x448 JPEGs", "image-448", 1.5))
     ),
     Goal(
         "service against FastAPI with sentence-transformers, 64 callers: requests/s",

@@ -1,7 +1,8 @@
 """Compare the library with its peers on the same weights: `python -m benchmarks.library [--dtype bfloat16]`.
 
 The peers are transformers, used as in the reference code, and sentence-transformers. Each runs in its own process. The
-limit is the rate of a large matrix product, the fastest that torch has, measured between the rounds.
+limit is the rate of a large matrix product, the fastest that torch has, measured between the rounds. In bfloat16, the
+library in float32 is one more peer.
 
 The run stops if a peer's vectors are wrong. In float32, every vector must match ours. In bfloat16, two correct
 implementations differ by more than a fixed cosine allows, so each peer's mean distance to float32 vectors must be at
@@ -14,6 +15,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ SHARES = {"share of limit": "share_of_limit", "with attention": "share_with_atte
 HEADERS = ("workload", "who", "items/s", "tokens/s", "ms a call", "x transformers", *SHARES, "lowest cosine")
 PEAK = "GiB beyond weights"  # only on devices with their own memory
 NOT_INSTALLED = "not installed"
+OURS_IN_FLOAT32 = "ours, float32"
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -86,6 +89,9 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[list[
     if peers.is_installed("sentence_transformers"):
         makers[peers.SENTENCE_TRANSFORMERS] = peers.sentence_transformers
     contestants = [peers.apart(name, make, folder, dtype, device) for name, make in makers.items()]
+    if dtype != torch.float32:
+        in_float32 = peers.apart(peers.OURS, peers.ours, folder, torch.float32, device)
+        contestants.append(replace(in_float32, name=OURS_IN_FLOAT32))
     return contestants, Weights.of(peers.load_model(folder, dtype, device))
 
 

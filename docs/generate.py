@@ -24,7 +24,7 @@ from embedder.settings import settings_table  # noqa: E402
 from embedder.telemetry.metrics import Metrics  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-FAMILY_25 = "epyc-family-25/"  # the results of another processor
+FAMILY_25, XEON = "epyc-family-25/", "xeon-amx/"  # the results of other processors
 GPUS, NOT_MEASURED = ("H100", "H200"), "not measured yet"
 WORDS, HISTOGRAM = "ids of a text of 17 words", "64 values into a histogram"  # steps of `benchmarks.micro`
 VECTOR, GZIP, GZIP_THOUSANDS = "a vector of 2,048 values as JSON", "gzip of 100 vectors of 2,048 values", 204.8
@@ -55,16 +55,16 @@ def record(name: str) -> dict[str, Any]:
     return content
 
 
-def library_ratio(workload: str, peer: str, folder: str = "") -> float:
+def library_ratio(workload: str, peer: str, folder: str = "", dtype: str = "float32") -> float:
     """Items per second of the library over those of a peer."""
-    who = library_row(workload, folder)["who"]
+    who = library_row(workload, folder, dtype)["who"]
     return float(who["ours"]["items_per_s"] / who[peer]["items_per_s"])
 
 
-def library_row(workload: str, folder: str = "") -> dict[str, Any]:
+def library_row(workload: str, folder: str = "", dtype: str = "float32") -> dict[str, Any]:
     """What was measured with a workload."""
     row: dict[str, Any]
-    (row,) = [one for one in record(f"{folder}library-small-float32")["workloads"] if one["workload"] == workload]
+    (row,) = [one for one in record(f"{folder}library-small-{dtype}")["workloads"] if one["workload"] == workload]
     return row
 
 
@@ -142,15 +142,15 @@ def library_table(_: str) -> str:
 
 
 def processors_table(_: str) -> str:
-    """The figures of the other tables next to those of another processor, and there also next to a busy process."""
+    """The figures of the other tables next to those of other processors, and of one of them next to a busy process."""
 
-    def of_library(folder: str) -> list[str]:
-        cells = [f"{library_row('text-512', folder)['limit_gflop_per_s']:.0f} GFLOP/s"]
+    def of_library(folder: str, dtype: str = "float32") -> list[str]:
+        cells = [f"{library_row('text-512', folder, dtype)['limit_gflop_per_s']:.0f} GFLOP/s"]
         for workload in ("text-512", "text-2048", "image-448"):
-            ours = library_row(workload, folder)["who"]["ours"]
+            ours = library_row(workload, folder, dtype)["who"]["ours"]
             cells.append(f"{ours['share_of_limit']:.0%}, {ours['share_with_attention']:.0%}")
         peers = ("transformers", "sentence-transformers")
-        return cells + [f"{library_ratio('text-mixed', peer, folder):.2f}x" for peer in peers]
+        return cells + [f"{library_ratio('text-mixed', peer, folder, dtype):.2f}x" for peer in peers]
 
     def against_vllm(folder: str, suffix: str = "") -> list[str]:
         loads = (("text-mixed", 1), ("text-mixed", 64), ("image-448", 1), ("image-448", 16))
@@ -165,14 +165,27 @@ def processors_table(_: str) -> str:
             for what in ("texts, 1 caller", "texts, 64 callers", "pictures, 1 caller", "pictures, 16 callers")
         ),
     )
-    first, other = of_library(""), of_library(FAMILY_25)
-    columns = (
-        first + against_vllm(""),
-        other + against_vllm(FAMILY_25),
-        [""] * len(other) + against_vllm(FAMILY_25, "-neighbors-1"),
-    )
-    lines = ["| what | the other tables | family 25 | next to a busy process |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in zip(names, *columns, strict=True))])
+    columns = {
+        "the other tables": of_library("") + against_vllm(""),
+        "EPYC, family 25": of_library(FAMILY_25) + against_vllm(FAMILY_25),
+        "next to a busy process": [""] * 6 + against_vllm(FAMILY_25, "-neighbors-1"),
+        "Xeon": of_library(XEON) + against_vllm(XEON),
+        "Xeon, bfloat16": of_library(XEON, "bfloat16") + against_vllm(XEON, "-bfloat16"),
+    }
+    lines = [f"| what | {' | '.join(columns)} |", f"|{'---|' * (1 + len(columns))}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in zip(names, *columns.values(), strict=True))])
+
+
+def bfloat16_table(_: str) -> str:
+    """The library in bfloat16, on a processor with AMX, compared with itself in float32."""
+    lines = ["| workload | bfloat16, items/s | compared with float32 | lowest cosine |", "|---|---|---|---|"]
+    for row in record(f"{XEON}library-small-bfloat16")["workloads"]:
+        ours, exact = row["who"]["ours"], row["who"]["ours, float32"]
+        ratio = ours["items_per_s"] / exact["items_per_s"]
+        lines.append(
+            f"| {row['workload']} | {report.number(ours['items_per_s'])} | {ratio:.2f}x | {ours['min_cosine']:.4f} |"
+        )
+    return "\n".join(lines)
 
 
 def gpu_table(_: str) -> str:
@@ -233,6 +246,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "speed_summary": speed_summary,
     "latency": latency_table,
     "library": library_table,
+    "bfloat16": bfloat16_table,
     "processors": processors_table,
     "gpu": gpu_table,
     "front": lambda _: front.table(record("front")["rows"]),

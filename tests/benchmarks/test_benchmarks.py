@@ -78,6 +78,17 @@ def test_library_gives_right_vectors_and_is_not_three_times_slower(tmp_path: Pat
         assert row["limit_gflop_per_s"] > 0
 
 
+@pytest.mark.slow
+def test_library_in_bfloat16_takes_turns_with_itself_in_float32(tmp_path: Path) -> None:
+    few = ["--workloads", "query", "--rounds", "1", "--seconds", "2", "--results", str(tmp_path)]
+    library.main(["--shape", "tiny", "--dtype", "bfloat16", *few])
+    (row,) = saved(tmp_path, "library-tiny-bfloat16")["workloads"]
+    exact, rounded = row["who"][library.OURS_IN_FLOAT32], row["who"][peers.OURS]
+    assert exact["min_cosine"] > 1 - 1e-5
+    assert 0.99 < rounded["min_cosine"] < exact["min_cosine"]
+    assert exact["items_per_s"] > 0
+
+
 GPU_ON_CPU = ["--device", "cpu", "--shapes", "tiny"]
 
 
@@ -302,22 +313,24 @@ def test_gaps_are_those_between_kernels_of_any_stream() -> None:
 
 
 @pytest.mark.slow
-def test_variants_of_the_forward_pass_give_the_same_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", choices.MAX_DIFFERENCES)
+def test_variants_of_the_forward_pass_give_the_same_vectors(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     monkeypatch.setattr(choices.shutil, "which", lambda _: None)  # compiling takes as long as all the rest
     with random_folder("tiny") as folder:
-        times = choices._forward_times(folder, rounds=1)
+        times = choices._forward_times(folder, list(choices.BATCHES), dtype, rounds=1)
     assert set(times) == set(choices.BATCHES)
     assert all(len(of_one) == 9 and of_one[choices.OURS] == 1 for of_one in times.values())
 
 
-def test_variant_with_other_vectors_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", choices.MAX_DIFFERENCES)
+def test_variant_with_other_vectors_ends_the_run(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     def without_norm(embedder: Any) -> Any:
         return choices._patched(embedder, language, _rms_norm=lambda _, states: states)
 
     variants = [(choices.OURS, choices._as_it_is, {}), ("wrong", without_norm, {})]
-    monkeypatch.setattr(choices, "_variants", lambda: variants)
+    monkeypatch.setattr(choices, "_variants", lambda _: variants)
     with random_folder("tiny") as folder, pytest.raises(SystemExit, match="wrong gives other vectors"):
-        choices._forward_times(folder, rounds=1)
+        choices._forward_times(folder, list(choices.BATCHES), dtype, rounds=1)
 
 
 @pytest.mark.slow
