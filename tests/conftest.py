@@ -270,7 +270,7 @@ class Server:
     def workers(self) -> list[int]:
         """Their process ids."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in children if b"_bentoml_impl.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [int(pid) for pid in children if _is_worker(pid)]
 
     def stop(self) -> int:
         """Send SIGTERM; its exit status. A service that does not end is killed, workers and all."""
@@ -280,6 +280,13 @@ class Server:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise
+
+
+def _is_worker(pid: str) -> bool:
+    try:
+        return b"_bentoml_impl.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended since the children were listed
+        return False
 
 
 def start_server(folder: Path, *, target: str = ".", cwd: Path = ROOT, **settings: str) -> Server:
