@@ -164,8 +164,10 @@ def _forward_times(folder: Path, workloads: Sequence[str], dtype: str, rounds: i
                 if not difference <= (allowed := MAX_DIFFERENCES[dtype]):
                     raise SystemExit(f"{name} gives other vectors: difference {difference}, allowed {allowed}")
             seconds: dict[str, list[float]] = {name: [] for name in variants}
-            for _ in range(rounds):
-                for name, run in variants.items():
+            for number in range(rounds):
+                # Shuffled: after a variant that takes long, the next one finds less of its data in the caches.
+                for name in np.random.default_rng(number).permutation(list(variants)):
+                    run = variants[name]
                     start = time.perf_counter()
                     run(inputs)
                     seconds[name].append(time.perf_counter() - start)
