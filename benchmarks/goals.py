@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import contenders, front, library, peers, pretended_gpu, report, weights
+from benchmarks import contenders, front, peers, pretended_gpu, report, weights
 
 WEIGHTS = weights.NAME
 NOT_MEASURED = "not measured yet"
@@ -184,7 +184,7 @@ GOALS = (
         Goal(
             f"CPU with AMX, {what}, bfloat16 against float32: items/s",
             IN_BFLOAT16,
-            _against(name, library.OURS_IN_FLOAT32),
+            _against(name, peers.OURS_IN_FLOAT32),
             goal,
         )
         for what, name, goal in (("mixed text", "text-mixed", 2.0), ("448x448 JPEGs", "image-448", 1.5))

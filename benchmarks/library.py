@@ -15,7 +15,6 @@ import argparse
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,6 @@ SHARES = {"share of limit": "share_of_limit", "with attention": "share_with_atte
 HEADERS = ("workload", "who", "items/s", "tokens/s", "ms a call", "x transformers", *SHARES, "lowest cosine")
 PEAK = "GiB beyond weights"  # only on devices with their own memory
 NOT_INSTALLED = "not installed"
-OURS_IN_FLOAT32 = "ours, float32"
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -90,8 +88,7 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[list[
         makers[peers.SENTENCE_TRANSFORMERS] = peers.sentence_transformers
     contestants = [peers.apart(name, make, folder, dtype, device) for name, make in makers.items()]
     if dtype != torch.float32:
-        in_float32 = peers.apart(peers.OURS, peers.ours, folder, torch.float32, device)
-        contestants.append(replace(in_float32, name=OURS_IN_FLOAT32))
+        contestants.append(peers.apart(peers.OURS_IN_FLOAT32, peers.ours, folder, torch.float32, device))
     return contestants, Weights.of(peers.load_model(folder, dtype, device))
 
 

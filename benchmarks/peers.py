@@ -32,6 +32,7 @@ from transformers.utils import logging  # noqa: E402 - after the declaration
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by the names of settings and options
 BATCH_SIZE = 32  # of both peers; the default of sentence-transformers
 OURS, TRANSFORMERS, SENTENCE_TRANSFORMERS = "ours", "transformers", "sentence-transformers"
+OURS_IN_FLOAT32 = "ours, float32"
 EXECUTIONS = {"graphs": "CUDA graphs", "compiled": "compiled", "graphs+compiled": "CUDA graphs, compiled"}  # labels
 
 logging.disable_progress_bar()

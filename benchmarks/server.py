@@ -116,16 +116,15 @@ class Expected:
 
 def _expected(folder: Path, items: list[Item], dtype: str) -> Expected:
     """In bfloat16, a vector may be twice as far away (1 - cosine) as the farthest one of transformers in bfloat16."""
-    vectors = _by_transformers(folder, items, torch.float32)
+    vectors = _by_transformers(folder, items, "float32")
     if dtype == "float32":
         return Expected(vectors, MIN_COSINE)
-    rounded = unit(_by_transformers(folder, items, peers.DTYPES[dtype]))
+    rounded = _by_transformers(folder, items, dtype)
     return Expected(vectors, 1 - 2 * (1 - float((rounded * vectors).sum(1).min())))
 
 
-def _by_transformers(folder: Path, items: list[Item], dtype: torch.dtype) -> NDArray[np.float32]:
-    model = peers.load_model(folder, dtype, torch.device("cpu"))
-    return peers.padded_transformers(folder, model).embed(items)
+def _by_transformers(folder: Path, items: list[Item], dtype: str) -> NDArray[np.float32]:
+    return peers.loaded_transformers(folder, peers.DTYPES[dtype], torch.device("cpu")).embed(items)
 
 
 def _start(

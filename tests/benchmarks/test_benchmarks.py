@@ -83,7 +83,7 @@ def test_library_in_bfloat16_takes_turns_with_itself_in_float32(tmp_path: Path) 
     few = ["--workloads", "query", "--rounds", "1", "--seconds", "2", "--results", str(tmp_path)]
     library.main(["--shape", "tiny", "--dtype", "bfloat16", *few])
     (row,) = saved(tmp_path, "library-tiny-bfloat16")["workloads"]
-    exact, rounded = row["who"][library.OURS_IN_FLOAT32], row["who"][peers.OURS]
+    exact, rounded = row["who"][peers.OURS_IN_FLOAT32], row["who"][peers.OURS]
     assert exact["min_cosine"] > 1 - 1e-5
     assert 0.99 < rounded["min_cosine"] < exact["min_cosine"]
     assert exact["items_per_s"] > 0
